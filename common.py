@@ -1,0 +1,97 @@
+"""What every script shares: the error for a user's mistake, the way a command ends, and safe writing.
+
+Nothing here knows of pictures, captions or TensorFlow.
+"""
+
+import contextlib
+import errno
+import hashlib
+import json
+import os
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import IO, Any
+
+# TensorFlow's start-up messages (oneDNN, CPU features, "cuInit failed" where there is no GPU) would bury
+# ours; its Python errors still show. Read when TensorFlow is imported, so this module comes before it.
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+
+
+class InputError(Exception):
+    """A mistake in what the user gave: one line saying what was expected, what was found, what to do."""
+
+
+def say(message: str) -> None:
+    """Prints talk to standard error, so that standard output holds only results."""
+    print(message, file=sys.stderr, flush=True)
+
+
+def run_command(main: Callable[[], None]) -> None:
+    """Runs a script's main and turns its failures into one line and an exit code.
+
+    Exit codes: 2 for bad input, a missing file or a full disk; 130 for Ctrl-C; 0 otherwise.
+    """
+    name = Path(sys.argv[0]).name
+    try:
+        main()
+    except InputError as error:
+        say(f"{name}: {error}")
+        sys.exit(2)
+    except BrokenPipeError:  # `python inference.py *.jpg | head` is no error
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(0)
+    except OSError as error:
+        hint = "; free some space and run the same command again, it continues" * (error.errno == errno.ENOSPC)
+        where = f"{error.filename}: " if error.filename else ""
+        say(f"{name}: {where}{error.strerror or error}{hint}")
+        sys.exit(2)
+    except KeyboardInterrupt:
+        say(f"\n{name}: stopped; run the same command again to continue")
+        sys.exit(130)
+
+
+@contextlib.contextmanager
+def atomic_write(path: Path | str, mode: str = "w") -> Iterator[IO[Any]]:
+    """Opens a file that takes its name only when the block ends well.
+
+    A reader, or a run after `kill -9`, finds the old file or the new one, never half of it.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        with open(
+            partial, mode, encoding=None if "b" in mode else "utf-8", newline=None if "b" in mode else ""
+        ) as file:
+            yield file
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def write_json(path: Path | str, value: Any) -> None:
+    """Writes indented UTF-8 JSON, atomically."""
+    with atomic_write(path) as file:
+        json.dump(value, file, indent=2, ensure_ascii=False)
+        file.write("\n")
+
+
+def read_json(path: Path | str) -> Any:
+    """Reads JSON.
+
+    Raises:
+        InputError: the file is missing, is not UTF-8, or is not JSON.
+    """
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such file") from None
+    except (UnicodeDecodeError, ValueError) as error:
+        raise InputError(f"{path}: expected JSON in UTF-8, found something else ({error})") from None
+
+
+def file_sha256(path: Path | str) -> str:
+    """The SHA-256 of a file's bytes, in hexadecimal."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,0 +1,412 @@
+"""Pictures and their captions: download, read, check and split them.
+
+    python data_utils.py                                  # MS-COCO 2014, as many pictures as 30,000 captions need
+    python data_utils.py --annotations captions.csv --images photos/
+
+Every data set ends as a `Dataset`: examples (picture, captions) in the splits train, val and test. A
+picture belongs to one split with all its captions; a split by caption would show the validation pictures
+to the training.
+"""
+
+import argparse
+import csv
+import dataclasses
+import functools
+import hashlib
+import io
+import json
+import random
+import re
+import shutil
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from tqdm import tqdm
+
+import shapes
+from common import InputError, read_json, run_command, say
+from downloads import download, unpack
+
+SPLITS = ("train", "val", "test")
+PRESETS = ("coco", "flickr8k", "shapes")
+
+COCO = "http://images.cocodataset.org"  # plain http: the host has no valid certificate, so sizes and MD5 are checked
+FLICKR8K = "https://github.com/jbrownlee/Datasets/releases/download/Flickr8k"
+ARCHIVES: dict[str, tuple[str, int | None, str | None]] = {  # file: address, bytes, MD5
+    "annotations_trainval2014.zip": (
+        f"{COCO}/annotations/annotations_trainval2014.zip",
+        252_872_794,
+        "0a379cfc70b0e71301e0f377548639bd",
+    ),
+    "train2014.zip": (f"{COCO}/zips/train2014.zip", 13_510_573_713, "0da8c0bd3d6becc4dcb32757491aca88"),
+    "Flickr8k_Dataset.zip": (f"{FLICKR8K}/Flickr8k_Dataset.zip", None, None),
+    "Flickr8k_text.zip": (f"{FLICKR8K}/Flickr8k_text.zip", None, None),
+}
+SPLIT_LISTS = {
+    "train": "Flickr_8k.trainImages.txt",
+    "val": "Flickr_8k.devImages.txt",
+    "test": "Flickr_8k.testImages.txt",
+}
+ZIP_FROM = 20_000  # missing COCO pictures from which the 13 GB archive is quicker than single files
+
+
+@dataclasses.dataclass(frozen=True)
+class Example:
+    """One picture with its captions."""
+
+    image: str  # the picture's path inside the image folder, with forward slashes; also names its features
+    captions: tuple[str, ...]
+    image_id: int  # COCO's id, or the picture's place in the annotation file
+    split: str = ""  # train, val or test; empty while undecided
+
+
+@dataclasses.dataclass(frozen=True)
+class DataOptions:
+    """Which data to use; saved in a run's config.json, so that the same split can be made again."""
+
+    dataset: str = "coco"
+    annotations: str | None = None
+    images: str | None = None
+    train_list: str | None = None
+    val_list: str | None = None
+    test_list: str | None = None
+    num_captions: int | None = None  # None: 30,000 of COCO, all of the others; 0: all
+    val_fraction: float = 0.1
+    test_fraction: float = 0.1
+    split_seed: int = 0
+    data_dir: str = "data"
+
+
+@dataclasses.dataclass(frozen=True)
+class Dataset:
+    """Examples in their splits, and the folder their pictures are in."""
+
+    name: str
+    images: Path
+    examples: tuple[Example, ...]
+
+    def split(self, name: str) -> list[Example]:
+        """The examples of one split.
+
+        Raises:
+            InputError: the split has no picture.
+        """
+        found = [example for example in self.examples if example.split == name]
+        if not found:
+            sizes = ", ".join(f"{split} {sum(e.split == split for e in self.examples)}" for split in SPLITS)
+            raise InputError(
+                f"the {name} split has no picture (found: {sizes}); change the fractions or the split lists"
+            )
+        return found
+
+    def without(self, unreadable: set[str]) -> "Dataset":
+        """The same data set less some pictures."""
+        return dataclasses.replace(self, examples=tuple(e for e in self.examples if e.image not in unreadable))
+
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        """A short hash of every picture's name, split and captions: two data sets that share it are the same."""
+        rows = json.dumps([[e.image, e.split, e.captions] for e in self.examples])
+        return hashlib.sha256(rows.encode()).hexdigest()[:16]
+
+
+# Reading annotations: four formats, told apart by what is in the file.
+
+
+def read_annotations(path: Path | str) -> list[Example]:
+    """Reads the captions of a file in any of four formats, told apart by content.
+
+    COCO's captions JSON; Karpathy's dataset_*.json (with its split); a CSV with the header `image,caption`;
+    Flickr8k's `name#0<TAB>caption`. Empty captions, and pictures left without any, are dropped.
+
+    Raises:
+        InputError: no such file, none of these formats, no usable caption, or a picture's name that leads out
+            of the image folder.
+    """
+    try:
+        text = Path(path).read_text(encoding="utf-8-sig")
+    except (FileNotFoundError, IsADirectoryError):
+        raise InputError(f"{path}: no such annotation file") from None
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path}: expected text in UTF-8 ({error}); save it as UTF-8") from None
+    if text.lstrip()[:1] in ("{", "["):
+        rows = _rows_from_json(path, read_json(path) if text[0] in "{[" else json.loads(text))
+    elif re.match(r"[^\t\n]+#\d+\t", text):
+        rows = [(*_split_token_line(line), None, "") for line in text.splitlines() if "\t" in line]
+    elif text.split("\n", 1)[0].strip().lower().replace('"', "") == "image,caption":
+        # An unquoted comma inside a caption makes more than two fields: they belong together.
+        lines = [row for row in csv.reader(io.StringIO(text)) if len(row) >= 2][1:]
+        rows = [(row[0].strip(), ",".join(row[1:]), None, "") for row in lines]
+    else:
+        raise InputError(
+            f"{path}: not a known annotation format; expected COCO captions JSON, Karpathy's dataset_*.json, a CSV "
+            f"whose first line is image,caption, or lines of name#0<TAB>caption; its first line is {text[:60]!r}"
+        )
+    return _group_by_image(path, rows)
+
+
+def _split_token_line(line: str) -> tuple[str, str]:
+    name, caption = line.split("\t", 1)
+    return name.rsplit("#", 1)[0], caption
+
+
+def _rows_from_json(path: Path | str, content: Any) -> list[tuple[str, str, int | None, str]]:
+    """Rows (image, caption, id, split) of COCO's or Karpathy's JSON."""
+    try:
+        if "annotations" in content:
+            names = {image["id"]: image["file_name"] for image in content["images"]}
+            return [(names[a["image_id"]], a["caption"], a["image_id"], "") for a in content["annotations"]]
+        if "sentences" in content["images"][0]:
+            return [
+                (
+                    str(PurePosixPath(image.get("filepath", "")) / image["filename"]),
+                    sentence["raw"],
+                    image.get("cocoid"),
+                    "train" if image["split"] == "restval" else image["split"],
+                )
+                for image in content["images"]
+                for sentence in image["sentences"]
+            ]
+    except (KeyError, TypeError, IndexError, AttributeError) as error:
+        raise InputError(
+            f"{path}: neither COCO captions JSON (images, annotations) nor Karpathy's (images with sentences): {error!r}"
+        ) from None
+    raise InputError(f"{path}: JSON without captions; expected COCO's `annotations` or Karpathy's `sentences`")
+
+
+def _group_by_image(path: Path | str, rows: list[tuple[str, str, int | None, str]]) -> list[Example]:
+    """One Example per picture, in the order of the file."""
+    captions: dict[str, list[str]] = {}
+    about: dict[str, tuple[int | None, str]] = {}
+    for image, caption, image_id, split in rows:
+        if not isinstance(image, str) or not isinstance(caption, str):
+            raise InputError(f"{path}: expected text for picture and caption, found {image!r} and {caption!r}")
+        if not image or PurePosixPath(image).is_absolute() or ".." in PurePosixPath(image).parts or "\\" in image:
+            raise InputError(f"{path}: picture name {image!r} leads out of the image folder; expected a name inside it")
+        if re.search(r"\w", caption):
+            captions.setdefault(image, []).append(" ".join(caption.split()))
+            about.setdefault(image, (image_id, split))
+    if not captions:
+        raise InputError(f"{path}: no usable caption in {len(rows)} rows; expected at least one word per caption")
+    return [
+        Example(image, tuple(captions[image]), number if about[image][0] is None else about[image][0], about[image][1])
+        for number, image in enumerate(captions)
+    ]
+
+
+# Choosing and splitting.
+
+
+def choose(examples: list[Example], num_captions: int, seed: int) -> list[Example]:
+    """Random whole pictures, in the file's order, until they have at least `num_captions` captions."""
+    order = random.Random(seed).sample(range(len(examples)), len(examples))
+    chosen, count = [], 0
+    for index in order:
+        if count >= num_captions:
+            break
+        chosen.append(index)
+        count += len(examples[index].captions)
+    return [examples[index] for index in sorted(chosen)]
+
+
+def assign_splits(examples: list[Example], options: DataOptions, lists: dict[str, Path]) -> list[Example]:
+    """Gives every picture its split: by the lists, else the data set's own, else seeded by scikit-learn.
+
+    Pictures that no list names are left out.
+    """
+    if lists:
+        return _split_by_lists(examples, lists)
+    if any(example.split for example in examples):
+        return [example for example in examples if example.split in SPLITS]
+    from sklearn.model_selection import train_test_split  # slow to import, and needed here only
+
+    fractions = {"test": options.test_fraction, "val": options.val_fraction}
+    if min(fractions.values()) < 0 or sum(fractions.values()) >= 1:
+        raise InputError(f"the fractions of val and test must be at least 0 and sum to less than 1, found {fractions}")
+    split = {}
+    rest = [example.image for example in examples]
+    for name, fraction in fractions.items():
+        size = max(1, round(fraction * len(examples))) if fraction else 0
+        if size >= len(rest):
+            raise InputError(f"{len(examples)} pictures are too few to split into train, val and test")
+        if size:
+            rest, held_out = train_test_split(rest, test_size=size, random_state=options.split_seed)
+            split.update(dict.fromkeys(held_out, name))
+    return [dataclasses.replace(example, split=split.get(example.image, "train")) for example in examples]
+
+
+def _split_by_lists(examples: list[Example], lists: dict[str, Path]) -> list[Example]:
+    if missing := {"train", "val"} - set(lists):
+        raise InputError(f"split lists need at least train and val, missing: {', '.join(sorted(missing))}")
+    split: dict[str, str] = {}
+    for name, path in lists.items():
+        try:
+            images = path.read_text(encoding="utf-8").split("\n")
+        except (OSError, UnicodeDecodeError) as error:
+            raise InputError(f"{path}: cannot read the {name} list ({error})") from None
+        for image in filter(None, map(str.strip, images)):
+            if split.setdefault(image, name) != name:
+                raise InputError(f"{path}: {image} is in the {name} list and in the {split[image]} list")
+    return [
+        dataclasses.replace(example, split=found)
+        for example in examples
+        if (found := split.get(example.image) or split.get(PurePosixPath(example.image).name))
+    ]
+
+
+# Downloading what a preset needs.
+
+
+def _fetch_archive(name: str, folder: Path, suffixes: tuple[str, ...]) -> None:
+    """Downloads, unpacks and removes one archive; one put there by hand is used, and kept."""
+    by_hand = (folder / name).exists()
+    url, size, md5 = ARCHIVES[name]
+    unpack(download(url, folder / name, size, md5), folder, suffixes)
+    if not by_hand:
+        (folder / name).unlink()
+
+
+def _fetch_coco_images(folder: Path, examples: list[Example]) -> None:
+    """The pictures of these examples into train2014/: a few as single files, many as the archive."""
+    missing = [example.image for example in examples if not (folder / example.image).exists()]
+    if len(missing) >= ZIP_FROM:
+        free = shutil.disk_usage(folder).free
+        if free < 28e9 and not (folder / "train2014.zip").exists():
+            raise InputError(
+                f"all of COCO needs 28 GB in {folder} while it unpacks, found {free / 1e9:.0f} GB free; "
+                "use --num-captions 30000 (about 1 GB) or --data-dir"
+            )
+        _fetch_archive("train2014.zip", folder, (".jpg",))
+        missing = [name for name in missing if not (folder / name).exists()]
+    fetch = lambda name: download(f"{COCO}/{name}", folder / name, quiet=True)  # noqa: E731
+    pool = ThreadPoolExecutor(16)
+    try:
+        for _ in tqdm(
+            pool.map(fetch, missing), total=len(missing), unit="picture", desc="COCO pictures", disable=not missing
+        ):
+            pass
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+# Putting it together.
+
+
+def load_dataset(options: DataOptions) -> Dataset:
+    """The data set these options name: downloaded if need be, read, and split.
+
+    Raises:
+        InputError: see `read_annotations`, `assign_splits` and `download`.
+    """
+    lists = {s: Path(p) for s in SPLITS if (p := getattr(options, f"{s}_list"))}
+    root = Path(options.data_dir) / options.dataset
+    if options.annotations:
+        if not options.images:
+            raise InputError("--annotations needs --images DIR, the folder its pictures are in")
+        annotations, images = Path(options.annotations), Path(options.images)
+        name = images.resolve().name
+        if not images.is_dir():
+            raise InputError(f"{images}: no such image folder")
+    elif options.images:
+        raise InputError("--images needs --annotations FILE, the captions of its pictures")
+    elif options.dataset == "coco":
+        name, images, annotations = "coco", root, root / "annotations/captions_train2014.json"
+        if not annotations.exists():
+            _fetch_archive("annotations_trainval2014.zip", root, ("captions_train2014.json",))
+    elif options.dataset == "flickr8k":
+        name, images, annotations = "flickr8k", root / "Flicker8k_Dataset", root / "Flickr8k.token.txt"
+        if not annotations.exists():
+            _fetch_archive("Flickr8k_text.zip", root, (".token.txt", "Images.txt"))
+    else:
+        name, images, annotations = "shapes", root, shapes.draw_dataset(root)
+    beside = {split: annotations.parent / list_name for split, list_name in SPLIT_LISTS.items()}
+    if not lists and beside["train"].exists() and beside["val"].exists():
+        lists = {split: path for split, path in beside.items() if path.exists()}
+        say(f"split: the data set's own lists, {', '.join(path.name for path in lists.values())}")
+
+    examples = read_annotations(annotations)
+    if name == "coco" and not options.annotations:
+        examples = [dataclasses.replace(example, image=f"train2014/{example.image}") for example in examples]
+    elif not any((images / example.image).parent.is_dir() for example in examples[:1]):
+        # Karpathy's COCO names train2014/ and val2014/; the pictures may also lie in one folder.
+        examples = [dataclasses.replace(example, image=PurePosixPath(example.image).name) for example in examples]
+    examples = assign_splits(examples, options, lists)
+    default = 30_000 if name == "coco" and not options.annotations else 0
+    if limit := default if options.num_captions is None else options.num_captions:
+        examples = choose(examples, limit, options.split_seed)
+    if name == "coco" and not options.annotations:
+        _fetch_coco_images(root, examples)
+    elif name == "flickr8k" and not options.annotations and not all((images / e.image).exists() for e in examples):
+        _fetch_archive("Flickr8k_Dataset.zip", root, (".jpg",))
+    return Dataset(name, images, tuple(examples))
+
+
+# The command.
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of the data, for every script that reads them."""
+
+    def count(text: str) -> int:
+        return 0 if text == "all" else int(text)
+
+    default = DataOptions()
+    group = parser.add_argument_group("data")
+    group.add_argument(
+        "--dataset", choices=PRESETS, default=default.dataset, help="a known data set (default: %(default)s)"
+    )
+    group.add_argument(
+        "--annotations",
+        metavar="FILE",
+        help="your own captions instead: COCO JSON, Karpathy's JSON, "
+        "CSV with the header image,caption, or name#0<TAB>caption",
+    )
+    group.add_argument("--images", metavar="DIR", help="the folder of the pictures that --annotations names")
+    group.add_argument(
+        "--num-captions",
+        type=count,
+        metavar="N|all",
+        help="captions to use, of whole pictures chosen at random (default: 30000 of coco, all of the others)",
+    )
+    for split in SPLITS:
+        group.add_argument(f"--{split}-list", metavar="FILE", help=f"names of the {split} pictures, one a line")
+    group.add_argument(
+        "--val-fraction",
+        type=float,
+        default=default.val_fraction,
+        help="share of the pictures that chooses the best epoch, without lists (default: %(default)s)",
+    )
+    group.add_argument(
+        "--test-fraction",
+        type=float,
+        default=default.test_fraction,
+        help="share of the pictures kept aside, without lists (default: %(default)s)",
+    )
+    group.add_argument(
+        "--split-seed", type=int, default=default.split_seed, help="seed of the split (default: %(default)s)"
+    )
+    group.add_argument(
+        "--data-dir", default=default.data_dir, help="folder for downloaded data sets (default: %(default)s)"
+    )
+
+
+def options_from(args: argparse.Namespace) -> DataOptions:
+    """The data options of a parsed command line."""
+    return DataOptions(**{field.name: getattr(args, field.name) for field in dataclasses.fields(DataOptions)})
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Downloads and reads a data set, and says what is in it."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_arguments(parser)
+    dataset = load_dataset(options_from(parser.parse_args(argv)))
+    for split in SPLITS:
+        examples = [example for example in dataset.examples if example.split == split]
+        print(f"{split:5} {len(examples):7,} pictures {sum(len(e.captions) for e in examples):8,} captions")
+    example = random.Random(0).choice(dataset.examples)
+    print(f"{dataset.images / example.image}:", *example.captions, sep="\n  ")
+
+
+if __name__ == "__main__":
+    run_command(main)

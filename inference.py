@@ -1,0 +1,320 @@
+"""Captions pictures, and shows where the model looked for each word.
+
+    python inference.py photo.jpg                         # the newest run; writes photo_attention.png
+    python inference.py --run runs/coco a.jpg b.png
+    python inference.py                                   # a few held-out pictures, real and predicted captions
+
+From Python: `Captioning.load("runs/coco").caption("photo.jpg").text`.
+"""
+
+from common import InputError, read_json, run_command, say, file_sha256  # before TensorFlow
+
+import argparse
+import dataclasses
+import math
+import random
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import features
+import numpy as np
+import tensorflow as tf
+from PIL import Image
+
+import data_utils
+import model
+import tokenizer
+from tokenizer import END, PAD, START, UNK, Tokenizer
+
+MAX_WORDS = 50  # a caption that has not ended by then is cut
+
+
+@dataclasses.dataclass(frozen=True)
+class Caption:
+    """A caption, and what led to it."""
+
+    words: tuple[str, ...]
+    probabilities: tuple[float, ...]  # of each word, given those before it
+    attention: np.ndarray  # (number of words, 64), the weights of the locations for each word
+    ended: bool  # whether the model said <end>, or was cut after MAX_WORDS
+
+    @property
+    def text(self) -> str:
+        """The words in one line."""
+        return " ".join(self.words)
+
+
+# Decoding.
+
+
+@tf.function(reduce_retracing=True)
+def greedy_search(captioner: model.Captioner, pictures: tf.Tensor, max_words: int = MAX_WORDS) -> tuple[tf.Tensor, ...]:
+    """The most probable word at every step, until <end>; never <pad>, <unk> or <start>.
+
+    Args:
+        captioner: the model.
+        pictures: features, (B, 64, 2048).
+        max_words: where a caption that does not end is cut.
+
+    Returns:
+        tokens (B, T), <end> included and padded with <pad>; their probabilities (B, T); attention weights
+        (B, T, 64). T is at most `max_words`.
+    """
+    encoded = captioner.encode(pictures)
+    batch = tf.shape(pictures)[0]
+    token = tf.fill([batch], START)
+    state = captioner.decoder.initial_state(batch)
+    ended = tf.zeros([batch], tf.bool)
+    never = tf.reduce_sum(tf.one_hot([PAD, UNK, START], captioner.config.vocabulary_size, on_value=-1e9), axis=0)
+    tokens, probabilities, looks = (
+        tf.TensorArray(kind, 0, dynamic_size=True) for kind in (tf.int32, tf.float32, tf.float32)
+    )
+    for t in tf.range(max_words):
+        logits, state, weights = captioner.step(token, state, encoded)
+        logits = tf.cast(logits, tf.float32) + never  # (B, vocabulary)
+        token = tf.where(ended, PAD, tf.argmax(logits, axis=1, output_type=tf.int32))  # (B,)
+        tokens = tokens.write(t, token)
+        probabilities = probabilities.write(t, tf.reduce_max(tf.nn.softmax(logits), axis=1))
+        looks = looks.write(t, tf.cast(weights, tf.float32))
+        ended |= token == END
+        if tf.reduce_all(ended):
+            break
+    by_picture = lambda array: tf.experimental.numpy.swapaxes(array.stack(), 0, 1)
+    return by_picture(tokens), by_picture(probabilities), by_picture(looks)
+
+
+def caption_features(captioner: model.Captioner, words: Tokenizer, pictures: tf.Tensor) -> list[Caption]:
+    """Captions a batch of features, (B, 64, 2048)."""
+    tokens, probabilities, looks = (tensor.numpy() for tensor in greedy_search(captioner, pictures))
+    captions = []
+    for row, probability, look in zip(tokens, probabilities, looks, strict=True):
+        ended = END in row
+        length = int(np.argmax(row == END)) if ended else len(row)
+        captions.append(
+            Caption(
+                tuple(words.words[i] for i in row[:length]),
+                tuple(map(float, probability[:length])),
+                look[:length],
+                ended,
+            )
+        )
+    return captions
+
+
+# A run folder: all that captioning needs.
+
+
+def newest_run(folder: Path | str = "runs") -> Path:
+    """The run whose checkpoint was written last.
+
+    Raises:
+        InputError: there is no run with a checkpoint.
+    """
+    checkpoints = sorted(Path(folder).glob("*/checkpoints/*/checkpoint"), key=lambda path: path.stat().st_mtime)
+    if not checkpoints:
+        raise InputError(
+            f"no run with a checkpoint in {folder}/; train one with `python train.py`, or name one with --run"
+        )
+    return checkpoints[-1].parents[2]
+
+
+def checkpoint_of(run: Path) -> str:
+    """The prefix of a run's best checkpoint, or of its last while there is no best.
+
+    Raises:
+        InputError: the folder is no run, or has no checkpoint.
+    """
+    if not (run / "config.json").exists():
+        raise InputError(f"{run}: not a run folder (it has no config.json); expected one that train.py made")
+    for name in ("best", "last"):
+        if prefix := tf.train.latest_checkpoint(run / "checkpoints" / name):
+            return prefix
+    raise InputError(f"{run}: no checkpoint in {run / 'checkpoints'}/; train it with `python train.py`")
+
+
+def load_run(run: Path | str) -> tuple[model.Captioner, Tokenizer, dict[str, Any]]:
+    """Loads a run's best weights, its vocabulary and its config.json, checked against each other.
+
+    Raises:
+        InputError: something is missing or does not belong together.
+    """
+    run = Path(run)
+    prefix = checkpoint_of(run)
+    config = read_json(run / "config.json")
+    words = Tokenizer.load(run / "vocabulary.json")
+    try:
+        settings = model.ModelConfig(**config["model"])
+        expected = config["vocabulary_sha256"]
+    except (KeyError, TypeError) as error:
+        raise InputError(f"{run / 'config.json'}: not the config.json of a run ({error!r})") from None
+    if file_sha256(run / "vocabulary.json") != expected or len(words) != settings.vocabulary_size:
+        raise InputError(
+            f"{run / 'vocabulary.json'}: not the vocabulary these weights were trained with; put back the "
+            "vocabulary.json of this run"
+        )
+    captioner = model.build(settings)
+    try:
+        tf.train.Checkpoint(captioner=captioner).restore(prefix).expect_partial().assert_existing_objects_matched()
+    except (tf.errors.OpError, ValueError, AssertionError) as error:
+        reason = str(error).strip().split("\n")[0][:200]
+        raise InputError(f"{prefix}: damaged, or not the weights of this config.json ({reason})") from None
+    return captioner, words, config
+
+
+class Captioning:
+    """A trained run that captions pictures."""
+
+    def __init__(self, captioner: model.Captioner, words: Tokenizer, config: dict[str, Any], run: Path):
+        self.captioner, self.words, self.config, self.run = captioner, words, config, run
+        self._cnn: tf.keras.Model | None = None
+
+    @classmethod
+    def load(cls, run: Path | str) -> "Captioning":
+        """Loads a run folder; raises InputError, see `load_run`."""
+        return cls(*load_run(run), Path(run))
+
+    @property
+    def cnn(self) -> tf.keras.Model:
+        """The CNN whose features the run was trained on, built when first needed."""
+        if self._cnn is None:
+            own = self.run / features.CNN_FILE
+            self._cnn = features.build_cnn(str(own) if own.exists() else self.config["features"]["weights"])
+        return self._cnn
+
+    def caption(self, picture: Path | str) -> Caption:
+        """Captions one picture; raises InputError if it cannot be read."""
+        return self.caption_pixels(features.load_image(picture)[np.newaxis])[0]
+
+    def caption_pixels(self, pixels: np.ndarray) -> list[Caption]:
+        """Captions pictures read by `features.load_image`, (B, 299, 299, 3) uint8."""
+        # Rounded as the cached features of the training were.
+        return self.caption_features(tf.cast(self.cnn(pixels, training=False), self.config["features"]["dtype"]))
+
+    def caption_features(self, pictures: tf.Tensor) -> list[Caption]:
+        """Captions features, (B, 64, 2048)."""
+        return caption_features(self.captioner, self.words, pictures)
+
+
+# The attention plot.
+
+
+def enlarge(weights: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """The weights of 64 locations, smoothly enlarged over a picture of size (width, height): (height, width)."""
+    side = math.isqrt(len(weights))
+    grid = Image.fromarray(weights.reshape(side, side).astype(np.float32))
+    return np.asarray(grid.resize(size, Image.Resampling.BICUBIC)).clip(0)
+
+
+def plot_attention(picture: Image.Image, caption: Caption, path: Path | str) -> None:
+    """Writes the picture, and for every word the picture lit where the model looked.
+
+    Each panel is scaled to its own brightest location.
+    """
+    from matplotlib.figure import Figure  # no pyplot: no window system, and nothing to close
+
+    picture = features.upright_rgb(picture)
+    picture.thumbnail((448, 448))
+    panels = len(caption.words) + 1
+    columns = min(panels, 5 if panels > 8 else 4)
+    rows = math.ceil(panels / columns)
+    height = 2.6 * picture.height / picture.width
+    figure = Figure(figsize=(2.6 * columns, (height + 0.35) * rows + 0.5), dpi=110, layout="constrained")
+    figure.suptitle(caption.text, fontsize=13, wrap=True)
+    axes = figure.subplots(rows, columns, squeeze=False).flat
+    for axis in axes:
+        axis.axis("off")
+    axes[0].imshow(picture)
+    for axis, word, weights in zip(axes[1:panels], caption.words, caption.attention, strict=True):
+        axis.imshow(picture)
+        axis.imshow(enlarge(weights, picture.size), cmap="gray", alpha=0.65, vmin=0)
+        axis.set_title(word, fontsize=12)
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path)
+
+
+# The command.
+
+
+def caption_files(captioning: Captioning, paths: Sequence[Path], output: Path) -> int:
+    """Captions files, one line each, and plots their attention; returns how many could not be read."""
+    failed, taken = 0, set()
+    for path in paths:
+        try:
+            caption = captioning.caption(path)
+        except InputError as error:
+            say(f"inference.py: {error}")
+            failed += 1
+            continue
+        print(caption.text if len(paths) == 1 else f"{path}\t{caption.text}", flush=True)
+        stem = path.stem
+        while stem in taken:  # a/dog.jpg and b/dog.jpg
+            stem += "_"
+        taken.add(stem)
+        plot = output / f"{stem}_attention.png"
+        with Image.open(path) as picture:
+            plot_attention(picture, caption, plot)
+        say(f"attention: {plot}")
+    return failed
+
+
+def dataset_of(config: dict[str, Any]) -> data_utils.Dataset:
+    """The data a run was trained on, read again from where its config.json says.
+
+    Raises:
+        InputError: it is not there, or not the same any more, so that its held-out pictures may not be held out.
+    """
+    options = dict(config["data"])
+    fingerprint, unreadable = options.pop("fingerprint"), options.pop("unreadable")
+    dataset = data_utils.load_dataset(data_utils.DataOptions(**options)).without(set(unreadable))
+    if dataset.fingerprint != fingerprint:
+        raise InputError(
+            "the data have changed since this run was trained, and with them the split; restore them, or train anew"
+        )
+    return dataset
+
+
+def caption_held_out(captioning: Captioning, count: int, seed: int | None) -> None:
+    """Captions random held-out pictures of the run's data, beside what people wrote, as the tutorial ends."""
+    dataset = dataset_of(captioning.config)
+    held_out = [example for example in dataset.examples if example.split == "test"] or dataset.split("val")
+    for example in random.Random(seed).sample(held_out, min(count, len(held_out))):
+        path = dataset.images / example.image
+        try:
+            caption = captioning.caption(path)
+        except InputError as error:
+            say(f"skipped {error}")
+            continue
+        print(f"{path}\n  real:      {chr(10).join(example.captions).replace(chr(10), chr(10) + ' ' * 13)}")
+        plot = captioning.run / "attention" / f"{path.stem}_attention.png"
+        with Image.open(path) as picture:
+            plot_attention(picture, caption, plot)
+        print(f"  predicted: {caption.text}\n  attention: {plot}", flush=True)
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Captions the pictures of the command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("pictures", nargs="*", type=Path, help="pictures to caption (default: a few held-out ones)")
+    parser.add_argument("--run", type=Path, help="run folder (default: the newest in runs/)")
+    parser.add_argument(
+        "--output-dir", type=Path, default=Path(), help="where <picture>_attention.png goes (default: here)"
+    )
+    parser.add_argument(
+        "--count", type=int, default=3, help="how many held-out pictures, without a picture (default: 3)"
+    )
+    parser.add_argument("--seed", type=int, help="which held-out pictures (default: others each time)")
+    args = parser.parse_args(argv)
+    for path in args.pictures:
+        if not path.is_file():
+            raise InputError(f"{path}: no such picture")
+    captioning = Captioning.load(args.run or newest_run())
+    say(f"run: {captioning.run}")
+    if not args.pictures:
+        caption_held_out(captioning, args.count, args.seed)
+    elif failed := caption_files(captioning, args.pictures, args.output_dir):
+        raise InputError(f"{failed} of {len(args.pictures)} pictures could not be captioned")
+
+
+if __name__ == "__main__":
+    run_command(main)

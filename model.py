@@ -1,0 +1,247 @@
+"""The captioner: a CNN encoder, Bahdanau attention, and a GRU decoder.
+
+    python model.py                                       # the shapes of everything, for a batch of 16
+
+After "Show, Attend and Tell" (Xu et al. 2015, https://arxiv.org/abs/1502.03044) and TensorFlow's tutorial
+"Image captioning with visual attention". In the comments B is the batch size, T the number of tokens, L
+the 64 locations of the 8x8 grid, and the sizes are the defaults.
+"""
+
+from common import InputError, run_command  # before TensorFlow
+
+import argparse
+import dataclasses
+from typing import Any, NamedTuple
+
+import tensorflow as tf
+
+layers = tf.keras.layers
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+    """The model's settings, saved in a run's config.json."""
+
+    vocabulary_size: int = 5000
+    embedding_dim: int = 256  # of the words, and of the encoded features
+    units: int = 512  # of the GRU, the attention and the decoder's first Dense
+    dropout: float = 0.0  # share of the embeddings and of the decoder's outputs dropped while training
+
+    def __post_init__(self):
+        for name in ("vocabulary_size", "embedding_dim", "units"):
+            if not isinstance(value := getattr(self, name), int) or value < 1:
+                raise InputError(f"{name}: expected a whole number of at least 1, found {value!r}")
+        if not 0 <= self.dropout < 1:
+            raise InputError(f"dropout: expected at least 0 and less than 1, found {self.dropout}")
+
+
+class Encoded(NamedTuple):
+    """A batch of pictures as the decoder sees them, computed once for all words of a caption."""
+
+    features: tf.Tensor  # (B, L, 256)
+    keys: tf.Tensor  # (B, L, 512), the attention's view of them
+
+
+class CNNEncoder(tf.keras.Model):
+    """One fully connected layer with ReLU over InceptionV3's cached features."""
+
+    def __init__(self, embedding_dim: int):
+        super().__init__()
+        self.fc = layers.Dense(embedding_dim, activation="relu")
+
+    def call(self, features: tf.Tensor) -> tf.Tensor:
+        """(B, L, 2048) -> (B, L, 256)."""
+        return self.fc(features)
+
+
+class BahdanauAttention(tf.keras.Model):
+    """Where to look next: additive attention, score = V tanh(W1 features + W2 hidden).
+
+    Bahdanau et al. 2014, section A.1.2; Xu et al. 2015, section 4.2 (soft attention).
+    """
+
+    def __init__(self, units: int):
+        super().__init__()
+        self.W1 = layers.Dense(units)
+        self.W2 = layers.Dense(units)
+        self.V = layers.Dense(1)
+
+    def call(
+        self, features: tf.Tensor, hidden: tf.Tensor, keys: tf.Tensor | None = None
+    ) -> tuple[tf.Tensor, tf.Tensor]:
+        """Weighs the locations by the decoder's hidden state.
+
+        Args:
+            features: (B, L, 256).
+            hidden: (B, 512), the GRU's state before this word.
+            keys: (B, L, 512), W1 features, if already computed: they are the same for all words.
+
+        Returns:
+            The context vector (B, 256) and the attention weights (B, L), which sum to 1.
+        """
+        keys = self.W1(features) if keys is None else keys
+        query = self.W2(hidden)[:, tf.newaxis]  # (B, 1, 512)
+        scores = self.V(tf.tanh(keys + query))  # (B, L, 1)
+        weights = tf.nn.softmax(scores, axis=1)  # (B, L, 1)
+        # A matrix product sums over the locations without storing (B, L, 256) weighted features.
+        context = tf.matmul(weights, features, transpose_a=True)  # (B, 1, 256)
+        return tf.squeeze(context, 1), tf.squeeze(weights, 2)
+
+
+class RNNDecoder(tf.keras.Model):
+    """One word after the other: attention, embedding, GRU, and two Dense layers to the vocabulary.
+
+    The GRU's state is carried from word to word. (The tutorial's code never passes it back to the GRU, so
+    there each word starts from zeros: https://github.com/tensorflow/tensorflow/issues/38248.)
+    """
+
+    def __init__(self, embedding_dim: int, units: int, vocabulary_size: int, dropout: float = 0.0):
+        super().__init__()
+        self.units = units
+        self.embedding = layers.Embedding(vocabulary_size, embedding_dim)
+        self.gru = layers.GRUCell(units)  # the cell of the tutorial's GRU: (768 inputs) and (512 state) to (512 state)
+        self.fc1 = layers.Dense(units)
+        self.fc2 = layers.Dense(vocabulary_size)
+        self.attention = BahdanauAttention(units)
+        self.dropout = layers.Dropout(dropout)
+
+    def initial_state(self, batch_size: int | tf.Tensor) -> tf.Tensor:
+        """Zeros, (B, 512)."""
+        return tf.zeros((batch_size, self.units))
+
+    def cell(self, embedded: tf.Tensor, state: tf.Tensor, encoded: Encoded) -> tuple[tf.Tensor, tf.Tensor]:
+        """One step of the recurrence, shared by teacher forcing and captioning, so that they cannot differ.
+
+        Args:
+            embedded: (B, 256), the previous word.
+            state: (B, 512).
+            encoded: the pictures.
+
+        Returns:
+            The next state (B, 512), which is also the GRU's output, and the attention weights (B, L).
+        """
+        context, weights = self.attention(encoded.features, state, encoded.keys)
+        output, _ = self.gru(tf.concat([context, embedded], axis=-1), [state])  # (B, 512) from (B, 512)
+        return output, weights
+
+    def to_logits(self, outputs: tf.Tensor, training: bool = False) -> tf.Tensor:
+        """The GRU's outputs (..., 512) -> logits (..., vocabulary)."""
+        return self.fc2(self.fc1(self.dropout(outputs, training=training)))
+
+    def encode(self, features: tf.Tensor) -> Encoded:
+        """Adds the attention's keys to encoded features, (B, L, 256)."""
+        return Encoded(features, self.attention.W1(features))
+
+    def call(self, tokens: tf.Tensor, features: tf.Tensor | Encoded, state: tf.Tensor) -> tuple[tf.Tensor, ...]:
+        """One word of captioning, as in the tutorial.
+
+        Args:
+            tokens: (B,) or (B, 1), the previous word's id.
+            features: (B, L, 256), or what `encode` made of them.
+            state: (B, 512).
+
+        Returns:
+            logits (B, vocabulary), state (B, 512), attention weights (B, L).
+        """
+        encoded = features if isinstance(features, Encoded) else self.encode(features)
+        state, weights = self.cell(self.embedding(tf.reshape(tokens, [-1])), state, encoded)
+        return self.to_logits(state), state, weights
+
+    def teach(self, tokens: tf.Tensor, encoded: Encoded, training: bool = False) -> tuple[tf.Tensor, tf.Tensor]:
+        """Teacher forcing: every step is given the true previous word.
+
+        What does not depend on the step before, the embedding and the layers to the vocabulary, is computed
+        for all words at once, in a few large matrix products.
+
+        Args:
+            tokens: (B, T), the true words from <start> on.
+            encoded: the pictures.
+            training: whether dropout is at work.
+
+        Returns:
+            logits of the word after each token (B, T, vocabulary), and attention weights (B, T, L).
+        """
+        embedded = tf.transpose(self.dropout(self.embedding(tokens), training=training), [1, 0, 2])  # (T, B, 256)
+        batch, locations = tf.shape(tokens)[0], encoded.features.shape[1]
+        # A loop in the graph: one trace serves every length, where an unrolled one is compiled anew for each.
+        states, weights = tf.scan(
+            lambda before, word: self.cell(word, before[0], encoded),
+            embedded,
+            initializer=(self.initial_state(batch), tf.zeros((batch, locations))),
+        )  # (T, B, 512) and (T, B, L)
+        outputs = tf.transpose(states, [1, 0, 2])  # (B, T, 512)
+        return self.to_logits(outputs, training), tf.transpose(weights, [1, 0, 2])
+
+
+class Captioner(tf.keras.Model):
+    """Encoder and decoder together: what is trained, saved and asked for captions."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.config = config
+        self.encoder = CNNEncoder(config.embedding_dim)
+        self.decoder = RNNDecoder(config.embedding_dim, config.units, config.vocabulary_size, config.dropout)
+
+    def encode(self, features: tf.Tensor) -> Encoded:
+        """Cached features (B, L, 2048), float16 or float32 -> what `step` needs of them."""
+        return self.decoder.encode(self.encoder(tf.cast(features, self.compute_dtype)))
+
+    def step(self, tokens: tf.Tensor, state: tf.Tensor, encoded: Encoded) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
+        """One word of captioning: tokens (B,), state (B, 512) -> logits (B, vocabulary), state, weights (B, L)."""
+        return self.decoder(tokens, encoded, state)
+
+    def call(self, features: tf.Tensor, tokens: tf.Tensor, training: bool = False) -> tf.Tensor:
+        """Teacher forcing: features (B, L, 2048), tokens (B, T) -> logits of the next words (B, T, vocabulary)."""
+        logits, _ = self.decoder.teach(tokens, self.encode(features), training)
+        return logits
+
+
+def masked_loss(logits: tf.Tensor, targets: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
+    """Cross-entropy summed over the real words, and their number; <pad> (id 0) counts for nothing.
+
+    The tutorial averages over padding too, so there the loss depends on the longest caption of the batch.
+
+    Args:
+        logits: (B, T, vocabulary).
+        targets: (B, T), the true next words.
+
+    Returns:
+        Sum in nats, and number of real words, both scalars in float32.
+    """
+    mask = tf.cast(targets != 0, tf.float32)
+    losses = tf.nn.sparse_softmax_cross_entropy_with_logits(targets, tf.cast(logits, tf.float32))  # (B, T)
+    return tf.reduce_sum(losses * mask), tf.reduce_sum(mask)
+
+
+def build(config: ModelConfig, features_shape: tuple[int, int] = (64, 2048)) -> Captioner:
+    """A captioner whose weights exist, which restoring a checkpoint needs."""
+    captioner = Captioner(config)
+    encoded = captioner.encode(tf.zeros((1, *features_shape)))
+    captioner.step(tf.zeros(1, tf.int32), captioner.decoder.initial_state(1), encoded)
+    captioner.built = True
+    return captioner
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Prints the shapes of a batch of 16 on its way through the model."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.parse_args(argv)
+    captioner = build(ModelConfig())
+    features = tf.zeros((16, 64, 2048))
+    encoded = captioner.encode(features)
+    logits, state, weights = captioner.step(tf.zeros(16, tf.int32), captioner.decoder.initial_state(16), encoded)
+    shapes: dict[str, Any] = {
+        "features": features,
+        "encoder": encoded.features,
+        "attention keys": encoded.keys,
+        "decoder logits": logits,
+        "decoder state": state,
+        "attention weights": weights,
+    }
+    for name, tensor in shapes.items():
+        print(f"{name:18} {tuple(tensor.shape)}")
+    print(f"{captioner.count_params():,} weights")
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -1,0 +1,505 @@
+"""Trains a captioner by teacher forcing. Run the same command again, and it continues where it stopped.
+
+    python train.py                                       # MS-COCO 2014, 30,000 captions, as the tutorial
+    python train.py --num-captions all                    # all of its training pictures
+    python train.py --annotations captions.csv --images photos/
+
+A run folder, runs/<data set>/, holds all that captioning needs (config.json, vocabulary.json, checkpoints/)
+and what the training saw (history.csv, loss.png, tensorboard/).
+"""
+
+from common import InputError, atomic_write, file_sha256, read_json, run_command, say, write_json  # before TensorFlow
+
+import argparse
+import csv
+import dataclasses
+import math
+import os
+import shutil
+import signal
+import time
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import evaluate
+import features
+import numpy as np
+import tensorflow as tf
+from tqdm import tqdm
+
+import data_utils
+import inference
+import model
+from tokenizer import Tokenizer
+
+WINDOW = 50  # batches among which captions are sorted by length: little padding, and batches still differ by epoch
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainConfig:
+    """The training's settings, saved in a run's config.json. The defaults are the tutorial's, clipping added."""
+
+    epochs: int = 20
+    batch_size: int = 64
+    learning_rate: float = 1e-3  # of Adam
+    clip_norm: float = 5.0  # the gradients' global norm is cut to this
+    patience: int = 3  # epochs without a better score after which training stops; 0: never
+    max_length: int = 50  # tokens; longer captions are cut
+    validation_pictures: int = 1000  # at the most, of the val split
+    save_minutes: float = 5.0  # between checkpoints inside an epoch
+    seed: int = 0
+
+
+MAY_CHANGE = {"epochs", "patience", "save_minutes"}  # when a run is continued
+
+
+# Data: batches of captions of similar length, in an order that seed and epoch determine.
+
+
+class Captions(NamedTuple):
+    """All captions of a split as arrays, a few bytes each; the features stay on the disk."""
+
+    paths: np.ndarray  # (pictures,) of str, the features' files
+    picture: np.ndarray  # (captions,) int32, each caption's picture
+    tokens: np.ndarray  # (captions, longest) int32, padded with <pad>
+    lengths: np.ndarray  # (captions,) int32
+
+
+def encode_captions(
+    examples: list[data_utils.Example], words: Tokenizer, cache: features.FeatureCache, max_length: int
+) -> Captions:
+    """Turns the captions of a split into arrays."""
+    rows = [(i, words.encode(text, max_length)) for i, example in enumerate(examples) for text in example.captions]
+    tokens = np.zeros((len(rows), max(len(ids) for _, ids in rows)), np.int32)
+    for row, (_, ids) in zip(tokens, rows, strict=True):
+        row[: len(ids)] = ids
+    return Captions(
+        np.array([str(cache.path(example.image)) for example in examples]),
+        np.array([i for i, _ in rows], np.int32),
+        tokens,
+        np.array([len(ids) for _, ids in rows], np.int32),
+    )
+
+
+def order_batches(lengths: np.ndarray, batch_size: int, seed: int, epoch: int) -> list[np.ndarray]:
+    """An epoch's batches, each the indices of captions of similar length.
+
+    Captions are shuffled, sorted by length inside windows of 50 batches, and the batches shuffled. What does
+    not fill a batch comes last, of any lengths. The order depends on nothing but the arguments, which is how
+    a stopped epoch can be continued at any batch.
+    """
+    dice = np.random.default_rng((seed, epoch))
+    order = dice.permutation(len(lengths))
+    full = len(order) // batch_size * batch_size
+    batches = []
+    for start in range(0, full, WINDOW * batch_size):
+        window = order[start : min(start + WINDOW * batch_size, full)]
+        window = window[np.argsort(lengths[window], kind="stable")]
+        batches += np.split(window, len(window) // batch_size)
+    batches = [batches[i] for i in dice.permutation(len(batches))]
+    return batches + ([order[full:]] if full < len(order) else [])
+
+
+def make_pipeline(captions: Captions, batches: list[np.ndarray], cache: features.FeatureCache) -> tf.data.Dataset:
+    """Reads the batches' features from the cache, in parallel and ahead of the model.
+
+    All batches but the last must be of one size. Yields features (B, 64, 2048) in the cache's dtype, and
+    tokens (B, T) padded to the batch's longest caption.
+    """
+
+    def tokens():
+        for batch in batches:
+            yield captions.tokens[batch, : captions.lengths[batch].max()]
+
+    paths = captions.paths[captions.picture[np.concatenate(batches)]]
+    pictures = tf.data.Dataset.from_tensor_slices(paths).map(cache.read, num_parallel_calls=tf.data.AUTOTUNE)
+    words = tf.data.Dataset.from_generator(tokens, output_signature=tf.TensorSpec((None, None), tf.int32))
+    return tf.data.Dataset.zip(pictures.batch(len(batches[0])), words).prefetch(tf.data.AUTOTUNE)
+
+
+# One step, and what a stopped run needs to continue.
+
+
+class Progress(tf.Module):
+    """Where the training is: saved with the weights, so that a run continues to the same numbers."""
+
+    def __init__(self):
+        super().__init__()
+        self.epoch = tf.Variable(0, dtype=tf.int64)  # epochs done
+        self.step = tf.Variable(0, dtype=tf.int64)  # batches done of the epoch under way
+        self.loss = tf.Variable(0.0, dtype=tf.float64)  # summed over the words of the epoch so far, in nats
+        self.words = tf.Variable(0.0, dtype=tf.float64)
+        self.seconds = tf.Variable(0.0, dtype=tf.float64)  # of training in the epoch so far
+        self.best_score = tf.Variable(-1.0, dtype=tf.float64)
+        self.best_epoch = tf.Variable(0, dtype=tf.int64)
+
+    def start_epoch(self) -> None:
+        """Forgets the sums of the epoch before."""
+        for variable in (self.step, self.loss, self.words, self.seconds):
+            variable.assign(tf.zeros_like(variable))
+
+
+def batch_signature(cache: features.FeatureCache) -> list[tf.TensorSpec]:
+    """What `make_pipeline` yields, for functions compiled once for batches of all sizes and lengths."""
+    pictures = tf.TensorSpec((None, features.LOCATIONS, features.CHANNELS), cache.dtype)
+    return [pictures, tf.TensorSpec((None, None), tf.int32)]
+
+
+def make_train_step(
+    captioner: model.Captioner,
+    optimizer: tf.keras.optimizers.Optimizer,
+    progress: Progress,
+    cache: features.FeatureCache,
+):
+    """The training step: teacher forcing, the mean loss over the batch's real words, Adam."""
+    variables = captioner.trainable_variables
+
+    @tf.function(input_signature=batch_signature(cache))
+    def train_step(pictures: tf.Tensor, tokens: tf.Tensor) -> None:
+        with tf.GradientTape() as tape:
+            logits = captioner(pictures, tokens[:, :-1], training=True)  # (B, T - 1, vocabulary)
+            loss, words = model.masked_loss(logits, tokens[:, 1:])
+            mean = loss / tf.maximum(words, 1)
+        optimizer.apply(tape.gradient(mean, variables), variables)
+        progress.loss.assign_add(tf.cast(loss, tf.float64))
+        progress.words.assign_add(tf.cast(words, tf.float64))
+        progress.step.assign_add(1)
+
+    return train_step
+
+
+class Checkpoints:
+    """A run's `last` checkpoint, everything needed to continue, and `best`, the weights that caption best."""
+
+    def __init__(
+        self, run: Path, captioner: model.Captioner, optimizer: tf.keras.optimizers.Optimizer, progress: Progress
+    ):
+        everything = tf.train.Checkpoint(captioner=captioner, optimizer=optimizer, progress=progress)
+        weights = tf.train.Checkpoint(captioner=captioner)
+        # One is kept of each; the old one is deleted when the new one is whole.
+        self.last = tf.train.CheckpointManager(everything, str(run / "checkpoints/last"), max_to_keep=1)
+        self.best = tf.train.CheckpointManager(weights, str(run / "checkpoints/best"), max_to_keep=1)
+        self.progress = progress
+
+    def restore(self) -> bool:
+        """Goes back to the last checkpoint; False if there is none."""
+        if not self.last.latest_checkpoint:
+            return False
+        try:
+            self.last.checkpoint.restore(self.last.latest_checkpoint).assert_consumed()
+        except (tf.errors.OpError, ValueError, AssertionError) as error:
+            reason = str(error).strip().split("\n")[0][:200]
+            raise InputError(
+                f"{self.last.latest_checkpoint}: damaged, or of another model ({reason}); delete the run "
+                "folder to start again"
+            ) from None
+        return True
+
+    def save(self) -> None:
+        """Saves where the training is, unless its loss is not a number."""
+        if math.isfinite(float(self.progress.loss)):
+            self.last.save()
+
+
+# Epochs.
+
+
+def train_epoch(
+    train_step, captions: Captions, cache: features.FeatureCache, checkpoints: Checkpoints, config: TrainConfig
+) -> None:
+    """Trains through what is left of an epoch, saving now and then.
+
+    Raises:
+        InputError: the loss is not finite.
+    """
+    progress = checkpoints.progress
+    epoch, done = int(progress.epoch), int(progress.step)
+    batches = order_batches(captions.lengths, config.batch_size, config.seed, epoch)
+    if done == len(batches):
+        return
+    bar = tqdm(
+        total=len(captions.lengths),
+        initial=sum(map(len, batches[:done])),
+        unit="caption",
+        desc=f"epoch {epoch + 1}/{config.epochs}",
+    )
+    saved = shown = time.monotonic()
+    with bar:
+        for (pictures, tokens), batch in zip(
+            make_pipeline(captions, batches[done:], cache), batches[done:], strict=True
+        ):
+            train_step(pictures, tokens)
+            bar.update(len(batch))
+            now = time.monotonic()
+            if now - shown >= 1 or batch is batches[-1]:  # asking for the loss waits for the step, so not every time
+                progress.seconds.assign_add(now - shown)
+                shown = now
+                loss = float(progress.loss / progress.words)
+                bar.set_postfix_str(f"loss {loss:.3f}")
+                if not math.isfinite(loss):
+                    raise InputError(
+                        f"the loss is {loss} by step {int(progress.step)} of epoch {epoch + 1}; the last checkpoint is from before "
+                        "it: run again with a smaller --learning-rate in another --run"
+                    )
+            if now - saved >= 60 * config.save_minutes:
+                checkpoints.save()
+                saved = time.monotonic()
+    checkpoints.save()  # before validation, which then need not wait for the epoch again
+
+
+class Validation:
+    """Scores a model on held-out pictures after every epoch."""
+
+    def __init__(
+        self,
+        captioner: model.Captioner,
+        words: Tokenizer,
+        cache: features.FeatureCache,
+        examples: list[data_utils.Example],
+        config: TrainConfig,
+    ):
+        self.captioner, self.words, self.cache, self.config = captioner, words, cache, config
+        self.examples = examples[: config.validation_pictures]
+        self.captions = encode_captions(self.examples, words, cache, config.max_length)
+
+        @tf.function(input_signature=batch_signature(cache))
+        def loss_of(pictures: tf.Tensor, tokens: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
+            return model.masked_loss(captioner(pictures, tokens[:, :-1]), tokens[:, 1:])
+
+        self._loss_of = loss_of
+
+    def loss(self) -> float:
+        """The mean loss per word of the held-out captions, in nats, with teacher forcing."""
+        order = np.argsort(self.captions.lengths, kind="stable")
+        size = self.config.batch_size
+        batches = np.split(order, range(size, len(order), size))
+        sums = [
+            self._loss_of(pictures, tokens) for pictures, tokens in make_pipeline(self.captions, batches, self.cache)
+        ]
+        return float(sum(loss for loss, _ in sums) / sum(words for _, words in sums))
+
+    def scores(self) -> tuple[dict[str, float], str]:
+        """An epoch's scores, with free-running captions, and one caption to look at."""
+        captions = evaluate.caption_examples(
+            self.captioner, self.words, self.cache, self.examples, self.config.batch_size
+        )
+        texts = [caption.text for caption in captions]
+        # Without Java, so that a run chooses the same epoch on every machine.
+        found = evaluate.score([list(example.captions) for example in self.examples], texts, java=False)
+        distinct = evaluate.summarise(captions)["distinct captions"]
+        row = {
+            "val_loss": round(self.loss(), 4),
+            "bleu4": found["BLEU-4"],
+            "cider": found["CIDEr"],
+            "distinct": distinct,
+        }
+        return row, f"{self.examples[0].image}: {texts[0]}"
+
+
+def plot_history(rows: list[dict[str, Any]], path: Path) -> None:
+    """The loss plot: training and validation loss, and BLEU-4, by epoch."""
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
+
+    epochs = [int(row["epoch"]) for row in rows]
+    figure = Figure(figsize=(7, 4), dpi=110, layout="constrained")
+    losses = figure.subplots()
+    for name, label in (("train_loss", "training loss"), ("val_loss", "validation loss")):
+        losses.plot(epochs, [float(row[name]) for row in rows], marker="o", markersize=3, label=label)
+    losses.set(xlabel="epoch", ylabel="loss (nats per word)")
+    losses.xaxis.set_major_locator(MaxNLocator(integer=True))
+    scores = losses.twinx()
+    scores.plot(
+        epochs, [float(row["bleu4"]) for row in rows], color="tab:green", marker="s", markersize=3, label="BLEU-4"
+    )
+    scores.set(ylabel="BLEU-4 (validation, %)", ylim=(0, None))
+    best = max(rows, key=lambda row: float(row["cider"]))
+    losses.axvline(int(best["epoch"]), color="grey", linestyle=":", label="best epoch (CIDEr)")
+    lines = losses.get_legend_handles_labels(), scores.get_legend_handles_labels()
+    losses.legend(*(first + second for first, second in zip(*lines, strict=True)), loc="center right")
+    with atomic_write(path, "wb") as file:
+        figure.savefig(file, format="png")
+
+
+class History:
+    """history.csv, loss.png and the TensorBoard events of a run, one row an epoch."""
+
+    def __init__(self, run: Path, epochs_done: int):
+        self.run, self.rows = run, []
+        if (run / "history.csv").exists():
+            with open(run / "history.csv", newline="", encoding="utf-8") as file:
+                self.rows = list(csv.DictReader(file))[:epochs_done]
+        self.events = tf.summary.create_file_writer(str(run / "tensorboard"))
+
+    def add(self, row: dict[str, Any]) -> None:
+        """Adds an epoch and writes everything anew."""
+        self.rows.append(row)
+        with atomic_write(self.run / "history.csv") as file:
+            writer = csv.DictWriter(file, list(row))
+            writer.writeheader()
+            writer.writerows(self.rows)
+        plot_history(self.rows, self.run / "loss.png")
+        with self.events.as_default(step=int(row["epoch"])):
+            for name, value in row.items():
+                tf.summary.scalar(name, float(value))
+        self.events.flush()
+
+
+# A run.
+
+
+def start_run(run: Path, config: dict[str, Any], words: Tokenizer, cache: features.FeatureCache) -> None:
+    """Makes the run folder, or checks that it was made with these settings.
+
+    Raises:
+        InputError: the folder holds a run with other settings; both are named.
+    """
+    path = run / "config.json"
+    if not path.exists():
+        words.save(run / "vocabulary.json")
+        own = (
+            cache.folder / features.CNN_FILE
+            if cache.settings["weights"] == "random"
+            else Path(cache.settings["weights"])
+        )
+        if own.is_file():  # ImageNet's weights can be had anywhere, others only here; a link takes no space
+            (run / features.CNN_FILE).unlink(missing_ok=True)
+            try:
+                os.link(own, run / features.CNN_FILE)
+            except OSError:
+                shutil.copyfile(own, run / features.CNN_FILE)
+        write_json(path, config | {"vocabulary_sha256": file_sha256(run / "vocabulary.json")})
+        return
+    saved = read_json(path)
+    for section, settings in config.items():
+        for key, value in settings.items():
+            found = saved.get(section, {}).get(key)
+            if found != value and key not in MAY_CHANGE:
+                raise InputError(
+                    f"{run} was trained with {section} {key} = {found}, expected {value}; give its settings to continue it, "
+                    "or another --run to start anew"
+                )
+
+
+def train(
+    run: Path, dataset: data_utils.Dataset, cache: features.FeatureCache, config: dict[str, Any], words: Tokenizer
+) -> None:
+    """Trains a run to its end, from wherever it is."""
+    settings = TrainConfig(**config["training"])
+    tf.keras.utils.set_random_seed(settings.seed)
+    captioner = model.build(model.ModelConfig(**config["model"]))
+    optimizer = tf.keras.optimizers.Adam(settings.learning_rate, global_clipnorm=settings.clip_norm)
+    optimizer.build(captioner.trainable_variables)  # before restoring: its slots must exist
+    progress = Progress()
+    checkpoints = Checkpoints(run, captioner, optimizer, progress)
+    if checkpoints.restore():
+        say(
+            f"continuing {run} after {int(progress.epoch)} epochs and {int(progress.step)} batches, best so far: CIDEr "
+            f"{float(progress.best_score):.1f} in epoch {int(progress.best_epoch)}"
+        )
+    history = History(run, int(progress.epoch))
+
+    train_captions = encode_captions(dataset.split("train"), words, cache, settings.max_length)
+    validation = Validation(captioner, words, cache, dataset.split("val"), settings)
+    say(
+        f"{run}: {len(train_captions.lengths):,} captions of {len(train_captions.paths):,} pictures, vocabulary "
+        f"{len(words):,}, {captioner.count_params():,} weights; validation on {len(validation.examples):,} pictures"
+    )
+    train_step = make_train_step(captioner, optimizer, progress, cache)
+    try:
+        while int(progress.epoch) < settings.epochs:
+            if settings.patience and int(progress.epoch) - int(progress.best_epoch) >= settings.patience:
+                say(f"stopped early: no better CIDEr for {settings.patience} epochs")
+                break
+            train_epoch(train_step, train_captions, cache, checkpoints, settings)
+            scores, sample = validation.scores()
+            epoch = int(progress.epoch) + 1
+            row = {
+                "epoch": epoch,
+                "train_loss": round(float(progress.loss / progress.words), 4),
+                **scores,
+                "train_seconds": round(float(progress.seconds), 1),
+            }
+            history.add(row)
+            say("  ".join(f"{name} {value}" for name, value in row.items()))
+            say(f"  {sample}")
+            if scores["cider"] > float(progress.best_score):
+                progress.best_score.assign(scores["cider"])
+                progress.best_epoch.assign(epoch)
+                checkpoints.best.save()
+            progress.epoch.assign(epoch)
+            progress.start_epoch()
+            checkpoints.save()
+    except KeyboardInterrupt:
+        checkpoints.save()
+        raise
+    say(f"best: epoch {int(progress.best_epoch)}, CIDEr {float(progress.best_score):.1f}; see {run / 'loss.png'}")
+
+
+def parse(argv: list[str] | None = None) -> argparse.Namespace:
+    """The command line of training."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--run", type=Path, help="run folder (default: runs/<name of the data set>)")
+    data_utils.add_arguments(parser)
+    features.add_arguments(parser)
+    group = parser.add_argument_group("model")
+    model_defaults, defaults = model.ModelConfig(), TrainConfig()
+    for name, text in {
+        "vocabulary_size": "words kept, the 4 special ones included",
+        "embedding_dim": "size of a word's embedding, and of an encoded location",
+        "units": "size of the GRU's state and of the attention",
+        "dropout": "share of embeddings and outputs dropped in training",
+    }.items():
+        default = getattr(model_defaults, name)
+        group.add_argument(
+            f"--{name.replace('_', '-')}", type=type(default), default=default, help=f"{text} (default: {default})"
+        )
+    group = parser.add_argument_group("training")
+    for name, text in {
+        "epochs": "epochs at the most",
+        "batch_size": "captions in a step",
+        "learning_rate": "of Adam",
+        "clip_norm": "the global norm the gradients are cut to",
+        "patience": "epochs without a better CIDEr before stopping; 0: never stop early",
+        "max_length": "tokens of a caption at the most; longer ones are cut",
+        "validation_pictures": "pictures of the val split to validate with, at the most",
+        "save_minutes": "minutes between checkpoints inside an epoch",
+        "seed": "seed of the weights and of the order of the data",
+    }.items():
+        default = getattr(defaults, name)
+        group.add_argument(
+            f"--{name.replace('_', '-')}", type=type(default), default=default, help=f"{text} (default: {default})"
+        )
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Prepares the data, the features and the vocabulary, and trains."""
+    args = parse(argv)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # a cluster's "please stop" saves, as Ctrl-C does
+    pick = lambda kind: {f.name: getattr(args, f.name) for f in dataclasses.fields(kind)}  # noqa: E731
+    training, settings = TrainConfig(**pick(TrainConfig)), model.ModelConfig(**pick(model.ModelConfig))
+    options = data_utils.options_from(args)
+    dataset = data_utils.load_dataset(options)
+    everything = {example.image for example in dataset.examples}
+    for split in ("train", "val"):
+        dataset.split(split)  # an empty one is said before hours of features, not after
+    cache, dataset = features.prepare(dataset, args)
+    words = Tokenizer.fit((c for e in dataset.split("train") for c in e.captions), settings.vocabulary_size)
+    config = {
+        "model": dataclasses.asdict(dataclasses.replace(settings, vocabulary_size=len(words))),
+        "training": dataclasses.asdict(training),
+        "data": dataclasses.asdict(options)
+        | {
+            "unreadable": sorted(everything - {example.image for example in dataset.examples}),
+            "fingerprint": dataset.fingerprint,
+        },
+        "features": cache.settings | {"folder": str(cache.folder)},
+    }
+    run = args.run or Path("runs") / dataset.name
+    start_run(run, config, words, cache)
+    train(run, dataset, cache, config, words)
+
+
+if __name__ == "__main__":
+    run_command(main)
