@@ -9,12 +9,13 @@ import hashlib
 import json
 import os
 import sys
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO, Any
 
-# TensorFlow's start-up messages (oneDNN, CPU features, "cuInit failed" where there is no GPU) would bury
-# ours; its Python errors still show. Read when TensorFlow is imported, so this module comes before it.
+# TensorFlow's C++ messages (CPU features, "cuInit failed" where there is no GPU) would bury ours; its Python
+# errors still show. It reads this when it is imported, so this module comes before it.
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
 
@@ -25,6 +26,30 @@ class InputError(Exception):
 def say(message: str) -> None:
     """Prints talk to standard error, so that standard output holds only results."""
     print(message, file=sys.stderr, flush=True)
+
+
+@contextlib.contextmanager
+def quiet_import() -> Iterator[None]:
+    """Holds back what TensorFlow's libraries write while they load, unless the import fails.
+
+    They write to the file descriptor, before any of TensorFlow's settings for logging is at work.
+    """
+    if os.environ["TF_CPP_MIN_LOG_LEVEL"] != "3":
+        yield
+        return
+    sys.stderr.flush()
+    kept = os.dup(2)
+    with tempfile.TemporaryFile() as talk:
+        os.dup2(talk.fileno(), 2)
+        try:
+            yield
+        except BaseException:
+            talk.seek(0)
+            os.write(kept, talk.read())
+            raise
+        finally:
+            os.dup2(kept, 2)
+            os.close(kept)
 
 
 def run_command(main: Callable[[], None]) -> None:

@@ -12,7 +12,6 @@ from common import InputError, run_command, say, write_json  # before TensorFlow
 
 import argparse
 import contextlib
-import dataclasses
 import io
 import shutil
 from pathlib import Path
@@ -66,7 +65,7 @@ def score(references: list[list[str]], captions: list[str], java: bool) -> dict[
         from pycocoevalcap.meteor.meteor import Meteor
         from pycocoevalcap.tokenizer.ptbtokenizer import PTBTokenizer
 
-        tokenize = PTBTokenizer(verbose=False).tokenize
+        tokenize = PTBTokenizer().tokenize
     else:
 
         def tokenize(texts: dict) -> dict[int, list[str]]:

@@ -18,10 +18,21 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from common import InputError, atomic_write, file_sha256, read_json, run_command, say, write_json  # before TensorFlow
+from common import (
+    InputError,
+    atomic_write,
+    file_sha256,
+    quiet_import,
+    read_json,
+    run_command,
+    say,
+    write_json,
+)  # before TensorFlow
 
 import numpy as np
-import tensorflow as tf
+
+with quiet_import():
+    import tensorflow as tf
 from PIL import Image, ImageOps
 from tqdm import tqdm
 

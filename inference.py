@@ -24,7 +24,6 @@ from PIL import Image
 
 import data_utils
 import model
-import tokenizer
 from tokenizer import END, PAD, START, UNK, Tokenizer
 
 MAX_WORDS = 50  # a caption that has not ended by then is cut
@@ -233,6 +232,15 @@ def plot_attention(picture: Image.Image, caption: Caption, path: Path | str) -> 
     figure.savefig(path)
 
 
+def caption_and_plot(captioning: Captioning, path: Path, folder: Path, name: str | None = None) -> tuple[Caption, Path]:
+    """Captions a picture and writes `<name>_attention.png` into a folder; raises InputError if it cannot be read."""
+    caption = captioning.caption(path)
+    plot = folder / f"{name or path.stem}_attention.png"
+    with Image.open(path) as picture:
+        plot_attention(picture, caption, plot)
+    return caption, plot
+
+
 # The command.
 
 
@@ -240,20 +248,17 @@ def caption_files(captioning: Captioning, paths: Sequence[Path], output: Path) -
     """Captions files, one line each, and plots their attention; returns how many could not be read."""
     failed, taken = 0, set()
     for path in paths:
+        name = path.stem
+        while name in taken:  # a/dog.jpg and b/dog.jpg
+            name += "_"
+        taken.add(name)
         try:
-            caption = captioning.caption(path)
+            caption, plot = caption_and_plot(captioning, path, output, name)
         except InputError as error:
             say(f"inference.py: {error}")
             failed += 1
             continue
         print(caption.text if len(paths) == 1 else f"{path}\t{caption.text}", flush=True)
-        stem = path.stem
-        while stem in taken:  # a/dog.jpg and b/dog.jpg
-            stem += "_"
-        taken.add(stem)
-        plot = output / f"{stem}_attention.png"
-        with Image.open(path) as picture:
-            plot_attention(picture, caption, plot)
         say(f"attention: {plot}")
     return failed
 
@@ -281,15 +286,12 @@ def caption_held_out(captioning: Captioning, count: int, seed: int | None) -> No
     for example in random.Random(seed).sample(held_out, min(count, len(held_out))):
         path = dataset.images / example.image
         try:
-            caption = captioning.caption(path)
+            caption, plot = caption_and_plot(captioning, path, captioning.run / "attention")
         except InputError as error:
             say(f"skipped {error}")
             continue
-        print(f"{path}\n  real:      {chr(10).join(example.captions).replace(chr(10), chr(10) + ' ' * 13)}")
-        plot = captioning.run / "attention" / f"{path.stem}_attention.png"
-        with Image.open(path) as picture:
-            plot_attention(picture, caption, plot)
-        print(f"  predicted: {caption.text}\n  attention: {plot}", flush=True)
+        print(path, *(f"  real:      {text}" for text in example.captions), f"  predicted: {caption.text}", sep="\n")
+        print(f"  attention: {plot}", flush=True)
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -17,6 +17,7 @@ from common import InputError, read_json, run_command, say, write_json
 COLOURS = {"red": (214, 40, 40), "green": (46, 160, 67), "blue": (38, 84, 214), "yellow": (240, 200, 20)}
 NOUNS = ("circle", "square", "triangle")
 OPPOSITE = {"above": "below", "left of": "right of"}
+ANNOTATIONS = "dataset_shapes.json"
 SIZE = 299  # pixels: InceptionV3's input, so that nothing is resized
 DRAWN_AT = 2  # drawn larger by this factor and reduced, which smooths the edges
 
@@ -74,7 +75,7 @@ def draw_dataset(folder: Path | str, pictures: int = PICTURES, seed: int = 0) ->
         InputError: the folder holds pictures drawn with other settings.
     """
     folder = Path(folder)
-    annotations = folder / "dataset_shapes.json"
+    annotations = folder / ANNOTATIONS
     settings = {"pictures": pictures, "seed": seed}
     if annotations.exists():
         if (found := read_json(annotations)["settings"]) != settings:
