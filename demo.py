@@ -69,8 +69,8 @@ def measure(run: Path) -> dict[str, float]:
     return {
         "pictures": len(examples),
         "exactly right": 100 * float(np.mean(right)),
-        "attention of a noun inside the shape it names": 100 * float(inside),
-        "area of that shape's box": 100 * float(area),
+        "noun attention inside": 100 * float(inside),
+        "box area": 100 * float(area),
     }
 
 
@@ -96,8 +96,8 @@ def main(argv: list[str] | None = None) -> None:
     caption, plot = inference.caption_and_plot(captioning, picture, args.run / "attention")
     print(f"held-out pictures captioned exactly right: {found['exactly right']:.1f} % of {found['pictures']}")
     print(
-        f"attention of a noun inside the box of its shape: {found['attention of a noun inside the shape it names']:.1f} %, "
-        f"the box covers {found["area of that shape's box"]:.1f} % of the picture"
+        f"attention of a noun inside the box of its shape: {found['noun attention inside']:.1f} %; "
+        f"spread evenly it would be {found['box area']:.1f} %"
     )
     print(f"picture: {picture}\ncaption: {caption.text}\nattention plot: {plot}\nloss plot: {args.run / 'loss.png'}")
     print(f"minutes: {(time.monotonic() - began) / 60:.1f}")

@@ -1,0 +1,160 @@
+"""Downloads against a server on this machine."""
+
+import functools
+import hashlib
+import http.server
+import io
+import json
+import threading
+import zipfile
+
+import pytest
+from PIL import Image
+
+import data_utils
+from common import InputError
+from downloads import download, unpack
+
+
+@pytest.fixture
+def server(tmp_path):
+    """A folder served over HTTP: (folder, address, paths asked for)."""
+    folder, asked = tmp_path / "served", []
+    folder.mkdir()
+
+    class Handler(http.server.SimpleHTTPRequestHandler):
+        def log_message(self, *args):
+            asked.append(self.path)
+
+    handler = functools.partial(Handler, directory=str(folder))
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as httpd:
+        threading.Thread(target=httpd.serve_forever, daemon=True).start()
+        yield folder, f"http://127.0.0.1:{httpd.server_port}", asked
+        httpd.shutdown()
+
+
+def jpeg(colour):
+    file = io.BytesIO()
+    Image.new("RGB", (20, 20), colour).save(file, "JPEG")
+    return file.getvalue()
+
+
+def test_download_and_skip_what_is_there(server, tmp_path):
+    folder, address, asked = server
+    (folder / "a.bin").write_bytes(b"12345")
+    target = tmp_path / "out/a.bin"
+    md5 = hashlib.md5(b"12345").hexdigest()
+    for _ in range(2):
+        assert download(f"{address}/a.bin", target, 5, md5).read_bytes() == b"12345"
+    assert asked == ["/a.bin"], "the second time must not ask the server"
+
+
+@pytest.mark.parametrize(("size", "md5"), [(6, None), (5, "0" * 32)])
+def test_wrong_size_or_md5_leaves_nothing(server, tmp_path, size, md5):
+    folder, address, _ = server
+    (folder / "a.bin").write_bytes(b"12345")
+    with pytest.raises(InputError, match=r"a\.bin: expected"):
+        download(f"{address}/a.bin", tmp_path / "out/a.bin", size, md5)
+    assert list((tmp_path / "out").iterdir()) == []
+
+
+def test_impossible_download_says_what_to_do(server, tmp_path):
+    _, address, _ = server
+    for url in (f"{address}/none.zip", "http://127.0.0.1:1/none.zip"):
+        with pytest.raises(InputError) as error:
+            download(url, tmp_path / "out/none.zip")
+        assert url in str(error.value) and "none.zip" in str(error.value) and str(tmp_path / "out") in str(error.value)
+
+
+def test_archive_cannot_write_outside_its_folder(tmp_path):
+    for name in ("../evil.jpg", "/tmp/evil_of_the_test.jpg", "a/../../evil.jpg"):
+        with zipfile.ZipFile(tmp_path / "bad.zip", "w") as archive:
+            archive.writestr(name, "x")
+        with pytest.raises(InputError, match="outside"):
+            unpack(tmp_path / "bad.zip", tmp_path / "out", (".jpg",))
+    assert not (tmp_path / "evil.jpg").exists()
+
+
+def test_damaged_archive(tmp_path):
+    (tmp_path / "bad.zip").write_bytes(b"PK nonsense")
+    with pytest.raises(InputError, match="damaged"):
+        unpack(tmp_path / "bad.zip", tmp_path / "out", (".jpg",))
+
+
+def serve_coco(folder, address, monkeypatch, count=12):
+    """A small COCO: its annotations in a zip, its pictures as single files."""
+    images = [{"id": i, "file_name": f"COCO_train2014_{i:012}.jpg"} for i in range(count)]
+    annotations = [
+        {"image_id": i, "id": 10 * i + n, "caption": f"a dog number {n}"} for i in range(count) for n in range(5)
+    ]
+    with zipfile.ZipFile(folder / "annotations.zip", "w") as archive:
+        archive.writestr(
+            "annotations/captions_train2014.json", json.dumps({"images": images, "annotations": annotations})
+        )
+        archive.writestr("annotations/instances_train2014.json", "{}")
+    (folder / "train2014").mkdir()
+    for image in images:
+        (folder / "train2014" / image["file_name"]).write_bytes(jpeg("red"))
+    size = (folder / "annotations.zip").stat().st_size
+    md5 = hashlib.md5((folder / "annotations.zip").read_bytes()).hexdigest()
+    entry = (f"{address}/annotations.zip", size, md5)
+    monkeypatch.setitem(data_utils.ARCHIVES, "annotations_trainval2014.zip", entry)
+    monkeypatch.setattr(data_utils, "COCO", address)
+
+
+def test_coco_subset_fetches_only_its_pictures(server, tmp_path, monkeypatch):
+    folder, address, asked = server
+    serve_coco(folder, address, monkeypatch)
+    options = data_utils.DataOptions(data_dir=str(tmp_path / "data"), num_captions=25)
+    dataset = data_utils.load_dataset(options)
+    assert len(dataset.examples) == 5
+    assert all((dataset.images / e.image).stat().st_size for e in dataset.examples)
+    assert len(asked) == 1 + 5, "one archive and five pictures"
+    assert not (tmp_path / "data/coco/annotations_trainval2014.zip").exists(), "the archive's space is freed"
+    assert data_utils.load_dataset(options) == dataset
+    assert len(asked) == 6, "a second run downloads nothing"
+
+
+def test_coco_archive_put_there_by_hand_is_used(server, tmp_path, monkeypatch):
+    folder, address, asked = server
+    serve_coco(folder, address, monkeypatch)
+    by_hand = tmp_path / "data/coco/annotations_trainval2014.zip"
+    by_hand.parent.mkdir(parents=True)
+    (folder / "annotations.zip").rename(by_hand)
+    data_utils.load_dataset(data_utils.DataOptions(data_dir=str(tmp_path / "data"), num_captions=5))
+    assert "/annotations.zip" not in asked
+    assert by_hand.exists(), "what the user put there is the user's"
+
+
+def test_whole_coco_comes_as_the_archive(server, tmp_path, monkeypatch):
+    folder, address, asked = server
+    serve_coco(folder, address, monkeypatch)
+    with zipfile.ZipFile(folder / "train2014.zip", "w") as archive:
+        for path in (folder / "train2014").iterdir():
+            archive.write(path, f"train2014/{path.name}")
+    monkeypatch.setitem(data_utils.ARCHIVES, "train2014.zip", (f"{address}/train2014.zip", None, None))
+    monkeypatch.setattr(data_utils, "ZIP_FROM", 10)
+    dataset = data_utils.load_dataset(data_utils.DataOptions(data_dir=str(tmp_path / "data"), num_captions=0))
+    assert len(dataset.examples) == 12 and all((dataset.images / e.image).exists() for e in dataset.examples)
+    assert asked == ["/annotations.zip", "/train2014.zip"]
+
+
+def test_flickr8k(server, tmp_path, monkeypatch):
+    folder, address, asked = server
+    with zipfile.ZipFile(folder / "text.zip", "w") as archive:
+        rows = "".join(f"{name}.jpg#{n}\ta dog\n" for name in "abc" for n in range(5)) + "d.jpg.1#0\ta ghost\n"
+        archive.writestr("Flickr8k.token.txt", rows)
+        for split, name in (("train", "a"), ("dev", "b"), ("test", "c")):
+            archive.writestr(f"Flickr_8k.{split}Images.txt", f"{name}.jpg\n")
+    with zipfile.ZipFile(folder / "images.zip", "w") as archive:
+        for name in "abc":
+            archive.writestr(f"Flicker8k_Dataset/{name}.jpg", jpeg("blue"))
+        archive.writestr("__MACOSX/Flicker8k_Dataset/._a.jpg", "x")
+    for name, file in (("Flickr8k_text.zip", "text.zip"), ("Flickr8k_Dataset.zip", "images.zip")):
+        monkeypatch.setitem(data_utils.ARCHIVES, name, (f"{address}/{file}", None, None))
+    options = data_utils.DataOptions("flickr8k", data_dir=str(tmp_path / "data"))
+    dataset = data_utils.load_dataset(options)
+    assert [(e.image, e.split) for e in dataset.examples] == [("a.jpg", "train"), ("b.jpg", "val"), ("c.jpg", "test")]
+    assert all((dataset.images / e.image).exists() for e in dataset.examples)
+    data_utils.load_dataset(options)
+    assert sorted(asked) == ["/images.zip", "/text.zip"]

@@ -1,0 +1,184 @@
+import math
+
+import numpy as np
+import pytest
+import tensorflow as tf
+
+import model
+from common import InputError
+from model import BahdanauAttention, Captioner, CNNEncoder, ModelConfig, RNNDecoder
+
+rng = np.random.default_rng(0)
+
+
+def features(batch=3):
+    return tf.constant(rng.normal(size=(batch, 64, 2048)).astype(np.float32))
+
+
+def test_shapes_of_a_batch_of_16():
+    captioner = model.build(ModelConfig(vocabulary_size=5000))
+    encoded = captioner.encoder(features(16))
+    assert encoded.shape == (16, 64, 256)
+    logits, state, weights = captioner.decoder(
+        tf.zeros((16, 1), tf.int32), encoded, captioner.decoder.initial_state(16)
+    )
+    assert (logits.shape, state.shape, weights.shape) == ((16, 5000), (16, 512), (16, 64))
+    assert captioner(features(16), tf.zeros((16, 7), tf.int32)).shape == (16, 7, 5000)
+    kernels = [tuple(variable.shape) for variable in captioner.trainable_variables]
+    for expected in ((2048, 256), (5000, 256), (512, 1536), (512, 512), (512, 5000), (256, 512), (512, 1)):
+        assert expected in kernels, "the tutorial's architecture has changed"
+
+
+def test_the_first_loss_is_that_of_a_guess():
+    captioner = model.build(ModelConfig(vocabulary_size=1000))
+    tokens = tf.constant(rng.integers(4, 1000, (8, 9)), tf.int32)
+    total, words = model.masked_loss(captioner(features(8), tokens[:, :-1]), tokens[:, 1:])
+    assert float(total / words) == pytest.approx(math.log(1000), rel=0.05)
+
+
+def test_attention_by_hand():
+    attention = BahdanauAttention(2)
+    values, hidden = tf.constant([[[1.0, 0.0], [0.0, 2.0]]]), tf.constant([[0.5]])
+    attention(values, hidden)
+    attention.W1.set_weights([np.eye(2), np.zeros(2)])
+    attention.W2.set_weights([np.array([[1.0, -1.0]]), np.zeros(2)])
+    attention.V.set_weights([np.array([[1.0], [2.0]]), np.zeros(1)])
+    scores = [math.tanh(1.5) + 2 * math.tanh(-0.5), math.tanh(0.5) + 2 * math.tanh(1.5)]
+    first = math.exp(scores[0]) / sum(map(math.exp, scores))
+    context, weights = attention(values, hidden)
+    np.testing.assert_allclose(weights, [[first, 1 - first]], rtol=1e-5)
+    np.testing.assert_allclose(context, [[first, 2 * (1 - first)]], rtol=1e-5)
+
+
+def plain_logits(captioner, pictures, tokens):
+    """Teacher forcing as the tutorial writes it, one word after the other and nothing computed ahead, in NumPy."""
+    w = {v.path.split("/", 1)[1] if "/" in v.path else v.path: v.numpy() for v in captioner.trainable_variables}
+    encoder, decoder = captioner.encoder, captioner.decoder
+    dense = lambda layer, x: x @ layer.kernel.numpy() + layer.bias.numpy()
+    sigmoid = lambda x: 1 / (1 + np.exp(-x))
+    encoded = np.maximum(dense(encoder.fc, pictures), 0)
+    state = np.zeros((len(pictures), decoder.units))
+    kernel, recurrent, (bias, recurrent_bias) = (v.numpy() for v in decoder.gru.trainable_variables)
+    result = []
+    for t in range(tokens.shape[1]):
+        scores = dense(
+            decoder.attention.V,
+            np.tanh(dense(decoder.attention.W1, encoded) + dense(decoder.attention.W2, state)[:, None]),
+        )
+        weights = np.exp(scores - scores.max(1, keepdims=True))
+        weights /= weights.sum(1, keepdims=True)
+        x = np.concatenate([(weights * encoded).sum(1), decoder.embedding.embeddings.numpy()[tokens[:, t]]], -1)
+        xz, xr, xh = np.split(x @ kernel + bias, 3, -1)
+        hz, hr, hh = np.split(state @ recurrent + recurrent_bias, 3, -1)
+        z = sigmoid(xz + hz)
+        state = z * state + (1 - z) * np.tanh(xh + sigmoid(xr + hr) * hh)
+        result.append(dense(decoder.fc2, dense(decoder.fc1, state)))
+    assert w
+    return np.stack(result, 1)
+
+
+@pytest.fixture
+def captioner():
+    tf.keras.utils.set_random_seed(1)
+    return model.build(ModelConfig(vocabulary_size=30, embedding_dim=8, units=12))
+
+
+def test_teacher_forcing_equals_a_plain_reference(captioner):
+    pictures, tokens = features(), rng.integers(0, 30, (3, 6))
+    expected = plain_logits(captioner, pictures.numpy(), tokens)
+    eager = captioner(pictures, tf.constant(tokens, tf.int32))
+    graph = tf.function(captioner)(pictures, tf.constant(tokens, tf.int32))
+    np.testing.assert_allclose(eager, expected, rtol=1e-3, atol=1e-4)
+    np.testing.assert_allclose(graph, expected, rtol=1e-3, atol=1e-4)
+
+
+def test_captioning_steps_equal_teacher_forcing(captioner):
+    pictures, tokens = features(), tf.constant(rng.integers(0, 30, (3, 6)), tf.int32)
+    taught, looks = captioner.decoder.teach(tokens, captioner.encode(pictures))
+    encoded, state = captioner.encode(pictures), captioner.decoder.initial_state(3)
+    for t in range(6):
+        logits, state, weights = captioner.step(tokens[:, t], state, encoded)
+        np.testing.assert_allclose(logits, taught[:, t], rtol=1e-4, atol=1e-5)
+        np.testing.assert_allclose(weights, looks[:, t], rtol=1e-4, atol=1e-6)
+        np.testing.assert_allclose(tf.reduce_sum(weights, 1), 1, rtol=1e-5)
+
+
+def test_the_state_is_carried(captioner):
+    """In the tutorial's code the GRU starts from zeros at every word."""
+    pictures = features()
+    first = captioner(pictures, tf.constant([[5, 7, 9]] * 3))
+    second = captioner(pictures, tf.constant([[6, 7, 9]] * 3))
+    gru = captioner.decoder.gru
+    x = tf.ones((1, gru.kernel.shape[0]))
+    assert np.abs(gru(x, [tf.ones((1, 12))])[0] - gru(x, [tf.zeros((1, 12))])[0]).max() > 1e-3
+    assert np.abs(first[:, 2] - second[:, 2]).max() > 1e-6, "the third step has forgotten the first word"
+
+
+def test_gradients_reach_every_weight_and_equal_differences(captioner):
+    pictures, tokens = features(2), tf.constant(rng.integers(4, 30, (2, 5)), tf.int32)
+
+    def loss():
+        total, words = model.masked_loss(captioner(pictures, tokens[:, :-1]), tokens[:, 1:])
+        return total / words
+
+    with tf.GradientTape() as tape:
+        value = loss()
+    gradients = tape.gradient(value, captioner.trainable_variables)
+    for variable, gradient in zip(captioner.trainable_variables, gradients, strict=True):
+        gradient = tf.convert_to_tensor(gradient)
+        if variable.path.endswith("V/bias") or gradient.shape == (1,):
+            continue  # the softmax does not see it
+        assert np.abs(gradient).max() > 0, f"{variable.path} is not trained"
+        direction = tf.sign(gradient) * 1e-3
+        before = tf.identity(variable)
+        variable.assign(before + direction)
+        above = loss()
+        variable.assign(before - direction)
+        below = loss()
+        variable.assign(before)
+        expected = float(tf.reduce_sum(gradient * direction)) * 2
+        assert float(above - below) == pytest.approx(expected, rel=0.1, abs=2e-5), variable.path
+
+
+def test_padding_counts_for_nothing():
+    logits = tf.constant(rng.normal(size=(2, 4, 10)).astype(np.float32))
+    targets = tf.constant([[4, 5, 3, 0], [6, 3, 0, 0]])
+    total, words = model.masked_loss(logits, targets)
+    probabilities = tf.nn.log_softmax(logits).numpy()
+    real = [(0, 0, 4), (0, 1, 5), (0, 2, 3), (1, 0, 6), (1, 1, 3)]
+    assert float(words) == 5
+    assert float(total) == pytest.approx(-sum(probabilities[i] for i in real), rel=1e-5)
+
+
+def test_padding_a_batch_changes_no_gradient(captioner):
+    pictures, tokens = features(2), tf.constant([[2, 4, 5, 3], [2, 6, 3, 0]])
+
+    def gradients(tokens):
+        with tf.GradientTape() as tape:
+            total, words = model.masked_loss(captioner(pictures, tokens[:, :-1]), tokens[:, 1:])
+            mean = total / words
+        return [tf.convert_to_tensor(g) for g in tape.gradient(mean, captioner.trainable_variables)]
+
+    padded = tf.pad(tokens, [[0, 0], [0, 5]])
+    for short, long in zip(gradients(tokens), gradients(padded), strict=True):
+        np.testing.assert_allclose(short, long, rtol=1e-4, atol=1e-7)
+
+
+def test_dropout_is_at_work_in_training_only():
+    captioner = model.build(ModelConfig(vocabulary_size=30, embedding_dim=8, units=12, dropout=0.5))
+    pictures, tokens = features(), tf.constant(rng.integers(0, 30, (3, 6)), tf.int32)
+    np.testing.assert_array_equal(captioner(pictures, tokens), captioner(pictures, tokens))
+    assert np.abs(captioner(pictures, tokens, training=True) - captioner(pictures, tokens, training=True)).max() > 0
+
+
+@pytest.mark.parametrize("settings", [{"units": 0}, {"vocabulary_size": "many"}, {"dropout": 1.0}])
+def test_impossible_settings(settings):
+    with pytest.raises(InputError, match="expected"):
+        ModelConfig(**settings)
+
+
+def test_parts_can_be_used_alone():
+    assert CNNEncoder(4)(features()).shape == (3, 64, 4)
+    decoder = RNNDecoder(4, 6, 20)
+    assert decoder(tf.zeros(3, tf.int32), tf.zeros((3, 64, 4)), decoder.initial_state(3))[0].shape == (3, 20)
+    assert isinstance(model.build(ModelConfig(vocabulary_size=20)), Captioner)
