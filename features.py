@@ -12,6 +12,7 @@ import argparse
 import itertools
 import os
 import sys
+import warnings
 from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -112,7 +113,9 @@ def build_cnn(weights: str = "imagenet") -> tf.keras.Model:
             name="inception_v3",
         )
         if weights not in ("imagenet", "random"):
-            cnn.load_weights(weights)
+            with warnings.catch_warnings():
+                warnings.simplefilter("error", UserWarning)  # Keras only warns of layers that a file does not have
+                cnn.load_weights(weights)
     except Exception as error:  # Keras raises a bare Exception where a download fails, h5py and Keras many others
         reason = str(error).strip().split("\n")[0][:200]
         if weights == "imagenet":

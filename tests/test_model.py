@@ -52,7 +52,6 @@ def test_attention_by_hand():
 
 def plain_logits(captioner, pictures, tokens):
     """Teacher forcing as the tutorial writes it, one word after the other and nothing computed ahead, in NumPy."""
-    w = {v.path.split("/", 1)[1] if "/" in v.path else v.path: v.numpy() for v in captioner.trainable_variables}
     encoder, decoder = captioner.encoder, captioner.decoder
     dense = lambda layer, x: x @ layer.kernel.numpy() + layer.bias.numpy()
     sigmoid = lambda x: 1 / (1 + np.exp(-x))
@@ -73,7 +72,6 @@ def plain_logits(captioner, pictures, tokens):
         z = sigmoid(xz + hz)
         state = z * state + (1 - z) * np.tanh(xh + sigmoid(xr + hr) * hh)
         result.append(dense(decoder.fc2, dense(decoder.fc1, state)))
-    assert w
     return np.stack(result, 1)
 
 
@@ -129,15 +127,16 @@ def test_gradients_reach_every_weight_and_equal_differences(captioner):
         if variable.path.endswith("V/bias") or gradient.shape == (1,):
             continue  # the softmax does not see it
         assert np.abs(gradient).max() > 0, f"{variable.path} is not trained"
-        direction = tf.sign(gradient) * 1e-3
+        direction = gradient * (
+            1e-3 / tf.reduce_sum(gradient**2)
+        )  # changes the loss by 0.001, if the gradient is right
         before = tf.identity(variable)
         variable.assign(before + direction)
         above = loss()
         variable.assign(before - direction)
         below = loss()
         variable.assign(before)
-        expected = float(tf.reduce_sum(gradient * direction)) * 2
-        assert float(above - below) == pytest.approx(expected, rel=0.1, abs=2e-5), variable.path
+        assert float(above - below) == pytest.approx(2e-3, rel=0.05), variable.path
 
 
 def test_padding_counts_for_nothing():

@@ -1,0 +1,261 @@
+import csv
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+import tensorflow as tf
+
+import inference
+import model
+import train
+from common import InputError
+from data_utils import DataOptions
+from train import TrainConfig, encode_captions, make_pipeline, order_batches
+
+
+def settings(dataset, words, cache, dropout=0.0, **training):
+    """A run's config.json for a small model."""
+    defaults = {"epochs": 3, "batch_size": 5, "learning_rate": 1e-2, "patience": 0}
+    return {
+        "model": {"vocabulary_size": len(words), "embedding_dim": 8, "units": 16, "dropout": dropout},
+        "training": dataclasses.asdict(TrainConfig(**defaults | training)),
+        "data": dataclasses.asdict(DataOptions()) | {"unreadable": [], "fingerprint": dataset.fingerprint},
+        "features": cache.settings | {"folder": str(cache.folder)},
+    }
+
+
+@pytest.fixture
+def start(dataset, words, cache, tmp_path):
+    """Starts, or continues, a run of this name, and returns its folder."""
+
+    def start(name, **kwargs):
+        run, config = tmp_path / name, settings(dataset, words, cache, **kwargs)
+        train.start_run(run, config, words, cache)
+        train.train(run, dataset, cache, config, words)
+        return run
+
+    return start
+
+
+def weights(run, name="last"):
+    """Everything in a checkpoint, by name."""
+    reader = tf.train.load_checkpoint(tf.train.latest_checkpoint(run / "checkpoints" / name))
+    return {key: reader.get_tensor(key) for key in reader.get_variable_to_shape_map()}
+
+
+# Batches.
+
+
+def test_an_epoch_sees_every_caption_once_in_batches_of_similar_length():
+    lengths = np.random.default_rng(0).integers(5, 50, 1003)
+    batches = order_batches(lengths, 16, seed=0, epoch=0)
+    assert sorted(np.concatenate(batches)) == list(range(1003))
+    assert [len(batch) for batch in batches] == [16] * 62 + [11]
+    padded = sum(len(b) * lengths[b].max() for b in batches)
+    assert padded < 1.15 * lengths.sum(), "captions of similar length must share a batch"
+
+
+def test_order_depends_on_seed_and_epoch_only():
+    lengths = np.random.default_rng(0).integers(5, 50, 200)
+    order = lambda seed, epoch: np.concatenate(order_batches(lengths, 16, seed, epoch)).tolist()
+    assert order(0, 0) == order(0, 0)
+    assert order(0, 0) != order(0, 1) != order(1, 1)
+    assert [len(b) for b in order_batches(lengths[:3], 16, 0, 0)] == [3], "fewer captions than a batch"
+
+
+def test_pipeline_gives_every_caption_its_own_picture(dataset, words, cache):
+    captions = encode_captions(dataset.split("train"), words, cache, 50)
+    batches = order_batches(captions.lengths, 5, 0, 0)
+    seen = []
+    for pictures, tokens in make_pipeline(captions, batches, cache):
+        assert pictures.shape[1:] == (64, 2048) and pictures.dtype == tf.float16
+        assert tokens.shape[1] == max(np.count_nonzero(tokens, axis=1)), "padded to the batch's longest, no more"
+        for values, ids in zip(pictures.numpy(), tokens.numpy(), strict=True):
+            text = words.decode(ids)
+            colour = ("red", "green", "blue")[int(values[10, :3].argmax())]
+            noun = ("dog", "cat", "bird", "horse")[int(values[20, 10:14].argmax())]
+            assert f"{colour} {noun}" in text, "a caption was paired with another picture's features"
+            seen.append(text)
+    expected = [c for e in dataset.split("train") for c in e.captions]
+    assert sorted(seen) == sorted(expected)
+
+
+# Runs.
+
+
+def test_training_learns_and_leaves_a_complete_run(start, dataset, cache):
+    run = start("run", epochs=30, patience=5)
+    rows = list(csv.DictReader(open(run / "history.csv", newline="")))
+    assert float(rows[-1]["train_loss"]) < 0.3 * float(rows[0]["train_loss"])
+    assert len(rows) <= 30 and [int(row["epoch"]) for row in rows] == list(range(1, len(rows) + 1))
+    assert (run / "loss.png").stat().st_size > 5000
+    assert list((run / "tensorboard").iterdir())
+    captioner, words, config = inference.load_run(run)
+    example = dataset.split("train")[0]
+    features = cache.read(tf.constant(str(cache.path(example.image))))[tf.newaxis]
+    caption = inference.caption_features(captioner, words, features)[0]
+    assert caption.text in example.captions, "the model has not learnt what it was taught"
+    assert config["vocabulary_sha256"]
+
+
+def test_best_is_the_epoch_with_the_best_cider(start):
+    run = start("run", epochs=6)
+    rows = list(csv.DictReader(open(run / "history.csv", newline="")))
+    best = max(float(row["cider"]) for row in rows)
+    assert weights(run)["progress/best_score/.ATTRIBUTES/VARIABLE_VALUE"] == pytest.approx(best)
+
+
+class Stop(Exception):
+    """Stands for a kill: nothing is saved when it is raised."""
+
+
+def stop_at(monkeypatch, step, error):
+    """Makes the training stop after so many steps in all."""
+    make, count = train.make_train_step, [0]
+
+    def make_train_step(*args):
+        run_step = make(*args)
+
+        def train_step(*batch):
+            run_step(*batch)
+            count[0] += 1
+            if count[0] == step:
+                raise error
+
+        return train_step
+
+    monkeypatch.setattr(train, "make_train_step", make_train_step)
+
+
+@pytest.mark.parametrize(("error", "minutes"), [(KeyboardInterrupt, 5.0), (Stop, 0.0), (Stop, 5.0)])
+def test_a_stopped_run_ends_with_the_same_numbers(start, monkeypatch, error, minutes):
+    """Stopped in the second epoch: by Ctrl-C, by a kill just after a checkpoint, and by a kill long after one."""
+    whole = start("whole", dropout=0.3, save_minutes=minutes)
+    with monkeypatch.context() as patch:
+        stop_at(patch, 10, error)  # an epoch has 7 steps
+        with pytest.raises(error):
+            start("stopped", dropout=0.3, save_minutes=minutes)
+    step = weights(whole.parent / "stopped")["progress/step/.ATTRIBUTES/VARIABLE_VALUE"]
+    assert step == {KeyboardInterrupt: 3, Stop: 2 if minutes == 0 else 0}[error]
+    stopped = start("stopped", dropout=0.3, save_minutes=minutes)
+    expected, found = weights(whole), weights(stopped)
+    skip = ("seconds", "save_counter")
+    assert expected.keys() == found.keys()
+    for key, value in expected.items():
+        if not any(name in key for name in skip) and key != "_CHECKPOINTABLE_OBJECT_GRAPH":
+            np.testing.assert_array_equal(value, found[key], err_msg=f"{key} differs from the run that was not stopped")
+    history = lambda run: [row[:-1] for row in csv.reader(open(run / "history.csv", newline=""))]  # without the seconds
+    assert history(whole) == history(stopped)
+
+
+def test_the_same_command_adds_nothing_when_all_is_done(start):
+    run = start("run")
+    before = weights(run)
+    start("run")
+    assert all(np.array_equal(value, weights(run)[key]) for key, value in before.items() if "GRAPH" not in key)
+    assert len(list(csv.DictReader(open(start("run", epochs=4) / "history.csv", newline="")))) == 4, (
+        "more epochs may be asked for"
+    )
+
+
+def test_early_stopping(start, monkeypatch):
+    monkeypatch.setattr(
+        train.Validation, "scores", lambda self: ({"val_loss": 1.0, "bleu4": 0.0, "cider": 7.0, "distinct": 1}, "")
+    )
+    run = start("run", epochs=20, patience=2)
+    assert len(list(csv.DictReader(open(run / "history.csv", newline="")))) == 3, (
+        "the first is best, two are not better"
+    )
+
+
+def test_other_settings_are_refused(start):
+    start("run", epochs=1)
+    with pytest.raises(InputError, match="training batch_size = 5, expected 6"):
+        start("run", epochs=1, batch_size=6)
+
+
+def test_a_loss_that_is_not_a_number_stops_and_keeps_the_checkpoint(start, monkeypatch):
+    run = start("run", epochs=1)
+    before = weights(run)
+    monkeypatch.setattr(
+        model, "masked_loss", lambda logits, targets: (tf.reduce_sum(logits) * np.nan, tf.constant(1.0))
+    )
+    with pytest.raises(InputError, match="the loss is nan by step"):
+        start("run", epochs=2)
+    assert all(np.array_equal(value, weights(run)[key]) for key, value in before.items() if "GRAPH" not in key)
+
+
+def test_one_step_equals_adam_on_the_mean_loss_of_real_words(dataset, words, cache, small_model):
+    """The compiled step and its pipeline against plain, eager TensorFlow."""
+    captions = encode_captions(dataset.split("train"), words, cache, 50)
+    pictures, tokens = next(iter(make_pipeline(captions, order_batches(captions.lengths, 5, 0, 0), cache)))
+    start = [variable.numpy() for variable in small_model.trainable_variables]
+    optimizer = tf.keras.optimizers.Adam(1e-2, global_clipnorm=0.1)
+    progress = train.Progress()
+    train.make_train_step(small_model, optimizer, progress, cache)(pictures, tokens)
+    after = [variable.numpy() for variable in small_model.trainable_variables]
+
+    for variable, value in zip(small_model.trainable_variables, start, strict=True):
+        variable.assign(value)
+    with tf.GradientTape() as tape:
+        logits = small_model(tf.cast(pictures, tf.float32), tokens[:, :-1])
+        real = tokens[:, 1:] > 0
+        losses = tf.keras.losses.sparse_categorical_crossentropy(tokens[:, 1:], logits, from_logits=True)
+        loss = tf.reduce_mean(losses[real])
+    gradients = [tf.convert_to_tensor(g) for g in tape.gradient(loss, small_model.trainable_variables)]
+    norm = tf.linalg.global_norm(gradients)
+    assert norm > 0.1, "the test must see the clipping"
+    for value, gradient, found in zip(start, gradients, after, strict=True):
+        clipped = gradient.numpy() * 0.1 / norm.numpy()
+        expected = value - 1e-2 * clipped / (np.abs(clipped) + 1e-7)  # Adam's first step
+        certain = np.abs(clipped) > 1e-6  # elsewhere rounding decides the direction
+        np.testing.assert_allclose(found[certain], expected[certain], rtol=1e-3, atol=2e-4)
+    assert float(progress.loss / progress.words) == pytest.approx(float(loss), rel=1e-5)
+    assert int(progress.step) == 1
+
+
+# Loading a run.
+
+
+@pytest.fixture
+def run(start):
+    return start("run", epochs=1)
+
+
+def test_a_folder_without_a_checkpoint(tmp_path, run):
+    with pytest.raises(InputError, match="not a run folder"):
+        inference.load_run(tmp_path)
+    for path in (run / "checkpoints").rglob("checkpoint"):
+        path.unlink()
+    with pytest.raises(InputError, match="no checkpoint"):
+        inference.load_run(run)
+    with pytest.raises(InputError, match="no run with a checkpoint"):
+        inference.newest_run(tmp_path / "runs")
+
+
+def test_a_vocabulary_of_other_weights_is_refused(run):
+    path = run / "vocabulary.json"
+    words = json.loads(path.read_text())
+    words[-1], words[-2] = words[-2], words[-1]
+    path.write_text(json.dumps(words))
+    with pytest.raises(InputError, match="not the vocabulary these weights were trained with"):
+        inference.load_run(run)
+
+
+def test_settings_of_other_weights_are_refused(run):
+    path = run / "config.json"
+    config = json.loads(path.read_text())
+    path.write_text(json.dumps(config | {"model": config["model"] | {"units": 20}}))
+    with pytest.raises(InputError, match=r"damaged, or not the weights of this config\.json"):
+        inference.load_run(run)
+    path.write_text(json.dumps({"model": {}}))
+    with pytest.raises(InputError, match=r"not the config\.json of a run"):
+        inference.load_run(run)
+
+
+def test_a_damaged_checkpoint_is_refused(run):
+    for path in (run / "checkpoints").rglob("*.data-*"):
+        path.write_bytes(path.read_bytes()[:1000])
+    with pytest.raises(InputError, match="damaged"):
+        inference.load_run(run)
