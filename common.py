@@ -14,6 +14,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO, Any
 
+from tqdm import tqdm
+
 # TensorFlow's C++ messages (CPU features, "cuInit failed" where there is no GPU) would bury ours; its Python
 # errors still show. It reads this when it is imported, so this module comes before it.
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
@@ -26,6 +28,12 @@ class InputError(Exception):
 def say(message: str) -> None:
     """Prints talk to standard error, so that standard output holds only results."""
     print(message, file=sys.stderr, flush=True)
+
+
+def progress_bar(*args: Any, **kwargs: Any) -> tqdm:
+    """A tqdm bar on standard error; in a pipe or a file it says something every half minute only."""
+    interval = 0.1 if sys.stderr.isatty() else 30.0
+    return tqdm(*args, mininterval=interval, maxinterval=interval, **kwargs)
 
 
 @contextlib.contextmanager

@@ -22,10 +22,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from tqdm import tqdm
-
 import shapes
-from common import InputError, read_json, run_command, say
+from common import InputError, progress_bar, read_json, run_command, say
 from downloads import download, unpack
 
 SPLITS = ("train", "val", "test")
@@ -282,7 +280,7 @@ def _fetch_coco_images(folder: Path, examples: list[Example]) -> None:
     fetch = lambda name: download(f"{COCO}/{name}", folder / name, quiet=True)  # noqa: E731
     pool = ThreadPoolExecutor(16)
     try:
-        for _ in tqdm(
+        for _ in progress_bar(
             pool.map(fetch, missing), total=len(missing), unit="picture", desc="COCO pictures", disable=not missing
         ):
             pass

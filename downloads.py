@@ -7,9 +7,7 @@ import urllib.request
 import zipfile
 from pathlib import Path
 
-from tqdm import tqdm
-
-from common import InputError, atomic_write
+from common import InputError, atomic_write, progress_bar
 
 
 def download(url: str, path: Path, size: int | None = None, md5: str | None = None, quiet: bool = False) -> Path:
@@ -25,7 +23,7 @@ def download(url: str, path: Path, size: int | None = None, md5: str | None = No
     try:
         with urllib.request.urlopen(url, timeout=60) as response, atomic_write(path, "wb") as file:
             total = size or int(response.headers.get("Content-Length") or 0) or None
-            with tqdm(total=total, unit="B", unit_scale=True, desc=path.name, disable=quiet) as bar:
+            with progress_bar(total=total, unit="B", unit_scale=True, desc=path.name, disable=quiet) as bar:
                 while block := response.read(1 << 20):
                     file.write(block)
                     digest.update(block)
@@ -51,7 +49,7 @@ def unpack(archive: Path, folder: Path, suffixes: tuple[str, ...]) -> None:
     try:
         with zipfile.ZipFile(archive) as content:
             members = [m for m in content.infolist() if m.filename.endswith(suffixes) and "__MACOSX" not in m.filename]
-            for member in tqdm(members, desc=f"unpacking {archive.name}", unit="file"):
+            for member in progress_bar(members, desc=f"unpacking {archive.name}", unit="file"):
                 target = folder / member.filename
                 if not target.resolve().is_relative_to(folder.resolve()):
                     raise InputError(f"{archive}: {member.filename!r} would be written outside {folder}; not unpacked")

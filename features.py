@@ -126,6 +126,8 @@ def build_cnn(weights: str = "imagenet") -> tf.keras.Model:
         raise InputError(f"{weights}: not the weights of InceptionV3 without its top ({reason})") from None
     finally:
         tf.keras.config.set_dtype_policy(policy)
+    if weights == "random":
+        _narrow_kernels(cnn)
     pixels = tf.keras.Input((IMAGE_SIZE, IMAGE_SIZE, 3), dtype="uint8")
     x = tf.keras.layers.Rescaling(1 / 127.5, offset=-1.0)(pixels)  # as inception_v3.preprocess_input
     x = cnn(x)  # (B, 8, 8, 2048)
@@ -139,6 +141,19 @@ def check_weights(weights: str) -> None:
         raise InputError(
             f"{weights}: no such weights file; expected imagenet, random, or a file of InceptionV3's weights"
         )
+
+
+def _narrow_kernels(cnn: tf.keras.Model, sigma: float = 0.6) -> None:
+    """Weighs a random CNN's kernels towards their centres, by a Gaussian of `sigma` pixels.
+
+    Otherwise every location of the 8x8 grid sees nearly the whole picture equally well, and attention has no
+    reason to look at what it names; training is what makes kernels local in a real CNN.
+    """
+    for layer in cnn.layers:
+        if isinstance(layer, tf.keras.layers.Conv2D):
+            down, across = (np.arange(size) - (size - 1) / 2 for size in layer.kernel.shape[:2])
+            window = np.exp(-(down[:, np.newaxis] ** 2 + across**2) / (2 * sigma**2))
+            layer.kernel.assign(layer.kernel * window[..., np.newaxis, np.newaxis])
 
 
 def calibrate(cnn: tf.keras.Model, pixels: np.ndarray) -> None:

@@ -155,7 +155,7 @@ def load_run(run: Path | str) -> tuple[model.Captioner, Tokenizer, dict[str, Any
     captioner = model.build(settings)
     try:
         tf.train.Checkpoint(captioner=captioner).restore(prefix).expect_partial().assert_existing_objects_matched()
-    except (tf.errors.OpError, ValueError, AssertionError) as error:
+    except (tf.errors.OpError, ValueError, IndexError, AssertionError) as error:
         reason = str(error).strip().split("\n")[0][:200]
         raise InputError(f"{prefix}: damaged, or not the weights of this config.json ({reason})") from None
     return captioner, words, config

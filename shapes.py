@@ -46,7 +46,8 @@ def _place(dice: random.Random, x: float, y: float) -> tuple[int, int, int, int]
 
 def make_picture(dice: random.Random) -> tuple[Image.Image, list[str], list[dict]]:
     """One picture, every correct caption of it, and its shapes (colour, noun, box)."""
-    kinds = dice.sample([(colour, noun) for colour in COLOURS for noun in NOUNS], dice.choice((1, 2)))
+    colours = dice.sample(list(COLOURS), dice.choice((1, 2)))  # two shapes differ in colour, perhaps in colour only
+    kinds = [(colour, dice.choice(NOUNS)) for colour in colours]
     if len(kinds) == 1:
         places = [(dice.uniform(0.2, 0.8), dice.uniform(0.2, 0.8))]
         captions = ["a {} {}".format(*kinds[0])]

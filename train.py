@@ -8,7 +8,16 @@ A run folder, runs/<data set>/, holds all that captioning needs (config.json, vo
 and what the training saw (history.csv, loss.png, tensorboard/).
 """
 
-from common import InputError, atomic_write, file_sha256, read_json, run_command, say, write_json  # before TensorFlow
+from common import (
+    InputError,
+    atomic_write,
+    file_sha256,
+    progress_bar,
+    read_json,
+    run_command,
+    say,
+    write_json,
+)  # before TensorFlow
 
 import argparse
 import csv
@@ -25,7 +34,6 @@ import evaluate
 import features
 import numpy as np
 import tensorflow as tf
-from tqdm import tqdm
 
 import data_utils
 import inference
@@ -174,7 +182,9 @@ class Checkpoints:
     def __init__(
         self, run: Path, captioner: model.Captioner, optimizer: tf.keras.optimizers.Optimizer, progress: Progress
     ):
-        everything = tf.train.Checkpoint(captioner=captioner, optimizer=optimizer, progress=progress)
+        # Keras keeps dropout's random state where tf.train.Checkpoint does not look for it.
+        dice = list(captioner.non_trainable_variables)
+        everything = tf.train.Checkpoint(captioner=captioner, optimizer=optimizer, progress=progress, dice=dice)
         weights = tf.train.Checkpoint(captioner=captioner)
         # One is kept of each; the old one is deleted when the new one is whole.
         self.last = tf.train.CheckpointManager(everything, str(run / "checkpoints/last"), max_to_keep=1)
@@ -187,7 +197,7 @@ class Checkpoints:
             return False
         try:
             self.last.checkpoint.restore(self.last.latest_checkpoint).assert_consumed()
-        except (tf.errors.OpError, ValueError, AssertionError) as error:
+        except (tf.errors.OpError, ValueError, IndexError, AssertionError) as error:
             reason = str(error).strip().split("\n")[0][:200]
             raise InputError(
                 f"{self.last.latest_checkpoint}: damaged, or of another model ({reason}); delete the run "
@@ -217,7 +227,7 @@ def train_epoch(
     batches = order_batches(captions.lengths, config.batch_size, config.seed, epoch)
     if done == len(batches):
         return
-    bar = tqdm(
+    bar = progress_bar(
         total=len(captions.lengths),
         initial=sum(map(len, batches[:done])),
         unit="caption",
@@ -235,7 +245,7 @@ def train_epoch(
                 progress.seconds.assign_add(now - shown)
                 shown = now
                 loss = float(progress.loss / progress.words)
-                bar.set_postfix_str(f"loss {loss:.3f}")
+                bar.set_postfix_str(f"loss {loss:.3f}", refresh=False)
                 if not math.isfinite(loss):
                     raise InputError(
                         f"the loss is {loss} by step {int(progress.step)} of epoch {epoch + 1}; the last checkpoint is from before "

@@ -1,6 +1,7 @@
 import csv
 import dataclasses
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -85,12 +86,13 @@ def test_pipeline_gives_every_caption_its_own_picture(dataset, words, cache):
 
 
 def test_training_learns_and_leaves_a_complete_run(start, dataset, cache):
-    run = start("run", epochs=30, patience=5)
+    run = start("run", epochs=30, batch_size=4)
     rows = list(csv.DictReader(open(run / "history.csv", newline="")))
     assert float(rows[-1]["train_loss"]) < 0.3 * float(rows[0]["train_loss"])
-    assert len(rows) <= 30 and [int(row["epoch"]) for row in rows] == list(range(1, len(rows) + 1))
+    assert [int(row["epoch"]) for row in rows] == list(range(1, 31))
     assert (run / "loss.png").stat().st_size > 5000
     assert list((run / "tensorboard").iterdir())
+    shutil.rmtree(run / "checkpoints/best")  # the last has learnt the training pictures best
     captioner, words, config = inference.load_run(run)
     example = dataset.split("train")[0]
     features = cache.read(tf.constant(str(cache.path(example.image))))[tf.newaxis]
@@ -208,7 +210,9 @@ def test_one_step_equals_adam_on_the_mean_loss_of_real_words(dataset, words, cac
     assert norm > 0.1, "the test must see the clipping"
     for value, gradient, found in zip(start, gradients, after, strict=True):
         clipped = gradient.numpy() * 0.1 / norm.numpy()
-        expected = value - 1e-2 * clipped / (np.abs(clipped) + 1e-7)  # Adam's first step
+        expected = value - 1e-2 * clipped / (
+            np.abs(clipped) + 1e-7 / np.sqrt(1e-3)
+        )  # Adam's first step, in Keras's form
         certain = np.abs(clipped) > 1e-6  # elsewhere rounding decides the direction
         np.testing.assert_allclose(found[certain], expected[certain], rtol=1e-3, atol=2e-4)
     assert float(progress.loss / progress.words) == pytest.approx(float(loss), rel=1e-5)
