@@ -24,7 +24,10 @@ import inference
 import model
 from tokenizer import Tokenizer, split_words
 
-JAVA_HINT = "METEOR and the PTB tokenizer of published scores need Java (Debian, Ubuntu, Colab: apt-get install default-jre-headless)"
+JAVA_HINT = (
+    "METEOR and the PTB tokenizer of published scores need Java (Debian, Ubuntu, Colab: "
+    "apt-get install default-jre-headless)"
+)
 
 
 def caption_examples(

@@ -354,7 +354,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def prepare(dataset: data_utils.Dataset, args: argparse.Namespace) -> tuple[FeatureCache, data_utils.Dataset]:
-    """Caches a data set's features as the command line says; returns the cache, and the data set less what cannot be read."""
+    """Caches a data set's features as the command line says.
+
+    Returns:
+        The cache, and the data set less the pictures that cannot be read.
+    """
     folder = args.features_dir or f"features/{dataset.name}"
     names = [example.image for example in dataset.examples]
     cache = open_cache(folder, dataset.images, names, args.weights, args.dtype)

@@ -79,8 +79,9 @@ def greedy_search(captioner: model.Captioner, pictures: tf.Tensor, max_words: in
         ended |= token == END
         if tf.reduce_all(ended):
             break
-    by_picture = lambda array: tf.experimental.numpy.swapaxes(array.stack(), 0, 1)
-    return by_picture(tokens), by_picture(probabilities), by_picture(looks)
+    # Stacked by step, wanted by picture.
+    swap = tf.experimental.numpy.swapaxes
+    return swap(tokens.stack(), 0, 1), swap(probabilities.stack(), 0, 1), swap(looks.stack(), 0, 1)
 
 
 def caption_features(captioner: model.Captioner, words: Tokenizer, pictures: tf.Tensor) -> list[Caption]:

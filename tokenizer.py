@@ -35,7 +35,7 @@ class Tokenizer:
 
     @classmethod
     def fit(cls, captions: Iterable[str], size: int = 5000) -> "Tokenizer":
-        """Keeps the most frequent words, the first seen of equals; `size` counts the four special ones, as Keras does."""
+        """Keeps the most frequent words, the first seen of equals; `size` counts the special ones, as Keras does."""
         counts = Counter(word for caption in captions for word in split_words(caption))
         for word in SPECIAL:
             counts.pop(word, None)

@@ -36,7 +36,6 @@ import numpy as np
 import tensorflow as tf
 
 import data_utils
-import inference
 import model
 from tokenizer import Tokenizer
 
@@ -248,8 +247,8 @@ def train_epoch(
                 bar.set_postfix_str(f"loss {loss:.3f}", refresh=False)
                 if not math.isfinite(loss):
                     raise InputError(
-                        f"the loss is {loss} by step {int(progress.step)} of epoch {epoch + 1}; the last checkpoint is from before "
-                        "it: run again with a smaller --learning-rate in another --run"
+                        f"the loss is {loss} by step {int(progress.step)} of epoch {epoch + 1}; the last checkpoint "
+                        "is from before it: run again with a smaller --learning-rate in another --run"
                     )
             if now - saved >= 60 * config.save_minutes:
                 checkpoints.save()
@@ -386,8 +385,8 @@ def start_run(run: Path, config: dict[str, Any], words: Tokenizer, cache: featur
             found = saved.get(section, {}).get(key)
             if found != value and key not in MAY_CHANGE:
                 raise InputError(
-                    f"{run} was trained with {section} {key} = {found}, expected {value}; give its settings to continue it, "
-                    "or another --run to start anew"
+                    f"{run} was trained with {section} {key} = {found}, expected {value}; give its settings to "
+                    "continue it, or another --run to start anew"
                 )
 
 

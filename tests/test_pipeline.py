@@ -1,0 +1,165 @@
+"""The commands as a person runs them, from drawn pictures to a caption, with the real InceptionV3 (random weights)."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import evaluate
+import features
+import inference
+import shapes
+import train
+from common import InputError
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="module")
+def workplace(tmp_path_factory):
+    """A folder with 24 drawn pictures, one of them unreadable, and a run trained on them for one epoch."""
+    folder = tmp_path_factory.mktemp("work place")  # a space, as people have
+    before = os.getcwd()
+    os.chdir(folder)
+    annotations = shapes.draw_dataset("shapes", pictures=24)
+    name = json.loads(annotations.read_text())["images"][-1]["filename"]
+    (folder / "shapes/images" / name).write_text("not a picture")
+    train.main(
+        [*DATA, "--weights", "random", "--epochs", "1", "--batch-size", "8", "--embedding-dim", "8", "--units", "16"]
+    )
+    yield folder
+    os.chdir(before)
+
+
+DATA = ["--annotations", "shapes/dataset_shapes.json", "--images", "shapes"]
+
+
+def test_the_whole_pipeline(workplace, capsys):
+    cached = sorted((workplace / "features/shapes/images").iterdir())
+    assert len(cached) == 23, "every readable picture has its features, the unreadable one has none"
+    values = np.load(cached[0], allow_pickle=False)
+    assert (values.shape, values.dtype) == ((64, 2048), np.float16)
+    run = workplace / "runs/shapes"
+    for name in ("config.json", "vocabulary.json", "history.csv", "loss.png", "cnn.weights.h5"):
+        assert (run / name).stat().st_size > 0
+    assert json.loads((run / "config.json").read_text())["data"]["unreadable"] == ["images/shapes_00023.png"]
+
+    features.main([*DATA, "--weights", "random"])
+    assert "23 pictures have their features" in capsys.readouterr().out
+
+    inference.main(["shapes/images/shapes_00000.png", "--run", "runs/shapes"])
+    out = capsys.readouterr().out
+    assert len(out.splitlines()) == 1, "one caption, and nothing else, on standard output"
+    assert Path("shapes_00000_attention.png").stat().st_size > 1000
+
+    inference.main([])
+    assert "real:" in (out := capsys.readouterr().out) and "predicted:" in out
+
+    evaluate.main(["--split", "test"])
+    assert "BLEU-4" in capsys.readouterr().out
+    results = json.loads((run / "captions_test.json").read_text())
+    assert {type(row["image_id"]) for row in results} == {int} and all("caption" in row for row in results)
+
+
+def test_captioning_a_file_equals_captioning_its_cached_features(workplace):
+    captioning = inference.Captioning.load("runs/shapes")
+    from_file = captioning.caption("shapes/images/shapes_00001.png")
+    cached = np.load("features/shapes/images/shapes_00001.png.npy")[np.newaxis]
+    from_cache = captioning.caption_features(cached)[0]
+    assert from_file.text == from_cache.text
+    np.testing.assert_allclose(from_file.attention, from_cache.attention, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("mode", "suffix"), [("RGBA", "png"), ("L", "jpg"), ("CMYK", "jpg"), ("P", "gif"), ("I;16", "png")]
+)
+def test_pictures_of_all_kinds_are_captioned_and_plotted(workplace, mode, suffix):
+    name = f"kind_{mode.replace(';', '')}"
+    picture = Image.new(mode, (50, 30)) if mode == "I;16" else Image.new("RGB", (50, 30), "red").convert(mode)
+    picture.save(f"{name}.{suffix}")
+    inference.main([f"{name}.{suffix}"])
+    assert Path(f"{name}_attention.png").stat().st_size > 1000
+
+
+def test_a_bad_picture_among_good_ones(workplace, capsys):
+    bad = "shapes/images/shapes_00023.png"
+    with pytest.raises(InputError, match="1 of 2 pictures"):
+        inference.main([bad, "shapes/images/shapes_00002.png"])
+    printed = capsys.readouterr()
+    assert "shapes_00002.png\t" in printed.out and bad in printed.err
+
+
+def test_changed_data_are_noticed(workplace):
+    path = workplace / "shapes/dataset_shapes.json"
+    whole = path.read_text()
+    path.write_text(whole.replace('"split": "test"', '"split": "train"', 1))
+    try:
+        with pytest.raises(InputError, match="the data have changed"):
+            evaluate.main([])
+        with pytest.raises(InputError, match="fingerprint"):
+            train.main([*DATA, "--weights", "random", "--batch-size", "8", "--embedding-dim", "8", "--units", "16"])
+    finally:
+        path.write_text(whole)
+
+
+@pytest.mark.parametrize(
+    ("command", "message"),
+    [
+        ("inference.py none.jpg", "none.jpg: no such picture"),
+        ("inference.py --run nowhere shapes/images/shapes_00000.png", "not a run folder"),
+        ("inference.py shapes/dataset_shapes.json", "not a picture that can be read"),
+        ("train.py --annotations shapes/dataset_shapes.json", "needs --images"),
+        ("train.py --annotations shapes/features.json --images shapes", "no such annotation file"),
+        ("features.py --annotations features/shapes/features.json --images shapes", "JSON without captions"),
+        (
+            "features.py --annotations shapes/dataset_shapes.json --images shapes",
+            "holds features made with weights random",
+        ),
+        ("tokenizer.py nothing.txt", "nothing.txt"),
+    ],
+)
+def test_a_mistake_gets_one_line_and_exit_code_2(workplace, command, message):
+    script, *arguments = command.split()
+    done = subprocess.run(
+        [sys.executable, ROOT / script, *arguments], cwd=workplace, capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 2, done.stderr
+    assert message in done.stderr and "Traceback" not in done.stderr
+    assert done.stdout == ""
+    assert done.stderr.splitlines()[-1].startswith(script)
+
+
+@pytest.mark.parametrize(
+    "script", ["data_utils", "demo", "evaluate", "features", "inference", "model", "shapes", "tokenizer", "train"]
+)
+def test_every_command_explains_itself(script, capsys):
+    module = __import__(script)
+    with pytest.raises(SystemExit) as end:
+        module.main(["--help"])
+    assert end.value.code == 0
+    assert f"python {script}.py" in capsys.readouterr().out
+
+
+def test_shapes_are_drawn_as_described(tmp_path):
+    annotations = json.loads(shapes.draw_dataset(tmp_path, pictures=12).read_text())
+    for image in annotations["images"]:
+        with Image.open(tmp_path / image["filepath"] / image["filename"]) as picture:
+            for shape in image["shapes"]:
+                left, top, right, bottom = shape["box"]
+                assert 0 <= left < right <= shapes.SIZE and 0 <= top < bottom <= shapes.SIZE
+                # The middle of a shape's lower half has its colour, whatever the noun.
+                found = picture.getpixel(((left + right) // 2, (top + 3 * bottom) // 4))
+                assert found == shapes.COLOURS[shape["colour"]]
+        if len(image["shapes"]) == 2:
+            first, second = image["shapes"]
+            caption = image["sentences"][0]["raw"]
+            assert caption.startswith(f"a {first['colour']} {first['noun']}")
+            axis = 1 if "above" in caption else 0
+            assert first["box"][axis + 2] <= second["box"][axis] + 20, "the relation must be plain to see"
+    with pytest.raises(InputError, match="drawn with"):
+        shapes.draw_dataset(tmp_path, pictures=16)
