@@ -168,7 +168,7 @@ def _rows_from_json(path: Path | str, content: Any) -> list[tuple[str, str, int 
             ]
     except (KeyError, TypeError, IndexError, AttributeError) as error:
         raise InputError(
-            f"{path}: neither COCO captions JSON (images, annotations) nor Karpathy's (images with sentences): {error!r}"
+            f"{path}: neither COCO's captions JSON (images, annotations) nor Karpathy's (images, sentences): {error!r}"
         ) from None
     raise InputError(f"{path}: JSON without captions; expected COCO's `annotations` or Karpathy's `sentences`")
 
@@ -277,7 +277,7 @@ def _fetch_coco_images(folder: Path, examples: list[Example]) -> None:
             )
         _fetch_archive("train2014.zip", folder, (".jpg",))
         missing = [name for name in missing if not (folder / name).exists()]
-    fetch = lambda name: download(f"{COCO}/{name}", folder / name, quiet=True)  # noqa: E731
+    fetch = lambda name: download(f"{COCO}/{name}", folder / name, quiet=True)
     pool = ThreadPoolExecutor(16)
     try:
         for _ in progress_bar(

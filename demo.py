@@ -26,7 +26,7 @@ import train
 
 RUN = Path("runs/demo")
 # Small batches and dropout, since there are only 1,900 pictures to learn from.
-TRAINING = ["--batch-size", "16", "--learning-rate", "5e-4", "--dropout", "0.2", "--epochs", "14", "--patience", "0"]
+TRAINING = ["--batch-size", "16", "--learning-rate", "5e-4", "--dropout", "0.2", "--epochs", "18", "--patience", "0"]
 
 
 def noun_attention(caption: inference.Caption, drawn: list[dict[str, Any]]) -> list[tuple[float, float]]:

@@ -143,7 +143,7 @@ def check_weights(weights: str) -> None:
         )
 
 
-def _narrow_kernels(cnn: tf.keras.Model, sigma: float = 0.6) -> None:
+def _narrow_kernels(cnn: tf.keras.Model, sigma: float = 0.7) -> None:
     """Weighs a random CNN's kernels towards their centres, by a Gaussian of `sigma` pixels.
 
     Otherwise every location of the 8x8 grid sees nearly the whole picture equally well, and attention has no
@@ -191,7 +191,7 @@ class FeatureCache:
     def missing(self, images: Iterable[str]) -> list[str]:
         """The pictures that have no whole file of features."""
         size = 128 + LOCATIONS * CHANNELS * self.dtype.itemsize  # NumPy's header takes 128 bytes
-        whole = lambda path: os.path.exists(path) and os.path.getsize(path) == size  # noqa: E731
+        whole = lambda path: os.path.exists(path) and os.path.getsize(path) == size
         return [image for image in images if not whole(self.path(image))]
 
     def write(self, image: str, features: np.ndarray) -> None:
@@ -364,9 +364,7 @@ def prepare(dataset: data_utils.Dataset, args: argparse.Namespace) -> tuple[Feat
     cache = open_cache(folder, dataset.images, names, args.weights, args.dtype)
     unreadable = cache_features(cache, dataset.images, names, args.cnn_batch_size)
     if unreadable:
-        say(
-            f"features: {len(unreadable):,} of {len(names):,} pictures cannot be read and are left out, with their captions"
-        )
+        say(f"features: {len(unreadable):,} of {len(names):,} pictures cannot be read: left out, with their captions")
     return cache, dataset.without(set(unreadable))
 
 

@@ -10,6 +10,7 @@ import argparse
 import random
 from pathlib import Path
 
+import numpy as np
 from PIL import Image, ImageDraw
 
 from common import InputError, read_json, run_command, say, write_json
@@ -44,6 +45,17 @@ def _place(dice: random.Random, x: float, y: float) -> tuple[int, int, int, int]
     return (x - half, y - half, x + half, y + half)
 
 
+def _background(brightness: int) -> Image.Image:
+    """A pale background, less red to the right and less blue to the bottom.
+
+    Like the sky and the ground of a photograph it tells where in the picture a location is, which the attention
+    cannot: its context vector is a sum over locations.
+    """
+    down, across = np.mgrid[0 : 1 : SIZE * 1j, 0 : 1 : SIZE * 1j]  # (299, 299) each, from 0 to 1
+    shade = np.stack([across, (across + down) / 2, down], axis=-1)  # of red, green and blue
+    return Image.fromarray((brightness - 80 * shade).round().astype(np.uint8))
+
+
 def make_picture(dice: random.Random) -> tuple[Image.Image, list[str], list[dict]]:
     """One picture, every correct caption of it, and its shapes (colour, noun, box)."""
     colours = dice.sample(list(COLOURS), dice.choice((1, 2)))  # two shapes differ in colour, perhaps in colour only
@@ -57,8 +69,7 @@ def make_picture(dice: random.Random) -> tuple[Image.Image, list[str], list[dict
         places = [(across, 0.25), (across, 0.75)] if relation == "above" else [(0.25, across), (0.75, across)]
         first, second = ("{} {}".format(*kind) for kind in kinds)
         captions = [f"a {first} {relation} a {second}", f"a {second} {OPPOSITE[relation]} a {first}"]
-    grey = dice.randint(200, 255)
-    picture = Image.new("RGB", (SIZE * DRAWN_AT, SIZE * DRAWN_AT), (grey, grey, grey))
+    picture = _background(dice.randint(235, 255)).resize((SIZE * DRAWN_AT, SIZE * DRAWN_AT))
     found = []
     for (colour, noun), (x, y) in zip(kinds, places, strict=True):
         box = _place(dice, x, y)

@@ -57,7 +57,8 @@ class TrainConfig:
     seed: int = 0
 
 
-MAY_CHANGE = {"epochs", "patience", "save_minutes"}  # when a run is continued
+# What may differ when a run is continued; of the data, the fingerprint says whether they are the same.
+MAY_CHANGE = {"epochs", "patience", "save_minutes", "folder", "annotations", "images", "data_dir"}
 
 
 # Data: batches of captions of similar length, in an order that seed and epoch determine.
@@ -364,30 +365,27 @@ def start_run(run: Path, config: dict[str, Any], words: Tokenizer, cache: featur
         InputError: the folder holds a run with other settings; both are named.
     """
     path = run / "config.json"
-    if not path.exists():
-        words.save(run / "vocabulary.json")
-        own = (
-            cache.folder / features.CNN_FILE
-            if cache.settings["weights"] == "random"
-            else Path(cache.settings["weights"])
-        )
-        if own.is_file():  # ImageNet's weights can be had anywhere, others only here; a link takes no space
-            (run / features.CNN_FILE).unlink(missing_ok=True)
-            try:
-                os.link(own, run / features.CNN_FILE)
-            except OSError:
-                shutil.copyfile(own, run / features.CNN_FILE)
-        write_json(path, config | {"vocabulary_sha256": file_sha256(run / "vocabulary.json")})
-        return
-    saved = read_json(path)
-    for section, settings in config.items():
-        for key, value in settings.items():
-            found = saved.get(section, {}).get(key)
-            if found != value and key not in MAY_CHANGE:
-                raise InputError(
-                    f"{run} was trained with {section} {key} = {found}, expected {value}; give its settings to "
-                    "continue it, or another --run to start anew"
-                )
+    if path.exists():
+        saved = read_json(path)
+        for section, settings in config.items():
+            for key, value in settings.items():
+                found = saved.get(section, {}).get(key)
+                renamed = key == "weights" and "sha256" in settings  # a file is what it holds, not what it is called
+                if found != value and key not in MAY_CHANGE and not renamed:
+                    raise InputError(
+                        f"{run} was trained with {section} {key} = {found}, expected {value}; give its settings to "
+                        "continue it, or another --run to start anew"
+                    )
+    words.save(run / "vocabulary.json")
+    own = Path(cache.weights)
+    if own.is_file() and not (run / features.CNN_FILE).exists():
+        # ImageNet's weights can be had anywhere, others only here. A link takes no space.
+        try:
+            os.link(own, run / features.CNN_FILE)
+        except OSError:
+            with open(own, "rb") as source, atomic_write(run / features.CNN_FILE, "wb") as target:
+                shutil.copyfileobj(source, target)
+    write_json(path, config | {"vocabulary_sha256": file_sha256(run / "vocabulary.json")})
 
 
 def train(
@@ -486,7 +484,7 @@ def main(argv: list[str] | None = None) -> None:
     """Prepares the data, the features and the vocabulary, and trains."""
     args = parse(argv)
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # a cluster's "please stop" saves, as Ctrl-C does
-    pick = lambda kind: {f.name: getattr(args, f.name) for f in dataclasses.fields(kind)}  # noqa: E731
+    pick = lambda kind: {f.name: getattr(args, f.name) for f in dataclasses.fields(kind)}
     training, settings = TrainConfig(**pick(TrainConfig)), model.ModelConfig(**pick(model.ModelConfig))
     options = data_utils.options_from(args)
     dataset = data_utils.load_dataset(options)

@@ -25,7 +25,7 @@ def cache(tmp_path):
 
 @pytest.fixture
 def dataset(tmp_path, cache):
-    """24 pictures with two captions each, whose features (one location tells the colour, another the noun) are cached."""
+    """24 pictures with two captions each and cached features: one location tells the colour, another the noun."""
     dice, noise = random.Random(0), np.random.default_rng(0)
     examples = []
     for number in range(24):
