@@ -101,7 +101,8 @@ class RNNDecoder(tf.keras.Model):
         super().__init__()
         self.units = units
         self.embedding = layers.Embedding(vocabulary_size, embedding_dim)
-        self.gru = layers.GRUCell(units)  # the cell of the tutorial's GRU: (768 inputs) and (512 state) to (512 state)
+        # The cell of the tutorial's GRU: 512 inputs, the context and the word, and a state of 512.
+        self.gru = layers.GRUCell(units, recurrent_initializer="glorot_uniform")
         self.fc1 = layers.Dense(units)
         self.fc2 = layers.Dense(vocabulary_size)
         self.attention = BahdanauAttention(units)

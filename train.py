@@ -20,6 +20,7 @@ from common import (
 )  # before TensorFlow
 
 import argparse
+import contextlib
 import csv
 import dataclasses
 import math
@@ -27,6 +28,7 @@ import os
 import shutil
 import signal
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -50,6 +52,7 @@ class TrainConfig:
     batch_size: int = 64
     learning_rate: float = 1e-3  # of Adam
     clip_norm: float = 5.0  # the gradients' global norm is cut to this
+    average_decay: float = 0.0  # of the moving average of the weights that captions; 0: the weights themselves
     patience: int = 3  # epochs without a better score after which training stops; 0: never
     max_length: int = 50  # tokens; longer captions are cut
     validation_pictures: int = 1000  # at the most, of the val split
@@ -128,6 +131,38 @@ def make_pipeline(captions: Captions, batches: list[np.ndarray], cache: features
 # One step, and what a stopped run needs to continue.
 
 
+class Average(tf.Module):
+    """A moving average of the weights, which captions more steadily than the weights of any one step.
+
+    Batches hold captions of one length, and each pulls the weights towards its own. (Polyak and Juditsky 1992.)
+    """
+
+    def __init__(self, variables: list[tf.Variable], decay: float):
+        super().__init__()
+        self.decay, self.weights = decay, variables
+        self.means = [tf.Variable(variable, trainable=False) for variable in variables] if decay else []
+        self.steps = tf.Variable(0.0)
+
+    def update(self) -> None:
+        """Follows the weights after a step; at first quickly, so that the random start is soon forgotten."""
+        self.steps.assign_add(1.0)
+        decay = tf.minimum(self.decay, (1.0 + self.steps) / (10.0 + self.steps))
+        for mean, weight in zip(self.means, self.weights, strict=bool(self.decay)):
+            mean.assign_add((1.0 - decay) * (weight - mean))
+
+    @contextlib.contextmanager
+    def in_place(self) -> Iterator[None]:
+        """Puts the means in the place of the weights for a while."""
+        kept = [weight.numpy() for weight in self.weights] if self.decay else []
+        for mean, weight in zip(self.means, self.weights, strict=bool(self.decay)):
+            weight.assign(mean)
+        try:
+            yield
+        finally:  # Ctrl-C saves the weights themselves
+            for value, weight in zip(kept, self.weights, strict=bool(self.decay)):
+                weight.assign(value)
+
+
 class Progress(tf.Module):
     """Where the training is: saved with the weights, so that a run continues to the same numbers."""
 
@@ -156,6 +191,7 @@ def batch_signature(cache: features.FeatureCache) -> list[tf.TensorSpec]:
 def make_train_step(
     captioner: model.Captioner,
     optimizer: tf.keras.optimizers.Optimizer,
+    average: Average,
     progress: Progress,
     cache: features.FeatureCache,
 ):
@@ -169,6 +205,7 @@ def make_train_step(
             loss, words = model.masked_loss(logits, tokens[:, 1:])
             mean = loss / tf.maximum(words, 1)
         optimizer.apply(tape.gradient(mean, variables), variables)
+        average.update()
         progress.loss.assign_add(tf.cast(loss, tf.float64))
         progress.words.assign_add(tf.cast(words, tf.float64))
         progress.step.assign_add(1)
@@ -180,11 +217,21 @@ class Checkpoints:
     """A run's `last` checkpoint, everything needed to continue, and `best`, the weights that caption best."""
 
     def __init__(
-        self, run: Path, captioner: model.Captioner, optimizer: tf.keras.optimizers.Optimizer, progress: Progress
+        self,
+        run: Path,
+        captioner: model.Captioner,
+        optimizer: tf.keras.optimizers.Optimizer,
+        average: Average,
+        progress: Progress,
     ):
-        # Keras keeps dropout's random state where tf.train.Checkpoint does not look for it.
-        dice = list(captioner.non_trainable_variables)
-        everything = tf.train.Checkpoint(captioner=captioner, optimizer=optimizer, progress=progress, dice=dice)
+        everything = tf.train.Checkpoint(
+            captioner=captioner,
+            optimizer=optimizer,
+            average=average,
+            progress=progress,
+            # Keras keeps dropout's random state where tf.train.Checkpoint does not look for it.
+            dice=list(captioner.non_trainable_variables),
+        )
         weights = tf.train.Checkpoint(captioner=captioner)
         # One is kept of each; the old one is deleted when the new one is whole.
         self.last = tf.train.CheckpointManager(everything, str(run / "checkpoints/last"), max_to_keep=1)
@@ -397,8 +444,9 @@ def train(
     captioner = model.build(model.ModelConfig(**config["model"]))
     optimizer = tf.keras.optimizers.Adam(settings.learning_rate, global_clipnorm=settings.clip_norm)
     optimizer.build(captioner.trainable_variables)  # before restoring: its slots must exist
+    average = Average(captioner.trainable_variables, settings.average_decay)
     progress = Progress()
-    checkpoints = Checkpoints(run, captioner, optimizer, progress)
+    checkpoints = Checkpoints(run, captioner, optimizer, average, progress)
     if checkpoints.restore():
         say(
             f"continuing {run} after {int(progress.epoch)} epochs and {int(progress.step)} batches, best so far: CIDEr "
@@ -412,15 +460,18 @@ def train(
         f"{run}: {len(train_captions.lengths):,} captions of {len(train_captions.paths):,} pictures, vocabulary "
         f"{len(words):,}, {captioner.count_params():,} weights; validation on {len(validation.examples):,} pictures"
     )
-    train_step = make_train_step(captioner, optimizer, progress, cache)
+    train_step = make_train_step(captioner, optimizer, average, progress, cache)
     try:
         while int(progress.epoch) < settings.epochs:
             if settings.patience and int(progress.epoch) - int(progress.best_epoch) >= settings.patience:
                 say(f"stopped early: no better CIDEr for {settings.patience} epochs")
                 break
             train_epoch(train_step, train_captions, cache, checkpoints, settings)
-            scores, sample = validation.scores()
             epoch = int(progress.epoch) + 1
+            with average.in_place():
+                scores, sample = validation.scores()
+                if better := scores["cider"] > float(progress.best_score):
+                    checkpoints.best.save()
             row = {
                 "epoch": epoch,
                 "train_loss": round(float(progress.loss / progress.words), 4),
@@ -430,10 +481,9 @@ def train(
             history.add(row)
             say("  ".join(f"{name} {value}" for name, value in row.items()))
             say(f"  {sample}")
-            if scores["cider"] > float(progress.best_score):
+            if better:
                 progress.best_score.assign(scores["cider"])
                 progress.best_epoch.assign(epoch)
-                checkpoints.best.save()
             progress.epoch.assign(epoch)
             progress.start_epoch()
             checkpoints.save()
@@ -467,6 +517,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         "batch_size": "captions in a step",
         "learning_rate": "of Adam",
         "clip_norm": "the global norm the gradients are cut to",
+        "average_decay": "of the moving average of the weights that validates and captions, as 0.999; 0: no average",
         "patience": "epochs without a better CIDEr before stopping; 0: never stop early",
         "max_length": "tokens of a caption at the most; longer ones are cut",
         "validation_pictures": "pictures of the val split to validate with, at the most",

@@ -137,14 +137,14 @@ def stop_at(monkeypatch, step, error):
 @pytest.mark.parametrize(("error", "minutes"), [(KeyboardInterrupt, 5.0), (Stop, 0.0), (Stop, 5.0)])
 def test_a_stopped_run_ends_with_the_same_numbers(start, monkeypatch, error, minutes):
     """Stopped in the second epoch: by Ctrl-C, by a kill just after a checkpoint, and by a kill long after one."""
-    whole = start("whole", dropout=0.3, save_minutes=minutes)
+    whole = start("whole", dropout=0.3, average_decay=0.9, save_minutes=minutes)
     with monkeypatch.context() as patch:
         stop_at(patch, 10, error)  # an epoch has 7 steps
         with pytest.raises(error):
-            start("stopped", dropout=0.3, save_minutes=minutes)
+            start("stopped", dropout=0.3, average_decay=0.9, save_minutes=minutes)
     step = weights(whole.parent / "stopped")["progress/step/.ATTRIBUTES/VARIABLE_VALUE"]
     assert step == {KeyboardInterrupt: 3, Stop: 2 if minutes == 0 else 0}[error]
-    stopped = start("stopped", dropout=0.3, save_minutes=minutes)
+    stopped = start("stopped", dropout=0.3, average_decay=0.9, save_minutes=minutes)
     expected, found = weights(whole), weights(stopped)
     skip = ("seconds", "save_counter")
     assert expected.keys() == found.keys()
@@ -195,8 +195,8 @@ def test_one_step_equals_adam_on_the_mean_loss_of_real_words(dataset, words, cac
     pictures, tokens = next(iter(make_pipeline(captions, order_batches(captions.lengths, 5, 0, 0), cache)))
     start = [variable.numpy() for variable in small_model.trainable_variables]
     optimizer = tf.keras.optimizers.Adam(1e-2, global_clipnorm=0.1)
-    progress = train.Progress()
-    train.make_train_step(small_model, optimizer, progress, cache)(pictures, tokens)
+    progress, average = train.Progress(), train.Average(small_model.trainable_variables, 0.5)
+    train.make_train_step(small_model, optimizer, average, progress, cache)(pictures, tokens)
     after = [variable.numpy() for variable in small_model.trainable_variables]
 
     for variable, value in zip(small_model.trainable_variables, start, strict=True):
@@ -218,6 +218,19 @@ def test_one_step_equals_adam_on_the_mean_loss_of_real_words(dataset, words, cac
         np.testing.assert_allclose(found[certain], expected[certain], rtol=1e-3, atol=2e-4)
     assert float(progress.loss / progress.words) == pytest.approx(float(loss), rel=1e-5)
     assert int(progress.step) == 1
+    # The average follows by (1 - 2/11), quicker than its decay of 0.5 at first.
+    for value, found, mean in zip(start, after, average.means, strict=True):
+        np.testing.assert_allclose(mean, value + (1 - 2 / 11) * (found - value), rtol=1e-3, atol=1e-6)
+
+
+def test_the_average_captions_and_the_weights_train_on(small_model):
+    weight = small_model.trainable_variables[0]
+    average = train.Average(small_model.trainable_variables, 0.9)
+    before = weight.numpy()
+    weight.assign(before + 1)
+    with average.in_place():
+        np.testing.assert_array_equal(weight, before)
+    np.testing.assert_array_equal(weight, before + 1)
 
 
 # Loading a run.
