@@ -98,10 +98,11 @@ def test_training_learns_and_leaves_a_complete_run(start, dataset, cache):
     assert list((run / "tensorboard").iterdir())
     shutil.rmtree(run / "checkpoints/best")  # the last has learnt the training pictures best
     captioner, words, config = inference.load_run(run)
-    example = dataset.split("train")[0]
-    features = cache.read(tf.constant(str(cache.path(example.image))))[tf.newaxis]
-    caption = inference.caption_features(captioner, words, features)[0]
-    assert caption.text in example.captions, "the model has not learnt what it was taught"
+    examples = dataset.split("train")
+    pictures = tf.stack([cache.read(tf.constant(str(cache.path(example.image)))) for example in examples])
+    captions = inference.caption_features(captioner, words, pictures)
+    right = [caption.text in example.captions for caption, example in zip(captions, examples, strict=True)]
+    assert sum(right) >= 8, "the model has not learnt what it was taught: guessing gets 1 of 12"
     assert config["vocabulary_sha256"]
 
 
