@@ -3,6 +3,7 @@
 Nothing here knows of pictures, captions or TensorFlow.
 """
 
+import argparse
 import contextlib
 import errno
 import hashlib
@@ -28,6 +29,17 @@ class InputError(Exception):
 def say(message: str) -> None:
     """Prints talk to standard error, so that standard output holds only results."""
     print(message, file=sys.stderr, flush=True)
+
+
+def at_least(minimum: int) -> Callable[[str], int]:
+    """An argparse type: a whole number that is not less than `minimum`."""
+
+    def whole_number(text: str) -> int:
+        if not text.lstrip("-").isdecimal() or int(text) < minimum:
+            raise argparse.ArgumentTypeError(f"expected a whole number of at least {minimum}, found {text!r}")
+        return int(text)
+
+    return whole_number
 
 
 def progress_bar(*args: Any, **kwargs: Any) -> tqdm:

@@ -23,7 +23,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 import shapes
-from common import InputError, progress_bar, read_json, run_command, say
+from common import InputError, at_least, progress_bar, read_json, run_command, say
 from downloads import download, unpack
 
 SPLITS = ("train", "val", "test")
@@ -347,7 +347,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of the data, for every script that reads them."""
 
     def count(text: str) -> int:
-        return 0 if text == "all" else int(text)
+        return 0 if text == "all" else at_least(1)(text)
 
     default = DataOptions()
     group = parser.add_argument_group("data")

@@ -10,7 +10,6 @@ held-out pictures, and measures how much of the attention of a noun lies on the 
 from common import read_json, run_command, say  # before TensorFlow
 
 import argparse
-import shutil
 import time
 from pathlib import Path
 from typing import Any
@@ -76,15 +75,12 @@ def measure(run: Path) -> dict[str, float]:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Runs the demo; a second run continues or repeats the measuring."""
+    """Runs the demo; a second run finds the training done and measures again (delete runs/demo to train anew)."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--run", type=Path, default=RUN, help="run folder (default: %(default)s)")
     parser.add_argument("--data-dir", default="data", help="folder to draw the data set into (default: %(default)s)")
-    parser.add_argument("--again", action="store_true", help="forget an earlier demo's training and train anew")
     args = parser.parse_args(argv)
     began = time.monotonic()
-    if args.again:
-        shutil.rmtree(args.run, ignore_errors=True)
     data = ["--dataset", "shapes", "--data-dir", args.data_dir]
     say("The CNN of this demo has random weights: ImageNet's are a download, and shapes can do without them.")
     train.main([*data, "--weights", "random", "--run", str(args.run), *TRAINING])

@@ -21,6 +21,7 @@ from typing import Any
 
 from common import (
     InputError,
+    at_least,
     atomic_write,
     file_sha256,
     quiet_import,
@@ -349,7 +350,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="how features are stored: 256 or 512 KB a picture (default: %(default)s)",
     )
     group.add_argument(
-        "--cnn-batch-size", type=int, default=32, help="pictures the CNN sees at once (default: %(default)s)"
+        "--cnn-batch-size", type=at_least(1), default=32, help="pictures the CNN sees at once (default: %(default)s)"
     )
 
 

@@ -7,7 +7,7 @@
 From Python: `Captioning.load("runs/coco").caption("photo.jpg").text`.
 """
 
-from common import InputError, read_json, run_command, say, file_sha256  # before TensorFlow
+from common import InputError, at_least, read_json, run_command, say, file_sha256  # before TensorFlow
 
 import argparse
 import dataclasses
@@ -304,7 +304,7 @@ def main(argv: list[str] | None = None) -> None:
         "--output-dir", type=Path, default=Path(), help="where <picture>_attention.png goes (default: here)"
     )
     parser.add_argument(
-        "--count", type=int, default=3, help="how many held-out pictures, without a picture (default: 3)"
+        "--count", type=at_least(1), default=3, help="how many held-out pictures, without a picture (default: 3)"
     )
     parser.add_argument("--seed", type=int, help="which held-out pictures (default: others each time)")
     args = parser.parse_args(argv)

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw
 
-from common import InputError, read_json, run_command, say, write_json
+from common import InputError, at_least, read_json, run_command, say, write_json
 
 COLOURS = {"red": (214, 40, 40), "green": (46, 160, 67), "blue": (38, 84, 214), "yellow": (240, 200, 20)}
 NOUNS = ("circle", "square", "triangle")
@@ -121,11 +121,9 @@ def main(argv: list[str] | None = None) -> None:
     """Draws the data set."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", default="data/shapes", help="folder to draw into (default: %(default)s)")
-    parser.add_argument("--pictures", type=int, default=PICTURES, help="how many (default: %(default)s)")
+    parser.add_argument("--pictures", type=at_least(8), default=PICTURES, help="how many (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="seed of what is drawn (default: %(default)s)")
     args = parser.parse_args(argv)
-    if args.pictures < 8:
-        raise InputError(f"--pictures: expected at least 8, found {args.pictures}")
     print(draw_dataset(args.output, args.pictures, args.seed))
 
 

@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from common import InputError, read_json, run_command, write_json
+from common import InputError, at_least, read_json, run_command, write_json
 
 PAD, UNK, START, END = range(4)
 SPECIAL = ("<pad>", "<unk>", "<start>", "<end>")
@@ -86,7 +86,9 @@ def main(argv: list[str] | None = None) -> None:
     """Prints the vocabulary of a text file, one word a line, most frequent first."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("captions", help="text file, one caption a line")
-    parser.add_argument("--size", type=int, default=5000, help="words to keep, 4 special ones included (default: 5000)")
+    parser.add_argument(
+        "--size", type=at_least(5), default=5000, help="words to keep, 4 special ones included (default: 5000)"
+    )
     parser.add_argument("--output", metavar="FILE", help="save the vocabulary as JSON instead of printing it")
     args = parser.parse_args(argv)
     try:

@@ -59,6 +59,25 @@ class TrainConfig:
     save_minutes: float = 5.0  # between checkpoints inside an epoch
     seed: int = 0
 
+    def __post_init__(self):
+        least = {
+            "epochs": 1,
+            "batch_size": 1,
+            "patience": 0,
+            "max_length": 3,
+            "validation_pictures": 1,
+            "seed": 0,
+            "save_minutes": 0,
+            "learning_rate": 1e-12,
+            "clip_norm": 1e-12,
+            "average_decay": 0,
+        }
+        for name, minimum in least.items():
+            if not getattr(self, name) >= minimum:
+                raise InputError(f"{name}: expected at least {minimum:g}, found {getattr(self, name)}")
+        if self.average_decay >= 1:
+            raise InputError(f"average_decay: expected less than 1, found {self.average_decay}")
+
 
 # What may differ when a run is continued; of the data, the fingerprint says whether they are the same.
 MAY_CHANGE = {"epochs", "patience", "save_minutes", "folder", "annotations", "images", "data_dir"}

@@ -32,7 +32,7 @@ def dataset(tmp_path, cache):
         colour, noun = dice.randrange(3), dice.randrange(4)
         name = f"picture_{number:02}.jpg"
         values = noise.uniform(0, 0.1, (64, 2048))
-        values[10, colour] = values[20, 10 + noun] = 3
+        values[10, 100 * colour : 100 * colour + 100] = values[20, 1000 + 100 * noun : 1100 + 100 * noun] = 1
         cache.write(name, values)
         captions = (f"a {COLOURS[colour]} {NOUNS[noun]}", f"there is a {COLOURS[colour]} {NOUNS[noun]} in the picture")
         examples.append(Example(name, captions, number, "train" if number < 16 else "val" if number < 20 else "test"))

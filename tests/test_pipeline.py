@@ -114,7 +114,8 @@ def test_changed_data_are_noticed(workplace):
         ("inference.py --run nowhere shapes/images/shapes_00000.png", "not a run folder"),
         ("inference.py shapes/dataset_shapes.json", "not a picture that can be read"),
         ("train.py --annotations shapes/dataset_shapes.json", "needs --images"),
-        ("train.py --annotations shapes/features.json --images shapes", "no such annotation file"),
+        ("features.py --annotations none.csv --images shapes", "no such annotation file"),
+        ("features.py --cnn-batch-size 0", "expected a whole number of at least 1, found '0'"),
         ("features.py --annotations features/shapes/features.json --images shapes", "JSON without captions"),
         (
             "features.py --annotations shapes/dataset_shapes.json --images shapes",
@@ -131,7 +132,7 @@ def test_a_mistake_gets_one_line_and_exit_code_2(workplace, command, message):
     assert done.returncode == 2, done.stderr
     assert message in done.stderr and "Traceback" not in done.stderr
     assert done.stdout == ""
-    assert done.stderr.splitlines()[-1].startswith(script)
+    assert done.stderr.splitlines()[-1].startswith(script), "the last line is the mistake"
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,7 @@ def settings(dataset, words, cache, dropout=0.0, **training):
     """A run's config.json for a small model."""
     defaults = {"epochs": 3, "batch_size": 5, "learning_rate": 1e-2, "patience": 0}
     return {
-        "model": {"vocabulary_size": len(words), "embedding_dim": 8, "units": 16, "dropout": dropout},
+        "model": {"vocabulary_size": len(words), "embedding_dim": 8, "units": 32, "dropout": dropout},
         "training": dataclasses.asdict(TrainConfig(**defaults | training)),
         "data": dataclasses.asdict(DataOptions()) | {"unreadable": [], "fingerprint": dataset.fingerprint},
         "features": cache.settings | {"folder": str(cache.folder)},
@@ -78,8 +78,8 @@ def test_pipeline_gives_every_caption_its_own_picture(dataset, words, cache):
         assert tokens.shape[1] == max(np.count_nonzero(tokens, axis=1)), "padded to the batch's longest, no more"
         for values, ids in zip(pictures.numpy(), tokens.numpy(), strict=True):
             text = words.decode(ids)
-            colour = ("red", "green", "blue")[int(values[10, :3].argmax())]
-            noun = ("dog", "cat", "bird", "horse")[int(values[20, 10:14].argmax())]
+            colour = ("red", "green", "blue")[int(values[10, :300:100].argmax())]
+            noun = ("dog", "cat", "bird", "horse")[int(values[20, 1000:1400:100].argmax())]
             assert f"{colour} {noun}" in text, "a caption was paired with another picture's features"
             seen.append(text)
     expected = [c for e in dataset.split("train") for c in e.captions]
@@ -232,6 +232,14 @@ def test_the_average_captions_and_the_weights_train_on(small_model):
     with average.in_place():
         np.testing.assert_array_equal(weight, before)
     np.testing.assert_array_equal(weight, before + 1)
+
+
+@pytest.mark.parametrize(
+    "bad", [{"batch_size": 0}, {"learning_rate": float("nan")}, {"average_decay": 1.0}, {"epochs": -1}]
+)
+def test_impossible_settings(bad):
+    with pytest.raises(InputError, match=f"{next(iter(bad))}: expected"):
+        TrainConfig(**bad)
 
 
 # Loading a run.
