@@ -21,7 +21,6 @@ from common import (
 
 import argparse
 import contextlib
-import csv
 import dataclasses
 import math
 import os
@@ -30,7 +29,7 @@ import signal
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import evaluate
 import features
@@ -39,9 +38,9 @@ import tensorflow as tf
 
 import data_utils
 import model
+from batches import Captions, batch_signature, encode_captions, make_pipeline, order_batches
+from history import History
 from tokenizer import Tokenizer
-
-WINDOW = 50  # batches among which captions are sorted by length: little padding, and batches still differ by epoch
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,70 +80,6 @@ class TrainConfig:
 
 # What may differ when a run is continued; of the data, the fingerprint says whether they are the same.
 MAY_CHANGE = {"epochs", "patience", "save_minutes", "folder", "annotations", "images", "data_dir"}
-
-
-# Data: batches of captions of similar length, in an order that seed and epoch determine.
-
-
-class Captions(NamedTuple):
-    """All captions of a split as arrays, a few bytes each; the features stay on the disk."""
-
-    paths: np.ndarray  # (pictures,) of str, the features' files
-    picture: np.ndarray  # (captions,) int32, each caption's picture
-    tokens: np.ndarray  # (captions, longest) int32, padded with <pad>
-    lengths: np.ndarray  # (captions,) int32
-
-
-def encode_captions(
-    examples: list[data_utils.Example], words: Tokenizer, cache: features.FeatureCache, max_length: int
-) -> Captions:
-    """Turns the captions of a split into arrays."""
-    rows = [(i, words.encode(text, max_length)) for i, example in enumerate(examples) for text in example.captions]
-    tokens = np.zeros((len(rows), max(len(ids) for _, ids in rows)), np.int32)
-    for row, (_, ids) in zip(tokens, rows, strict=True):
-        row[: len(ids)] = ids
-    return Captions(
-        np.array([str(cache.path(example.image)) for example in examples]),
-        np.array([i for i, _ in rows], np.int32),
-        tokens,
-        np.array([len(ids) for _, ids in rows], np.int32),
-    )
-
-
-def order_batches(lengths: np.ndarray, batch_size: int, seed: int, epoch: int) -> list[np.ndarray]:
-    """An epoch's batches, each the indices of captions of similar length.
-
-    Captions are shuffled, sorted by length inside windows of 50 batches, and the batches shuffled. What does
-    not fill a batch comes last, of any lengths. The order depends on nothing but the arguments, which is how
-    a stopped epoch can be continued at any batch.
-    """
-    dice = np.random.default_rng((seed, epoch))
-    order = dice.permutation(len(lengths))
-    full = len(order) // batch_size * batch_size
-    batches = []
-    for start in range(0, full, WINDOW * batch_size):
-        window = order[start : min(start + WINDOW * batch_size, full)]
-        window = window[np.argsort(lengths[window], kind="stable")]
-        batches += np.split(window, len(window) // batch_size)
-    batches = [batches[i] for i in dice.permutation(len(batches))]
-    return batches + ([order[full:]] if full < len(order) else [])
-
-
-def make_pipeline(captions: Captions, batches: list[np.ndarray], cache: features.FeatureCache) -> tf.data.Dataset:
-    """Reads the batches' features from the cache, in parallel and ahead of the model.
-
-    All batches but the last must be of one size. Yields features (B, 64, 2048) in the cache's dtype, and
-    tokens (B, T) padded to the batch's longest caption.
-    """
-
-    def tokens():
-        for batch in batches:
-            yield captions.tokens[batch, : captions.lengths[batch].max()]
-
-    paths = captions.paths[captions.picture[np.concatenate(batches)]]
-    pictures = tf.data.Dataset.from_tensor_slices(paths).map(cache.read, num_parallel_calls=tf.data.AUTOTUNE)
-    words = tf.data.Dataset.from_generator(tokens, output_signature=tf.TensorSpec((None, None), tf.int32))
-    return tf.data.Dataset.zip(pictures.batch(len(batches[0])), words).prefetch(tf.data.AUTOTUNE)
 
 
 # One step, and what a stopped run needs to continue.
@@ -199,12 +134,6 @@ class Progress(tf.Module):
         """Forgets the sums of the epoch before."""
         for variable in (self.step, self.loss, self.words, self.seconds):
             variable.assign(tf.zeros_like(variable))
-
-
-def batch_signature(cache: features.FeatureCache) -> list[tf.TensorSpec]:
-    """What `make_pipeline` yields, for functions compiled once for batches of all sizes and lengths."""
-    pictures = tf.TensorSpec((None, features.LOCATIONS, features.CHANNELS), cache.dtype)
-    return [pictures, tf.TensorSpec((None, None), tf.int32)]
 
 
 def make_train_step(
@@ -370,55 +299,6 @@ class Validation:
             "distinct": distinct,
         }
         return row, f"{self.examples[0].image}: {texts[0]}"
-
-
-def plot_history(rows: list[dict[str, Any]], path: Path) -> None:
-    """The loss plot: training and validation loss, and BLEU-4, by epoch."""
-    from matplotlib.figure import Figure
-    from matplotlib.ticker import MaxNLocator
-
-    epochs = [int(row["epoch"]) for row in rows]
-    figure = Figure(figsize=(7, 4), dpi=110, layout="constrained")
-    losses = figure.subplots()
-    for name, label in (("train_loss", "training loss"), ("val_loss", "validation loss")):
-        losses.plot(epochs, [float(row[name]) for row in rows], marker="o", markersize=3, label=label)
-    losses.set(xlabel="epoch", ylabel="loss (nats per word)")
-    losses.xaxis.set_major_locator(MaxNLocator(integer=True))
-    scores = losses.twinx()
-    scores.plot(
-        epochs, [float(row["bleu4"]) for row in rows], color="tab:green", marker="s", markersize=3, label="BLEU-4"
-    )
-    scores.set(ylabel="BLEU-4 (validation, %)", ylim=(0, None))
-    best = max(rows, key=lambda row: float(row["cider"]))
-    losses.axvline(int(best["epoch"]), color="grey", linestyle=":", label="best epoch (CIDEr)")
-    lines = losses.get_legend_handles_labels(), scores.get_legend_handles_labels()
-    losses.legend(*(first + second for first, second in zip(*lines, strict=True)), loc="center right")
-    with atomic_write(path, "wb") as file:
-        figure.savefig(file, format="png")
-
-
-class History:
-    """history.csv, loss.png and the TensorBoard events of a run, one row an epoch."""
-
-    def __init__(self, run: Path, epochs_done: int):
-        self.run, self.rows = run, []
-        if (run / "history.csv").exists():
-            with open(run / "history.csv", newline="", encoding="utf-8") as file:
-                self.rows = list(csv.DictReader(file))[:epochs_done]
-        self.events = tf.summary.create_file_writer(str(run / "tensorboard"))
-
-    def add(self, row: dict[str, Any]) -> None:
-        """Adds an epoch and writes everything anew."""
-        self.rows.append(row)
-        with atomic_write(self.run / "history.csv") as file:
-            writer = csv.DictWriter(file, list(row))
-            writer.writeheader()
-            writer.writerows(self.rows)
-        plot_history(self.rows, self.run / "loss.png")
-        with self.events.as_default(step=int(row["epoch"])):
-            for name, value in row.items():
-                tf.summary.scalar(name, float(value))
-        self.events.flush()
 
 
 # A run.

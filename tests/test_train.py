@@ -10,9 +10,10 @@ import tensorflow as tf
 import inference
 import model
 import train
+from batches import encode_captions, make_pipeline, order_batches
 from common import InputError
 from data_utils import DataOptions
-from train import TrainConfig, encode_captions, make_pipeline, order_batches
+from train import TrainConfig
 
 
 def settings(dataset, words, cache, dropout=0.0, **training):
