@@ -216,8 +216,8 @@ def plot_attention(picture: Image.Image, caption: Caption, path: Path | str) -> 
     picture = features.upright_rgb(picture)
     picture.thumbnail((448, 448))
     panels = len(caption.words) + 1
-    columns = min(panels, 5 if panels > 8 else 4)
-    rows = math.ceil(panels / columns)
+    rows = math.ceil(panels / 5)
+    columns = math.ceil(panels / rows)  # as even as it gets: 11 panels are 4 + 4 + 3
     height = 2.6 * picture.height / picture.width
     figure = Figure(figsize=(2.6 * columns, (height + 0.35) * rows + 0.5), dpi=110, layout="constrained")
     figure.suptitle(caption.text, fontsize=13, wrap=True)
