@@ -23,13 +23,14 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 import shapes
-from common import InputError, at_least, progress_bar, read_json, run_command, say
+from common import InputError, at_least, progress_bar, run_command, say
 from downloads import download, unpack
 
 SPLITS = ("train", "val", "test")
 PRESETS = ("coco", "flickr8k", "shapes")
 
-COCO = "http://images.cocodataset.org"  # plain http: the host has no valid certificate, so sizes and MD5 are checked
+# Plain http, since the host has no valid certificate: the size and the MD5 of the archives are checked.
+COCO = "http://images.cocodataset.org"
 FLICKR8K = "https://github.com/jbrownlee/Datasets/releases/download/Flickr8k"
 ARCHIVES: dict[str, tuple[str, int | None, str | None]] = {  # file: address, bytes, MD5
     "annotations_trainval2014.zip": (
@@ -129,12 +130,17 @@ def read_annotations(path: Path | str) -> list[Example]:
     except UnicodeDecodeError as error:
         raise InputError(f"{path}: expected text in UTF-8 ({error}); save it as UTF-8") from None
     if text.lstrip()[:1] in ("{", "["):
-        rows = _rows_from_json(path, read_json(path) if text[0] in "{[" else json.loads(text))
+        rows = _rows_from_json(path, _parse_json(path, text))
     elif re.match(r"[^\t\n]+#\d+\t", text):
         rows = [(*_split_token_line(line), None, "") for line in text.splitlines() if "\t" in line]
     elif text.split("\n", 1)[0].strip().lower().replace('"', "") == "image,caption":
         # An unquoted comma inside a caption makes more than two fields: they belong together.
-        lines = [row for row in csv.reader(io.StringIO(text)) if len(row) >= 2][1:]
+        try:
+            lines = [row for row in csv.reader(io.StringIO(text)) if len(row) >= 2][1:]
+        except csv.Error as error:
+            raise InputError(f"{path}: not a CSV that can be read ({error}); is a quote left open?") from None
+        if torn := next((row for row in lines if any(field.count("\n") > 2 for field in row)), None):
+            raise InputError(f"{path}: the caption of {torn[0]} runs over many lines; close its quote")
         rows = [(row[0].strip(), ",".join(row[1:]), None, "") for row in lines]
     else:
         raise InputError(
@@ -142,6 +148,13 @@ def read_annotations(path: Path | str) -> list[Example]:
             f"whose first line is image,caption, or lines of name#0<TAB>caption; its first line is {text[:60]!r}"
         )
     return _group_by_image(path, rows)
+
+
+def _parse_json(path: Path | str, text: str) -> Any:
+    try:
+        return json.loads(text)
+    except ValueError as error:
+        raise InputError(f"{path}: expected JSON ({error})") from None
 
 
 def _split_token_line(line: str) -> tuple[str, str]:
@@ -220,7 +233,7 @@ def assign_splits(examples: list[Example], options: DataOptions, lists: dict[str
     from sklearn.model_selection import train_test_split  # slow to import, and needed here only
 
     fractions = {"test": options.test_fraction, "val": options.val_fraction}
-    if min(fractions.values()) < 0 or sum(fractions.values()) >= 1:
+    if not (min(fractions.values()) >= 0 and sum(fractions.values()) < 1):  # also not a number
         raise InputError(f"the fractions of val and test must be at least 0 and sum to less than 1, found {fractions}")
     split = {}
     rest = [example.image for example in examples]
@@ -314,7 +327,7 @@ def load_dataset(options: DataOptions) -> Dataset:
             _fetch_archive("annotations_trainval2014.zip", root, ("captions_train2014.json",))
     elif options.dataset == "flickr8k":
         name, images, annotations = "flickr8k", root / "Flicker8k_Dataset", root / "Flickr8k.token.txt"
-        if not annotations.exists():
+        if not all((root / file).exists() for file in (annotations.name, *SPLIT_LISTS.values())):
             _fetch_archive("Flickr8k_text.zip", root, (".token.txt", "Images.txt"))
     else:
         name, images, annotations = "shapes", root, shapes.draw_dataset(root)
@@ -326,13 +339,19 @@ def load_dataset(options: DataOptions) -> Dataset:
     examples = read_annotations(annotations)
     if name == "coco" and not options.annotations:
         examples = [dataclasses.replace(example, image=f"train2014/{example.image}") for example in examples]
-    elif not any((images / example.image).parent.is_dir() for example in examples[:1]):
+    elif not any((images / folder).is_dir() for folder in {PurePosixPath(e.image).parent for e in examples}):
         # Karpathy's COCO names train2014/ and val2014/; the pictures may also lie in one folder.
         examples = [dataclasses.replace(example, image=PurePosixPath(example.image).name) for example in examples]
+        if len({example.image for example in examples}) < len(examples):
+            raise InputError(
+                f"{images}: has none of the folders that {annotations} names, and without them its names clash"
+            )
     examples = assign_splits(examples, options, lists)
     default = 30_000 if name == "coco" and not options.annotations else 0
     if limit := default if options.num_captions is None else options.num_captions:
         examples = choose(examples, limit, options.split_seed)
+    if not examples:
+        raise InputError(f"{annotations}: none of its pictures is in the split lists")
     if name == "coco" and not options.annotations:
         _fetch_coco_images(root, examples)
     elif name == "flickr8k" and not options.annotations and not all((images / e.image).exists() for e in examples):
@@ -382,7 +401,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="share of the pictures kept aside, without lists (default: %(default)s)",
     )
     group.add_argument(
-        "--split-seed", type=int, default=default.split_seed, help="seed of the split (default: %(default)s)"
+        "--split-seed", type=at_least(0), default=default.split_seed, help="seed of the split (default: %(default)s)"
     )
     group.add_argument(
         "--data-dir", default=default.data_dir, help="folder for downloaded data sets (default: %(default)s)"

@@ -29,7 +29,7 @@ TRAINING = ["--batch-size", "16", "--learning-rate", "5e-4", "--dropout", "0.2",
 
 
 def noun_attention(caption: inference.Caption, drawn: list[dict[str, Any]]) -> list[tuple[float, float]]:
-    """For each noun of a caption, the share of attention inside the box of the shape it names.
+    """For each noun that names a shape of the picture, the share of its attention inside the box of that shape.
 
     Args:
         caption: a caption in which every colour is followed by its noun.
@@ -59,7 +59,7 @@ def measure(run: Path) -> dict[str, float]:
     captioning = inference.Captioning.load(run)
     dataset = inference.dataset_of(captioning.config)
     examples = dataset.split("test")
-    cache = features.FeatureCache(captioning.config["features"]["folder"], captioning.config["features"])
+    cache = features.cache_of(captioning.config["features"])
     captions = evaluate.caption_examples(captioning.captioner, captioning.words, cache, examples)
     right = [caption.text in example.captions for caption, example in zip(captions, examples, strict=True)]
     annotations = read_json(dataset.images / shapes.ANNOTATIONS)["images"]
@@ -75,7 +75,7 @@ def measure(run: Path) -> dict[str, float]:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Runs the demo; a second run finds the training done and measures again (delete runs/demo to train anew)."""
+    """Runs the demo; run again, it only measures; to train anew, delete runs/demo."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--run", type=Path, default=RUN, help="run folder (default: %(default)s)")
     parser.add_argument("--data-dir", default="data", help="folder to draw the data set into (default: %(default)s)")
@@ -83,7 +83,7 @@ def main(argv: list[str] | None = None) -> None:
     began = time.monotonic()
     data = ["--dataset", "shapes", "--data-dir", args.data_dir]
     say("The CNN of this demo has random weights: ImageNet's are a download, and shapes can do without them.")
-    train.main([*data, "--weights", "random", "--run", str(args.run), *TRAINING])
+    train.main([*data, "--weights", "random", "--features-dir", "features/demo", "--run", str(args.run), *TRAINING])
     found = measure(args.run)
 
     dataset = data_utils.load_dataset(data_utils.DataOptions(dataset="shapes", data_dir=args.data_dir))

@@ -1,10 +1,12 @@
 """Downloads and archives: whole, checked, and never outside their folder."""
 
 import hashlib
+import http.client
 import shutil
 import urllib.error
 import urllib.request
 import zipfile
+import zlib
 from pathlib import Path
 
 from common import InputError, atomic_write, progress_bar
@@ -33,7 +35,7 @@ def download(url: str, path: Path, size: int | None = None, md5: str | None = No
                 raise InputError(f"{path.name}: expected {total:,} bytes, received {received:,}; {by_hand}")
             if md5 and digest.hexdigest() != md5:
                 raise InputError(f"{path.name}: expected MD5 {md5}, found {digest.hexdigest()}; {by_hand}")
-    except (urllib.error.URLError, TimeoutError, ConnectionError) as error:
+    except (urllib.error.URLError, http.client.HTTPException, TimeoutError, ConnectionError) as error:
         raise InputError(
             f"{path.name} cannot be downloaded from {url} ({getattr(error, 'reason', error)}); {by_hand}"
         ) from None
@@ -56,5 +58,5 @@ def unpack(archive: Path, folder: Path, suffixes: tuple[str, ...]) -> None:
                 if not (target.exists() and target.stat().st_size == member.file_size):
                     with content.open(member) as source, atomic_write(target, "wb") as file:
                         shutil.copyfileobj(source, file, 1 << 20)
-    except zipfile.BadZipFile as error:
+    except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError) as error:
         raise InputError(f"{archive}: damaged ({error}); delete it and run the same command again") from None

@@ -14,6 +14,7 @@ import argparse
 import contextlib
 import io
 import shutil
+import subprocess
 from pathlib import Path
 
 import features
@@ -28,6 +29,11 @@ JAVA_HINT = (
     "METEOR and the PTB tokenizer of published scores need Java (Debian, Ubuntu, Colab: "
     "apt-get install default-jre-headless)"
 )
+
+
+def has_java() -> bool:
+    """Whether there is a Java that runs; macOS has a `java` that only says where to get one."""
+    return bool(shutil.which("java")) and subprocess.run(["java", "-version"], capture_output=True).returncode == 0
 
 
 def caption_examples(
@@ -104,17 +110,20 @@ def main(argv: list[str] | None = None) -> None:
     captioning = inference.Captioning.load(args.run or inference.newest_run())
     dataset = inference.dataset_of(captioning.config)
     examples = dataset.split(args.split)
-    cache = features.FeatureCache(captioning.config["features"]["folder"], captioning.config["features"])
+    cache = features.cache_of(captioning.config["features"])
     if missing := cache.missing([example.image for example in examples]):
         raise InputError(
             f"{cache.folder}: no features of {len(missing):,} pictures (the first: {missing[0]}); run features.py "
             "with the data options of the run"
         )
     captions = caption_examples(captioning.captioner, captioning.words, cache, examples)
-    java = shutil.which("java") is not None
+    java = has_java()
     if not java:
         say(f"{JAVA_HINT}: without it, words are split at spaces, and METEOR is left out")
-    scores = score([list(example.captions) for example in examples], [caption.text for caption in captions], java)
+    try:
+        scores = score([list(example.captions) for example in examples], [caption.text for caption in captions], java)
+    except (OSError, ValueError, AssertionError) as error:  # what pycocoevalcap raises when its Java programs fail
+        raise InputError(f"scoring failed ({error!r}); METEOR needs a working Java and 2 GB of memory") from None
     scores |= summarise(captions)
     results = [{"image_id": e.image_id, "caption": c.text} for e, c in zip(examples, captions, strict=True)]
     write_json(captioning.run / f"captions_{args.split}.json", results)

@@ -69,8 +69,8 @@ def load_image(path: Path | str) -> np.ndarray:
             return np.asarray(upright_rgb(picture).resize((IMAGE_SIZE, IMAGE_SIZE), Image.Resampling.BILINEAR))
     except FileNotFoundError:
         raise InputError(f"{path}: no such picture") from None
-    except (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError) as error:
-        reason = "no format that Pillow knows" if isinstance(error, Image.UnidentifiedImageError) else error
+    except Exception as error:  # Pillow raises many kinds for a damaged file, struct.error and TypeError among them
+        reason = "no format that Pillow knows" if isinstance(error, Image.UnidentifiedImageError) else repr(error)
         raise InputError(f"{path}: not a picture that can be read ({reason})") from None
 
 
@@ -245,6 +245,28 @@ def open_cache(folder: Path | str, images: Path, names: list[str], weights: str,
                 f"--features-dir, or give the settings in {folder / MANIFEST}"
             )
     return FeatureCache(folder, {**found, "weights": weights})
+
+
+def cache_of(settings: dict[str, Any]) -> FeatureCache:
+    """The cache a run was trained with, from the features of its config.json.
+
+    Raises:
+        InputError: the cache is gone, or was made anew with another CNN.
+    """
+    folder = Path(settings["folder"])
+    found = read_json(folder / MANIFEST)
+    for key in ("cnn", "sha256" if "sha256" in settings else "weights", "image_size", "dtype"):
+        if not isinstance(found, dict) or found.get(key) != settings[key]:
+            raise InputError(
+                f"{folder} does not hold the features this run was trained with: its {key} is another; make "
+                "them anew with features.py and the options of the run"
+            )
+    return FeatureCache(folder, settings)
+
+
+def own_weights(run: Path) -> str | None:
+    """The CNN's weights that a run folder holds, unless they are ImageNet's."""
+    return next((str(path) for path in sorted(run.glob("cnn*.h5"))), None)
 
 
 def _make_random_weights(folder: Path, images: Path, names: list[str]) -> str:

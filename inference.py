@@ -146,7 +146,9 @@ def load_run(run: Path | str) -> tuple[model.Captioner, Tokenizer, dict[str, Any
     try:
         settings = model.ModelConfig(**config["model"])
         expected = config["vocabulary_sha256"]
-    except (KeyError, TypeError) as error:
+        for needed in (config["data"]["fingerprint"], config["data"]["unreadable"], config["features"]["folder"]):
+            assert needed is not None
+    except (KeyError, TypeError, AssertionError) as error:
         raise InputError(f"{run / 'config.json'}: not the config.json of a run ({error!r})") from None
     if file_sha256(run / "vocabulary.json") != expected or len(words) != settings.vocabulary_size:
         raise InputError(
@@ -178,8 +180,7 @@ class Captioning:
     def cnn(self) -> tf.keras.Model:
         """The CNN whose features the run was trained on, built when first needed."""
         if self._cnn is None:
-            own = self.run / features.CNN_FILE
-            self._cnn = features.build_cnn(str(own) if own.exists() else self.config["features"]["weights"])
+            self._cnn = features.build_cnn(features.own_weights(self.run) or self.config["features"]["weights"])
         return self._cnn
 
     def caption(self, picture: Path | str) -> Caption:
@@ -301,7 +302,10 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("pictures", nargs="*", type=Path, help="pictures to caption (default: a few held-out ones)")
     parser.add_argument("--run", type=Path, help="run folder (default: the newest in runs/)")
     parser.add_argument(
-        "--output-dir", type=Path, default=Path(), help="where <picture>_attention.png goes (default: here)"
+        "--output-dir",
+        type=Path,
+        default=Path(),
+        help="where <picture>_attention.png goes (default: here; of held-out pictures, into the run folder)",
     )
     parser.add_argument(
         "--count", type=at_least(1), default=3, help="how many held-out pictures, without a picture (default: 3)"

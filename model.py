@@ -31,8 +31,9 @@ class ModelConfig:
 
     def __post_init__(self):
         for name in ("vocabulary_size", "embedding_dim", "units"):
-            if not isinstance(value := getattr(self, name), int) or value < 1:
-                raise InputError(f"{name}: expected a whole number of at least 1, found {value!r}")
+            least = 5 if name == "vocabulary_size" else 1  # four special words, and one to say
+            if not isinstance(value := getattr(self, name), int) or value < least:
+                raise InputError(f"{name}: expected a whole number of at least {least}, found {value!r}")
         if not 0 <= self.dropout < 1:
             raise InputError(f"dropout: expected at least 0 and less than 1, found {self.dropout}")
 

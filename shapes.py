@@ -22,6 +22,7 @@ ANNOTATIONS = "dataset_shapes.json"
 SIZE = 299  # pixels: InceptionV3's input, so that nothing is resized
 DRAWN_AT = 2  # drawn larger by this factor and reduced, which smooths the edges
 
+VERSION = 2  # of what is drawn; an older folder is not taken for this one
 PICTURES = 2200
 HELD_OUT = 200  # pictures of the test split; as many again, but fewer, choose the best epoch (val)
 
@@ -88,9 +89,10 @@ def draw_dataset(folder: Path | str, pictures: int = PICTURES, seed: int = 0) ->
     """
     folder = Path(folder)
     annotations = folder / ANNOTATIONS
-    settings = {"pictures": pictures, "seed": seed}
+    settings = {"pictures": pictures, "seed": seed, "version": VERSION}
     if annotations.exists():
-        if (found := read_json(annotations)["settings"]) != settings:
+        content = read_json(annotations)
+        if (found := content.get("settings") if isinstance(content, dict) else None) != settings:
             raise InputError(f"{folder} holds shapes drawn with {found}, expected {settings}; choose another folder")
         return annotations
     say(f"drawing {pictures:,} pictures of shapes into {folder}/")

@@ -23,7 +23,6 @@ import argparse
 import contextlib
 import dataclasses
 import math
-import os
 import shutil
 import signal
 import time
@@ -45,7 +44,10 @@ from tokenizer import Tokenizer
 
 @dataclasses.dataclass(frozen=True)
 class TrainConfig:
-    """The training's settings, saved in a run's config.json. The defaults are the tutorial's, clipping added."""
+    """The training's settings, saved in a run's config.json.
+
+    The defaults are the tutorial's, with clipping and early stopping.
+    """
 
     epochs: int = 20
     batch_size: int = 64
@@ -108,9 +110,9 @@ class Average(tf.Module):
     def in_place(self) -> Iterator[None]:
         """Puts the means in the place of the weights for a while."""
         kept = [weight.numpy() for weight in self.weights] if self.decay else []
-        for mean, weight in zip(self.means, self.weights, strict=bool(self.decay)):
-            weight.assign(mean)
         try:
+            for mean, weight in zip(self.means, self.weights, strict=bool(self.decay)):
+                weight.assign(mean)
             yield
         finally:  # Ctrl-C saves the weights themselves
             for value, weight in zip(kept, self.weights, strict=bool(self.decay)):
@@ -127,6 +129,7 @@ class Progress(tf.Module):
         self.loss = tf.Variable(0.0, dtype=tf.float64)  # summed over the words of the epoch so far, in nats
         self.words = tf.Variable(0.0, dtype=tf.float64)
         self.seconds = tf.Variable(0.0, dtype=tf.float64)  # of training in the epoch so far
+        self.saves = tf.Variable(0, dtype=tf.int64)  # checkpoints written
         self.best_score = tf.Variable(-1.0, dtype=tf.float64)
         self.best_epoch = tf.Variable(0, dtype=tf.int64)
 
@@ -203,7 +206,23 @@ class Checkpoints:
     def save(self) -> None:
         """Saves where the training is, unless its loss is not a number."""
         if math.isfinite(float(self.progress.loss)):
-            self.last.save()
+            self.write(self.last)
+
+    def save_best(self) -> None:
+        """Keeps the weights as they are now as the best."""
+        self.write(self.best)
+
+    def write(self, manager: tf.train.CheckpointManager) -> None:
+        """Saves, under a number that was not used before; raises InputError if the disk does not take it."""
+        number = int(self.progress.saves.assign_add(1))
+        try:
+            manager.save(checkpoint_number=number)
+        except tf.errors.OpError as error:  # a full disk, which TensorFlow does not report as an OSError
+            reason = str(error).strip().split("\n")[0][:200]
+            raise InputError(
+                f"cannot save a checkpoint into {manager.directory} ({reason}); the one before is kept: "
+                "free some space and run the same command again"
+            ) from None
 
 
 # Epochs.
@@ -324,14 +343,28 @@ def start_run(run: Path, config: dict[str, Any], words: Tokenizer, cache: featur
                     )
     words.save(run / "vocabulary.json")
     own = Path(cache.weights)
-    if own.is_file() and not (run / features.CNN_FILE).exists():
-        # ImageNet's weights can be had anywhere, others only here. A link takes no space.
-        try:
-            os.link(own, run / features.CNN_FILE)
-        except OSError:
-            with open(own, "rb") as source, atomic_write(run / features.CNN_FILE, "wb") as target:
-                shutil.copyfileobj(source, target)
+    if own.is_file() and not features.own_weights(run):  # ImageNet's weights can be had anywhere, others only here
+        # Keras tells two formats apart by these endings.
+        name = "cnn.weights.h5" if own.name.endswith(".weights.h5") else "cnn.h5"
+        with open(own, "rb") as source, atomic_write(run / name, "wb") as target:
+            shutil.copyfileobj(source, target)
     write_json(path, config | {"vocabulary_sha256": file_sha256(run / "vocabulary.json")})
+
+
+@contextlib.contextmanager
+def undisturbed() -> Iterator[None]:
+    """Lets Ctrl-C and SIGTERM wait for the end of the block, so that what belongs together is saved together."""
+    waiting: list[int] = []
+    before = {
+        kind: signal.signal(kind, lambda kind, _: waiting.append(kind)) for kind in (signal.SIGINT, signal.SIGTERM)
+    }
+    try:
+        yield
+    finally:
+        for kind, handler in before.items():
+            signal.signal(kind, handler)
+    if waiting:
+        raise KeyboardInterrupt
 
 
 def train(
@@ -370,7 +403,7 @@ def train(
             with average.in_place():
                 scores, sample = validation.scores()
                 if better := scores["cider"] > float(progress.best_score):
-                    checkpoints.best.save()
+                    checkpoints.save_best()
             row = {
                 "epoch": epoch,
                 "train_loss": round(float(progress.loss / progress.words), 4),
@@ -380,12 +413,13 @@ def train(
             history.add(row)
             say("  ".join(f"{name} {value}" for name, value in row.items()))
             say(f"  {sample}")
-            if better:
-                progress.best_score.assign(scores["cider"])
-                progress.best_epoch.assign(epoch)
-            progress.epoch.assign(epoch)
-            progress.start_epoch()
-            checkpoints.save()
+            with undisturbed():
+                if better:
+                    progress.best_score.assign(scores["cider"])
+                    progress.best_epoch.assign(epoch)
+                progress.epoch.assign(epoch)
+                progress.start_epoch()
+                checkpoints.save()
     except KeyboardInterrupt:
         checkpoints.save()
         raise

@@ -1,5 +1,3 @@
-import shutil
-
 import numpy as np
 import pytest
 
@@ -35,7 +33,7 @@ def test_wrong_captions_score_less():
     assert all(wrong[name] < right[name] for name in right)
 
 
-@pytest.mark.skipif(shutil.which("java") is None, reason="METEOR needs Java")
+@pytest.mark.skipif(not evaluate.has_java(), reason="METEOR needs Java")
 def test_meteor_with_java():
     scores = evaluate.score(REFERENCES, ["a dog runs on the grass", "a cat sleeps", "two men"], java=True)
     assert 30 < scores["METEOR"] <= 100
