@@ -117,12 +117,12 @@ def test_best_is_the_epoch_with_the_best_cider(start, monkeypatch):
 
     monkeypatch.setattr(train.Validation, "scores", scores)
     run = start("run", epochs=3, average_decay=0.9)
-    best = weights(run, "best")["captioner/encoder/fc/_kernel/.ATTRIBUTES/VARIABLE_VALUE"]
+    kernel = lambda found: next(v for key, v in found.items() if "encoder" in key and v.shape == (2048, 8))
+    best = kernel(weights(run, "best"))
     np.testing.assert_array_equal(best, seen[1])
     last = weights(run)
     assert last["progress/best_score/.ATTRIBUTES/VARIABLE_VALUE"] == 3.0
-    trained = last["captioner/encoder/fc/_kernel/.ATTRIBUTES/VARIABLE_VALUE"]
-    assert np.abs(trained - seen[2]).max() > 0, "training must go on from the weights, not from their average"
+    assert np.abs(kernel(last) - seen[2]).max() > 0, "training must go on from the weights, not from their average"
 
 
 class Stop(Exception):
