@@ -24,6 +24,7 @@ from common import (
     at_least,
     atomic_write,
     file_sha256,
+    progress_bar,
     quiet_import,
     read_json,
     run_command,
@@ -325,7 +326,7 @@ def cache_features(cache: FeatureCache, images: Path, names: list[str], batch_si
     run = tf.function(lambda pixels: cnn(pixels, training=False), reduce_retracing=True)
     unreadable: dict[str, str] = {}
     readable = ((name, p) for name, p in decode(images, missing) if _is_readable(name, p, unreadable))
-    with ThreadPoolExecutor(4) as writers, tqdm(total=len(missing), unit="picture", desc="features") as bar:
+    with ThreadPoolExecutor(4) as writers, progress_bar(total=len(missing), unit="picture", desc="features") as bar:
         writes: list[Future] = []
         while batch := list(itertools.islice(readable, batch_size)):
             features = run(np.stack([pixels for _, pixels in batch])).numpy()  # (B, 64, 2048)
