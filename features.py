@@ -232,7 +232,8 @@ def open_cache(folder: Path | str, images: Path, names: list[str], weights: str,
     }
     if weights not in ("imagenet", "random"):
         settings["sha256"] = file_sha256(weights)
-    if not (folder / MANIFEST).exists():
+    # A cache without features can begin again, say because the weights could not be downloaded.
+    if not (folder / MANIFEST).exists() or next(folder.rglob("*.npy"), None) is None:
         if weights == "random":
             settings["sha256"] = _make_random_weights(folder, images, names)
         write_json(folder / MANIFEST, settings)
