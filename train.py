@@ -95,27 +95,28 @@ class Average(tf.Module):
 
     def __init__(self, variables: list[tf.Variable], decay: float):
         super().__init__()
-        self.decay, self.weights = decay, variables
-        self.means = [tf.Variable(variable, trainable=False) for variable in variables] if decay else []
+        self.decay = decay
+        self.weights = variables if decay else []  # without a decay there is nothing to follow
+        self.means = [tf.Variable(weight, trainable=False) for weight in self.weights]
         self.steps = tf.Variable(0.0)
 
     def update(self) -> None:
         """Follows the weights after a step; at first quickly, so that the random start is soon forgotten."""
         self.steps.assign_add(1.0)
         decay = tf.minimum(self.decay, (1.0 + self.steps) / (10.0 + self.steps))
-        for mean, weight in zip(self.means, self.weights, strict=bool(self.decay)):
+        for mean, weight in zip(self.means, self.weights, strict=True):
             mean.assign_add((1.0 - decay) * (weight - mean))
 
     @contextlib.contextmanager
     def in_place(self) -> Iterator[None]:
         """Puts the means in the place of the weights for a while."""
-        kept = [weight.numpy() for weight in self.weights] if self.decay else []
+        kept = [weight.numpy() for weight in self.weights]
         try:
-            for mean, weight in zip(self.means, self.weights, strict=bool(self.decay)):
+            for mean, weight in zip(self.means, self.weights, strict=True):
                 weight.assign(mean)
             yield
         finally:  # Ctrl-C saves the weights themselves
-            for value, weight in zip(kept, self.weights, strict=bool(self.decay)):
+            for value, weight in zip(kept, self.weights, strict=True):
                 weight.assign(value)
 
 
@@ -129,7 +130,6 @@ class Progress(tf.Module):
         self.loss = tf.Variable(0.0, dtype=tf.float64)  # summed over the words of the epoch so far, in nats
         self.words = tf.Variable(0.0, dtype=tf.float64)
         self.seconds = tf.Variable(0.0, dtype=tf.float64)  # of training in the epoch so far
-        self.saves = tf.Variable(0, dtype=tf.int64)  # checkpoints written
         self.best_score = tf.Variable(-1.0, dtype=tf.float64)
         self.best_epoch = tf.Variable(0, dtype=tf.int64)
 
@@ -213,8 +213,8 @@ class Checkpoints:
         self.write(self.best)
 
     def write(self, manager: tf.train.CheckpointManager) -> None:
-        """Saves, under a number that was not used before; raises InputError if the disk does not take it."""
-        number = int(self.progress.saves.assign_add(1))
+        """Saves under the number after the newest, which is overwritten by none; raises InputError on a full disk."""
+        number = int(manager.latest_checkpoint.rsplit("-", 1)[1]) + 1 if manager.latest_checkpoint else 1
         try:
             manager.save(checkpoint_number=number)
         except tf.errors.OpError as error:  # a full disk, which TensorFlow does not report as an OSError
