@@ -8,6 +8,7 @@ import contextlib
 import errno
 import hashlib
 import json
+import math
 import os
 import sys
 import tempfile
@@ -40,6 +41,17 @@ def at_least(minimum: int) -> Callable[[str], int]:
         return int(text)
 
     return whole_number
+
+
+def from_zero(text: str) -> float:
+    """An argparse type: a finite number that is not negative."""
+    try:
+        number = float(text)
+    except ValueError:
+        number = -1.0
+    if not 0 <= number < math.inf:
+        raise argparse.ArgumentTypeError(f"expected a number of at least 0, found {text!r}")
+    return number
 
 
 def progress_bar(*args: Any, **kwargs: Any) -> tqdm:

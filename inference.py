@@ -1,13 +1,13 @@
 """Captions pictures, and shows where the model looked for each word.
 
     python inference.py photo.jpg                         # the newest run; writes photo_attention.png
-    python inference.py --run runs/coco a.jpg b.png
+    python inference.py --run runs/coco --beam-size 5 a.jpg b.png
     python inference.py                                   # a few held-out pictures, real and predicted captions
 
 From Python: `Captioning.load("runs/coco").caption("photo.jpg").text`.
 """
 
-from common import InputError, at_least, read_json, run_command, say, file_sha256  # before TensorFlow
+from common import InputError, at_least, file_sha256, from_zero, read_json, run_command, say  # before TensorFlow
 
 import argparse
 import dataclasses
@@ -27,6 +27,7 @@ import model
 from tokenizer import END, PAD, START, UNK, Tokenizer
 
 MAX_WORDS = 50  # a caption that has not ended by then is cut
+LENGTH_PENALTY = 0.7
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,7 +36,7 @@ class Caption:
 
     words: tuple[str, ...]
     probabilities: tuple[float, ...]  # of each word, given those before it
-    attention: np.ndarray  # (number of words, 64), the weights of the locations for each word
+    attention: np.ndarray  # (number of words, 64), how much each word looked at each location; sums to 1
     ended: bool  # whether the model said <end>, or was cut after MAX_WORDS
 
     @property
@@ -45,6 +46,11 @@ class Caption:
 
 
 # Decoding.
+
+
+def never_said(vocabulary_size: int) -> tf.Tensor:
+    """Which words no caption says: <pad>, <unk> and <start>; (vocabulary,) bool."""
+    return tf.reduce_any(tf.one_hot([PAD, UNK, START], vocabulary_size, True, False), axis=0)
 
 
 @tf.function(reduce_retracing=True)
@@ -65,13 +71,13 @@ def greedy_search(captioner: model.Captioner, pictures: tf.Tensor, max_words: in
     token = tf.fill([batch], START)
     state = captioner.decoder.initial_state(batch)
     ended = tf.zeros([batch], tf.bool)
-    never = tf.reduce_sum(tf.one_hot([PAD, UNK, START], captioner.config.vocabulary_size, on_value=-1e9), axis=0)
+    never = never_said(captioner.config.vocabulary_size)
     tokens, probabilities, looks = (
         tf.TensorArray(kind, 0, dynamic_size=True) for kind in (tf.int32, tf.float32, tf.float32)
     )
     for t in tf.range(max_words):
         logits, state, weights = captioner.step(token, state, encoded)
-        logits = tf.cast(logits, tf.float32) + never  # (B, vocabulary)
+        logits = tf.where(never, -np.inf, tf.cast(logits, tf.float32))  # (B, vocabulary)
         token = tf.where(ended, PAD, tf.argmax(logits, axis=1, output_type=tf.int32))  # (B,)
         tokens = tokens.write(t, token)
         probabilities = probabilities.write(t, tf.reduce_max(tf.nn.softmax(logits), axis=1))
@@ -84,11 +90,96 @@ def greedy_search(captioner: model.Captioner, pictures: tf.Tensor, max_words: in
     return swap(tokens.stack(), 0, 1), swap(probabilities.stack(), 0, 1), swap(looks.stack(), 0, 1)
 
 
-def caption_features(captioner: model.Captioner, words: Tokenizer, pictures: tf.Tensor) -> list[Caption]:
-    """Captions a batch of features, (B, 64, 2048)."""
-    tokens, probabilities, looks = (tensor.numpy() for tensor in greedy_search(captioner, pictures))
+@tf.function(reduce_retracing=True)
+def beam_search(
+    captioner: model.Captioner,
+    pictures: tf.Tensor,
+    beam_size: int,
+    length_penalty: float = LENGTH_PENALTY,
+    max_words: int = MAX_WORDS,
+) -> tuple[tf.Tensor, ...]:
+    """The best of the most probable captions that were followed at the same time, `beam_size` of them.
+
+    At every step each unfinished caption is continued by every word, and the most probable continuations are
+    kept. A caption that says <end> keeps its place, so that fewer go on. In the end the one with the largest
+    log p(caption) / length ** length_penalty wins, <end> counted in the length: 0 prefers short captions,
+    1 takes the mean over the words. A picture none of whose captions has ended gives its best so far.
+
+    Args:
+        captioner: the model.
+        pictures: features, (B, 64, 2048).
+        beam_size: K in the comments; 1 gives the greedy caption.
+        length_penalty: see above.
+        max_words: where a caption that does not end is cut.
+
+    Returns:
+        What `greedy_search` returns.
+    """
+    vocabulary, batch = captioner.config.vocabulary_size, tf.shape(pictures)[0]
+    never = never_said(vocabulary)
+    # The captions of a picture lie beside each other in one batch of B * K.
+    encoded = model.Encoded(*(tf.repeat(tensor, beam_size, axis=0) for tensor in captioner.encode(pictures)))
+    state = captioner.decoder.initial_state(batch * beam_size)  # (B * K, 512)
+    locations = encoded.features.shape[1]
+    first = tf.one_hot(0, beam_size, 0.0, -np.inf)  # at first there is one caption, the empty one
+    scores = tf.tile(first[tf.newaxis], [batch, 1])  # (B, K), log p of the words so far
+    ended = tf.zeros([batch, beam_size], tf.bool)
+    token = tf.fill([batch, beam_size], START)
+    tokens = tf.zeros([batch, beam_size, 0], tf.int32)
+    probabilities = tf.zeros([batch, beam_size, 0])
+    looks = tf.zeros([batch, beam_size, 0, locations])
+    for _ in tf.range(max_words):
+        tf.autograph.experimental.set_loop_options(
+            shape_invariants=[
+                (tokens, tf.TensorShape([None, beam_size, None])),
+                (probabilities, tf.TensorShape([None, beam_size, None])),
+                (looks, tf.TensorShape([None, beam_size, None, locations])),
+            ]
+        )
+        logits, state, look = captioner.step(tf.reshape(token, [-1]), state, encoded)
+        logits = tf.where(never, -np.inf, tf.cast(logits, tf.float32))
+        log_p = tf.reshape(tf.nn.log_softmax(logits), [batch, beam_size, vocabulary])
+        # An ended caption has one continuation, <pad>, which costs nothing and which nothing can push out.
+        padding = tf.one_hot(PAD, vocabulary, 0.0, -np.inf)
+        log_p = tf.where(ended[:, :, tf.newaxis], padding, log_p)  # (B, K, vocabulary)
+        total = scores[:, :, tf.newaxis] + log_p
+        order = tf.where(ended[:, :, tf.newaxis] & (padding == 0), np.inf, total)
+        _, best = tf.math.top_k(tf.reshape(order, [batch, -1]), beam_size)  # (B, K) of K * vocabulary
+        parent, token = best // vocabulary, best % vocabulary  # (B, K)
+        scores = tf.gather(tf.reshape(total, [batch, -1]), best, batch_dims=1)
+        p = tf.exp(tf.gather(tf.reshape(log_p, [batch, -1]), best, batch_dims=1))
+        real = scores > -np.inf  # with few words to say, some of the K continue nothing
+        ended = (tf.gather(ended, parent, batch_dims=1) | (token == END)) & real
+        # What belongs to a caption follows it to its new place.
+        tokens = tf.concat([tf.gather(tokens, parent, batch_dims=1), token[:, :, tf.newaxis]], axis=2)
+        probabilities = tf.concat([tf.gather(probabilities, parent, batch_dims=1), p[:, :, tf.newaxis]], axis=2)
+        look = tf.reshape(tf.cast(look, tf.float32), [batch, beam_size, 1, locations])
+        looks = tf.gather(tf.concat([looks, look], axis=2), parent, batch_dims=1)
+        place = tf.range(batch)[:, tf.newaxis] * beam_size + parent  # (B, K), in the batch of B * K
+        state = tf.gather(state, tf.reshape(place, [-1]))
+        if tf.reduce_all(ended | ~real):
+            break
+    lengths = tf.reduce_sum(tf.cast(tokens != PAD, tf.float32), axis=2)  # (B, K)
+    final = scores / lengths**length_penalty
+    done = tf.reduce_any(ended, axis=1, keepdims=True)
+    winner = tf.argmax(tf.where(done & ~ended, -np.inf, final), axis=1)  # (B,)
+    return tuple(tf.gather(tensor, winner, batch_dims=1) for tensor in (tokens, probabilities, looks))
+
+
+def caption_features(
+    captioner: model.Captioner,
+    words: Tokenizer,
+    pictures: tf.Tensor,
+    beam_size: int = 1,
+    length_penalty: float = LENGTH_PENALTY,
+) -> list[Caption]:
+    """Captions a batch of features, (B, 64, 2048): greedily, or with a beam of more than one."""
+    if beam_size == 1:
+        found = greedy_search(captioner, pictures)
+    else:
+        found = beam_search(captioner, pictures, beam_size, length_penalty)
     captions = []
-    for row, probability, look in zip(tokens, probabilities, looks, strict=True):
+    for row, probability, look in zip(*(tensor.numpy() for tensor in found), strict=True):
         ended = END in row
         length = int(np.argmax(row == END)) if ended else len(row)
         captions.append(
@@ -165,16 +256,25 @@ def load_run(run: Path | str) -> tuple[model.Captioner, Tokenizer, dict[str, Any
 
 
 class Captioning:
-    """A trained run that captions pictures."""
+    """A trained run that captions pictures, with a beam of this size."""
 
-    def __init__(self, captioner: model.Captioner, words: Tokenizer, config: dict[str, Any], run: Path):
+    def __init__(
+        self,
+        captioner: model.Captioner,
+        words: Tokenizer,
+        config: dict[str, Any],
+        run: Path,
+        beam_size: int = 1,
+        length_penalty: float = LENGTH_PENALTY,
+    ):
         self.captioner, self.words, self.config, self.run = captioner, words, config, run
+        self.beam_size, self.length_penalty = beam_size, length_penalty
         self._cnn: tf.keras.Model | None = None
 
     @classmethod
-    def load(cls, run: Path | str) -> "Captioning":
+    def load(cls, run: Path | str, beam_size: int = 1, length_penalty: float = LENGTH_PENALTY) -> "Captioning":
         """Loads a run folder; raises InputError, see `load_run`."""
-        return cls(*load_run(run), Path(run))
+        return cls(*load_run(run), Path(run), beam_size, length_penalty)
 
     @property
     def cnn(self) -> tf.keras.Model:
@@ -194,7 +294,7 @@ class Captioning:
 
     def caption_features(self, pictures: tf.Tensor) -> list[Caption]:
         """Captions features, (B, 64, 2048)."""
-        return caption_features(self.captioner, self.words, pictures)
+        return caption_features(self.captioner, self.words, pictures, self.beam_size, self.length_penalty)
 
 
 # The attention plot.
@@ -296,11 +396,28 @@ def caption_held_out(captioning: Captioning, count: int, seed: int | None) -> No
         print(f"  attention: {plot}", flush=True)
 
 
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The run and the search, for every script that captions."""
+    parser.add_argument("--run", type=Path, help="run folder (default: the newest in runs/)")
+    parser.add_argument(
+        "--beam-size",
+        type=at_least(1),
+        default=1,
+        help="captions followed at the same time; 1 takes the most probable word at every step (default: 1)",
+    )
+    parser.add_argument(
+        "--length-penalty",
+        type=from_zero,
+        default=LENGTH_PENALTY,
+        help="a beam's captions compete by log p / length ** this; more prefers longer ones (default: %(default)s)",
+    )
+
+
 def main(argv: list[str] | None = None) -> None:
     """Captions the pictures of the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("pictures", nargs="*", type=Path, help="pictures to caption (default: a few held-out ones)")
-    parser.add_argument("--run", type=Path, help="run folder (default: the newest in runs/)")
+    add_arguments(parser)
     parser.add_argument(
         "--output-dir",
         type=Path,
@@ -315,7 +432,7 @@ def main(argv: list[str] | None = None) -> None:
     for path in args.pictures:
         if not path.is_file():
             raise InputError(f"{path}: no such picture")
-    captioning = Captioning.load(args.run or newest_run())
+    captioning = Captioning.load(args.run or newest_run(), args.beam_size, args.length_penalty)
     say(f"run: {captioning.run}")
     if not args.pictures:
         caption_held_out(captioning, args.count, args.seed)

@@ -18,6 +18,7 @@ with quiet_import():
     import tensorflow as tf
 
 layers = tf.keras.layers
+ATTENTIONS = ("soft", "hard")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,6 +29,7 @@ class ModelConfig:
     embedding_dim: int = 256  # of the words, and of the encoded features
     units: int = 512  # of the GRU, the attention and the decoder's first Dense
     dropout: float = 0.0  # share of the embeddings and of the decoder's outputs dropped while training
+    attention: str = "soft"  # or "hard": one location for each word
 
     def __post_init__(self):
         for name in ("vocabulary_size", "embedding_dim", "units"):
@@ -36,6 +38,8 @@ class ModelConfig:
                 raise InputError(f"{name}: expected a whole number of at least {least}, found {value!r}")
         if not 0 <= self.dropout < 1:
             raise InputError(f"dropout: expected at least 0 and less than 1, found {self.dropout}")
+        if self.attention not in ATTENTIONS:
+            raise InputError(f"attention: expected {' or '.join(ATTENTIONS)}, found {self.attention!r}")
 
 
 class Encoded(NamedTuple):
@@ -43,6 +47,22 @@ class Encoded(NamedTuple):
 
     features: tf.Tensor  # (B, L, 256)
     keys: tf.Tensor  # (B, L, 512), the attention's view of them
+
+
+class Chance(NamedTuple):
+    """What hard attention draws while it trains."""
+
+    noise: tf.Tensor  # (..., B, L), Gumbel distributed
+    sampled: tf.Tensor  # (B, 1) bool, the captions whose locations are drawn; the others get the expectation
+
+
+class Taught(NamedTuple):
+    """What teacher forcing finds in a batch of captions."""
+
+    logits: tf.Tensor  # (B, T, vocabulary), of the word after each token
+    weights: tf.Tensor  # (B, T, L), the attention's weights, which sum to 1 at every word
+    looks: tf.Tensor  # (B, T, L), where it looked: the weights, or in hard attention one location for each word
+    sampled: tf.Tensor  # (B, 1) bool, the captions whose locations were drawn; none in soft attention
 
 
 class CNNEncoder(tf.keras.Model):
@@ -60,35 +80,55 @@ class CNNEncoder(tf.keras.Model):
 class BahdanauAttention(tf.keras.Model):
     """Where to look next: additive attention, score = V tanh(W1 features + W2 hidden).
 
-    Bahdanau et al. 2014, section A.1.2; Xu et al. 2015, section 4.2 (soft attention).
+    Bahdanau et al. 2014, section A.1.2. Soft attention (Xu et al. 2015, section 4.2) looks everywhere at once,
+    as much as the weights say. Hard attention (section 4.1) looks at one location: while it trains, one drawn
+    with the weights as probabilities, and otherwise the most probable one.
     """
 
-    def __init__(self, units: int):
+    def __init__(self, units: int, hard: bool = False):
         super().__init__()
         self.W1 = layers.Dense(units)
         self.W2 = layers.Dense(units)
         self.V = layers.Dense(1)
+        self.hard = hard
+        if hard:
+            self.dice = tf.keras.random.SeedGenerator()
 
     def call(
-        self, features: tf.Tensor, hidden: tf.Tensor, keys: tf.Tensor | None = None
-    ) -> tuple[tf.Tensor, tf.Tensor]:
-        """Weighs the locations by the decoder's hidden state.
+        self, features: tf.Tensor, hidden: tf.Tensor, keys: tf.Tensor | None = None, chance: Chance | None = None
+    ) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
+        """Weighs the locations by the decoder's hidden state, and looks.
 
         Args:
             features: (B, L, 256).
             hidden: (B, 512), the GRU's state before this word.
             keys: (B, L, 512), W1 features, if already computed: they are the same for all words.
+            chance: for hard attention while it trains, the noise (B, L) of this word.
 
         Returns:
-            The context vector (B, 256) and the attention weights (B, L), which sum to 1.
+            The context vector (B, 256), the attention weights (B, L), which sum to 1, and where it looked
+            (B, L): the weights, or 1 at the location of hard attention.
         """
         keys = self.W1(features) if keys is None else keys
         query = self.W2(hidden)[:, tf.newaxis]  # (B, 1, 512)
-        scores = self.V(tf.tanh(keys + query))  # (B, L, 1)
-        weights = tf.nn.softmax(scores, axis=1)  # (B, L, 1)
+        scores = tf.squeeze(self.V(tf.tanh(keys + query)), 2)  # (B, L)
+        weights = tf.nn.softmax(scores)  # (B, L)
+        looks = self.look(scores, weights, chance) if self.hard else weights  # (B, L)
         # A matrix product sums over the locations without storing (B, L, 256) weighted features.
-        context = tf.matmul(weights, features, transpose_a=True)  # (B, 1, 256)
-        return tf.squeeze(context, 1), tf.squeeze(weights, 2)
+        context = tf.matmul(looks[:, tf.newaxis], features)  # (B, 1, 256)
+        return tf.squeeze(context, 1), weights, looks
+
+    def look(self, scores: tf.Tensor, weights: tf.Tensor, chance: Chance | None) -> tf.Tensor:
+        """One location of each picture, as a one-hot row; or the weights, where `chance` wants the expectation."""
+        # The largest of scores + Gumbel noise is a draw from their softmax (Gumbel 1954).
+        found = tf.argmax(scores if chance is None else scores + chance.noise, axis=1)
+        one = tf.one_hot(found, tf.shape(scores)[1], dtype=weights.dtype)
+        return one if chance is None else tf.where(chance.sampled, one, weights)
+
+    def draw(self, words: tf.Tensor, batch: tf.Tensor, locations: int) -> Chance:
+        """The chance of a batch: noise (T, B, L), and half of the captions sampled (Xu et al. 2015, section 4.1)."""
+        uniform = tf.keras.random.uniform((words, batch, locations), minval=1e-30, seed=self.dice)
+        return Chance(-tf.math.log(-tf.math.log(uniform)), tf.keras.random.uniform((batch, 1), seed=self.dice) < 0.5)
 
 
 class RNNDecoder(tf.keras.Model):
@@ -98,7 +138,7 @@ class RNNDecoder(tf.keras.Model):
     there each word starts from zeros: https://github.com/tensorflow/tensorflow/issues/38248.)
     """
 
-    def __init__(self, embedding_dim: int, units: int, vocabulary_size: int, dropout: float = 0.0):
+    def __init__(self, embedding_dim: int, units: int, vocabulary_size: int, dropout: float = 0.0, hard: bool = False):
         super().__init__()
         self.units = units
         self.embedding = layers.Embedding(vocabulary_size, embedding_dim)
@@ -106,27 +146,31 @@ class RNNDecoder(tf.keras.Model):
         self.gru = layers.GRUCell(units, recurrent_initializer="glorot_uniform")
         self.fc1 = layers.Dense(units)
         self.fc2 = layers.Dense(vocabulary_size)
-        self.attention = BahdanauAttention(units)
+        self.attention = BahdanauAttention(units, hard)
         self.dropout = layers.Dropout(dropout)
 
     def initial_state(self, batch_size: int | tf.Tensor) -> tf.Tensor:
         """Zeros, (B, 512)."""
         return tf.zeros((batch_size, self.units))
 
-    def cell(self, embedded: tf.Tensor, state: tf.Tensor, encoded: Encoded) -> tuple[tf.Tensor, tf.Tensor]:
+    def cell(
+        self, embedded: tf.Tensor, state: tf.Tensor, encoded: Encoded, chance: Chance | None = None
+    ) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
         """One step of the recurrence, shared by teacher forcing and captioning, so that they cannot differ.
 
         Args:
             embedded: (B, 256), the previous word.
             state: (B, 512).
             encoded: the pictures.
+            chance: for hard attention while it trains.
 
         Returns:
-            The next state (B, 512), which is also the GRU's output, and the attention weights (B, L).
+            The next state (B, 512), which is also the GRU's output; the attention weights (B, L); and where
+            it looked (B, L).
         """
-        context, weights = self.attention(encoded.features, state, encoded.keys)
+        context, weights, looks = self.attention(encoded.features, state, encoded.keys, chance)
         output, _ = self.gru(tf.concat([context, embedded], axis=-1), [state])  # (B, 512) from (B, 512)
-        return output, weights
+        return output, weights, looks
 
     def to_logits(self, outputs: tf.Tensor, training: bool = False) -> tf.Tensor:
         """The GRU's outputs (..., 512) -> logits (..., vocabulary)."""
@@ -145,13 +189,13 @@ class RNNDecoder(tf.keras.Model):
             state: (B, 512).
 
         Returns:
-            logits (B, vocabulary), state (B, 512), attention weights (B, L).
+            logits (B, vocabulary), state (B, 512), and where it looked (B, L): the attention weights.
         """
         encoded = features if isinstance(features, Encoded) else self.encode(features)
-        state, weights = self.cell(self.embedding(tf.reshape(tokens, [-1])), state, encoded)
-        return self.to_logits(state), state, weights
+        state, _, looks = self.cell(self.embedding(tf.reshape(tokens, [-1])), state, encoded)
+        return self.to_logits(state), state, looks
 
-    def teach(self, tokens: tf.Tensor, encoded: Encoded, training: bool = False) -> tuple[tf.Tensor, tf.Tensor]:
+    def teach(self, tokens: tf.Tensor, encoded: Encoded, training: bool = False) -> Taught:
         """Teacher forcing: every step is given the true previous word.
 
         What does not depend on the step before, the embedding and the layers to the vocabulary, is computed
@@ -160,21 +204,26 @@ class RNNDecoder(tf.keras.Model):
         Args:
             tokens: (B, T), the true words from <start> on.
             encoded: the pictures.
-            training: whether dropout is at work.
-
-        Returns:
-            logits of the word after each token (B, T, vocabulary), and attention weights (B, T, L).
+            training: whether dropout, and the draws of hard attention, are at work.
         """
         embedded = tf.transpose(self.dropout(self.embedding(tokens), training=training), [1, 0, 2])  # (T, B, 256)
         batch, locations = tf.shape(tokens)[0], encoded.features.shape[1]
+        nowhere = tf.zeros((batch, locations), embedded.dtype)
+        start = (self.initial_state(batch), nowhere, nowhere)
         # A loop in the graph: one trace serves every length, where an unrolled one is compiled anew for each.
-        states, weights = tf.scan(
-            lambda before, word: self.cell(word, before[0], encoded),
-            embedded,
-            initializer=(self.initial_state(batch), tf.zeros((batch, locations))),
-        )  # (T, B, 512) and (T, B, L)
-        outputs = tf.transpose(states, [1, 0, 2])  # (B, T, 512)
-        return self.to_logits(outputs, training), tf.transpose(weights, [1, 0, 2])
+        if self.attention.hard and training:
+            chance = self.attention.draw(tf.shape(tokens)[1], batch, locations)
+            sampled = chance.sampled
+            found = tf.scan(
+                lambda before, now: self.cell(now[0], before[0], encoded, Chance(now[1], sampled)),
+                (embedded, chance.noise),
+                initializer=start,
+            )
+        else:
+            sampled = tf.zeros((batch, 1), tf.bool)
+            found = tf.scan(lambda before, word: self.cell(word, before[0], encoded), embedded, initializer=start)
+        states, weights, looks = (tf.transpose(by_step, [1, 0, 2]) for by_step in found)  # (B, T, ...)
+        return Taught(self.to_logits(states, training), weights, looks, sampled)
 
 
 class Captioner(tf.keras.Model):
@@ -184,37 +233,21 @@ class Captioner(tf.keras.Model):
         super().__init__()
         self.config = config
         self.encoder = CNNEncoder(config.embedding_dim)
-        self.decoder = RNNDecoder(config.embedding_dim, config.units, config.vocabulary_size, config.dropout)
+        self.decoder = RNNDecoder(
+            config.embedding_dim, config.units, config.vocabulary_size, config.dropout, config.attention == "hard"
+        )
 
     def encode(self, features: tf.Tensor) -> Encoded:
         """Cached features (B, L, 2048), float16 or float32 -> what `step` needs of them."""
         return self.decoder.encode(self.encoder(tf.cast(features, self.compute_dtype)))
 
     def step(self, tokens: tf.Tensor, state: tf.Tensor, encoded: Encoded) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
-        """One word of captioning: tokens (B,), state (B, 512) -> logits (B, vocabulary), state, weights (B, L)."""
+        """One word of captioning: tokens (B,), state (B, 512) -> logits (B, vocabulary), state, looks (B, L)."""
         return self.decoder(tokens, encoded, state)
 
-    def call(self, features: tf.Tensor, tokens: tf.Tensor, training: bool = False) -> tf.Tensor:
-        """Teacher forcing: features (B, L, 2048), tokens (B, T) -> logits of the next words (B, T, vocabulary)."""
-        logits, _ = self.decoder.teach(tokens, self.encode(features), training)
-        return logits
-
-
-def masked_loss(logits: tf.Tensor, targets: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
-    """Cross-entropy summed over the real words, and their number; <pad> (id 0) counts for nothing.
-
-    The tutorial averages over padding too, so there the loss depends on the longest caption of the batch.
-
-    Args:
-        logits: (B, T, vocabulary).
-        targets: (B, T), the true next words.
-
-    Returns:
-        Sum in nats, and number of real words, both scalars in float32.
-    """
-    mask = tf.cast(targets != 0, tf.float32)
-    losses = tf.nn.sparse_softmax_cross_entropy_with_logits(targets, tf.cast(logits, tf.float32))  # (B, T)
-    return tf.reduce_sum(losses * mask), tf.reduce_sum(mask)
+    def call(self, features: tf.Tensor, tokens: tf.Tensor, training: bool = False) -> Taught:
+        """Teacher forcing: features (B, L, 2048), tokens (B, T) from <start> on -> logits of the next words."""
+        return self.decoder.teach(tokens, self.encode(features), training)
 
 
 def build(config: ModelConfig, features_shape: tuple[int, int] = (64, 2048)) -> Captioner:

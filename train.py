@@ -39,6 +39,7 @@ import data_utils
 import model
 from batches import Captions, batch_signature, encode_captions, make_pipeline, order_batches
 from history import History
+from losses import doubly_stochastic_penalty, hard_attention_terms, smoothing_penalty, word_losses
 from tokenizer import Tokenizer
 
 
@@ -52,13 +53,19 @@ class TrainConfig:
     epochs: int = 20
     batch_size: int = 64
     learning_rate: float = 1e-3  # of Adam
+    learning_rate_decay: float = 1.0  # the learning rate is multiplied by this after every epoch
     clip_norm: float = 5.0  # the gradients' global norm is cut to this
     average_decay: float = 0.0  # of the moving average of the weights that captions; 0: the weights themselves
+    label_smoothing: float = 0.0  # share of the target that is spread over all words
+    doubly_stochastic: float = 0.0  # weight of the penalty for looking unevenly (Xu et al. 2015, section 4.2.1)
+    reward: float = 1.0  # of hard attention: weight of REINFORCE's term, and of the entropy's
+    entropy: float = 0.01
     patience: int = 3  # epochs without a better score after which training stops; 0: never
     max_length: int = 50  # tokens; longer captions are cut
     validation_pictures: int = 1000  # at the most, of the val split
     save_minutes: float = 5.0  # between checkpoints inside an epoch
     seed: int = 0
+    recipe: str = "tutorial"  # whose settings the options started from
 
     def __post_init__(self):
         least = {
@@ -70,18 +77,32 @@ class TrainConfig:
             "seed": 0,
             "save_minutes": 0,
             "learning_rate": 1e-12,
+            "learning_rate_decay": 1e-12,
             "clip_norm": 1e-12,
             "average_decay": 0,
+            "label_smoothing": 0,
+            "doubly_stochastic": 0,
+            "reward": 0,
+            "entropy": 0,
         }
         for name, minimum in least.items():
             if not getattr(self, name) >= minimum:
                 raise InputError(f"{name}: expected at least {minimum:g}, found {getattr(self, name)}")
-        if self.average_decay >= 1:
-            raise InputError(f"average_decay: expected less than 1, found {self.average_decay}")
+        for name in ("average_decay", "label_smoothing"):
+            if getattr(self, name) >= 1:
+                raise InputError(f"{name}: expected less than 1, found {getattr(self, name)}")
+        if self.learning_rate_decay > 1:
+            raise InputError(f"learning_rate_decay: expected at most 1, found {self.learning_rate_decay}")
 
+
+# Settings that go together. The tutorial's are the defaults above.
+RECIPES: dict[str, dict[str, float]] = {
+    "tutorial": {},
+    "best": {"dropout": 0.5, "average_decay": 0.998, "label_smoothing": 0.1, "learning_rate_decay": 0.8},
+}
 
 # What may differ when a run is continued; of the data, the fingerprint says whether they are the same.
-MAY_CHANGE = {"epochs", "patience", "save_minutes", "folder", "annotations", "images", "data_dir"}
+MAY_CHANGE = {"recipe", "epochs", "patience", "save_minutes", "folder", "annotations", "images", "data_dir"}
 
 
 # One step, and what a stopped run needs to continue.
@@ -130,6 +151,7 @@ class Progress(tf.Module):
         self.loss = tf.Variable(0.0, dtype=tf.float64)  # summed over the words of the epoch so far, in nats
         self.words = tf.Variable(0.0, dtype=tf.float64)
         self.seconds = tf.Variable(0.0, dtype=tf.float64)  # of training in the epoch so far
+        self.likelihood = tf.Variable(0.0)  # moving average of log p of a word, the baseline of hard attention
         self.best_score = tf.Variable(-1.0, dtype=tf.float64)
         self.best_epoch = tf.Variable(0, dtype=tf.int64)
 
@@ -145,18 +167,33 @@ def make_train_step(
     average: Average,
     progress: Progress,
     cache: features.FeatureCache,
+    settings: TrainConfig,
 ):
     """The training step: teacher forcing, the mean loss over the batch's real words, Adam."""
     variables = captioner.trainable_variables
 
     @tf.function(input_signature=batch_signature(cache))
     def train_step(pictures: tf.Tensor, tokens: tf.Tensor) -> None:
+        targets = tokens[:, 1:]
         with tf.GradientTape() as tape:
-            logits = captioner(pictures, tokens[:, :-1], training=True)  # (B, T - 1, vocabulary)
-            loss, words = model.masked_loss(logits, tokens[:, 1:])
-            mean = loss / tf.maximum(words, 1)
+            taught = captioner(pictures, tokens[:, :-1], training=True)
+            losses, real = word_losses(taught.logits, targets)  # (B, T - 1)
+            objective = loss = tf.reduce_sum(losses)
+            words = tf.reduce_sum(real)
+            if settings.label_smoothing:
+                objective += settings.label_smoothing * smoothing_penalty(taught.logits, targets, real)
+            if settings.doubly_stochastic:
+                objective += settings.doubly_stochastic * doubly_stochastic_penalty(taught.weights, real)
+            if captioner.config.attention == "hard":
+                locations, entropy = hard_attention_terms(taught, losses, real, progress.likelihood)
+                objective += settings.reward * locations - settings.entropy * entropy
+                drawn = tf.cast(taught.sampled, tf.float32)
+            mean = objective / tf.maximum(words, 1)
         optimizer.apply(tape.gradient(mean, variables), variables)
         average.update()
+        if captioner.config.attention == "hard":  # after the gradient, since a baseline may not know its batch
+            mean = tf.reduce_sum(-losses * drawn) / tf.maximum(tf.reduce_sum(real * drawn), 1)
+            progress.likelihood.assign(0.9 * progress.likelihood + 0.1 * mean)
         progress.loss.assign_add(tf.cast(loss, tf.float64))
         progress.words.assign_add(tf.cast(words, tf.float64))
         progress.step.assign_add(1)
@@ -288,7 +325,8 @@ class Validation:
 
         @tf.function(input_signature=batch_signature(cache))
         def loss_of(pictures: tf.Tensor, tokens: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
-            return model.masked_loss(captioner(pictures, tokens[:, :-1]), tokens[:, 1:])
+            losses, real = word_losses(captioner(pictures, tokens[:, :-1]).logits, tokens[:, 1:])
+            return tf.reduce_sum(losses), tf.reduce_sum(real)
 
         self._loss_of = loss_of
 
@@ -392,12 +430,13 @@ def train(
         f"{run}: {len(train_captions.lengths):,} captions of {len(train_captions.paths):,} pictures, vocabulary "
         f"{len(words):,}, {captioner.count_params():,} weights; validation on {len(validation.examples):,} pictures"
     )
-    train_step = make_train_step(captioner, optimizer, average, progress, cache)
+    train_step = make_train_step(captioner, optimizer, average, progress, cache, settings)
     try:
         while int(progress.epoch) < settings.epochs:
             if settings.patience and int(progress.epoch) - int(progress.best_epoch) >= settings.patience:
                 say(f"stopped early: no better CIDEr for {settings.patience} epochs")
                 break
+            optimizer.learning_rate.assign(settings.learning_rate * settings.learning_rate_decay ** int(progress.epoch))
             train_epoch(train_step, train_captions, cache, checkpoints, settings)
             epoch = int(progress.epoch) + 1
             with average.in_place():
@@ -432,35 +471,43 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--run", type=Path, help="run folder (default: runs/<name of the data set>)")
     data_utils.add_arguments(parser)
     features.add_arguments(parser)
+    parser.add_argument(
+        "--recipe", choices=RECIPES, default="tutorial", help="settings to start from (default: %(default)s)"
+    )
     group = parser.add_argument_group("model")
-    model_defaults, defaults = model.ModelConfig(), TrainConfig()
+    add = lambda name, value, text, **kind: group.add_argument(
+        f"--{name.replace('_', '-')}", type=type(value), default=value, help=f"{text} (default: {value})", **kind
+    )
+    defaults = model.ModelConfig()
     for name, text in {
         "vocabulary_size": "words kept, the 4 special ones included",
         "embedding_dim": "size of a word's embedding, and of an encoded location",
         "units": "size of the GRU's state and of the attention",
         "dropout": "share of embeddings and outputs dropped in training",
     }.items():
-        default = getattr(model_defaults, name)
-        group.add_argument(
-            f"--{name.replace('_', '-')}", type=type(default), default=default, help=f"{text} (default: {default})"
-        )
+        add(name, getattr(defaults, name), text)
+    add("attention", defaults.attention, "look everywhere, weighted, or at one location", choices=model.ATTENTIONS)
     group = parser.add_argument_group("training")
+    defaults = TrainConfig()
     for name, text in {
         "epochs": "epochs at the most",
         "batch_size": "captions in a step",
         "learning_rate": "of Adam",
+        "learning_rate_decay": "the learning rate is multiplied by this after every epoch",
         "clip_norm": "the global norm the gradients are cut to",
         "average_decay": "of the moving average of the weights that validates and captions, as 0.999; 0: no average",
+        "label_smoothing": "share of the target that is spread over all words",
+        "doubly_stochastic": "weight of the penalty for looking unevenly",
+        "reward": "hard attention: weight of the term that teaches where to look",
+        "entropy": "hard attention: weight of the entropy, which keeps it looking around",
         "patience": "epochs without a better CIDEr before stopping; 0: never stop early",
         "max_length": "tokens of a caption at the most; longer ones are cut",
         "validation_pictures": "pictures of the val split to validate with, at the most",
         "save_minutes": "minutes between checkpoints inside an epoch",
         "seed": "seed of the weights and of the order of the data",
     }.items():
-        default = getattr(defaults, name)
-        group.add_argument(
-            f"--{name.replace('_', '-')}", type=type(default), default=default, help=f"{text} (default: {default})"
-        )
+        add(name, getattr(defaults, name), text)
+    parser.set_defaults(**RECIPES[parser.parse_args(argv).recipe])
     return parser.parse_args(argv)
 
 

@@ -6,9 +6,15 @@ import tensorflow as tf
 
 import model
 from common import InputError
+from losses import word_losses
 from model import BahdanauAttention, Captioner, CNNEncoder, ModelConfig, RNNDecoder
 
 rng = np.random.default_rng(0)
+
+
+def mean_loss(captioner, pictures, tokens):
+    losses, real = word_losses(captioner(pictures, tokens[:, :-1]).logits, tokens[:, 1:])
+    return tf.reduce_sum(losses) / tf.reduce_sum(real)
 
 
 def features(batch=3):
@@ -23,7 +29,7 @@ def test_shapes_of_a_batch_of_16():
         tf.zeros((16, 1), tf.int32), encoded, captioner.decoder.initial_state(16)
     )
     assert (logits.shape, state.shape, weights.shape) == ((16, 5000), (16, 512), (16, 64))
-    assert captioner(features(16), tf.zeros((16, 7), tf.int32)).shape == (16, 7, 5000)
+    assert captioner(features(16), tf.zeros((16, 7), tf.int32)).logits.shape == (16, 7, 5000)
     kernels = [tuple(variable.shape) for variable in captioner.trainable_variables]
     for expected in ((2048, 256), (5000, 256), (512, 1536), (512, 512), (512, 5000), (256, 512), (512, 1)):
         assert expected in kernels, "the tutorial's architecture has changed"
@@ -32,8 +38,7 @@ def test_shapes_of_a_batch_of_16():
 def test_the_first_loss_is_that_of_a_guess():
     captioner = model.build(ModelConfig(vocabulary_size=1000))
     tokens = tf.constant(rng.integers(4, 1000, (8, 9)), tf.int32)
-    total, words = model.masked_loss(captioner(features(8), tokens[:, :-1]), tokens[:, 1:])
-    assert float(total / words) == pytest.approx(math.log(1000), rel=0.05)
+    assert float(mean_loss(captioner, features(8), tokens)) == pytest.approx(math.log(1000), rel=0.05)
 
 
 def test_attention_by_hand():
@@ -45,9 +50,10 @@ def test_attention_by_hand():
     attention.V.set_weights([np.array([[1.0], [2.0]]), np.zeros(1)])
     scores = [math.tanh(1.5) + 2 * math.tanh(-0.5), math.tanh(0.5) + 2 * math.tanh(1.5)]
     first = math.exp(scores[0]) / sum(map(math.exp, scores))
-    context, weights = attention(values, hidden)
+    context, weights, looks = attention(values, hidden)
     np.testing.assert_allclose(weights, [[first, 1 - first]], rtol=1e-5)
     np.testing.assert_allclose(context, [[first, 2 * (1 - first)]], rtol=1e-5)
+    np.testing.assert_array_equal(looks, weights)
 
 
 def plain_logits(captioner, pictures, tokens):
@@ -84,28 +90,28 @@ def captioner():
 def test_teacher_forcing_equals_a_plain_reference(captioner):
     pictures, tokens = features(), rng.integers(0, 30, (3, 6))
     expected = plain_logits(captioner, pictures.numpy(), tokens)
-    eager = captioner(pictures, tf.constant(tokens, tf.int32))
-    graph = tf.function(captioner)(pictures, tf.constant(tokens, tf.int32))
+    eager = captioner(pictures, tf.constant(tokens, tf.int32)).logits
+    graph = tf.function(captioner)(pictures, tf.constant(tokens, tf.int32)).logits
     np.testing.assert_allclose(eager, expected, rtol=1e-3, atol=1e-4)
     np.testing.assert_allclose(graph, expected, rtol=1e-3, atol=1e-4)
 
 
 def test_captioning_steps_equal_teacher_forcing(captioner):
     pictures, tokens = features(), tf.constant(rng.integers(0, 30, (3, 6)), tf.int32)
-    taught, looks = captioner.decoder.teach(tokens, captioner.encode(pictures))
+    taught = captioner.decoder.teach(tokens, captioner.encode(pictures))
     encoded, state = captioner.encode(pictures), captioner.decoder.initial_state(3)
     for t in range(6):
         logits, state, weights = captioner.step(tokens[:, t], state, encoded)
-        np.testing.assert_allclose(logits, taught[:, t], rtol=1e-4, atol=1e-5)
-        np.testing.assert_allclose(weights, looks[:, t], rtol=1e-4, atol=1e-6)
+        np.testing.assert_allclose(logits, taught.logits[:, t], rtol=1e-4, atol=1e-5)
+        np.testing.assert_allclose(weights, taught.weights[:, t], rtol=1e-4, atol=1e-6)
         np.testing.assert_allclose(tf.reduce_sum(weights, 1), 1, rtol=1e-5)
 
 
 def test_the_state_is_carried(captioner):
     """In the tutorial's code the GRU starts from zeros at every word."""
     pictures = features()
-    first = captioner(pictures, tf.constant([[5, 7, 9]] * 3))
-    second = captioner(pictures, tf.constant([[6, 7, 9]] * 3))
+    first = captioner(pictures, tf.constant([[5, 7, 9]] * 3)).logits
+    second = captioner(pictures, tf.constant([[6, 7, 9]] * 3)).logits
     gru = captioner.decoder.gru
     x = tf.ones((1, gru.kernel.shape[0]))
     assert np.abs(gru(x, [tf.ones((1, 12))])[0] - gru(x, [tf.zeros((1, 12))])[0]).max() > 1e-3
@@ -115,12 +121,8 @@ def test_the_state_is_carried(captioner):
 def test_gradients_reach_every_weight_and_equal_differences(captioner):
     pictures, tokens = features(2), tf.constant(rng.integers(4, 30, (2, 5)), tf.int32)
 
-    def loss():
-        total, words = model.masked_loss(captioner(pictures, tokens[:, :-1]), tokens[:, 1:])
-        return total / words
-
     with tf.GradientTape() as tape:
-        value = loss()
+        value = mean_loss(captioner, pictures, tokens)
     gradients = tape.gradient(value, captioner.trainable_variables)
     for variable, gradient in zip(captioner.trainable_variables, gradients, strict=True):
         gradient = tf.convert_to_tensor(gradient)
@@ -132,21 +134,11 @@ def test_gradients_reach_every_weight_and_equal_differences(captioner):
         )  # changes the loss by 0.001, if the gradient is right
         before = tf.identity(variable)
         variable.assign(before + direction)
-        above = loss()
+        above = mean_loss(captioner, pictures, tokens)
         variable.assign(before - direction)
-        below = loss()
+        below = mean_loss(captioner, pictures, tokens)
         variable.assign(before)
         assert float(above - below) == pytest.approx(2e-3, rel=0.05), variable.path
-
-
-def test_padding_counts_for_nothing():
-    logits = tf.constant(rng.normal(size=(2, 4, 10)).astype(np.float32))
-    targets = tf.constant([[4, 5, 3, 0], [6, 3, 0, 0]])
-    total, words = model.masked_loss(logits, targets)
-    probabilities = tf.nn.log_softmax(logits).numpy()
-    real = [(0, 0, 4), (0, 1, 5), (0, 2, 3), (1, 0, 6), (1, 1, 3)]
-    assert float(words) == 5
-    assert float(total) == pytest.approx(-sum(probabilities[i] for i in real), rel=1e-5)
 
 
 def test_padding_a_batch_changes_no_gradient(captioner):
@@ -154,8 +146,7 @@ def test_padding_a_batch_changes_no_gradient(captioner):
 
     def gradients(tokens):
         with tf.GradientTape() as tape:
-            total, words = model.masked_loss(captioner(pictures, tokens[:, :-1]), tokens[:, 1:])
-            mean = total / words
+            mean = mean_loss(captioner, pictures, tokens)
         return [tf.convert_to_tensor(g) for g in tape.gradient(mean, captioner.trainable_variables)]
 
     padded = tf.pad(tokens, [[0, 0], [0, 5]])
@@ -166,11 +157,14 @@ def test_padding_a_batch_changes_no_gradient(captioner):
 def test_dropout_is_at_work_in_training_only():
     captioner = model.build(ModelConfig(vocabulary_size=30, embedding_dim=8, units=12, dropout=0.5))
     pictures, tokens = features(), tf.constant(rng.integers(0, 30, (3, 6)), tf.int32)
-    np.testing.assert_array_equal(captioner(pictures, tokens), captioner(pictures, tokens))
-    assert np.abs(captioner(pictures, tokens, training=True) - captioner(pictures, tokens, training=True)).max() > 0
+    logits = lambda **kwargs: captioner(pictures, tokens, **kwargs).logits
+    np.testing.assert_array_equal(logits(), logits())
+    assert np.abs(logits(training=True) - logits(training=True)).max() > 0
 
 
-@pytest.mark.parametrize("settings", [{"units": 0}, {"vocabulary_size": "many"}, {"dropout": 1.0}])
+@pytest.mark.parametrize(
+    "settings", [{"units": 0}, {"vocabulary_size": "many"}, {"dropout": 1.0}, {"attention": "both"}]
+)
 def test_impossible_settings(settings):
     with pytest.raises(InputError, match="expected"):
         ModelConfig(**settings)

@@ -1,6 +1,7 @@
 import csv
 import dataclasses
 import json
+import math
 import re
 import shutil
 
@@ -17,11 +18,11 @@ from data_utils import DataOptions
 from train import TrainConfig
 
 
-def settings(dataset, words, cache, dropout=0.0, **training):
+def settings(dataset, words, cache, dropout=0.0, attention="soft", **training):
     """A run's config.json for a small model."""
     defaults = {"epochs": 3, "batch_size": 5, "learning_rate": 1e-2, "patience": 0}
     return {
-        "model": {"vocabulary_size": len(words), "embedding_dim": 8, "units": 32, "dropout": dropout},
+        "model": dataclasses.asdict(model.ModelConfig(len(words), 8, 32, dropout, attention)),
         "training": dataclasses.asdict(TrainConfig(**defaults | training)),
         "data": dataclasses.asdict(DataOptions()) | {"unreadable": [], "fingerprint": dataset.fingerprint},
         "features": cache.settings | {"folder": str(cache.folder)},
@@ -150,17 +151,20 @@ def stop_at(monkeypatch, step, error):
     monkeypatch.setattr(train, "make_train_step", make_train_step)
 
 
-@pytest.mark.parametrize(("error", "minutes"), [(KeyboardInterrupt, 5.0), (Stop, 0.0), (Stop, 5.0)])
-def test_a_stopped_run_ends_with_the_same_numbers(start, monkeypatch, error, minutes):
+@pytest.mark.parametrize(
+    ("error", "minutes", "attention"), [(KeyboardInterrupt, 5.0, "hard"), (Stop, 0.0, "soft"), (Stop, 5.0, "soft")]
+)
+def test_a_stopped_run_ends_with_the_same_numbers(start, monkeypatch, error, minutes, attention):
     """Stopped in the second epoch: by Ctrl-C, by a kill just after a checkpoint, and by a kill long after one."""
-    whole = start("whole", dropout=0.3, average_decay=0.9, save_minutes=minutes)
+    kind = {"dropout": 0.3, "average_decay": 0.9, "learning_rate_decay": 0.7, "attention": attention}
+    whole = start("whole", save_minutes=minutes, **kind)
     with monkeypatch.context() as patch:
         stop_at(patch, 10, error)  # an epoch has 7 steps
         with pytest.raises(error):
-            start("stopped", dropout=0.3, average_decay=0.9, save_minutes=minutes)
+            start("stopped", save_minutes=minutes, **kind)
     step = weights(whole.parent / "stopped")["progress/step/.ATTRIBUTES/VARIABLE_VALUE"]
     assert step == {KeyboardInterrupt: 3, Stop: 2 if minutes == 0 else 0}[error]
-    stopped = start("stopped", dropout=0.3, average_decay=0.9, save_minutes=minutes)
+    stopped = start("stopped", save_minutes=minutes, **kind)
     expected, found = weights(whole), weights(stopped)
     skip = ("seconds", "save_counter")
     assert expected.keys() == found.keys()
@@ -197,32 +201,45 @@ def test_other_settings_are_refused(start):
 def test_a_loss_that_is_not_a_number_stops_and_keeps_the_checkpoint(start, monkeypatch):
     run = start("run", epochs=1)
     before = weights(run)
-    monkeypatch.setattr(
-        model, "masked_loss", lambda logits, targets: (tf.reduce_sum(logits) * np.nan, tf.constant(1.0))
-    )
+    bad = lambda logits, targets: (tf.reduce_sum(logits, 2) * np.nan, tf.ones_like(targets, tf.float32))
+    monkeypatch.setattr(train, "word_losses", bad)
     with pytest.raises(InputError, match="the loss is nan by step"):
         start("run", epochs=2)
     assert all(np.array_equal(value, weights(run)[key]) for key, value in before.items() if "GRAPH" not in key)
 
 
-def test_one_step_equals_adam_on_the_mean_loss_of_real_words(dataset, words, cache, small_model):
+@pytest.mark.parametrize("regulariser", [{}, {"label_smoothing": 0.2}, {"doubly_stochastic": 2.0}])
+def test_one_step_equals_adam_on_the_mean_loss_of_real_words(dataset, words, cache, small_model, regulariser):
     """The compiled step and its pipeline against plain, eager TensorFlow."""
     captions = encode_captions(dataset.split("train"), words, cache, 50)
     pictures, tokens = next(iter(make_pipeline(captions, order_batches(captions.lengths, 5, 0, 0), cache)))
     start = [variable.numpy() for variable in small_model.trainable_variables]
     optimizer = tf.keras.optimizers.Adam(1e-2, global_clipnorm=0.1)
     progress, average = train.Progress(), train.Average(small_model.trainable_variables, 0.5)
-    train.make_train_step(small_model, optimizer, average, progress, cache)(pictures, tokens)
+    train.make_train_step(small_model, optimizer, average, progress, cache, TrainConfig(**regulariser))(
+        pictures, tokens
+    )
     after = [variable.numpy() for variable in small_model.trainable_variables]
 
     for variable, value in zip(small_model.trainable_variables, start, strict=True):
         variable.assign(value)
     with tf.GradientTape() as tape:
-        logits = small_model(tf.cast(pictures, tf.float32), tokens[:, :-1])
+        taught = small_model(tf.cast(pictures, tf.float32), tokens[:, :-1])
         real = tokens[:, 1:] > 0
-        losses = tf.keras.losses.sparse_categorical_crossentropy(tokens[:, 1:], logits, from_logits=True)
-        loss = tf.reduce_mean(losses[real])
-    gradients = [tf.convert_to_tensor(g) for g in tape.gradient(loss, small_model.trainable_variables)]
+        losses = tf.keras.losses.sparse_categorical_crossentropy(tokens[:, 1:], taught.logits, from_logits=True)
+        objective = loss = tf.reduce_mean(losses[real])
+        if "label_smoothing" in regulariser:
+            true = tf.one_hot(tokens[:, 1:], len(words))
+            objective = tf.reduce_mean(
+                tf.keras.losses.categorical_crossentropy(true, taught.logits, from_logits=True, label_smoothing=0.2)[
+                    real
+                ]
+            )
+        if "doubly_stochastic" in regulariser:
+            for weights, caption in zip(tf.unstack(taught.weights), tf.unstack(real), strict=True):
+                seen = tf.reduce_sum(weights[caption], axis=0)
+                objective += 2.0 * tf.reduce_sum((1 - seen) ** 2) / np.count_nonzero(real)
+    gradients = [tf.convert_to_tensor(g) for g in tape.gradient(objective, small_model.trainable_variables)]
     norm = tf.linalg.global_norm(gradients)
     assert norm > 0.1, "the test must see the clipping"
     for value, gradient, found in zip(start, gradients, after, strict=True):
@@ -249,8 +266,45 @@ def test_the_average_captions_and_the_weights_train_on(small_model):
     np.testing.assert_array_equal(weight, before + 1)
 
 
+def test_hard_attention_follows_the_likelihood_of_its_draws(dataset, words, cache):
+    captioner = model.build(model.ModelConfig(len(words), 8, 16, attention="hard"))
+    captions = encode_captions(dataset.split("train"), words, cache, 50)
+    pictures, tokens = next(iter(make_pipeline(captions, order_batches(captions.lengths, 5, 0, 0), cache)))
+    progress, average = train.Progress(), train.Average(captioner.trainable_variables, 0.0)
+    optimizer = tf.keras.optimizers.Adam(0.0)  # so that the model stays as it is
+    step = train.make_train_step(captioner, optimizer, average, progress, cache, TrainConfig())
+    step(pictures, tokens)
+    assert float(progress.likelihood) == pytest.approx(-0.1 * math.log(len(words)), rel=0.1)
+    for _ in range(60):
+        step(pictures, tokens)
+    assert float(progress.likelihood) == pytest.approx(-math.log(len(words)), rel=0.1)
+
+
+def test_the_learning_rate_falls_after_every_epoch(start):
+    run = start("run", learning_rate_decay=0.5)
+    rate = next(value for key, value in weights(run).items() if "learning_rate" in key)
+    assert rate == pytest.approx(1e-2 * 0.5**2), "the third epoch's"
+
+
+def test_recipes_give_settings_that_options_overrule(start):
+    ours = lambda *words: {k: v for k, v in vars(train.parse(words)).items() if k in train.RECIPES["best"]}
+    plain = {**vars(TrainConfig()), **vars(model.ModelConfig())}
+    assert ours() == ours("--recipe", "tutorial") == {name: plain[name] for name in train.RECIPES["best"]}
+    assert ours("--recipe", "best") == train.RECIPES["best"] != ours()
+    assert ours("--recipe", "best", "--dropout", "0.1") == train.RECIPES["best"] | {"dropout": 0.1}
+
+
 @pytest.mark.parametrize(
-    "bad", [{"batch_size": 0}, {"learning_rate": float("nan")}, {"average_decay": 1.0}, {"epochs": -1}]
+    "bad",
+    [
+        {"batch_size": 0},
+        {"learning_rate": float("nan")},
+        {"average_decay": 1.0},
+        {"epochs": -1},
+        {"label_smoothing": 1.0},
+        {"learning_rate_decay": 1.1},
+        {"doubly_stochastic": -1.0},
+    ],
 )
 def test_impossible_settings(bad):
     with pytest.raises(InputError, match=f"{next(iter(bad))}: expected"):
