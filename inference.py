@@ -128,13 +128,13 @@ def beam_search(
     tokens = tf.zeros([batch, beam_size, 0], tf.int32)
     probabilities = tf.zeros([batch, beam_size, 0])
     looks = tf.zeros([batch, beam_size, 0, locations])
+    growing = tf.TensorShape([None, beam_size, None])  # by a word in every step
     for _ in tf.range(max_words):
         tf.autograph.experimental.set_loop_options(
             shape_invariants=[
-                (tokens, tf.TensorShape([None, beam_size, None])),
-                (probabilities, tf.TensorShape([None, beam_size, None])),
-                (looks, tf.TensorShape([None, beam_size, None, locations])),
+                (tensor, tf.TensorShape([None, *tensor.shape[1:]])) for tensor in (state, token, scores, ended)
             ]
+            + [(tokens, growing), (probabilities, growing), (looks, growing.concatenate(locations))]
         )
         logits, state, look = captioner.step(tf.reshape(token, [-1]), state, encoded)
         logits = tf.where(never, -np.inf, tf.cast(logits, tf.float32))

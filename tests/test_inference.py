@@ -1,3 +1,5 @@
+import itertools
+
 import numpy as np
 import pytest
 import tensorflow as tf
@@ -5,7 +7,7 @@ from PIL import Image
 
 import inference
 from model import Encoded
-from tokenizer import END, SPECIAL, Tokenizer
+from tokenizer import END, SPECIAL, START, Tokenizer
 
 WORDS = Tokenizer((*SPECIAL, "a", "dog", "cat", "runs"))
 A, DOG, CAT, RUNS = range(4, 8)
@@ -64,6 +66,111 @@ def test_greedy_captions_known_by_hand():
 def test_decoding_stops_when_all_captions_have_ended():
     tokens, _, _ = inference.greedy_search(FakeCaptioner(AFTER), pictures(0, 3))
     assert tokens.numpy().tolist() == [[A, DOG, END], [END, 0, 0]]
+
+
+class Markov(FakeCaptioner):
+    """A model whose next word depends on the last one alone, with probabilities given by hand."""
+
+    def __init__(self, table):
+        table = np.where(table.sum(axis=1, keepdims=True) > 0, table, 1)  # words that are never said
+        self.table = tf.math.log(tf.constant(table, tf.float32))  # (vocabulary, vocabulary)
+
+    def step(self, token, state, encoded):
+        # Looks at the location whose number is the last word's, so that looks can be told from those of others.
+        return tf.gather(self.table, token), state + 1, tf.one_hot(token, 64)
+
+
+def table(**rows):
+    """Probabilities of the next words: <end>, a, dog, cat, runs."""
+    result = np.zeros((8, 8))
+    for word, row in rows.items():
+        result[START if word == "start" else WORDS.ids[word], END:] = row
+    return result
+
+
+#                                <end>  a    dog  cat  runs
+GARDEN = table(start=[0.0, 0.6, 0.0, 0.4, 0.0], a=[0.1, 0.0, 0.5, 0.4, 0.0], dog=[0.5, 0, 0, 0, 0.5])
+GARDEN += table(cat=[0.9, 0, 0, 0, 0.1], runs=[1.0, 0, 0, 0, 0])
+
+
+def test_beam_search_by_hand():
+    """Greedy says "a dog" (0.6 * 0.5 * 0.5 = 0.15); "cat" (0.4 * 0.9 = 0.36) is more probable."""
+    captions = lambda size, penalty: inference.caption_features(Markov(GARDEN), WORDS, pictures(0, 0), size, penalty)
+    assert captions(1, 0.0)[0].text == "a dog"
+    first, second = captions(2, 0.0)
+    assert first.text == second.text == "cat" and first.ended
+    np.testing.assert_allclose(first.probabilities, [0.4], rtol=1e-5)
+    assert first.attention.argmax(axis=1).tolist() == [START]
+    # With three places, "a cat" (0.6 * 0.4 * 0.9 = 0.216) is followed too. <end> counted, its mean log p is
+    # log 0.216 / 3 = log 0.6, and that of "cat" is log 0.36 / 2 = log 0.6: above a penalty of 1 the longer one wins.
+    longer = captions(3, 1.1)[0]
+    assert longer.text == "a cat"
+    np.testing.assert_allclose(longer.probabilities, [0.6, 0.4], rtol=1e-5)
+    assert longer.attention.argmax(axis=1).tolist() == [START, A], "looks must follow the words to their new places"
+    assert captions(3, 0.9)[0].text == "cat"
+
+
+def exhaustive(probabilities, longest, penalty):
+    """The best of all captions of up to `longest` words, <end> included; those that end come first."""
+    best = (-np.inf, ())
+    for length in range(1, longest + 1):
+        for middle in itertools.product(range(END + 1, 8), repeat=length - 1):
+            path = (START, *middle, END)
+            with np.errstate(divide="ignore"):
+                score = sum(np.log(probabilities[i, j]) for i, j in itertools.pairwise(path)) / length**penalty
+            best = max(best, (score, path[1:]))
+    return best[1]
+
+
+@pytest.mark.parametrize("penalty", [0.0, 0.7, 1.0, 2.0])
+def test_a_beam_wide_enough_finds_the_best_of_all_captions(penalty):
+    dice = np.random.default_rng(7)
+    for _ in range(4):
+        probabilities = np.zeros((8, 8))
+        probabilities[2:, END:] = dice.dirichlet([0.5] * 5, size=6)
+        tokens, _, _ = inference.beam_search(Markov(probabilities), pictures(0), 400, penalty, max_words=4)
+        row = tokens.numpy()[0]
+        assert tuple(row[row > 0]) == exhaustive(probabilities, 4, penalty)
+
+
+def test_a_beam_of_one_is_greedy(small_model, words, dataset, cache):
+    paths = [str(cache.path(example.image)) for example in dataset.examples]
+    values = tf.stack([cache.read(tf.constant(path)) for path in paths])
+    for variable in small_model.trainable_variables:  # with random weights of this size, captions differ
+        variable.assign(variable * 4)
+    greedy = inference.greedy_search(small_model, values)
+    beam = inference.beam_search(small_model, values, 1, 0.7)
+    assert len({tuple(row) for row in greedy[0].numpy()}) > 5
+    np.testing.assert_array_equal(greedy[0], beam[0])
+    real = greedy[0].numpy() > 0  # behind <end> nothing counts
+    np.testing.assert_allclose(greedy[1][real], beam[1][real], rtol=1e-4)
+    np.testing.assert_allclose(greedy[2][real], beam[2][real], rtol=1e-4, atol=1e-6)
+
+
+def test_a_wider_beam_is_more_probable_and_the_same_in_any_batch(small_model, words, dataset, cache):
+    paths = [str(cache.path(example.image)) for example in dataset.examples]
+    values = tf.stack([cache.read(tf.constant(path)) for path in paths])
+    for variable in small_model.trainable_variables:
+        variable.assign(variable * 4)
+    log_p = lambda found: np.log(np.where(found[0] > 0, found[1], 1)).sum(axis=1)
+    greedy, beam = inference.greedy_search(small_model, values), inference.beam_search(small_model, values, 5, 0.0)
+    assert log_p(beam).mean() > log_p(greedy).mean() + 0.1
+    alone = inference.beam_search(small_model, values[3:4], 5, 0.0)
+    length = alone[0].shape[1]
+    np.testing.assert_array_equal(alone[0][0], beam[0][3, :length])
+    assert not beam[0].numpy()[3, length:].any()
+
+
+def test_a_beam_that_never_ends_gives_its_best_so_far():
+    endless = table(start=[0, 0.4, 0.6, 0, 0], a=[0, 1, 0, 0, 0], dog=[0, 0, 0.4, 0.6, 0], cat=[0, 0, 1, 0, 0])
+    caption = inference.caption_features(Markov(endless), WORDS, pictures(0), 3)[0]
+    assert len(caption.words) == inference.MAX_WORDS and not caption.ended
+    assert caption.words[:3] == ("a", "a", "a"), (
+        "0.4 in all; greedy says dog, after which every way grows less and less probable"
+    )
+    ends = table(start=[0.001, 0.999, 0, 0, 0], a=[0, 1, 0, 0, 0])
+    caption = inference.caption_features(Markov(ends), WORDS, pictures(0), 2)[0]
+    assert caption.words == () and caption.ended, "a caption that has ended comes before one that has not"
 
 
 def test_batches_and_single_pictures_agree(small_model, words, dataset, cache):
