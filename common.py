@@ -61,10 +61,11 @@ def progress_bar(*args: Any, **kwargs: Any) -> tqdm:
 
 
 @contextlib.contextmanager
-def quiet_import() -> Iterator[None]:
-    """Holds back what TensorFlow's libraries write while they load, unless the import fails.
+def quiet() -> Iterator[None]:
+    """Holds back what is written to standard error, unless the block fails.
 
-    They write to the file descriptor, before any of TensorFlow's settings for logging is at work.
+    TensorFlow's libraries write to the file descriptor while they load, before any of its settings for logging
+    is at work; and so do the Java programs of pycocoevalcap.
     """
     if os.environ["TF_CPP_MIN_LOG_LEVEL"] != "3":
         yield

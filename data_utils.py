@@ -304,8 +304,12 @@ def _fetch_coco_images(folder: Path, examples: list[Example]) -> None:
 # Putting it together.
 
 
-def load_dataset(options: DataOptions) -> Dataset:
+def load_dataset(options: DataOptions, pictures: bool = True) -> Dataset:
     """The data set these options name: downloaded if need be, read, and split.
+
+    Args:
+        options: which data.
+        pictures: whether the pictures are needed, or only what people wrote about them.
 
     Raises:
         InputError: see `read_annotations`, `assign_splits` and `download`.
@@ -313,9 +317,10 @@ def load_dataset(options: DataOptions) -> Dataset:
     lists = {s: Path(p) for s in SPLITS if (p := getattr(options, f"{s}_list"))}
     root = Path(options.data_dir) / options.dataset
     if options.annotations:
-        if not options.images:
+        if pictures and not options.images:
             raise InputError("--annotations needs --images DIR, the folder its pictures are in")
-        annotations, images = Path(options.annotations), Path(options.images)
+        annotations = Path(options.annotations)
+        images = Path(options.images) if options.images else annotations.parent
         name = images.resolve().name
         if not images.is_dir():
             raise InputError(f"{images}: no such image folder")
@@ -339,7 +344,9 @@ def load_dataset(options: DataOptions) -> Dataset:
     examples = read_annotations(annotations)
     if name == "coco" and not options.annotations:
         examples = [dataclasses.replace(example, image=f"train2014/{example.image}") for example in examples]
-    elif not any((images / folder).is_dir() for folder in {PurePosixPath(e.image).parent for e in examples}):
+    elif pictures and not any(
+        (images / folder).is_dir() for folder in {PurePosixPath(e.image).parent for e in examples}
+    ):
         # Karpathy's COCO names train2014/ and val2014/; the pictures may also lie in one folder.
         examples = [dataclasses.replace(example, image=PurePosixPath(example.image).name) for example in examples]
         if len({example.image for example in examples}) < len(examples):
@@ -352,6 +359,8 @@ def load_dataset(options: DataOptions) -> Dataset:
         examples = choose(examples, limit, options.split_seed)
     if not examples:
         raise InputError(f"{annotations}: none of its pictures is in the split lists")
+    if not pictures:
+        return Dataset(name, images, tuple(examples))
     if name == "coco" and not options.annotations:
         _fetch_coco_images(root, examples)
     elif name == "flickr8k" and not options.annotations and not all((images / e.image).exists() for e in examples):

@@ -25,7 +25,7 @@ from common import (
     atomic_write,
     file_sha256,
     progress_bar,
-    quiet_import,
+    quiet,
     read_json,
     run_command,
     say,
@@ -34,7 +34,7 @@ from common import (
 
 import numpy as np
 
-with quiet_import():
+with quiet():
     import tensorflow as tf
 from PIL import Image, ImageOps
 from tqdm import tqdm

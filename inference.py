@@ -224,6 +224,23 @@ def checkpoint_of(run: Path) -> str:
     raise InputError(f"{run}: no checkpoint in {run / 'checkpoints'}/; train it with `python train.py`")
 
 
+def read_config(run: Path) -> dict[str, Any]:
+    """A run's config.json; raises InputError if it lacks what captioning needs."""
+    config = read_json(run / "config.json")
+    try:
+        model.ModelConfig(**config["model"])
+        for needed in (
+            config["vocabulary_sha256"],
+            config["data"]["fingerprint"],
+            config["data"]["unreadable"],
+            config["features"]["folder"],
+        ):
+            assert needed is not None
+    except (KeyError, TypeError, AssertionError) as error:
+        raise InputError(f"{run / 'config.json'}: not the config.json of a run ({error!r})") from None
+    return config
+
+
 def load_run(run: Path | str) -> tuple[model.Captioner, Tokenizer, dict[str, Any]]:
     """Loads a run's best weights, its vocabulary and its config.json, checked against each other.
 
@@ -232,15 +249,10 @@ def load_run(run: Path | str) -> tuple[model.Captioner, Tokenizer, dict[str, Any
     """
     run = Path(run)
     prefix = checkpoint_of(run)
-    config = read_json(run / "config.json")
+    config = read_config(run)
     words = Tokenizer.load(run / "vocabulary.json")
-    try:
-        settings = model.ModelConfig(**config["model"])
-        expected = config["vocabulary_sha256"]
-        for needed in (config["data"]["fingerprint"], config["data"]["unreadable"], config["features"]["folder"]):
-            assert needed is not None
-    except (KeyError, TypeError, AssertionError) as error:
-        raise InputError(f"{run / 'config.json'}: not the config.json of a run ({error!r})") from None
+    settings = model.ModelConfig(**config["model"])
+    expected = config["vocabulary_sha256"]
     if file_sha256(run / "vocabulary.json") != expected or len(words) != settings.vocabulary_size:
         raise InputError(
             f"{run / 'vocabulary.json'}: not the vocabulary these weights were trained with; put back the "

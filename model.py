@@ -7,14 +7,14 @@ After "Show, Attend and Tell" (Xu et al. 2015, https://arxiv.org/abs/1502.03044)
 the 64 locations of the 8x8 grid, and the sizes are the defaults.
 """
 
-from common import InputError, quiet_import, run_command  # before TensorFlow
+from common import InputError, quiet, run_command  # before TensorFlow
 
 import argparse
 import dataclasses
 from typing import Any, NamedTuple
 
 
-with quiet_import():
+with quiet():
     import tensorflow as tf
 
 layers = tf.keras.layers

@@ -348,12 +348,11 @@ class Validation:
         texts = [caption.text for caption in captions]
         # Without Java, so that a run chooses the same epoch on every machine.
         found = evaluate.score([list(example.captions) for example in self.examples], texts, java=False)
-        distinct = evaluate.summarise(captions)["distinct captions"]
         row = {
             "val_loss": round(self.loss(), 4),
             "bleu4": found["BLEU-4"],
             "cider": found["CIDEr"],
-            "distinct": distinct,
+            "distinct": evaluate.distinct(texts),
         }
         return row, f"{self.examples[0].image}: {texts[0]}"
 

@@ -1,8 +1,12 @@
+import json
+
 import numpy as np
 import pytest
 
 import demo
 import evaluate
+from common import InputError
+from data_utils import Example
 from inference import Caption
 
 REFERENCES = [
@@ -39,9 +43,73 @@ def test_meteor_with_java():
     assert 30 < scores["METEOR"] <= 100
 
 
+@pytest.mark.skipif(not evaluate.has_java(), reason="METEOR needs Java")
+def test_meteor_that_cannot_run_is_said_and_hangs_nothing(monkeypatch, tmp_path):
+    from pycocoevalcap.meteor import meteor
+
+    monkeypatch.setattr(meteor, "METEOR_JAR", str(tmp_path / "none.jar"))
+    with pytest.raises(evaluate.JavaError, match="METEOR stopped"):
+        evaluate.meteor({0: ["a dog"]}, {0: ["a dog"]})
+    (tmp_path / "a b").mkdir()
+    monkeypatch.setattr(meteor, "__file__", str(tmp_path / "a b/meteor.py"))
+    with pytest.raises(evaluate.JavaError, match="a folder with a space in its path"):
+        evaluate.meteor({0: ["a dog"]}, {0: ["a dog"]})
+
+
+@pytest.mark.parametrize("broken", [False, True])
+def test_without_java_the_other_scores_and_what_to_do(monkeypatch, capsys, broken):
+    def stopped(*_):
+        raise evaluate.JavaError("METEOR stopped")
+
+    monkeypatch.setattr(evaluate, "has_java", lambda: broken)
+    monkeypatch.setattr(evaluate, "meteor", stopped)
+    scores, tokenizer = evaluate.score_anywhere(REFERENCES, ["a dog runs", "a cat sleeps", "two men"])
+    assert tokenizer == "plain" and "METEOR" not in scores and len(scores) == 6
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert "apt-get install default-jre-headless" in said and ("METEOR stopped" in said) == broken
+
+
+# Results made elsewhere.
+
+EXAMPLES = [Example(f"{i}.jpg", tuple(captions), 100 + i, "val") for i, captions in enumerate(REFERENCES)]
+RESULTS = [
+    {"image_id": 102, "caption": "two men"},
+    {"image_id": 100, "caption": "a dog runs on the grass"},
+    {"image_id": 101, "caption": "a cat sleeps"},
+]
+
+
+def test_results_are_scored_by_their_ids(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(evaluate, "has_java", lambda: False)
+    path = tmp_path / "results.json"
+    path.write_text(json.dumps([*RESULTS, {"image_id": 7, "caption": "of another split"}]))
+    metrics = evaluate.score_file(path, EXAMPLES)
+    expected = evaluate.score(REFERENCES, ["a dog runs on the grass", "a cat sleeps", "two men"], java=False)
+    assert metrics["scores"] == expected and metrics["distinct captions"] == 100
+    assert "1 captions of other pictures are left out" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (RESULTS[:2], "no caption of 1 of the 3 pictures, the first with image_id 101"),
+        ([*RESULTS, RESULTS[0]], "found two of image_id 102"),
+        ({"annotations": RESULTS}, "not COCO results"),
+        ([{"image_id": 1}], "not COCO results"),
+        ([{"image_id": [1], "caption": "a dog"}], "not COCO results"),
+    ],
+)
+def test_bad_results(tmp_path, content, message):
+    path = tmp_path / "results.json"
+    path.write_text(json.dumps(content))
+    with pytest.raises(InputError, match=message):
+        evaluate.score_file(path, EXAMPLES)
+
+
 def test_a_collapsed_model_is_seen():
     captions = [Caption(("a", "dog"), (1.0, 1.0), np.zeros((2, 64)), ended) for ended in (True, True, True, False)]
-    assert evaluate.summarise(captions) == {"distinct captions": 25.0, "never ended": 25.0}
+    assert evaluate.distinct([caption.text for caption in captions]) == 25.0
+    assert evaluate.never_ended(captions) == 25.0
 
 
 def test_noun_attention_by_hand():

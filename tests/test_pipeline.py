@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -64,6 +65,54 @@ def test_the_whole_pipeline(workplace, capsys):
     assert "BLEU-4" in capsys.readouterr().out
     results = json.loads((run / "captions_test.json").read_text())
     assert {type(row["image_id"]) for row in results} == {int} and all("caption" in row for row in results)
+
+
+def test_a_beam_captions_plots_and_is_scored(workplace, capsys):
+    inference.main(["shapes/images/shapes_00000.png", "--beam-size", "3", "--output-dir", "beam"])
+    assert Path("beam/shapes_00000_attention.png").stat().st_size > 1000
+    evaluate.main(["--beam-size", "3", "--length-penalty", "0.5"])
+    metrics = json.loads(Path("runs/shapes/metrics_val_beam3.json").read_text())
+    assert (metrics["split"], metrics["beam_size"], metrics["length_penalty"]) == ("val", 3, 0.5)
+    printed = capsys.readouterr().out
+    for name in ("BLEU-1", "BLEU-4", "ROUGE-L", "CIDEr", "distinct captions", "never ended"):
+        value = (metrics["scores"] | metrics)[name]
+        assert re.search(rf"^{name} +{value:.1f}$", printed, re.MULTILINE)
+    # The captions it wrote, scored as if they had been made elsewhere, with and without the run.
+    for named in ([], ["--annotations", "shapes/dataset_shapes.json"]):
+        evaluate.main(["--results", "runs/shapes/captions_val_beam3.json", *named])
+        scored = json.loads(Path("runs/shapes/captions_val_beam3_metrics.json").read_text())
+        assert scored["scores"] == metrics["scores"]
+
+
+def test_karpathys_split_of_coco_with_two_commands(tmp_path, monkeypatch):
+    """The layout of dataset_coco.json and of COCO's pictures."""
+    monkeypatch.chdir(tmp_path)
+    images = []
+    for number in range(12):
+        folder, split = [("train2014", "train"), ("val2014", "restval"), ("val2014", "val"), ("val2014", "test")][
+            number % 4
+        ]
+        name = f"COCO_{folder}_{1000 + number:012}.jpg"
+        (Path("coco") / folder).mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (60, 40), (20 * number, 99, 0)).save(Path("coco") / folder / name)
+        texts = [f"A picture of number {number}.", "A plain colour, nothing else."]
+        sentences = [{"raw": text, "tokens": text.lower().split(), "imgid": number} for text in texts]
+        images.append(
+            {"filepath": folder, "filename": name, "cocoid": 1000 + number, "split": split, "sentences": sentences}
+        )
+    Path("dataset_coco.json").write_text(json.dumps({"images": images, "dataset": "coco"}))
+    small = ["--weights", "random", "--epochs", "1", "--embedding-dim", "8", "--units", "16"]
+    train.main(["--recipe", "best", "--annotations", "dataset_coco.json", "--images", "coco/", *small])
+    config = json.loads(Path("runs/coco/config.json").read_text())
+    assert config["training"]["recipe"] == "best"
+    found = config["training"] | config["model"]
+    assert {name: found[name] for name in train.RECIPES["best"]} == train.RECIPES["best"]
+    evaluate.main(["--run", "runs/coco", "--split", "test", "--beam-size", "5"])
+    results = json.loads(Path("runs/coco/captions_test_beam5.json").read_text())
+    assert [row["image_id"] for row in results] == [1003, 1007, 1011]
+    assert len(list(Path("features/coco/val2014").iterdir())) == 9
+    with pytest.raises(InputError, match="go with --results"):
+        evaluate.main(["--annotations", "dataset_coco.json"])
 
 
 def test_captioning_a_file_equals_captioning_its_cached_features(workplace):
