@@ -110,6 +110,21 @@ def test_beam_search_by_hand():
     assert captions(3, 0.9)[0].text == "cat"
 
 
+def test_a_caption_that_has_ended_keeps_its_place():
+    """ "a" (0.3) stays although "a dog cat" and "a dog runs" (0.35) are more probable for a while."""
+    after = table(start=[0, 1, 0, 0, 0], a=[0.3, 0, 0.7, 0, 0], dog=[0, 0, 0, 0.5, 0.5])
+    after += table(cat=[0.2, 0.2, 0.2, 0.2, 0.2], runs=[0.2, 0.2, 0.2, 0.2, 0.2])
+    assert inference.caption_features(Markov(after), WORDS, pictures(0), 2, 0.0)[0].text == "a"
+
+
+def test_places_that_continue_nothing_are_free_again():
+    """Only two words can come first, and six captions go on from them, of which the sixth wins."""
+    after = table(start=[0, 0.6, 0, 0.4, 0], a=[0, 0.3, 0.3, 0.2, 0.2], cat=[0, 0.6, 0.4, 0, 0])
+    after += table(dog=[0.5, 0, 0.5, 0, 0], runs=[1, 0, 0, 0, 0])
+    assert inference.caption_features(Markov(after), WORDS, pictures(0), 6, 0.0)[0].text == "a runs"
+    assert inference.caption_features(Markov(after), WORDS, pictures(0), 5, 0.0)[0].text == "a dog"
+
+
 def exhaustive(probabilities, longest, penalty):
     """The best of all captions of up to `longest` words, <end> included; those that end come first."""
     best = (-np.inf, ())
@@ -133,13 +148,18 @@ def test_a_beam_wide_enough_finds_the_best_of_all_captions(penalty):
         assert tuple(row[row > 0]) == exhaustive(probabilities, 4, penalty)
 
 
-def test_a_beam_of_one_is_greedy(small_model, words, dataset, cache):
-    paths = [str(cache.path(example.image)) for example in dataset.examples]
-    values = tf.stack([cache.read(tf.constant(path)) for path in paths])
-    for variable in small_model.trainable_variables:  # with random weights of this size, captions differ
+@pytest.fixture
+def lively(small_model, dataset, cache):
+    """Features of all pictures, and small_model with random weights so large that their captions differ."""
+    for variable in small_model.trainable_variables:
         variable.assign(variable * 4)
-    greedy = inference.greedy_search(small_model, values)
-    beam = inference.beam_search(small_model, values, 1, 0.7)
+    paths = [str(cache.path(example.image)) for example in dataset.examples]
+    return tf.stack([cache.read(tf.constant(path)) for path in paths])
+
+
+def test_a_beam_of_one_is_greedy(small_model, lively):
+    greedy = inference.greedy_search(small_model, lively)
+    beam = inference.beam_search(small_model, lively, 1, 0.7)
     assert len({tuple(row) for row in greedy[0].numpy()}) > 5
     np.testing.assert_array_equal(greedy[0], beam[0])
     real = greedy[0].numpy() > 0  # behind <end> nothing counts
@@ -147,18 +167,24 @@ def test_a_beam_of_one_is_greedy(small_model, words, dataset, cache):
     np.testing.assert_allclose(greedy[2][real], beam[2][real], rtol=1e-4, atol=1e-6)
 
 
-def test_a_wider_beam_is_more_probable_and_the_same_in_any_batch(small_model, words, dataset, cache):
-    paths = [str(cache.path(example.image)) for example in dataset.examples]
-    values = tf.stack([cache.read(tf.constant(path)) for path in paths])
-    for variable in small_model.trainable_variables:
-        variable.assign(variable * 4)
+def test_a_wider_beam_is_more_probable_and_the_same_in_any_batch(small_model, lively):
     log_p = lambda found: np.log(np.where(found[0] > 0, found[1], 1)).sum(axis=1)
-    greedy, beam = inference.greedy_search(small_model, values), inference.beam_search(small_model, values, 5, 0.0)
+    greedy, beam = inference.greedy_search(small_model, lively), inference.beam_search(small_model, lively, 5, 0.0)
     assert log_p(beam).mean() > log_p(greedy).mean() + 0.1
-    alone = inference.beam_search(small_model, values[3:4], 5, 0.0)
+    alone = inference.beam_search(small_model, lively[3:4], 5, 0.0)
     length = alone[0].shape[1]
     np.testing.assert_array_equal(alone[0][0], beam[0][3, :length])
     assert not beam[0].numpy()[3, length:].any()
+
+
+def test_a_beams_probabilities_and_attention_are_those_of_teacher_forcing(small_model, lively):
+    tokens, probabilities, looks = inference.beam_search(small_model, lively, 5, 0.7)
+    taught = small_model(lively, tf.pad(tokens[:, :-1], [[0, 0], [1, 0]], constant_values=START))
+    sayable = tf.where(inference.never_said(small_model.config.vocabulary_size), -np.inf, taught.logits)
+    expected = tf.gather(tf.nn.softmax(sayable), tokens, batch_dims=2)
+    real = tokens.numpy() > 0
+    np.testing.assert_allclose(probabilities[real], expected[real], rtol=1e-3)
+    np.testing.assert_allclose(looks[real], taught.weights[real], rtol=1e-3, atol=1e-6)
 
 
 def test_a_beam_that_never_ends_gives_its_best_so_far():
