@@ -124,6 +124,10 @@ def atomic_write(path: Path | str, mode: str = "w") -> Iterator[IO[Any]]:
         ) as file:
             yield file
         os.replace(partial, path)
+    except OSError as error:
+        if error.filename == str(partial):
+            error.filename = str(path)  # the name the user knows
+        raise
     finally:
         partial.unlink(missing_ok=True)
 

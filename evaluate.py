@@ -2,7 +2,7 @@
 
     python evaluate.py                                    # the newest run on its val split
     python evaluate.py --run runs/coco --split test --beam-size 5
-    python evaluate.py --results captions.json --annotations captions_val2014.json --split all
+    python evaluate.py --results captions.json --annotations captions_val2014.json
 
 The captions are free-running: the model is given its own words, never the true ones. They are written into
 the run folder as COCO results, captions_<split>.json, and their scores as metrics_<split>.json. The scores
@@ -28,14 +28,14 @@ import inference
 import model
 from tokenizer import Tokenizer, split_words
 
-WITHOUT_JAVA = (
-    "METEOR is left out and words are split as the vocabulary's, since METEOR and the PTB tokenizer of published "
-    "scores need Java (Debian, Ubuntu, Colab: apt-get install default-jre-headless)"
+NEED_JAVA = (
+    "METEOR and the PTB tokenizer of published scores need Java (Debian, Ubuntu, Colab: "
+    "apt-get install default-jre-headless)"
 )
 
 
 class JavaError(Exception):
-    """pycocoevalcap's Java programs cannot run here."""
+    """A Java program of pycocoevalcap failed."""
 
 
 def has_java() -> bool:
@@ -48,7 +48,7 @@ def caption_examples(
     words: Tokenizer,
     cache: features.FeatureCache,
     examples: list[data_utils.Example],
-    batch_size: int = 64,
+    batch_size: int = 64,  # captions followed at the same time
     beam_size: int = 1,
     length_penalty: float = inference.LENGTH_PENALTY,
 ) -> list[inference.Caption]:
@@ -57,7 +57,7 @@ def caption_examples(
     batches = (
         tf.data.Dataset.from_tensor_slices(paths)
         .map(cache.read, num_parallel_calls=tf.data.AUTOTUNE)
-        .batch(batch_size)
+        .batch(max(1, batch_size // beam_size))
         .prefetch(tf.data.AUTOTUNE)
     )
     return [
@@ -81,9 +81,9 @@ def tokenize(texts: dict[int, list[str]], java: bool) -> dict[int, list[str]]:
         with quiet():
             found = PTBTokenizer().tokenize({i: [{"caption": text} for text in rows] for i, rows in texts.items()})
     except OSError as error:  # it writes beside its own code
-        raise JavaError(str(error)) from None
+        raise JavaError(f"the PTB tokenizer failed ({error})") from None
     if {i: len(rows) for i, rows in found.items()} != {i: len(rows) for i, rows in texts.items()}:
-        raise JavaError("the PTB tokenizer stopped")
+        raise JavaError("the PTB tokenizer failed")
     return found
 
 
@@ -98,14 +98,16 @@ def meteor(references: dict[int, list[str]], captions: dict[int, list[str]]) -> 
     program = meteor.Meteor()
     try:
         return program.compute_score(references, captions)[0]
-    except (OSError, ValueError):
-        program.lock.release()  # left locked by a failure, and locked again, for ever, when the object is deleted
+    except BaseException as error:
+        program.lock.release()  # which a failure leaves locked, and which `__del__` would wait for, for ever
+        if not isinstance(error, (OSError, ValueError)):  # Ctrl-C
+            raise
         folder = Path(meteor.__file__).parent
-        space = f", which cannot run in a folder with a space in its path: {folder}" * (" " in str(folder))
-        raise JavaError("METEOR stopped" + (space or "; it needs 2 GB of memory")) from None
+        space = f", as it does in a folder with a space in its path: {folder}" * (" " in str(folder))
+        raise JavaError(f"METEOR's Java program failed{space or '; it needs 2 GB of memory'}") from None
 
 
-def score(references: list[list[str]], captions: list[str], java: bool) -> dict[str, float]:
+def score(references: list[list[str]], captions: list[str], java: bool, with_meteor: bool = True) -> dict[str, float]:
     """Scores captions, each against its references, with pycocoevalcap.
 
     Args:
@@ -113,6 +115,7 @@ def score(references: list[list[str]], captions: list[str], java: bool) -> dict[
         captions: one for each picture.
         java: whether to use what needs Java, the PTB tokenizer and METEOR. Otherwise both sides are split as the
             vocabulary is, which is quick and the same on every machine, and METEOR is left out.
+        with_meteor: whether METEOR is wanted where there is Java.
 
     Returns:
         Scores in percent by name: BLEU-1 to BLEU-4, METEOR, ROUGE-L, CIDEr.
@@ -129,7 +132,7 @@ def score(references: list[list[str]], captions: list[str], java: bool) -> dict[
     with contextlib.redirect_stdout(io.StringIO()):  # pycocoevalcap prints its counts
         bleu = Bleu(4).compute_score(gts, res, verbose=0)[0]
         scores = {f"BLEU-{n}": value for n, value in enumerate(bleu, 1)}
-        if java:
+        if java and with_meteor:
             scores["METEOR"] = meteor(gts, res)
         scores["ROUGE-L"] = Rouge().compute_score(gts, res)[0]
         scores["CIDEr"] = Cider().compute_score(gts, res)[0]
@@ -137,14 +140,19 @@ def score(references: list[list[str]], captions: list[str], java: bool) -> dict[
 
 
 def score_anywhere(references: list[list[str]], captions: list[str]) -> tuple[dict[str, float], str]:
-    """`score` with Java where it runs, else without it, saying so; and the name of the tokenizer, PTB or plain."""
-    reason = "there is none"
-    if has_java():
+    """All scores that can be had here, saying which cannot; and the tokenizer's name, PTB or plain."""
+    if not has_java():
+        say(f"no METEOR, and words split as the vocabulary's: there is no Java; {NEED_JAVA}")
+        return score(references, captions, java=False), "plain"
+    for with_meteor in (True, False):
         try:
-            return score(references, captions, java=True), "PTB"
+            return score(references, captions, True, with_meteor), "PTB"
         except JavaError as error:
-            reason = str(error)
-    say(f"{WITHOUT_JAVA}: {reason}")
+            if with_meteor and "METEOR" in str(error):
+                say(f"no METEOR: {error}; {NEED_JAVA}")
+            else:
+                say(f"no METEOR, and words split as the vocabulary's: {error}; {NEED_JAVA}")
+                break
     return score(references, captions, java=False), "plain"
 
 
@@ -158,8 +166,8 @@ def never_ended(captions: list[inference.Caption]) -> float:
     return round(100 * sum(not caption.ended for caption in captions) / len(captions), 1)
 
 
-def read_results(path: Path) -> dict[int | str, str]:
-    """The captions of a COCO results file by image id.
+def read_results(path: Path) -> dict[str, str]:
+    """The captions of a COCO results file by image id, as text.
 
     Raises:
         InputError: not such a file, or two captions of one picture.
@@ -170,17 +178,17 @@ def read_results(path: Path) -> dict[int | str, str]:
         for row in rows
     ):
         raise InputError(f'{path}: not COCO results; expected a list of {{"image_id": ..., "caption": "..."}}')
-    results = {}
+    results: dict[str, str] = {}
     for row in rows:
-        if row["image_id"] in results:
-            raise InputError(f"{path}: expected one caption for each picture, found two of image_id {row['image_id']}")
-        results[row["image_id"]] = row["caption"]
+        number, caption = str(row["image_id"]), " ".join(row["caption"].split())  # one line, as the tokenizer needs
+        if number in results:
+            raise InputError(f"{path}: expected one caption for each picture, found two of image_id {number}")
+        try:
+            caption.encode()
+        except UnicodeEncodeError:  # JSON can write half of a character
+            raise InputError(f"{path}: the caption of image_id {number} is not Unicode text: {caption!r}") from None
+        results[number] = caption
     return results
-
-
-def pictures_of(dataset: data_utils.Dataset, split: str) -> list[data_utils.Example]:
-    """The pictures of a split, or all of them."""
-    return list(dataset.examples) if split == "all" else dataset.split(split)
 
 
 def score_file(path: Path, examples: list[data_utils.Example]) -> dict[str, Any]:
@@ -190,20 +198,20 @@ def score_file(path: Path, examples: list[data_utils.Example]) -> dict[str, Any]
         InputError: see `read_results`; or a picture has no caption.
     """
     results = read_results(path)
-    if missing := [example for example in examples if example.image_id not in results]:
+    if missing := [example for example in examples if str(example.image_id) not in results]:
         raise InputError(
             f"{path}: no caption of {len(missing):,} of the {len(examples):,} pictures, the first with image_id "
             f"{missing[0].image_id} ({missing[0].image}); are they of this --split?"
         )
     if more := len(results) - len(examples):
         say(f"{path}: {more:,} captions of other pictures are left out")
-    texts = [results[example.image_id] for example in examples]
+    texts = [results[str(example.image_id)] for example in examples]
     scores, tokenizer = score_anywhere([list(example.captions) for example in examples], texts)
     return {"results": str(path), "tokenizer": tokenizer, "scores": scores, "distinct captions": distinct(texts)}
 
 
 def score_run(
-    captioning: inference.Captioning, examples: list[data_utils.Example], split: str
+    captioning: inference.Captioning, examples: list[data_utils.Example]
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """Captions and scores pictures whose features are cached: the metrics, and the captions as COCO results.
 
@@ -220,56 +228,75 @@ def score_run(
     captions = caption_examples(captioning.captioner, captioning.words, cache, examples, **search)
     texts = [caption.text for caption in captions]
     scores, tokenizer = score_anywhere([list(example.captions) for example in examples], texts)
-    metrics = {"run": str(captioning.run), "split": split} | search | {"tokenizer": tokenizer, "scores": scores}
+    metrics = {"run": str(captioning.run)} | search | {"tokenizer": tokenizer, "scores": scores}
     metrics |= {"distinct captions": distinct(texts), "never ended": never_ended(captions)}
     return metrics, [{"image_id": e.image_id, "caption": text} for e, text in zip(examples, texts, strict=True)]
 
 
-def main(argv: list[str] | None = None) -> None:
-    """Captions and scores a split of a run's data, or scores a results file."""
+def parse(argv: list[str] | None = None) -> argparse.Namespace:
+    """The command line of scoring; `args.named` says whether it names data."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     inference.add_arguments(parser)
     parser.add_argument(
-        "--split", choices=(*data_utils.SPLITS, "all"), default="val", help="pictures to score (default: %(default)s)"
+        "--split",
+        choices=(*data_utils.SPLITS, "all"),
+        help="pictures to score (default: val; of data named below, all)",
     )
     parser.add_argument(
         "--results",
         type=Path,
-        metavar="FILE",
+        metavar="FILE.json",
         help="score these captions, COCO results made elsewhere, against the data of the run or those named below; "
-        "writes <FILE>_metrics.json",
+        "writes FILE_metrics_<split>.json",
     )
     data_utils.add_arguments(parser)
     parser.set_defaults(dataset=None)
     args = parser.parse_args(argv)
-    named = args.dataset or args.annotations
-    if named and not args.results:
-        raise InputError("a run is scored on its own data; --dataset and --annotations go with --results FILE")
-    if named:
-        args.dataset = args.dataset or data_utils.DataOptions().dataset
-        dataset = data_utils.load_dataset(data_utils.options_from(args), pictures=False)
-    else:
-        run = args.run or inference.newest_run()
-        if args.results:
-            dataset = inference.dataset_of(inference.read_config(run))
-        else:
-            captioning = inference.Captioning.load(run, args.beam_size, args.length_penalty)
-            dataset = inference.dataset_of(captioning.config)
-    examples = pictures_of(dataset, args.split)
+    default = data_utils.DataOptions(dataset=None)
+    args.named = data_utils.options_from(args) != default
+    if args.named and not args.results:
+        raise InputError("a run is scored on its own data; data can be named for --results FILE only")
+    if args.named and args.run:
+        raise InputError("expected --run, whose data are the references, or other data; found both")
+    if args.named and not (args.dataset or args.annotations):
+        raise InputError("expected --dataset or --annotations with the other data options")
+    if args.results and (args.beam_size, args.length_penalty) != (1, inference.LENGTH_PENALTY):
+        raise InputError("--results holds captions already; --beam-size and --length-penalty are for a run")
+    args.split = args.split or ("all" if args.named else "val")
+    args.dataset = args.dataset or data_utils.DataOptions().dataset
+    return args
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Captions and scores a split of a run's data, or scores a results file."""
+    args = parse(argv)
+    pictures_of = lambda dataset: list(dataset.examples) if args.split == "all" else dataset.split(args.split)
     if args.results:
+        if args.named:
+            dataset = data_utils.load_dataset(data_utils.options_from(args), pictures=False)
+        else:
+            run = args.run or inference.newest_run()
+            dataset = inference.dataset_of(inference.read_config(run), pictures=False)
+        examples, results = pictures_of(dataset), None
         metrics = score_file(args.results, examples)
-        write_json(args.results.with_name(f"{args.results.stem}_metrics.json"), metrics)
-        name = str(args.results)
+        metrics["references"] = args.annotations or (args.dataset if args.named else str(run))
+        name, folder, suffix = args.results, args.results.parent, args.split
     else:
-        metrics, results = score_run(captioning, examples, args.split)
+        captioning = inference.Captioning.load(args.run or inference.newest_run(), args.beam_size, args.length_penalty)
+        examples = pictures_of(inference.dataset_of(captioning.config))
+        metrics, results = score_run(captioning, examples)
+        name = folder = captioning.run
         suffix = args.split + f"_beam{args.beam_size}" * (args.beam_size > 1)
-        write_json(captioning.run / f"captions_{suffix}.json", results)
-        write_json(captioning.run / f"metrics_{suffix}.json", metrics)
-        name = f"{captioning.run}, {args.split}"
-    print(f"{name}: {len(examples):,} pictures")
+    metrics |= {"split": args.split, "pictures": len(examples)}
+    print(f"{name}, {args.split}: {len(examples):,} pictures")
     for key, value in {**metrics["scores"], **metrics}.items():
         if key in (*metrics["scores"], "distinct captions", "never ended"):
-            print(f"{key:18} {value:6.1f}")
+            print(f"{key:18} {value:6.1f}", flush=True)
+    if results is None:
+        write_json(folder / f"{args.results.stem}_metrics_{suffix}.json", metrics)
+    else:
+        write_json(folder / f"captions_{suffix}.json", results)
+        write_json(folder / f"metrics_{suffix}.json", metrics)
 
 
 if __name__ == "__main__":

@@ -377,15 +377,15 @@ def caption_files(captioning: Captioning, paths: Sequence[Path], output: Path) -
     return failed
 
 
-def dataset_of(config: dict[str, Any]) -> data_utils.Dataset:
-    """The data a run was trained on, read again from where its config.json says.
+def dataset_of(config: dict[str, Any], pictures: bool = True) -> data_utils.Dataset:
+    """The data a run was trained on, read again from where its config.json says; see `data_utils.load_dataset`.
 
     Raises:
         InputError: it is not there, or not the same any more, so that its held-out pictures may not be held out.
     """
     options = dict(config["data"])
     fingerprint, unreadable = options.pop("fingerprint"), options.pop("unreadable")
-    dataset = data_utils.load_dataset(data_utils.DataOptions(**options)).without(set(unreadable))
+    dataset = data_utils.load_dataset(data_utils.DataOptions(**options), pictures).without(set(unreadable))
     if dataset.fingerprint != fingerprint:
         raise InputError(
             "the data have changed since this run was trained, and with them the split; restore them, or train anew"

@@ -48,7 +48,7 @@ def test_meteor_that_cannot_run_is_said_and_hangs_nothing(monkeypatch, tmp_path)
     from pycocoevalcap.meteor import meteor
 
     monkeypatch.setattr(meteor, "METEOR_JAR", str(tmp_path / "none.jar"))
-    with pytest.raises(evaluate.JavaError, match="METEOR stopped"):
+    with pytest.raises(evaluate.JavaError, match="METEOR's Java program failed"):
         evaluate.meteor({0: ["a dog"]}, {0: ["a dog"]})
     (tmp_path / "a b").mkdir()
     monkeypatch.setattr(meteor, "__file__", str(tmp_path / "a b/meteor.py"))
@@ -61,10 +61,12 @@ def test_without_java_the_other_scores_and_what_to_do(monkeypatch, capsys, broke
     def stopped(*_):
         raise evaluate.JavaError("METEOR stopped")
 
+    tokenize = evaluate.tokenize
     monkeypatch.setattr(evaluate, "has_java", lambda: broken)
     monkeypatch.setattr(evaluate, "meteor", stopped)
+    monkeypatch.setattr(evaluate, "tokenize", lambda texts, java: tokenize(texts, java=False))
     scores, tokenizer = evaluate.score_anywhere(REFERENCES, ["a dog runs", "a cat sleeps", "two men"])
-    assert tokenizer == "plain" and "METEOR" not in scores and len(scores) == 6
+    assert tokenizer == ("PTB" if broken else "plain") and "METEOR" not in scores and len(scores) == 6
     said = capsys.readouterr().err.splitlines()[-1]
     assert "apt-get install default-jre-headless" in said and ("METEOR stopped" in said) == broken
 
@@ -82,7 +84,12 @@ RESULTS = [
 def test_results_are_scored_by_their_ids(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(evaluate, "has_java", lambda: False)
     path = tmp_path / "results.json"
-    path.write_text(json.dumps([*RESULTS, {"image_id": 7, "caption": "of another split"}]))
+    others = [
+        {"image_id": "102", "caption": "two\r\nmen"},
+        *RESULTS[1:],
+        {"image_id": 7, "caption": "of another split"},
+    ]
+    path.write_text(json.dumps(others))
     metrics = evaluate.score_file(path, EXAMPLES)
     expected = evaluate.score(REFERENCES, ["a dog runs on the grass", "a cat sleeps", "two men"], java=False)
     assert metrics["scores"] == expected and metrics["distinct captions"] == 100
@@ -94,6 +101,7 @@ def test_results_are_scored_by_their_ids(tmp_path, monkeypatch, capsys):
     [
         (RESULTS[:2], "no caption of 1 of the 3 pictures, the first with image_id 101"),
         ([*RESULTS, RESULTS[0]], "found two of image_id 102"),
+        ([{"image_id": 100, "caption": "half a \ud800"}], "caption of image_id 100 is not Unicode text"),
         ({"annotations": RESULTS}, "not COCO results"),
         ([{"image_id": 1}], "not COCO results"),
         ([{"image_id": [1], "caption": "a dog"}], "not COCO results"),

@@ -266,7 +266,52 @@ def test_the_average_captions_and_the_weights_train_on(small_model):
     np.testing.assert_array_equal(weight, before + 1)
 
 
+def test_one_step_of_hard_attention_follows_the_estimate(dataset, words, cache):
+    """The compiled step against a plain sum over captions and words, for the same draws."""
+    tf.keras.utils.set_random_seed(0)
+    captioner = model.build(model.ModelConfig(len(words), 8, 16, attention="hard"))
+    captions = encode_captions(dataset.split("train"), words, cache, 50)
+    pictures, tokens = next(iter(make_pipeline(captions, order_batches(captions.lengths, 5, 0, 0), cache)))
+    steps, batch = tokens.shape[1] - 1, tokens.shape[0]
+    noise = tf.constant(np.random.default_rng(0).gumbel(size=(steps, batch, 64)).astype(np.float32))
+    sampled = np.array([[True], [False], [True], [True], [False]])
+    captioner.decoder.attention.draw = lambda *_: model.Chance(noise, tf.constant(sampled))
+    progress, average = train.Progress(), train.Average(captioner.trainable_variables, 0.0)
+    progress.likelihood.assign(-1.5)
+    start = [variable.numpy() for variable in captioner.trainable_variables]
+    config = TrainConfig(reward=0.7, entropy=0.3, clip_norm=1e9)
+    step = train.make_train_step(captioner, tf.keras.optimizers.SGD(1.0), average, progress, cache, config)
+    step(pictures, tokens)
+    after = [variable.numpy() for variable in captioner.trainable_variables]
+
+    for variable, value in zip(captioner.trainable_variables, start, strict=True):
+        variable.assign(value)
+    with tf.GradientTape() as tape:
+        taught = captioner(pictures, tokens[:, :-1], training=True)
+        log_p = tf.nn.log_softmax(taught.logits)
+        objective, of_sampled = 0.0, []
+        for b in range(batch):
+            real = [t for t in range(steps) if tokens[b, t + 1] > 0]
+            likelihoods = [log_p[b, t, tokens[b, t + 1]] for t in real]
+            for t, likelihood in zip(real, likelihoods, strict=True):
+                weights = taught.weights[b, t]
+                objective -= likelihood
+                objective -= 0.3 * -tf.reduce_sum(weights * tf.math.log(weights))
+                if sampled[b]:
+                    of_sampled.append(float(likelihood))
+                    ahead = sum(float(likelihoods[later]) - -1.5 for later in range(t, len(real)))
+                    objective -= 0.7 * ahead * tf.math.log(weights[int(tf.argmax(taught.looks[b, t]))])
+        objective /= np.count_nonzero(tokens[:, 1:])
+    gradients = tape.gradient(objective, captioner.trainable_variables)
+    for variable, value, gradient, found in zip(captioner.trainable_variables, start, gradients, after, strict=True):
+        np.testing.assert_allclose(
+            value - found, tf.convert_to_tensor(gradient), rtol=1e-3, atol=2e-6, err_msg=variable.path
+        )
+    assert float(progress.likelihood) == pytest.approx(0.9 * -1.5 + 0.1 * np.mean(of_sampled), rel=1e-4)
+
+
 def test_hard_attention_follows_the_likelihood_of_its_draws(dataset, words, cache):
+    tf.keras.utils.set_random_seed(0)
     captioner = model.build(model.ModelConfig(len(words), 8, 16, attention="hard"))
     captions = encode_captions(dataset.split("train"), words, cache, 50)
     pictures, tokens = next(iter(make_pipeline(captions, order_batches(captions.lengths, 5, 0, 0), cache)))
