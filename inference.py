@@ -27,7 +27,7 @@ import model
 from tokenizer import END, PAD, START, UNK, Tokenizer
 
 MAX_WORDS = 50  # a caption that has not ended by then is cut
-LENGTH_PENALTY = 0.7
+LENGTH_PENALTY = 1.0  # captions compete by their mean log p
 
 
 @dataclasses.dataclass(frozen=True)

@@ -98,7 +98,7 @@ class TrainConfig:
 # Settings that go together. The tutorial's are the defaults above.
 RECIPES: dict[str, dict[str, float]] = {
     "tutorial": {},
-    "best": {"dropout": 0.5, "average_decay": 0.998, "label_smoothing": 0.1, "learning_rate_decay": 0.8},
+    "best": {"dropout": 0.3, "average_decay": 0.998, "label_smoothing": 0.1, "learning_rate_decay": 0.9},
 }
 
 # What may differ when a run is continued; of the data, the fingerprint says whether they are the same.
