@@ -1,0 +1,216 @@
+"""How much faster training is than the tutorial's way: captions per second, for the same model and batch size.
+
+    python benchmarks/training.py                         # lengths like those of COCO's captions
+    python benchmarks/training.py --annotations captions_train2014.json
+
+The reference is the tutorial's: every batch is padded to the longest caption of the data, the loop over words is
+unrolled in a tf.function, every step applies W1 to the features and the vocabulary layer to the state, and the
+loss is a mean over padding too. Both read the same features and train by turns; compilation is not counted. The
+last line is JSON.
+"""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from common import at_least, run_command, say  # before TensorFlow
+
+import argparse
+import itertools
+import json
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+
+import features
+import numpy as np
+import tensorflow as tf
+
+import data_utils
+import model
+import train
+from batches import Captions, encode_captions, make_pipeline, order_batches
+from tokenizer import START, Tokenizer
+
+LONGEST, MEAN = 49, 12.5  # tokens of COCO's captions, <start> and <end> included
+
+
+def draw_lengths(count: int, dice: np.random.Generator) -> np.ndarray:
+    """Lengths like those of COCO's captions: most have 10 to 14 tokens, a few are long, the longest has 49."""
+    lengths = 10 + dice.negative_binomial(1.6, 1.6 / (1.6 + MEAN - 10), count)
+    lengths = lengths.clip(max=LONGEST)
+    lengths[0] = LONGEST
+    return lengths
+
+
+def make_examples(count: int, annotations: str | None, pictures: int) -> list[data_utils.Example]:
+    """Captions to train on, of so many pictures; words do not matter, lengths do."""
+    dice = np.random.default_rng(0)
+    if annotations:
+        texts = [text for example in data_utils.read_annotations(annotations) for text in example.captions]
+        texts = [texts[i] for i in dice.permutation(len(texts))[:count]]
+    else:
+        lengths = draw_lengths(count, dice) - 2
+        texts = [" ".join(f"word{i}" for i in dice.integers(0, 4996, length)) for length in lengths]
+    return [
+        data_utils.Example(f"{i}.jpg", tuple(texts[i::pictures]), i, "train") for i in range(min(pictures, len(texts)))
+    ]
+
+
+def tutorial_pipeline(captions: Captions, cache: features.FeatureCache, batch_size: int) -> Iterator[tuple]:
+    """The tutorial's: shuffled captions, padded to the longest of all, with their features."""
+
+    def load(path: bytes, tokens: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        return np.load(path.decode(), allow_pickle=False).astype(np.float32), tokens
+
+    data = (
+        tf.data.Dataset.from_tensor_slices((captions.paths[captions.picture], captions.tokens)).shuffle(1000).repeat()
+    )
+    data = data.map(
+        lambda path, tokens: tf.numpy_function(load, [path, tokens], [tf.float32, tf.int32]),
+        num_parallel_calls=tf.data.AUTOTUNE,
+    )
+    for pictures, tokens in data.batch(batch_size).prefetch(tf.data.AUTOTUNE):
+        yield tf.ensure_shape(pictures, (batch_size, 64, 2048)), tf.ensure_shape(tokens, (batch_size, None))
+
+
+def tutorial_step(captioner: model.Captioner) -> Callable[[tf.Tensor, tf.Tensor], tf.Tensor]:
+    """The tutorial's training step, on the suite's layers."""
+    encoder, decoder, optimizer = captioner.encoder, captioner.decoder, tf.keras.optimizers.Adam()
+    cross_entropy = tf.keras.losses.SparseCategoricalCrossentropy(from_logits=True, reduction="none")
+
+    @tf.function
+    def step(pictures: tf.Tensor, target: tf.Tensor) -> tf.Tensor:
+        loss = 0.0
+        hidden = decoder.initial_state(pictures.shape[0])
+        word = tf.fill([pictures.shape[0]], START)
+        with tf.GradientTape() as tape:
+            encoded = encoder(pictures)
+            for i in range(1, target.shape[1]):
+                logits, hidden, _ = decoder(word, encoded, hidden)  # W1 and the vocabulary layer included
+                losses = cross_entropy(target[:, i], logits)
+                loss += tf.reduce_mean(losses * tf.cast(target[:, i] != 0, losses.dtype))
+                word = target[:, i]
+        variables = captioner.trainable_variables
+        optimizer.apply_gradients(zip(tape.gradient(loss, variables), variables, strict=True))
+        return loss
+
+    return step
+
+
+def suite_batches(captions: Captions, cache: features.FeatureCache, batch_size: int) -> Iterator[tuple]:
+    """The suite's pipeline, epoch after epoch, without the last batch, which is not full."""
+    for epoch in itertools.count():
+        batches = [b for b in order_batches(captions.lengths, batch_size, 0, epoch) if len(b) == batch_size]
+        yield from make_pipeline(captions, batches, cache)
+
+
+def suite_step(captioner: model.Captioner, cache: features.FeatureCache):
+    """The suite's training step, as train.py makes it."""
+    optimizer = tf.keras.optimizers.Adam(global_clipnorm=5.0)
+    optimizer.build(captioner.trainable_variables)
+    progress, average = train.Progress(), train.Average(captioner.trainable_variables, 0.0)
+    step = train.make_train_step(captioner, optimizer, average, progress, cache, train.TrainConfig())
+
+    def run(pictures: tf.Tensor, tokens: tf.Tensor) -> tf.Tensor:
+        step(pictures, tokens)
+        return progress.loss
+
+    return run
+
+
+def seconds_of(step: Callable, batches: Iterator[tuple], count: int) -> float:
+    """The time of so many steps, reading included."""
+    start = time.perf_counter()
+    for pictures, tokens in itertools.islice(batches, count):
+        found = step(pictures, tokens)
+    float(found)  # waits for the last step
+    return time.perf_counter() - start
+
+
+def matrix_product_rate(size: int = 2048, repeats: int = 5) -> float:
+    """The machine's rate of large matrix products, in FLOP/s."""
+    a = tf.random.normal((size, size))
+    product = tf.function(lambda: tf.matmul(a, a))
+    product()
+    best = min(seconds_of(lambda *_: product()[0, 0], iter([(0, 0)]), 1) for _ in range(repeats))
+    return 2 * size**3 / best
+
+
+def flop_of_products(captioner: model.Captioner, batch: int, tokens: float) -> float:
+    """The floating-point operations of a training step's matrix products, forward and backward.
+
+    Args:
+        captioner: the model.
+        batch: captions in the batch.
+        tokens: steps of the decoder for each.
+    """
+    once = [captioner.encoder.fc.kernel, captioner.decoder.attention.W1.kernel]  # for each of the 64 locations
+    often = [captioner.decoder.attention.W2.kernel, captioner.decoder.fc1.kernel, captioner.decoder.fc2.kernel]
+    often += [captioner.decoder.gru.kernel, captioner.decoder.gru.recurrent_kernel]
+    size = lambda kernels: sum(int(np.prod(kernel.shape)) for kernel in kernels)
+    # Backward, each product has two: to the weights and to the input, but nobody needs the features' gradient.
+    first = 2 * 2 * 64 * size(once[:1]) + 3 * 2 * 64 * size(once[1:])
+    return batch * (first + 3 * 2 * tokens * size(often))
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Times both by turns, and prints the ratio."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--annotations", metavar="FILE", help="real captions (default: lengths like COCO's)")
+    parser.add_argument("--captions", type=at_least(2), default=12_800, help="captions to train on (default: 12800)")
+    parser.add_argument("--pictures", type=at_least(1), default=600, help="files of features (default: 600)")
+    parser.add_argument("--batch-size", type=at_least(1), default=64)
+    parser.add_argument("--vocabulary-size", type=at_least(10), default=5000)
+    parser.add_argument("--units", type=at_least(1), default=512)
+    parser.add_argument("--embedding-dim", type=at_least(1), default=256)
+    parser.add_argument("--rounds", type=at_least(1), default=3, help="turns of each (default: 3)")
+    parser.add_argument("--steps", type=at_least(1), default=50, help="the suite's steps in a turn (default: 50)")
+    parser.add_argument("--tutorial-steps", type=at_least(1), default=5, help="the tutorial's (default: 5)")
+    args = parser.parse_args(argv)
+
+    examples = make_examples(args.captions, args.annotations, args.pictures)
+    words = Tokenizer.fit((text for example in examples for text in example.captions), args.vocabulary_size)
+    config = model.ModelConfig(len(words), args.embedding_dim, args.units)
+    with tempfile.TemporaryDirectory() as folder:
+        settings = {"weights": "imagenet", "dtype": "float16"}
+        cache = features.FeatureCache(folder, settings)
+        noise = np.random.default_rng(0)
+        for example in examples:
+            cache.write(example.image, noise.random((features.LOCATIONS, features.CHANNELS)))
+        captions = encode_captions(examples, words, cache, LONGEST)
+        ours, theirs = model.build(config), model.build(config)
+        runs = {
+            "suite": (suite_step(ours, cache), suite_batches(captions, cache, args.batch_size), args.steps),
+            "tutorial": (
+                tutorial_step(theirs),
+                tutorial_pipeline(captions, cache, args.batch_size),
+                args.tutorial_steps,
+            ),
+        }
+        compiling = {name: seconds_of(step, batches, 1) for name, (step, batches, _) in runs.items()}
+        say("first step, compilation included: " + ", ".join(f"{name} {s:.1f} s" for name, s in compiling.items()))
+        rates: dict[str, list[float]] = {name: [] for name in runs}
+        for _ in range(args.rounds):
+            for name, (step, batches, count) in runs.items():
+                rates[name].append(count * args.batch_size / seconds_of(step, batches, count))
+                say(f"{name}: {rates[name][-1]:.1f} captions/s")
+        mean = {name: float(np.mean(found)) for name, found in rates.items()}
+    tokens = float(captions.lengths.mean()) - 1
+    used = flop_of_products(ours, 1, tokens) * mean["suite"]
+    result = {
+        "captions": len(captions.lengths),
+        "mean_tokens": round(tokens + 1, 2),
+        "longest": int(captions.lengths.max()),
+        "batch_size": args.batch_size,
+        "captions_per_second": {name: round(value, 1) for name, value in mean.items()},
+        "ratio": round(mean["suite"] / mean["tutorial"], 2),
+        "first_step_seconds": {name: round(value, 1) for name, value in compiling.items()},
+        "share_of_matrix_product_rate": round(used / matrix_product_rate(), 3),
+    }
+    print(json.dumps(result))
+
+
+if __name__ == "__main__":
+    run_command(main)

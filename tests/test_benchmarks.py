@@ -1,0 +1,50 @@
+"""Every benchmark runs, with tiny sizes, and its last line is JSON. No speed is tested here."""
+
+import importlib.util
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+TINY = ["--batch-size", "2", "--vocabulary-size", "20", "--units", "4", "--embedding-dim", "3"]
+
+
+def benchmark(name):
+    spec = importlib.util.spec_from_file_location(name, Path(__file__).parents[1] / f"benchmarks/{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_training(tmp_path, capsys):
+    path = tmp_path / "captions.csv"
+    path.write_text("image,caption\n" + "".join(f"{i}.jpg,a dog runs {'fast ' * (i % 3)}\n" for i in range(12)))
+    arguments = [*TINY, "--annotations", str(path), "--captions", "10", "--pictures", "4", "--rounds", "1"]
+    benchmark("training").main([*arguments, "--steps", "2", "--tutorial-steps", "1"])
+    found = json.loads(capsys.readouterr().out.splitlines()[-1])
+    rates = found["captions_per_second"]
+    assert found["ratio"] == pytest.approx(rates["suite"] / rates["tutorial"], rel=0.01)
+    assert (found["captions"], found["longest"]) == (10, 7)
+
+
+def test_lengths_are_like_those_of_coco():
+    lengths = benchmark("training").draw_lengths(100_000, np.random.default_rng(0))
+    assert lengths.mean() == pytest.approx(12.5, abs=0.05)
+    assert (lengths.min(), lengths.max()) == (10, 49)
+
+
+def test_captioning(capsys):
+    arguments = [*TINY, "--pictures", "3", "--tutorial-pictures", "2", "--rounds", "1", "--skip-process"]
+    benchmark("captioning").main(arguments)
+    found = json.loads(capsys.readouterr().out.splitlines()[-1])
+    rates = found["captions_per_second"]
+    assert found["ratio"]["greedy"] == pytest.approx(rates["greedy"] / rates["tutorial"], abs=0.1)
+    assert set(rates) == {"greedy", "beam 5", "tutorial"}
+
+
+def test_both_ways_of_captioning_say_the_same():
+    module = benchmark("captioning")
+    captioner = module.model.build(module.model.ModelConfig(30, 5, 6))
+    pictures = np.random.default_rng(0).random((5, 64, 2048), np.float32)
+    assert module.suite_captions(captioner, pictures, 2, 1) == module.tutorial_captions(captioner, pictures)
