@@ -58,8 +58,8 @@ class TrainConfig:
     average_decay: float = 0.0  # of the moving average of the weights that captions; 0: the weights themselves
     label_smoothing: float = 0.0  # share of the target that is spread over all words
     doubly_stochastic: float = 0.0  # weight of the penalty for looking unevenly (Xu et al. 2015, section 4.2.1)
-    reward: float = 1.0  # of hard attention: weight of REINFORCE's term, and of the entropy's
-    entropy: float = 0.01
+    reward: float = 0.1  # of hard attention: weights of REINFORCE's term and of the entropy, the authors' constants
+    entropy: float = 0.002
     patience: int = 3  # epochs without a better score after which training stops; 0: never
     max_length: int = 50  # tokens; longer captions are cut
     validation_pictures: int = 1000  # at the most, of the val split
