@@ -48,3 +48,10 @@ def test_both_ways_of_captioning_say_the_same():
     captioner = module.model.build(module.model.ModelConfig(30, 5, 6))
     pictures = np.random.default_rng(0).random((5, 64, 2048), np.float32)
     assert module.suite_captions(captioner, pictures, 2, 1) == module.tutorial_captions(captioner, pictures)
+
+
+def test_features(capsys):
+    benchmark("features").main(["--pictures", "4", "--batch-sizes", "2", "--rounds", "1"])
+    found = json.loads(capsys.readouterr().out.splitlines()[-1])
+    rates = found["pictures_per_second"]
+    assert found["share_of_cnn"] == pytest.approx(rates["suite"] / rates["cnn"], abs=0.01)
