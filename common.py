@@ -110,6 +110,33 @@ def run_command(main: Callable[[], None]) -> None:
 
 
 @contextlib.contextmanager
+def exclusive(folder: Path) -> Iterator[None]:
+    """Keeps a folder, made if need be, for this process while the block runs; a killed process loses it.
+
+    Raises:
+        InputError: another process has it.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / ".lock", "a") as file:
+        try:
+            if os.name == "nt":
+                import msvcrt
+
+                msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
+            else:
+                import fcntl
+
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError):
+            raise InputError(
+                f"{folder} is in use by another process; wait until it has ended, or choose another folder"
+            ) from None
+        except OSError as error:  # some network drives cannot lock
+            say(f"{folder} cannot be locked ({error.strerror}): take care that no other process writes to it")
+        yield
+
+
+@contextlib.contextmanager
 def atomic_write(path: Path | str, mode: str = "w") -> Iterator[IO[Any]]:
     """Opens a file that takes its name only when the block ends well.
 

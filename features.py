@@ -11,6 +11,7 @@ multiplications.
 import argparse
 import itertools
 import os
+import re
 import sys
 import warnings
 from collections import deque
@@ -378,8 +379,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def prepare(dataset: data_utils.Dataset, args: argparse.Namespace) -> tuple[FeatureCache, data_utils.Dataset]:
-    """Caches a data set's features as the command line says.
+def prepare(
+    dataset: data_utils.Dataset, args: argparse.Namespace, shard: slice = slice(None)
+) -> tuple[FeatureCache, data_utils.Dataset]:
+    """Caches a data set's features, or those of a shard of its pictures, as the command line says.
 
     Returns:
         The cache, and the data set less the pictures that cannot be read.
@@ -387,10 +390,19 @@ def prepare(dataset: data_utils.Dataset, args: argparse.Namespace) -> tuple[Feat
     folder = args.features_dir or f"features/{dataset.name}"
     names = [example.image for example in dataset.examples]
     cache = open_cache(folder, dataset.images, names, args.weights, args.dtype)
-    unreadable = cache_features(cache, dataset.images, names, args.cnn_batch_size)
+    unreadable = cache_features(cache, dataset.images, names[shard], args.cnn_batch_size)
     if unreadable:
-        say(f"features: {len(unreadable):,} of {len(names):,} pictures cannot be read: left out, with their captions")
+        count = len(names[shard])
+        say(f"features: {len(unreadable):,} of {count:,} pictures cannot be read: left out, with their captions")
     return cache, dataset.without(set(unreadable))
+
+
+def shard(text: str) -> slice:
+    """An argparse type: `I/N`, every N-th picture from the I-th on."""
+    match = re.fullmatch(r"(\d+)/(\d+)", text)
+    if not match or not 1 <= int(match[1]) <= int(match[2]):
+        raise argparse.ArgumentTypeError(f"expected I/N with I from 1 to N, found {text!r}")
+    return slice(int(match[1]) - 1, None, int(match[2]))
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -398,10 +410,21 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     data_utils.add_arguments(parser)
     add_arguments(parser)
+    parser.add_argument(
+        "--shard",
+        type=shard,
+        default=slice(None),
+        metavar="I/N",
+        help="only the I-th of N parts of the pictures, for N processes or machines that share the folder "
+        "(default: all)",
+    )
     args = parser.parse_args(argv)
     dataset = data_utils.load_dataset(data_utils.options_from(args))
-    cache, dataset = prepare(dataset, args)
-    print(f"{len(dataset.examples):,} pictures have their features in {cache.folder}/")
+    if args.shard != slice(None) and args.weights == "random":
+        raise InputError("--shard needs weights that all its processes have; --weights random makes its own")
+    cache, _ = prepare(dataset, args, args.shard)
+    names = [example.image for example in dataset.examples][args.shard]
+    print(f"{len(names) - len(cache.missing(names)):,} pictures have their features in {cache.folder}/")
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ and what the training saw (history.csv, loss.png, tensorboard/).
 from common import (
     InputError,
     atomic_write,
+    exclusive,
     file_sha256,
     progress_bar,
     read_json,
@@ -547,8 +548,9 @@ def main(argv: list[str] | None = None) -> None:
         "features": cache.settings | {"folder": str(cache.folder)},
     }
     run = args.run or Path("runs") / dataset.name
-    start_run(run, config, words, cache)
-    train(run, dataset, cache, config, words)
+    with exclusive(run):
+        start_run(run, config, words, cache)
+        train(run, dataset, cache, config, words)
 
 
 if __name__ == "__main__":

@@ -175,3 +175,29 @@ def test_weights_of_another_model_are_refused(tmp_path):
     tf.keras.Sequential([tf.keras.Input((3,)), tf.keras.layers.Dense(2)]).save_weights(tmp_path / "other.weights.h5")
     with pytest.raises(InputError, match="not the weights of InceptionV3"):
         features.build_cnn(str(tmp_path / "other.weights.h5"))
+
+
+def test_shards_share_the_work(tmp_path, monkeypatch, capsys):
+    folder = tmp_path / "images"
+    folder.mkdir()
+    names = [f"{i}.png" for i in range(5)]
+    for name in names:
+        picture().save(folder / name)
+    (tmp_path / "captions.csv").write_text("image,caption\n" + "".join(f"{name},a ramp\n" for name in names))
+    (tmp_path / "weights.h5").write_text("stands for weights")
+    monkeypatch.setattr(
+        features, "build_cnn", lambda weights: lambda pixels, training: tf.zeros((len(pixels), 64, 2048))
+    )
+    arguments = ["--annotations", str(tmp_path / "captions.csv"), "--images", str(folder), "--val-fraction", "0"]
+    arguments += ["--test-fraction", "0", "--features-dir", str(tmp_path / "cache")]
+    arguments += ["--weights", str(tmp_path / "weights.h5")]
+    cached = lambda: sorted(path.name for path in (tmp_path / "cache").glob("*.npy"))
+    features.main([*arguments, "--shard", "2/2"])
+    assert cached() == ["1.png.npy", "3.png.npy"]
+    features.main([*arguments, "--shard", "1/2"])
+    assert len(cached()) == 5
+    assert [line[0] for line in capsys.readouterr().out.splitlines()] == ["2", "3"]
+    with pytest.raises(SystemExit):
+        features.main([*arguments, "--shard", "3/2"])
+    with pytest.raises(InputError, match="--shard needs weights"):
+        features.main([*arguments, "--shard", "1/2", "--weights", "random"])

@@ -16,7 +16,7 @@ import features
 import inference
 import shapes
 import train
-from common import InputError
+from common import InputError, exclusive
 
 ROOT = Path(__file__).parents[1]
 
@@ -152,6 +152,15 @@ def test_changed_data_are_noticed(workplace):
             train.main([*DATA, "--weights", "random", "--batch-size", "8", "--embedding-dim", "8", "--units", "16"])
     finally:
         path.write_text(whole)
+
+
+def test_a_run_in_use_is_refused(workplace):
+    arguments = [*DATA, "--weights", "random", "--batch-size", "8", "--embedding-dim", "8", "--units", "16"]
+    before = sorted((path, path.stat().st_mtime_ns) for path in Path("runs/shapes").rglob("*"))
+    with exclusive(Path("runs/shapes")), pytest.raises(InputError, match="runs/shapes is in use by another process"):
+        train.main([*arguments, "--epochs", "2"])
+    assert before == sorted((path, path.stat().st_mtime_ns) for path in Path("runs/shapes").rglob("*"))
+    train.main([*arguments, "--epochs", "1"])  # free again
 
 
 @pytest.mark.parametrize(
