@@ -109,30 +109,37 @@ def run_command(main: Callable[[], None]) -> None:
         sys.exit(130)
 
 
+def locked(file: IO[Any], wait: bool = False) -> bool:
+    """Locks an open file against other processes until it is closed, be it by kill -9; False if another has it."""
+    try:
+        if os.name == "nt":
+            import msvcrt
+
+            msvcrt.locking(file.fileno(), msvcrt.LK_LOCK if wait else msvcrt.LK_NBLCK, 1)
+        else:
+            import fcntl
+
+            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+    except (BlockingIOError, PermissionError):
+        return False
+    except OSError as error:  # some network drives cannot lock
+        say(f"{file.name} cannot be locked ({error.strerror}): take care that no other process writes to it")
+    return True
+
+
 @contextlib.contextmanager
 def exclusive(folder: Path) -> Iterator[None]:
-    """Keeps a folder, made if need be, for this process while the block runs; a killed process loses it.
+    """Keeps a folder, made if need be, for this process while the block runs.
 
     Raises:
         InputError: another process has it.
     """
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / ".lock", "a") as file:
-        try:
-            if os.name == "nt":
-                import msvcrt
-
-                msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
-            else:
-                import fcntl
-
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except (BlockingIOError, PermissionError):
+        if not locked(file):
             raise InputError(
                 f"{folder} is in use by another process; wait until it has ended, or choose another folder"
-            ) from None
-        except OSError as error:  # some network drives cannot lock
-            say(f"{folder} cannot be locked ({error.strerror}): take care that no other process writes to it")
+            )
         yield
 
 

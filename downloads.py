@@ -1,59 +1,202 @@
-"""Downloads and archives: whole, checked, and never outside their folder."""
+"""Downloads and archives: resumed, checked, and never outside their folder."""
 
+import contextlib
 import hashlib
 import http.client
+import os
 import shutil
+import stat
+import time
 import urllib.error
 import urllib.request
 import zipfile
 import zlib
+from collections.abc import Iterator
 from pathlib import Path
+from typing import IO
 
-from common import InputError, atomic_write, progress_bar
+from common import InputError, atomic_write, locked, progress_bar, say
+
+TRIES = 5  # in a row that bring nothing
+PAUSE = 1.0  # seconds before the second try; doubled before each one after
+TIMEOUT = 60  # seconds without a byte
+BOMB = 100  # an archive that unpacks to more than so many times its size is refused
 
 
-def download(url: str, path: Path, size: int | None = None, md5: str | None = None, quiet: bool = False) -> Path:
+class _Unwanted(Exception):
+    """An answer that another try will not change."""
+
+
+class _OnlyHttp(urllib.request.HTTPRedirectHandler):
+    def redirect_request(self, request, file, code, message, headers, url):
+        _check_scheme(url)
+        return super().redirect_request(request, file, code, message, headers, url)
+
+
+def _check_scheme(url: str) -> None:
+    if not url.lower().startswith(("http://", "https://")):
+        raise _Unwanted(f"expected an address that begins with http:// or https://, found {url!r}")
+
+
+def download(
+    url: str, path: Path, size: int | None = None, md5: str | None = None, quiet: bool = False, limit: int | None = None
+) -> Path:
     """Downloads to `path` unless it is there; the file appears only when it is whole.
+
+    What has been received is kept as `<path>.part`, and the next try, or the next run, asks the server for the
+    rest. A second process that wants the same file waits for the first.
+
+    Args:
+        url: an http or https address.
+        path: where the file goes.
+        size: its length in bytes, if known; otherwise the server's word is taken.
+        md5: of the whole file, in hexadecimal, if known.
+        quiet: whether to show no progress.
+        limit: more bytes than these are refused.
 
     Raises:
         InputError: the download failed, or size or MD5 are not those expected. Names the address and the folder.
     """
     if path.exists():
         return path
+    part = path.with_name(f"{path.name}.part")
     by_hand = f"run the same command again, or download {url} yourself and put it into {path.parent}/ as {path.name}"
-    digest, received = hashlib.md5(usedforsecurity=False), 0
-    try:
-        with urllib.request.urlopen(url, timeout=60) as response, atomic_write(path, "wb") as file:
-            total = size or int(response.headers.get("Content-Length") or 0) or None
-            with progress_bar(total=total, unit="B", unit_scale=True, desc=path.name, disable=quiet) as bar:
-                while block := response.read(1 << 20):
-                    file.write(block)
-                    digest.update(block)
-                    received += len(block)
-                    bar.update(len(block))
-            if total and received != total:
-                raise InputError(f"{path.name}: expected {total:,} bytes, received {received:,}; {by_hand}")
-            if md5 and digest.hexdigest() != md5:
-                raise InputError(f"{path.name}: expected MD5 {md5}, found {digest.hexdigest()}; {by_hand}")
-    except (urllib.error.URLError, http.client.HTTPException, TimeoutError, ConnectionError) as error:
-        raise InputError(
-            f"{path.name} cannot be downloaded from {url} ({getattr(error, 'reason', error)}); {by_hand}"
-        ) from None
+    with _alone(path, part) as file:
+        if file is None:  # another process has finished it
+            return path
+        with progress_bar(total=size, unit="B", unit_scale=True, desc=path.name, disable=quiet) as bar:
+            try:
+                _check_scheme(url)
+                _fetch(url, file, size, limit, bar)
+            except _Unwanted as error:
+                if file.tell() == 0:
+                    part.unlink()
+                raise InputError(f"{path.name} cannot be downloaded from {url} ({error}); {by_hand}") from None
+            except _TRANSIENT as error:
+                kept = f"; {file.tell():,} bytes are kept" * (file.tell() > 0)
+                if not kept:
+                    part.unlink()
+                reason = getattr(error, "reason", error) or type(error).__name__
+                if isinstance(error, urllib.error.HTTPError):
+                    reason = f"the server says {error.code} {error.reason}"
+                raise InputError(f"{path.name} cannot be downloaded from {url} ({reason}){kept}; {by_hand}") from None
+        file.seek(0)
+        received, found = os.fstat(file.fileno()).st_size, hashlib.file_digest(file, lambda: _md5()).hexdigest()
+        wrong = None
+        if size and received != size:
+            wrong = f"expected {size:,} bytes, received {received:,}"
+        elif md5 and found != md5:
+            wrong = f"expected MD5 {md5}, found {found}"
+        if wrong:
+            part.unlink()  # whole and wrong: nothing to go on from
+            raise InputError(f"{path.name}: {wrong}; {by_hand}")
+        os.replace(part, path)
     return path
+
+
+def _md5() -> "hashlib._Hash":
+    return hashlib.md5(usedforsecurity=False)
+
+
+@contextlib.contextmanager
+def _alone(path: Path, part: Path) -> Iterator[IO[bytes] | None]:
+    """The part file, opened for going on, for this process alone; None if another has made the whole file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    while True:
+        with open(part, "ab+") as file:
+            if not locked(file, wait=False):
+                say(f"{path.name}: another process is downloading it, waiting")
+                locked(file, wait=True)
+            try:
+                same = os.path.samestat(os.fstat(file.fileno()), os.stat(part))
+            except FileNotFoundError:
+                same = False
+            if path.exists():
+                if same:
+                    part.unlink()
+                yield None
+                return
+            if same:  # not one that the process before has renamed or removed
+                yield file
+                return
+
+
+_TRANSIENT = (urllib.error.URLError, http.client.HTTPException, TimeoutError, ConnectionError)
+
+
+def _fetch(url: str, file: IO[bytes], size: int | None, limit: int | None, bar) -> None:
+    """Appends to `file` what it lacks, in several tries; raises the last error, or _Unwanted."""
+    failed = 0
+    while True:
+        before = file.seek(0, os.SEEK_END)
+        if size and before > size:
+            file.truncate(0)
+            continue
+        bar.n = before
+        if size and before == size:
+            return
+        try:
+            _fetch_rest(url, file, before, size, limit, bar)
+            return
+        except urllib.error.HTTPError as error:
+            if error.code == 416 and before:  # asked for what lies behind the file's end
+                file.truncate(0)
+            elif error.code < 500 and error.code not in (408, 429):
+                raise _Unwanted(f"the server says {error.code} {error.reason}") from None
+            failed, last = failed + 1, error
+        except _TRANSIENT as error:
+            failed, last = (failed + 1 if file.seek(0, os.SEEK_END) == before else 1), error
+        if failed >= TRIES:
+            raise last
+        time.sleep(PAUSE * 2 ** (failed - 1))
+
+
+def _fetch_rest(url: str, file: IO[bytes], before: int, size: int | None, limit: int | None, bar) -> None:
+    """One request for what comes after `before` bytes."""
+    request = urllib.request.Request(url, headers={"Range": f"bytes={before}-"} if before else {})
+    with urllib.request.build_opener(_OnlyHttp).open(request, timeout=TIMEOUT) as response:
+        if before and response.status != 206:  # this server does not resume
+            file.truncate(0)
+            before = file.seek(0)
+            bar.n = 0
+        length = response.headers.get("Content-Length")
+        total = before + int(length) if length else None
+        if limit and total and total > limit:
+            raise _Unwanted(f"expected at most {limit:,} bytes, the server announces {total:,}")
+        if size and total and total != size:
+            raise _Unwanted(f"expected {size:,} bytes, the server announces {total:,}")
+        bar.total = size or total
+        received = before
+        while block := response.read(1 << 20):
+            file.write(block)
+            received += len(block)
+            bar.update(len(block))
+            if limit and received > limit:
+                raise _Unwanted(f"expected at most {limit:,} bytes, received more")
+        file.flush()
+        if received < (size or total or received):
+            raise http.client.IncompleteRead(b"", (size or total) - received)
 
 
 def unpack(archive: Path, folder: Path, suffixes: tuple[str, ...]) -> None:
     """Unpacks an archive's files with these endings into `folder`, skipping what is there.
 
     Raises:
-        InputError: it is no zip, is damaged, or a name in it leads out of the folder.
+        InputError: it is no zip, is damaged, is a decompression bomb, or something in it leads out of the folder.
     """
     try:
         with zipfile.ZipFile(archive) as content:
+            unpacked, packed = sum(m.file_size for m in content.infolist()), archive.stat().st_size
+            if unpacked > BOMB * packed:
+                raise InputError(
+                    f"{archive}: {packed:,} bytes that would unpack to {unpacked:,}, expected at most {BOMB} times as "
+                    "many; not unpacked"
+                )
             members = [m for m in content.infolist() if m.filename.endswith(suffixes) and "__MACOSX" not in m.filename]
             for member in progress_bar(members, desc=f"unpacking {archive.name}", unit="file"):
                 target = folder / member.filename
-                if not target.resolve().is_relative_to(folder.resolve()):
+                link = stat.S_ISLNK(member.external_attr >> 16)
+                if link or not target.resolve().is_relative_to(folder.resolve()):
                     raise InputError(f"{archive}: {member.filename!r} would be written outside {folder}; not unpacked")
                 if not (target.exists() and target.stat().st_size == member.file_size):
                     with content.open(member) as source, atomic_write(target, "wb") as file:
