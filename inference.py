@@ -2,6 +2,7 @@
 
     python inference.py photo.jpg                         # the newest run; writes photo_attention.png
     python inference.py --run runs/coco --beam-size 5 a.jpg b.png
+    python inference.py https://example.com/photo.jpg
     python inference.py                                   # a few held-out pictures, real and predicted captions
 
 From Python: `Captioning.load("runs/coco").caption("photo.jpg").text`.
@@ -13,8 +14,10 @@ import argparse
 import dataclasses
 import math
 import random
+import tempfile
+import urllib.parse
 from collections.abc import Sequence
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import features
@@ -24,9 +27,11 @@ from PIL import Image
 
 import data_utils
 import model
+from downloads import download
 from tokenizer import END, PAD, START, UNK, Tokenizer
 
 MAX_WORDS = 50  # a caption that has not ended by then is cut
+MAX_DOWNLOAD = 50_000_000  # bytes of a picture on the web
 LENGTH_PENALTY = 1.0  # captions compete by their mean log p
 
 
@@ -358,21 +363,34 @@ def caption_and_plot(captioning: Captioning, path: Path, folder: Path, name: str
 # The command.
 
 
-def caption_files(captioning: Captioning, paths: Sequence[Path], output: Path) -> int:
-    """Captions files, one line each, and plots their attention; returns how many could not be read."""
+def is_address(picture: str) -> bool:
+    """Whether a picture is named by its address, not by its path."""
+    return "://" in picture
+
+
+def fetch(address: str, folder: Path) -> Path:
+    """Downloads a picture; raises InputError if it cannot be had, is too large, or the address is not http(s)."""
+    name = PurePosixPath(urllib.parse.urlsplit(address).path).name
+    return download(address, folder / (name if name.strip(".") else "picture"), quiet=True, limit=MAX_DOWNLOAD)
+
+
+def caption_files(captioning: Captioning, pictures: Sequence[str], output: Path) -> int:
+    """Captions files and addresses, one line each, and plots their attention; returns how many could not be read."""
     failed, taken = 0, set()
-    for path in paths:
-        name = path.stem
-        while name in taken:  # a/dog.jpg and b/dog.jpg
-            name += "_"
-        taken.add(name)
-        try:
-            caption, plot = caption_and_plot(captioning, path, output, name)
-        except InputError as error:
-            say(f"inference.py: {error}")
-            failed += 1
-            continue
-        print(caption.text if len(paths) == 1 else f"{path}\t{caption.text}", flush=True)
+    for picture in pictures:
+        with tempfile.TemporaryDirectory() as folder:
+            try:
+                path = fetch(picture, Path(folder)) if is_address(picture) else Path(picture)
+                name = path.stem
+                while name in taken:  # a/dog.jpg and b/dog.jpg
+                    name += "_"
+                taken.add(name)
+                caption, plot = caption_and_plot(captioning, path, output, name)
+            except InputError as error:
+                say(f"inference.py: {error}")
+                failed += 1
+                continue
+        print(caption.text if len(pictures) == 1 else f"{picture}\t{caption.text}", flush=True)
         say(f"attention: {plot}")
     return failed
 
@@ -428,7 +446,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def main(argv: list[str] | None = None) -> None:
     """Captions the pictures of the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("pictures", nargs="*", type=Path, help="pictures to caption (default: a few held-out ones)")
+    parser.add_argument(
+        "pictures", nargs="*", help="files or http(s) addresses of pictures to caption (default: a few held-out ones)"
+    )
     add_arguments(parser)
     parser.add_argument(
         "--output-dir",
@@ -441,9 +461,9 @@ def main(argv: list[str] | None = None) -> None:
     )
     parser.add_argument("--seed", type=int, help="which held-out pictures (default: others each time)")
     args = parser.parse_args(argv)
-    for path in args.pictures:
-        if not path.is_file():
-            raise InputError(f"{path}: no such picture")
+    for picture in args.pictures:
+        if not is_address(picture) and not Path(picture).is_file():
+            raise InputError(f"{picture}: no such picture")
     captioning = Captioning.load(args.run or newest_run(), args.beam_size, args.length_penalty)
     say(f"run: {captioning.run}")
     if not args.pictures:

@@ -1,10 +1,12 @@
 """The commands as a person runs them, from drawn pictures to a caption, with the real InceptionV3 (random weights)."""
 
+import http.server
 import json
 import os
 import re
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -152,6 +154,27 @@ def test_changed_data_are_noticed(workplace):
             train.main([*DATA, "--weights", "random", "--batch-size", "8", "--embedding-dim", "8", "--units", "16"])
     finally:
         path.write_text(whole)
+
+
+def test_pictures_on_the_web(workplace, capsys, monkeypatch):
+    class Handler(http.server.SimpleHTTPRequestHandler):
+        def log_message(self, *args):
+            pass
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as httpd:
+        threading.Thread(target=httpd.serve_forever, daemon=True).start()
+        address = f"http://127.0.0.1:{httpd.server_port}/shapes/images/shapes_00003.png"
+        inference.main(["shapes/images/shapes_00003.png", "--run", "runs/shapes", "--output-dir", "web"])
+        expected = capsys.readouterr().out
+        inference.main([address, "--run", "runs/shapes", "--output-dir", "web"])
+        assert capsys.readouterr().out == expected
+        assert Path("web/shapes_00003_attention.png").stat().st_size > 1000
+        monkeypatch.setattr(inference, "MAX_DOWNLOAD", 100)
+        for bad, message in ((address, "at most 100 bytes"), ("file:///etc/passwd", "begins with http")):
+            with pytest.raises(InputError, match="1 of 1 pictures"):
+                inference.main([bad, "--run", "runs/shapes"])
+            assert message in capsys.readouterr().err
+        httpd.shutdown()
 
 
 def test_a_run_in_use_is_refused(workplace):
