@@ -100,6 +100,8 @@ def meteor(references: dict[int, list[str]], captions: dict[int, list[str]]) -> 
         return program.compute_score(references, captions)[0]
     except BaseException as error:
         program.lock.release()  # which a failure leaves locked, and which `__del__` would wait for, for ever
+        with contextlib.suppress(OSError):  # so that `__del__` need not complain that the program is gone
+            program.meteor_p.stdin.close()
         if not isinstance(error, (OSError, ValueError)):  # Ctrl-C
             raise
         folder = Path(meteor.__file__).parent
