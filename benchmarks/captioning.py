@@ -102,7 +102,8 @@ def time_commands(rounds: int) -> dict[str, float]:
         try:
             shapes.draw_dataset("shapes", pictures=24)
             data = ["--annotations", "shapes/dataset_shapes.json", "--images", "shapes", "--weights", "random"]
-            train.main([*data, "--epochs", "1", "--run", "run"])
+            # Until captions are of the usual length: an untrained model says 50 words, and plots 50 panels.
+            train.main([*data, "--epochs", "25", "--patience", "0", "--batch-size", "8", "--run", "run"])
         finally:
             os.chdir(before)
         picture = "shapes/images/shapes_00000.png"
@@ -111,6 +112,8 @@ def time_commands(rounds: int) -> dict[str, float]:
             "bare": ["-c", BARE, "run/cnn.weights.h5", picture],
         }
         times: dict[str, list[float]] = {name: [] for name in commands}
+        done = subprocess.run([sys.executable, *commands["inference"]], cwd=folder, capture_output=True, text=True)
+        say(f"the caption: {done.stdout.strip()}")
         for _ in range(rounds):
             for name, command in commands.items():
                 times[name].append(time_process(command, Path(folder)))
