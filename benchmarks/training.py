@@ -160,7 +160,9 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--annotations", metavar="FILE", help="real captions (default: lengths like COCO's)")
     parser.add_argument("--captions", type=at_least(2), default=12_800, help="captions to train on (default: 12800)")
-    parser.add_argument("--pictures", type=at_least(1), default=600, help="files of features (default: 600)")
+    parser.add_argument(
+        "--pictures", type=at_least(1), default=2560, help="files of features, 256 KB each (default: 2560)"
+    )
     parser.add_argument("--batch-size", type=at_least(1), default=64)
     parser.add_argument("--vocabulary-size", type=at_least(10), default=5000)
     parser.add_argument("--units", type=at_least(1), default=512)
