@@ -344,7 +344,7 @@ def load_dataset(options: DataOptions, pictures: bool = True) -> Dataset:
     examples = read_annotations(annotations)
     if name == "coco" and not options.annotations:
         examples = [dataclasses.replace(example, image=f"train2014/{example.image}") for example in examples]
-    elif pictures and not any(
+    elif (pictures or options.images) and not any(
         (images / folder).is_dir() for folder in {PurePosixPath(e.image).parent for e in examples}
     ):
         # Karpathy's COCO names train2014/ and val2014/; the pictures may also lie in one folder.
@@ -359,12 +359,11 @@ def load_dataset(options: DataOptions, pictures: bool = True) -> Dataset:
         examples = choose(examples, limit, options.split_seed)
     if not examples:
         raise InputError(f"{annotations}: none of its pictures is in the split lists")
-    if not pictures:
-        return Dataset(name, images, tuple(examples))
-    if name == "coco" and not options.annotations:
-        _fetch_coco_images(root, examples)
-    elif name == "flickr8k" and not options.annotations and not all((images / e.image).exists() for e in examples):
-        _fetch_archive("Flickr8k_Dataset.zip", root, (".jpg",))
+    if pictures and not options.annotations:
+        if name == "coco":
+            _fetch_coco_images(root, examples)
+        elif name == "flickr8k" and not all((images / e.image).exists() for e in examples):
+            _fetch_archive("Flickr8k_Dataset.zip", root, (".jpg",))
     return Dataset(name, images, tuple(examples))
 
 

@@ -1,6 +1,7 @@
 """Downloads and archives: resumed, checked, and never outside their folder."""
 
 import contextlib
+import functools
 import hashlib
 import http.client
 import os
@@ -80,22 +81,24 @@ def download(
                 if isinstance(error, urllib.error.HTTPError):
                     reason = f"the server says {error.code} {error.reason}"
                 raise InputError(f"{path.name} cannot be downloaded from {url} ({reason}){kept}; {by_hand}") from None
-        file.seek(0)
-        received, found = os.fstat(file.fileno()).st_size, hashlib.file_digest(file, lambda: _md5()).hexdigest()
-        wrong = None
-        if size and received != size:
-            wrong = f"expected {size:,} bytes, received {received:,}"
-        elif md5 and found != md5:
-            wrong = f"expected MD5 {md5}, found {found}"
-        if wrong:
+        if wrong := _difference(file, size, md5):
             part.unlink()  # whole and wrong: nothing to go on from
             raise InputError(f"{path.name}: {wrong}; {by_hand}")
         os.replace(part, path)
     return path
 
 
-def _md5() -> "hashlib._Hash":
-    return hashlib.md5(usedforsecurity=False)
+def _difference(file: IO[bytes], size: int | None, md5: str | None) -> str | None:
+    """How a whole file differs from what is expected of it; None if it does not."""
+    received = file.seek(0, os.SEEK_END)
+    if size and received != size:
+        return f"expected {size:,} bytes, received {received:,}"
+    if md5:  # read only then: a file can have gigabytes
+        file.seek(0)
+        found = hashlib.file_digest(file, functools.partial(hashlib.md5, usedforsecurity=False)).hexdigest()
+        if found != md5:
+            return f"expected MD5 {md5}, found {found}"
+    return None
 
 
 @contextlib.contextmanager

@@ -109,7 +109,7 @@ def meteor(references: dict[int, list[str]], captions: dict[int, list[str]]) -> 
         raise JavaError(f"METEOR's Java program failed{space or '; it needs 2 GB of memory'}") from None
 
 
-def score(references: list[list[str]], captions: list[str], java: bool, with_meteor: bool = True) -> dict[str, float]:
+def score(references: list[list[str]], captions: list[str], java: bool) -> dict[str, float]:
     """Scores captions, each against its references, with pycocoevalcap.
 
     Args:
@@ -117,13 +117,13 @@ def score(references: list[list[str]], captions: list[str], java: bool, with_met
         captions: one for each picture.
         java: whether to use what needs Java, the PTB tokenizer and METEOR. Otherwise both sides are split as the
             vocabulary is, which is quick and the same on every machine, and METEOR is left out.
-        with_meteor: whether METEOR is wanted where there is Java.
 
     Returns:
-        Scores in percent by name: BLEU-1 to BLEU-4, METEOR, ROUGE-L, CIDEr.
+        Scores in percent by name: BLEU-1 to BLEU-4, METEOR, ROUGE-L, CIDEr. If METEOR's program fails, that is
+        said, and METEOR left out.
 
     Raises:
-        JavaError: see `tokenize` and `meteor`.
+        JavaError: see `tokenize`.
     """
     from pycocoevalcap.bleu.bleu import Bleu
     from pycocoevalcap.cider.cider import Cider
@@ -134,8 +134,11 @@ def score(references: list[list[str]], captions: list[str], java: bool, with_met
     with contextlib.redirect_stdout(io.StringIO()):  # pycocoevalcap prints its counts
         bleu = Bleu(4).compute_score(gts, res, verbose=0)[0]
         scores = {f"BLEU-{n}": value for n, value in enumerate(bleu, 1)}
-        if java and with_meteor:
-            scores["METEOR"] = meteor(gts, res)
+        if java:
+            try:
+                scores["METEOR"] = meteor(gts, res)
+            except JavaError as error:
+                say(f"no METEOR: {error}; {NEED_JAVA}")
         scores["ROUGE-L"] = Rouge().compute_score(gts, res)[0]
         scores["CIDEr"] = Cider().compute_score(gts, res)[0]
     return {name: round(100 * float(value), 2) for name, value in scores.items()}
@@ -143,18 +146,13 @@ def score(references: list[list[str]], captions: list[str], java: bool, with_met
 
 def score_anywhere(references: list[list[str]], captions: list[str]) -> tuple[dict[str, float], str]:
     """All scores that can be had here, saying which cannot; and the tokenizer's name, PTB or plain."""
-    if not has_java():
-        say(f"no METEOR, and words split as the vocabulary's: there is no Java; {NEED_JAVA}")
-        return score(references, captions, java=False), "plain"
-    for with_meteor in (True, False):
+    reason = "there is no Java"
+    if has_java():
         try:
-            return score(references, captions, True, with_meteor), "PTB"
+            return score(references, captions, java=True), "PTB"
         except JavaError as error:
-            if with_meteor and "METEOR" in str(error):
-                say(f"no METEOR: {error}; {NEED_JAVA}")
-            else:
-                say(f"no METEOR, and words split as the vocabulary's: {error}; {NEED_JAVA}")
-                break
+            reason = str(error)
+    say(f"no METEOR, and words split as the vocabulary's: {reason}; {NEED_JAVA}")
     return score(references, captions, java=False), "plain"
 
 

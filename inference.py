@@ -95,6 +95,28 @@ def greedy_search(captioner: model.Captioner, pictures: tf.Tensor, max_words: in
     return swap(tokens.stack(), 0, 1), swap(probabilities.stack(), 0, 1), swap(looks.stack(), 0, 1)
 
 
+def best_continuations(scores: tf.Tensor, log_p: tf.Tensor, ended: tf.Tensor) -> tuple[tf.Tensor, ...]:
+    """The K most probable captions that are one word longer than K others.
+
+    Args:
+        scores: (B, K), log p of the captions.
+        log_p: (B, K, vocabulary), of their next words.
+        ended: (B, K) bool. Such a caption has one continuation, <pad>, which costs nothing and which nothing can
+            push out.
+
+    Returns:
+        All (B, K): which caption each continues, its new word, log p of the whole, and p of the word.
+    """
+    batch, (beam_size, vocabulary) = tf.shape(log_p)[0], log_p.shape[1:]
+    padding = tf.one_hot(PAD, vocabulary, 0.0, -np.inf)
+    log_p = tf.where(ended[:, :, tf.newaxis], padding, log_p)  # (B, K, vocabulary)
+    total = scores[:, :, tf.newaxis] + log_p
+    order = tf.where(ended[:, :, tf.newaxis] & (padding == 0), np.inf, total)
+    _, best = tf.math.top_k(tf.reshape(order, [batch, -1]), beam_size)  # (B, K) of K * vocabulary
+    of_best = lambda tensor: tf.gather(tf.reshape(tensor, [batch, -1]), best, batch_dims=1)
+    return best // vocabulary, best % vocabulary, of_best(total), tf.exp(of_best(log_p))
+
+
 @tf.function(reduce_retracing=True)
 def beam_search(
     captioner: model.Captioner,
@@ -144,15 +166,7 @@ def beam_search(
         logits, state, look = captioner.step(tf.reshape(token, [-1]), state, encoded)
         logits = tf.where(never, -np.inf, tf.cast(logits, tf.float32))
         log_p = tf.reshape(tf.nn.log_softmax(logits), [batch, beam_size, vocabulary])
-        # An ended caption has one continuation, <pad>, which costs nothing and which nothing can push out.
-        padding = tf.one_hot(PAD, vocabulary, 0.0, -np.inf)
-        log_p = tf.where(ended[:, :, tf.newaxis], padding, log_p)  # (B, K, vocabulary)
-        total = scores[:, :, tf.newaxis] + log_p
-        order = tf.where(ended[:, :, tf.newaxis] & (padding == 0), np.inf, total)
-        _, best = tf.math.top_k(tf.reshape(order, [batch, -1]), beam_size)  # (B, K) of K * vocabulary
-        parent, token = best // vocabulary, best % vocabulary  # (B, K)
-        scores = tf.gather(tf.reshape(total, [batch, -1]), best, batch_dims=1)
-        p = tf.exp(tf.gather(tf.reshape(log_p, [batch, -1]), best, batch_dims=1))
+        parent, token, scores, p = best_continuations(scores, log_p, ended)  # each (B, K)
         real = scores > -np.inf  # with few words to say, some of the K continue nothing
         ended = (tf.gather(ended, parent, batch_dims=1) | (token == END)) & real
         # What belongs to a caption follows it to its new place.

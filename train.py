@@ -485,7 +485,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     data_utils.add_arguments(parser)
     features.add_arguments(parser)
     group = parser.add_argument_group("model")
-    add = lambda name, value, text, **kind: group.add_argument(
+    add = lambda group, name, value, text, **kind: group.add_argument(
         f"--{name.replace('_', '-')}",
         type=type(value),
         default=chosen.get(name, value),
@@ -499,8 +499,9 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         "units": "size of the GRU's state and of the attention",
         "dropout": "share of embeddings and outputs dropped in training",
     }.items():
-        add(name, getattr(defaults, name), text)
-    add("attention", defaults.attention, "look everywhere, weighted, or at one location", choices=model.ATTENTIONS)
+        add(group, name, getattr(defaults, name), text)
+    text = "look everywhere, weighted, or at one location"
+    add(group, "attention", defaults.attention, text, choices=model.ATTENTIONS)
     group = parser.add_argument_group("training")
     defaults = TrainConfig()
     for name, text in {
@@ -520,7 +521,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         "save_minutes": "minutes between checkpoints inside an epoch",
         "seed": "seed of the weights and of the order of the data",
     }.items():
-        add(name, getattr(defaults, name), text)
+        add(group, name, getattr(defaults, name), text)
     return parser.parse_args(argv)
 
 

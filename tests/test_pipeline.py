@@ -115,6 +115,15 @@ def test_karpathys_split_of_coco_with_two_commands(tmp_path, monkeypatch):
     assert len(list(Path("features/coco/val2014").iterdir())) == 9
 
 
+def test_results_of_a_run_whose_pictures_lie_in_one_folder(workplace):
+    """The annotations name folders that are not there; the run knows its pictures by their bare names."""
+    flat, small = ["--annotations", DATA[1], "--images", "shapes/images"], ["--embedding-dim", "8", "--units", "16"]
+    train.main([*flat, *small, "--weights", "random", "--epochs", "1", "--run", "flat", "--features-dir", "flat_cache"])
+    evaluate.main(["--run", "flat"])
+    evaluate.main(["--run", "flat", "--results", "flat/captions_val.json"])
+    assert Path("flat/captions_val_metrics_val.json").exists()
+
+
 def test_captioning_a_file_equals_captioning_its_cached_features(workplace):
     captioning = inference.Captioning.load("runs/shapes")
     from_file = captioning.caption("shapes/images/shapes_00001.png")
