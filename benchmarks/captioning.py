@@ -32,6 +32,7 @@ import inference
 import model
 import shapes
 from tokenizer import END, START
+from turns import mean_rates, rate_of
 
 WORDS = 12
 BARE = """
@@ -76,13 +77,6 @@ def suite_captions(
             tokens = inference.beam_search(captioner, batch, beam_size, max_words=WORDS)[0]
         results += [[int(i) for i in row if i] for row in tokens.numpy()]
     return results
-
-
-def captions_per_second(run: Callable[[], list], count: int) -> float:
-    """The rate of one run."""
-    start = time.perf_counter()
-    run()
-    return count / (time.perf_counter() - start)
 
 
 def time_process(command: list[str], folder: Path) -> float:
@@ -147,12 +141,8 @@ def main(argv: list[str] | None = None) -> None:
     }
     for run, _ in runs.values():
         run()  # compiles
-    rates: dict[str, list[float]] = {name: [] for name in runs}
-    for _ in range(args.rounds):
-        for name, (run, count) in runs.items():
-            rates[name].append(captions_per_second(run, count))
-            say(f"{name}: {rates[name][-1]:.1f} captions/s")
-    mean = {name: round(float(np.mean(found)), 1) for name, found in rates.items()}
+    ways = {name: lambda run=run: rate_of(*run) for name, run in runs.items()}
+    mean = {name: round(rate, 1) for name, rate in mean_rates(ways, args.rounds, "captions").items()}
     result = {"words": WORDS, "captions_per_second": mean}
     result["ratio"] = {name: round(rate / mean["tutorial"], 1) for name, rate in mean.items() if name != "tutorial"}
     if not args.skip_process:

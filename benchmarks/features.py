@@ -17,16 +17,14 @@ from common import at_least, run_command, say  # before TensorFlow
 
 import argparse
 import json
-import shutil
 import tempfile
-import time
-from collections.abc import Callable
 
 import numpy as np
 import tensorflow as tf
 from PIL import Image
 
 import features as suite
+from turns import mean_rates, rate_of
 
 
 def draw_photos(folder: Path, count: int) -> list[str]:
@@ -51,13 +49,6 @@ def tutorial_loop(cnn: tf.keras.Model, images: Path, names: list[str], folder: P
     for pixels, paths in data.map(load, num_parallel_calls=tf.data.AUTOTUNE).batch(16):
         for values, path in zip(cnn(pixels, training=False), paths, strict=True):
             np.save(folder / f"{Path(path.numpy().decode()).name}.npy", values.numpy())
-
-
-def rate_of(run: Callable[[], object], count: int) -> float:
-    """How many a second, where a call does so many."""
-    start = time.perf_counter()
-    run()
-    return count / (time.perf_counter() - start)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -89,9 +80,9 @@ def main(argv: list[str] | None = None) -> None:
             """The rate from the first batch's files to the last file: building the CNN is not counted."""
             for path in cached.glob("*.npy"):
                 path.unlink()
-            suite.cache_features(cache, images, names, min(32, len(names) // 2))
-            written = sorted(path.stat().st_mtime_ns for path in cached.glob("*.npy"))
             first = min(32, len(names) // 2)
+            suite.cache_features(cache, images, names, first)
+            written = sorted(path.stat().st_mtime_ns for path in cached.glob("*.npy"))
             return (len(names) - first) / (written[-1] - written[first - 1]) * 1e9
 
         for size in args.batch_sizes:
@@ -100,19 +91,13 @@ def main(argv: list[str] | None = None) -> None:
         best = max(by_size, key=by_size.get)
         say(f"the CNN alone, pictures/s by batch size: { {size: round(rate, 1) for size, rate in by_size.items()} }")
         few = names[: max(2, len(names) // 4)]
-        runs = {
+        ways = {
             "cnn": lambda: rate_of(lambda: alone(best), len(names)),
             "suite": caching,
             "tutorial": lambda: rate_of(lambda: tutorial_loop(cnn, images, few, tutorial), len(few)),
         }
-        rates: dict[str, list[float]] = {name: [] for name in runs}
-        for _ in range(args.rounds):
-            for name, rate in runs.items():
-                rates[name].append(rate())
-                say(f"{name}: {rates[name][-1]:.2f} pictures/s")
+        mean = {name: round(rate, 2) for name, rate in mean_rates(ways, args.rounds, "pictures").items()}
         megabytes = sum(path.stat().st_size for path in images.iterdir()) / len(names) / 1e6
-        shutil.rmtree(cached)
-    mean = {name: round(float(np.mean(found)), 2) for name, found in rates.items()}
     result = {
         "pictures": len(names),
         "megabytes_per_jpeg": round(megabytes, 3),

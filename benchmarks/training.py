@@ -20,7 +20,6 @@ import argparse
 import itertools
 import json
 import tempfile
-import time
 from collections.abc import Callable, Iterator
 
 import features
@@ -32,6 +31,7 @@ import model
 import train
 from batches import Captions, encode_captions, make_pipeline, order_batches
 from tokenizer import START, Tokenizer
+from turns import mean_rates, rate_of
 
 LONGEST, MEAN = 49, 12.5  # tokens of COCO's captions, <start> and <end> included
 
@@ -120,22 +120,19 @@ def suite_step(captioner: model.Captioner, cache: features.FeatureCache):
     return run
 
 
-def seconds_of(step: Callable, batches: Iterator[tuple], count: int) -> float:
-    """The time of so many steps, reading included."""
-    start = time.perf_counter()
+def take_steps(step: Callable, batches: Iterator[tuple], count: int) -> None:
+    """So many steps, reading included."""
     for pictures, tokens in itertools.islice(batches, count):
         found = step(pictures, tokens)
     float(found)  # waits for the last step
-    return time.perf_counter() - start
 
 
 def matrix_product_rate(size: int = 2048, repeats: int = 5) -> float:
     """The machine's rate of large matrix products, in FLOP/s."""
     a = tf.random.normal((size, size))
-    product = tf.function(lambda: tf.matmul(a, a))
+    product = tf.function(lambda: tf.matmul(a, a)[0, 0])
     product()
-    best = min(seconds_of(lambda *_: product()[0, 0], iter([(0, 0)]), 1) for _ in range(repeats))
-    return 2 * size**3 / best
+    return max(rate_of(lambda: product().numpy(), 2 * size**3) for _ in range(repeats))
 
 
 def flop_of_products(captioner: model.Captioner, batch: int, tokens: float) -> float:
@@ -191,14 +188,13 @@ def main(argv: list[str] | None = None) -> None:
                 args.tutorial_steps,
             ),
         }
-        compiling = {name: seconds_of(step, batches, 1) for name, (step, batches, _) in runs.items()}
+        compiling = {name: 1 / rate_of(lambda run=run: take_steps(*run[:2], 1), 1) for name, run in runs.items()}
         say("first step, compilation included: " + ", ".join(f"{name} {s:.1f} s" for name, s in compiling.items()))
-        rates: dict[str, list[float]] = {name: [] for name in runs}
-        for _ in range(args.rounds):
-            for name, (step, batches, count) in runs.items():
-                rates[name].append(count * args.batch_size / seconds_of(step, batches, count))
-                say(f"{name}: {rates[name][-1]:.1f} captions/s")
-        mean = {name: float(np.mean(found)) for name, found in rates.items()}
+        ways = {
+            name: lambda run=run: rate_of(lambda: take_steps(*run), run[-1] * args.batch_size)
+            for name, run in runs.items()
+        }
+        mean = mean_rates(ways, args.rounds, "captions")
     tokens = float(captions.lengths.mean()) - 1
     used = flop_of_products(ours, 1, tokens) * mean["suite"]
     result = {

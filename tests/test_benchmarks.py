@@ -10,6 +10,12 @@ import pytest
 TINY = ["--batch-size", "2", "--vocabulary-size", "20", "--units", "4", "--embedding-dim", "3"]
 
 
+@pytest.fixture(autouse=True)
+def beside_each_other(monkeypatch):
+    """A script finds what lies in its own folder."""
+    monkeypatch.syspath_prepend(Path(__file__).parents[1] / "benchmarks")
+
+
 def benchmark(name):
     spec = importlib.util.spec_from_file_location(name, Path(__file__).parents[1] / f"benchmarks/{name}.py")
     module = importlib.util.module_from_spec(spec)
