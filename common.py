@@ -8,6 +8,7 @@ import contextlib
 import errno
 import hashlib
 import json
+import logging
 import math
 import os
 import sys
@@ -21,6 +22,7 @@ from tqdm import tqdm
 # TensorFlow's C++ messages (CPU features, "cuInit failed" where there is no GPU) would bury ours; its Python
 # errors still show. It reads this when it is imported, so this module comes before it.
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+logging.getLogger("tensorflow").setLevel(logging.ERROR)  # beside our line on a damaged checkpoint it has ten of its own
 
 
 class InputError(Exception):
@@ -91,10 +93,11 @@ def run_command(main: Callable[[], None]) -> None:
     Exit codes: 2 for bad input, a missing file or a full disk; 130 for Ctrl-C; 0 otherwise.
     """
     name = Path(sys.argv[0]).name
+    sys.stdout.reconfigure(errors="backslashreplace")  # as standard error: a picture's name need not be Unicode
     try:
         main()
     except InputError as error:
-        say(f"{name}: {error}")
+        say(f"{name}: {' '.join(str(error).splitlines())}")  # what was found may hold line ends
         sys.exit(2)
     except BrokenPipeError:  # `python inference.py *.jpg | head` is no error
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -180,11 +183,31 @@ def read_json(path: Path | str) -> Any:
         InputError: the file is missing, is not UTF-8, or is not JSON.
     """
     try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
+        return parse_json(path, Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise InputError(f"{path}: no such file") from None
-    except (UnicodeDecodeError, ValueError) as error:
+    except UnicodeDecodeError as error:
         raise InputError(f"{path}: expected JSON in UTF-8, found something else ({error})") from None
+
+
+def parse_json(path: Path | str, text: str) -> Any:
+    """The JSON in a file's text; raises InputError if it is none."""
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:  # the latter of thousands of open brackets
+        raise InputError(f"{path}: expected JSON, found something else ({error})") from None
+
+
+def check_fields(found: Any, types: dict[str, Any]) -> None:
+    """Raises InputError unless JSON is an object that has these fields, each of its type; a float may be whole."""
+    if not isinstance(found, dict):
+        raise InputError(f"expected the fields {', '.join(types)}, found {str(found)[:60]!r}")
+    for name, kind in types.items():
+        if name not in found:
+            raise InputError(f"{name} is missing")
+        value = found[name]
+        if isinstance(value, bool) or not isinstance(value, int | float if kind is float else kind):
+            raise InputError(f"{name}: expected {getattr(kind, '__name__', kind)}, found {str(value)[:60]!r}")
 
 
 def file_sha256(path: Path | str) -> str:

@@ -23,7 +23,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 import shapes
-from common import InputError, at_least, progress_bar, run_command, say
+from common import InputError, at_least, parse_json, progress_bar, run_command, say
 from downloads import download, unpack
 
 SPLITS = ("train", "val", "test")
@@ -76,6 +76,14 @@ class DataOptions:
     split_seed: int = 0
     data_dir: str = "data"
 
+    def __post_init__(self):
+        if self.dataset not in (*PRESETS, None):
+            raise InputError(f"dataset: expected {', '.join(PRESETS)}, found {self.dataset!r}")
+        if (self.num_captions or 0) < 0:
+            raise InputError(f"num_captions: expected at least 0, found {self.num_captions}")
+        if not 0 <= self.split_seed < 2**32:  # NumPy's seeds
+            raise InputError(f"split_seed: expected at least 0 and less than {2**32}, found {self.split_seed}")
+
 
 @dataclasses.dataclass(frozen=True)
 class Dataset:
@@ -117,11 +125,12 @@ def read_annotations(path: Path | str) -> list[Example]:
     """Reads the captions of a file in any of four formats, told apart by content.
 
     COCO's captions JSON; Karpathy's dataset_*.json (with its split); a CSV with the header `image,caption`;
-    Flickr8k's `name#0<TAB>caption`. Empty captions, and pictures left without any, are dropped.
+    Flickr8k's `name#0<TAB>caption`. Captions without a word are named and left out, and so are pictures left
+    without any.
 
     Raises:
-        InputError: no such file, none of these formats, no usable caption, or a picture's name that leads out
-            of the image folder.
+        InputError: no such file, none of these formats, no usable caption, a picture's name that leads out of the
+            image folder, or a split or an id that cannot be.
     """
     try:
         text = Path(path).read_text(encoding="utf-8-sig")
@@ -130,17 +139,18 @@ def read_annotations(path: Path | str) -> list[Example]:
     except UnicodeDecodeError as error:
         raise InputError(f"{path}: expected text in UTF-8 ({error}); save it as UTF-8") from None
     if text.lstrip()[:1] in ("{", "["):
-        rows = _rows_from_json(path, _parse_json(path, text))
+        rows = _rows_from_json(path, parse_json(path, text))
     elif re.match(r"[^\t\n]+#\d+\t", text):
-        rows = [(*_split_token_line(line), None, "") for line in text.splitlines() if "\t" in line]
+        rows = [(*_split_token_line(line), None, "") for line in text.split("\n") if line.strip()]
     elif text.split("\n", 1)[0].strip().lower().replace('"', "") == "image,caption":
         # An unquoted comma inside a caption makes more than two fields: they belong together.
         try:
-            lines = [row for row in csv.reader(io.StringIO(text)) if len(row) >= 2][1:]
+            lines = [row for row in csv.reader(io.StringIO(text)) if "".join(row).strip()][1:]
         except csv.Error as error:
             raise InputError(f"{path}: not a CSV that can be read ({error}); is a quote left open?") from None
-        if torn := next((row for row in lines if any(field.count("\n") > 2 for field in row)), None):
-            raise InputError(f"{path}: the caption of {torn[0]} runs over many lines; close its quote")
+        # Many lines in one field, or one that begins as a line of its own does.
+        if torn := next((row for row in lines if re.search(r"\n[^,\n]*\.\w+,|(\n.*){3}", ",".join(row))), None):
+            raise InputError(f"{path}: the caption of {torn[0][:60]!r} runs over other lines; close its quote")
         rows = [(row[0].strip(), ",".join(row[1:]), None, "") for row in lines]
     else:
         raise InputError(
@@ -150,15 +160,8 @@ def read_annotations(path: Path | str) -> list[Example]:
     return _group_by_image(path, rows)
 
 
-def _parse_json(path: Path | str, text: str) -> Any:
-    try:
-        return json.loads(text)
-    except ValueError as error:
-        raise InputError(f"{path}: expected JSON ({error})") from None
-
-
 def _split_token_line(line: str) -> tuple[str, str]:
-    name, caption = line.split("\t", 1)
+    name, _, caption = line.partition("\t")
     return name.rsplit("#", 1)[0], caption
 
 
@@ -174,10 +177,10 @@ def _rows_from_json(path: Path | str, content: Any) -> list[tuple[str, str, int 
                     str(PurePosixPath(image.get("filepath", "")) / image["filename"]),
                     sentence["raw"],
                     image.get("cocoid"),
-                    "train" if image["split"] == "restval" else image["split"],
+                    "train" if image["split"] == "restval" else image["split"] or None,  # an empty one is none of ours
                 )
                 for image in content["images"]
-                for sentence in image["sentences"]
+                for sentence in image["sentences"] or [{"raw": ""}]
             ]
     except (KeyError, TypeError, IndexError, AttributeError) as error:
         raise InputError(
@@ -190,20 +193,37 @@ def _group_by_image(path: Path | str, rows: list[tuple[str, str, int | None, str
     """One Example per picture, in the order of the file."""
     captions: dict[str, list[str]] = {}
     about: dict[str, tuple[int | None, str]] = {}
+    skipped = []
     for image, caption, image_id, split in rows:
         if not isinstance(image, str) or not isinstance(caption, str):
             raise InputError(f"{path}: expected text for picture and caption, found {image!r} and {caption!r}")
         if not image or PurePosixPath(image).is_absolute() or ".." in PurePosixPath(image).parts or "\\" in image:
             raise InputError(f"{path}: picture name {image!r} leads out of the image folder; expected a name inside it")
-        if re.search(r"\w", caption):
+        if type(image_id) not in (int, str, type(None)) or split not in ("", *SPLITS):
+            raise InputError(
+                f"{path}: {image}: expected an id, and the split train, restval, val or test; found the id "
+                f"{image_id!r} and the split {split!r}"
+            )
+        try:
+            f"{image} {caption}".encode()
+        except UnicodeEncodeError:  # JSON can write half of a character
+            raise InputError(f"{path}: a caption of {image!r} is not Unicode text: {caption!r}") from None
+        if re.search(r"[^\W_]", caption):
             captions.setdefault(image, []).append(" ".join(caption.split()))
             about.setdefault(image, (image_id, split))
+        else:
+            skipped.append(f"{image!r} {caption[:60]!r}")
     if not captions:
         raise InputError(f"{path}: no usable caption in {len(rows)} rows; expected at least one word per caption")
-    return [
-        Example(image, tuple(captions[image]), number if about[image][0] is None else about[image][0], about[image][1])
-        for number, image in enumerate(captions)
-    ]
+    for row in skipped:
+        say(f"skipped {path}: a caption without a word: {row}")
+    ids: dict[str, str] = {}
+    for number, image in enumerate(captions):
+        image_id, split = about[image]
+        about[image] = (number if image_id is None else image_id, split)
+        if (other := ids.setdefault(str(about[image][0]), image)) != image:
+            raise InputError(f"{path}: {other} and {image} have the same id, {about[image][0]}")
+    return [Example(image, tuple(texts), *about[image]) for image, texts in captions.items()]
 
 
 # Choosing and splitting.
@@ -251,12 +271,17 @@ def _split_by_lists(examples: list[Example], lists: dict[str, Path]) -> list[Exa
     if missing := {"train", "val"} - set(lists):
         raise InputError(f"split lists need at least train and val, missing: {', '.join(sorted(missing))}")
     split: dict[str, str] = {}
+    known = {name for example in examples for name in (example.image, PurePosixPath(example.image).name)}
     for name, path in lists.items():
         try:
-            images = path.read_text(encoding="utf-8").split("\n")
+            images = path.read_text(encoding="utf-8-sig").split("\n")
         except (OSError, UnicodeDecodeError) as error:
             raise InputError(f"{path}: cannot read the {name} list ({error})") from None
-        for image in filter(None, map(str.strip, images)):
+        if not (images := list(filter(None, map(str.strip, images)))):
+            raise InputError(f"{path}: the {name} list is empty; expected names of pictures, one a line")
+        if unknown := [image for image in images if image not in known]:
+            say(f"{path}: {len(unknown):,} pictures without captions are left out, the first: {unknown[0]!r}")
+        for image in images:
             if split.setdefault(image, name) != name:
                 raise InputError(f"{path}: {image} is in the {name} list and in the {split[image]} list")
     return [
