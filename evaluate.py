@@ -221,8 +221,8 @@ def score_run(
     cache = features.cache_of(captioning.config["features"])
     if missing := cache.missing([example.image for example in examples]):
         raise InputError(
-            f"{cache.folder}: no features of {len(missing):,} pictures (the first: {missing[0]}); run features.py "
-            "with the data options of the run"
+            f"{cache.folder}: no whole features of {len(missing):,} pictures (the first: {cache.path(missing[0])}); "
+            "run features.py with the data options of the run"
         )
     search = {"beam_size": captioning.beam_size, "length_penalty": captioning.length_penalty}
     captions = caption_examples(captioning.captioner, captioning.words, cache, examples, **search)

@@ -9,6 +9,7 @@ multiplications.
 """
 
 import argparse
+import io
 import itertools
 import os
 import re
@@ -24,6 +25,7 @@ from common import (
     InputError,
     at_least,
     atomic_write,
+    check_fields,
     file_sha256,
     progress_bar,
     quiet,
@@ -47,6 +49,7 @@ LOCATIONS, CHANNELS = 64, 2048  # 8x8 locations, "mixed10"
 CALIBRATION_PICTURES = 64
 DECODE_AHEAD = 256  # decoded pictures waiting for the CNN at the most: 69 MB
 MANIFEST = "features.json"
+SETTINGS = {"cnn": str, "weights": str, "image_size": int, "dtype": str, "images": str}  # what it says; see open_cache
 CNN_FILE = "cnn.weights.h5"  # the CNN's weights, kept where they are not ImageNet's
 IMAGENET_FILE = "inception_v3_weights_tf_dim_ordering_tf_kernels_notop.h5"
 
@@ -138,11 +141,15 @@ def build_cnn(weights: str = "imagenet") -> tf.keras.Model:
     return tf.keras.Model(pixels, x)
 
 
-def check_weights(weights: str) -> None:
-    """Raises InputError unless `weights` is imagenet, random or a file."""
+def check_weights(weights: str, sha256: str | None = None) -> None:
+    """Raises InputError unless `weights` is imagenet, random or a file, one of this SHA-256 if there is one."""
     if weights not in ("imagenet", "random") and not Path(weights).is_file():
         raise InputError(
             f"{weights}: no such weights file; expected imagenet, random, or a file of InceptionV3's weights"
+        )
+    if sha256 and (weights == "random" or file_sha256(weights) != sha256):  # random ones are kept, not made again
+        raise InputError(
+            f"{weights}: not the weights of the CNN that the features were made with, whose SHA-256 is {sha256}"
         )
 
 
@@ -181,6 +188,11 @@ class FeatureCache:
 
     def __init__(self, folder: Path | str, settings: dict[str, Any]):
         self.folder, self.settings, self.dtype = Path(folder), settings, np.dtype(settings["dtype"])
+        header = io.BytesIO()
+        kind = np.lib.format.dtype_to_descr(self.dtype)
+        shape = (LOCATIONS, CHANNELS)
+        np.lib.format.write_array_header_1_0(header, {"descr": kind, "fortran_order": False, "shape": shape})
+        self.header = header.getvalue()  # what every file begins with, 128 bytes
 
     @property
     def weights(self) -> str:
@@ -193,9 +205,16 @@ class FeatureCache:
 
     def missing(self, images: Iterable[str]) -> list[str]:
         """The pictures that have no whole file of features."""
-        size = 128 + LOCATIONS * CHANNELS * self.dtype.itemsize  # NumPy's header takes 128 bytes
-        whole = lambda path: os.path.exists(path) and os.path.getsize(path) == size
-        return [image for image in images if not whole(self.path(image))]
+        return [image for image in images if not self.is_whole(self.path(image))]
+
+    def is_whole(self, path: Path) -> bool:
+        """Whether there is a file as `write` writes it, told by its size and header: `read` looks at neither."""
+        try:
+            with open(path, "rb", buffering=0) as file:
+                size = len(self.header) + LOCATIONS * CHANNELS * self.dtype.itemsize
+                return os.fstat(file.fileno()).st_size == size and file.read(len(self.header)) == self.header
+        except (OSError, ValueError):  # there is none, or its name is too long or holds a NUL
+            return False
 
     def write(self, image: str, features: np.ndarray) -> None:
         """Stores one picture's features, (64, 2048)."""
@@ -238,7 +257,7 @@ def open_cache(folder: Path | str, images: Path, names: list[str], weights: str,
         if weights == "random":
             settings["sha256"] = _make_random_weights(folder, images, names)
         write_json(folder / MANIFEST, settings)
-    found = read_json(folder / MANIFEST)
+    found = read_manifest(folder)
     for key, value in settings.items():
         if key == "weights" and "sha256" in settings:
             continue  # a file is what it holds, not what it is called
@@ -250,6 +269,25 @@ def open_cache(folder: Path | str, images: Path, names: list[str], weights: str,
     return FeatureCache(folder, {**found, "weights": weights})
 
 
+def check_settings(settings: Any) -> None:
+    """Raises InputError unless these can be the settings of a cache, from its features.json or a run's config.json."""
+    check_fields(settings, SETTINGS)
+    if settings["weights"] != "imagenet":
+        check_fields(settings, {"sha256": str})
+    if settings["dtype"] not in ("float16", "float32"):
+        raise InputError(f"dtype: expected float16 or float32, found {settings['dtype']!r}")
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """A cache's features.json; raises InputError if it is none."""
+    found = read_json(folder / MANIFEST)
+    try:
+        check_settings(found)
+    except InputError as error:
+        raise InputError(f"{folder / MANIFEST}: not how the features of a folder were made ({error})") from None
+    return found
+
+
 def cache_of(settings: dict[str, Any]) -> FeatureCache:
     """The cache a run was trained with, from the features of its config.json.
 
@@ -257,12 +295,12 @@ def cache_of(settings: dict[str, Any]) -> FeatureCache:
         InputError: the cache is gone, or was made anew with another CNN.
     """
     folder = Path(settings["folder"])
-    found = read_json(folder / MANIFEST)
+    found = read_manifest(folder)
     for key in ("cnn", "sha256" if "sha256" in settings else "weights", "image_size", "dtype"):
-        if not isinstance(found, dict) or found.get(key) != settings[key]:
+        if found.get(key) != settings[key]:
             raise InputError(
-                f"{folder} does not hold the features this run was trained with: its {key} is another; make "
-                "them anew with features.py and the options of the run"
+                f"{folder} does not hold the features this run was trained with: its {key} is {found.get(key)}, that "
+                f"of the run's config.json {settings[key]}; make them anew with features.py and the options of the run"
             )
     return FeatureCache(folder, settings)
 
@@ -324,6 +362,9 @@ def cache_features(cache: FeatureCache, images: Path, names: list[str], batch_si
         f"features: {len(names) - len(missing):,} of {len(names):,} pictures are cached in {cache.folder}/, "
         f"computing {len(missing):,} ({gigabytes:.1f} GB)"
     )
+    for path in filter(os.path.exists, map(cache.path, missing)):
+        say(f"features: {path} is damaged: computed anew")
+    check_weights(cache.weights, cache.settings.get("sha256"))
     cnn = build_cnn(cache.weights)
     run = tf.function(lambda pixels: cnn(pixels, training=False), reduce_retracing=True)
     unreadable: dict[str, str] = {}
