@@ -8,13 +8,24 @@
 From Python: `Captioning.load("runs/coco").caption("photo.jpg").text`.
 """
 
-from common import InputError, at_least, file_sha256, from_zero, read_json, run_command, say  # before TensorFlow
+from common import (
+    InputError,
+    at_least,
+    check_fields,
+    file_sha256,
+    from_zero,
+    read_json,
+    run_command,
+    say,
+)  # before TensorFlow
 
 import argparse
 import dataclasses
 import math
+import os
 import random
 import tempfile
+import typing
 import urllib.parse
 from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
@@ -238,26 +249,55 @@ def checkpoint_of(run: Path) -> str:
     if not (run / "config.json").exists():
         raise InputError(f"{run}: not a run folder (it has no config.json); expected one that train.py made")
     for name in ("best", "last"):
-        if prefix := tf.train.latest_checkpoint(run / "checkpoints" / name):
+        if prefix := latest_checkpoint(run / "checkpoints" / name):
             return prefix
     raise InputError(f"{run}: no checkpoint in {run / 'checkpoints'}/; train it with `python train.py`")
 
 
+def latest_checkpoint(folder: Path) -> str | None:
+    """The prefix of the checkpoint in a folder, None while there is none.
+
+    Raises:
+        InputError: the file that names it cannot be read, or names what is not there. TensorFlow would see no
+            checkpoint, and training would begin again.
+    """
+    state = folder / "checkpoint"
+    if not state.exists():
+        return None
+    try:
+        prefix = tf.train.get_checkpoint_state(folder).model_checkpoint_path
+    except (ValueError, AttributeError):  # not UTF-8 or without a name; None, which is no such file
+        prefix = ""
+    if not os.path.exists(f"{prefix}.index"):
+        raise InputError(f"{state}: damaged, or the checkpoint it names is gone; put both back, or delete {folder}")
+    return prefix
+
+
 def read_config(run: Path) -> dict[str, Any]:
-    """A run's config.json; raises InputError if it lacks what captioning needs."""
+    """A run's config.json; raises InputError if it lacks what captioning needs, or holds what cannot be."""
     config = read_json(run / "config.json")
     try:
+        check_fields(
+            config, dict.fromkeys(("model", "training", "data", "features"), dict) | {"vocabulary_sha256": str}
+        )
+        check_fields(config["model"], typing.get_type_hints(model.ModelConfig))
         model.ModelConfig(**config["model"])
-        for needed in (
-            config["vocabulary_sha256"],
-            config["data"]["fingerprint"],
-            config["data"]["unreadable"],
-            config["features"]["folder"],
-        ):
-            assert needed is not None
-    except (KeyError, TypeError, AssertionError) as error:
-        raise InputError(f"{run / 'config.json'}: not the config.json of a run ({error!r})") from None
+        check_fields(config["data"], {"fingerprint": str, "unreadable": list})
+        check_fields(config["data"], typing.get_type_hints(data_utils.DataOptions))
+        options_of(config)
+        features.check_settings(config["features"])
+        check_fields(config["features"], {"folder": str})
+        if not all(isinstance(name, str) for name in config["data"]["unreadable"]):
+            raise InputError(f"unreadable: expected names of pictures, found {config['data']['unreadable']}")
+    except (InputError, TypeError) as error:  # the latter of fields that are not known
+        raise InputError(f"{run / 'config.json'}: not the config.json of a run ({error})") from None
     return config
+
+
+def options_of(config: dict[str, Any]) -> data_utils.DataOptions:
+    """The data options in a run's config.json."""
+    found = config["data"].items()
+    return data_utils.DataOptions(**{key: value for key, value in found if key not in ("fingerprint", "unreadable")})
 
 
 def load_run(run: Path | str) -> tuple[model.Captioner, Tokenizer, dict[str, Any]]:
@@ -277,8 +317,12 @@ def load_run(run: Path | str) -> tuple[model.Captioner, Tokenizer, dict[str, Any
             f"{run / 'vocabulary.json'}: not the vocabulary these weights were trained with; put back the "
             "vocabulary.json of this run"
         )
-    captioner = model.build(settings)
+    sizes = {settings.vocabulary_size, settings.embedding_dim, settings.units}
     try:
+        shapes = tf.train.load_checkpoint(prefix).get_variable_to_shape_map().values()
+        if missing := sizes - {size for shape in shapes for size in shape}:  # before a model of any size is built
+            raise ValueError(f"no weights of size {min(missing)} in it")
+        captioner = model.build(settings)
         tf.train.Checkpoint(captioner=captioner).restore(prefix).expect_partial().assert_existing_objects_matched()
     except (tf.errors.OpError, ValueError, IndexError, AssertionError) as error:
         reason = str(error).strip().split("\n")[0][:200]
@@ -311,7 +355,10 @@ class Captioning:
     def cnn(self) -> tf.keras.Model:
         """The CNN whose features the run was trained on, built when first needed."""
         if self._cnn is None:
-            self._cnn = features.build_cnn(features.own_weights(self.run) or self.config["features"]["weights"])
+            settings = self.config["features"]
+            weights = features.own_weights(self.run) or settings["weights"]
+            features.check_weights(weights, settings.get("sha256"))
+            self._cnn = features.build_cnn(weights)
         return self._cnn
 
     def caption(self, picture: Path | str) -> Caption:
@@ -350,7 +397,8 @@ def plot_attention(picture: Image.Image, caption: Caption, path: Path | str) -> 
     panels = len(caption.words) + 1
     rows = math.ceil(panels / 5)
     columns = math.ceil(panels / rows)  # as even as it gets: 11 panels are 4 + 4 + 3
-    height = 2.6 * picture.height / picture.width
+    # A panel of a narrow strip has empty sides, since a plot has less than 65,536 pixels either way.
+    height = 2.6 * min(4, max(0.25, picture.height / picture.width))
     figure = Figure(figsize=(2.6 * columns, (height + 0.35) * rows + 0.5), dpi=110, layout="constrained")
     figure.suptitle(caption.text, fontsize=13, wrap=True)
     axes = figure.subplots(rows, columns, squeeze=False).flat
@@ -389,7 +437,12 @@ def fetch(address: str, folder: Path) -> Path:
 
 
 def caption_files(captioning: Captioning, pictures: Sequence[str], output: Path) -> int:
-    """Captions files and addresses, one line each, and plots their attention; returns how many could not be read."""
+    """Captions files and addresses, one line each, and plots their attention; returns how many could not be read.
+
+    Raises:
+        InputError: the only one cannot be read; or the CNN cannot be built.
+    """
+    _ = captioning.cnn  # so that its failure is not taken for that of a picture
     failed, taken = 0, set()
     for picture in pictures:
         with tempfile.TemporaryDirectory() as folder:
@@ -401,6 +454,8 @@ def caption_files(captioning: Captioning, pictures: Sequence[str], output: Path)
                 taken.add(name)
                 caption, plot = caption_and_plot(captioning, path, output, name)
             except InputError as error:
+                if len(pictures) == 1:
+                    raise
                 say(f"inference.py: {error}")
                 failed += 1
                 continue
@@ -415,12 +470,14 @@ def dataset_of(config: dict[str, Any], pictures: bool = True) -> data_utils.Data
     Raises:
         InputError: it is not there, or not the same any more, so that its held-out pictures may not be held out.
     """
-    options = dict(config["data"])
-    fingerprint, unreadable = options.pop("fingerprint"), options.pop("unreadable")
-    dataset = data_utils.load_dataset(data_utils.DataOptions(**options), pictures).without(set(unreadable))
-    if dataset.fingerprint != fingerprint:
+    try:
+        dataset = data_utils.load_dataset(options_of(config), pictures).without(set(config["data"]["unreadable"]))
+    except InputError as error:
+        raise InputError(f"the data of the run's config.json: {error}") from None
+    if dataset.fingerprint != config["data"]["fingerprint"]:
         raise InputError(
-            "the data have changed since this run was trained, and with them the split; restore them, or train anew"
+            "the data have changed since this run was trained: their fingerprint is not that of its config.json, and "
+            "the split may be another; restore them, or train anew"
         )
     return dataset
 

@@ -14,7 +14,6 @@ from common import (
     exclusive,
     file_sha256,
     progress_bar,
-    read_json,
     run_command,
     say,
     write_json,
@@ -37,6 +36,7 @@ import numpy as np
 import tensorflow as tf
 
 import data_utils
+import inference
 import model
 from batches import Captions, batch_signature, encode_captions, make_pipeline, order_batches
 from history import History
@@ -92,6 +92,8 @@ class TrainConfig:
         for name in ("average_decay", "label_smoothing"):
             if getattr(self, name) >= 1:
                 raise InputError(f"{name}: expected less than 1, found {getattr(self, name)}")
+        if self.seed >= 2**32:
+            raise InputError(f"seed: expected less than {2**32}, found {self.seed}")
         if self.learning_rate_decay > 1:
             raise InputError(f"learning_rate_decay: expected at most 1, found {self.learning_rate_decay}")
 
@@ -223,6 +225,8 @@ class Checkpoints:
             dice=list(captioner.non_trainable_variables),
         )
         weights = tf.train.Checkpoint(captioner=captioner)
+        for name in ("last", "best"):
+            inference.latest_checkpoint(run / "checkpoints" / name)  # a damaged one stops the training
         # One is kept of each; the old one is deleted when the new one is whole.
         self.last = tf.train.CheckpointManager(everything, str(run / "checkpoints/last"), max_to_keep=1)
         self.best = tf.train.CheckpointManager(weights, str(run / "checkpoints/best"), max_to_keep=1)
@@ -368,9 +372,9 @@ def start_run(run: Path, config: dict[str, Any], words: Tokenizer, cache: featur
     Raises:
         InputError: the folder holds a run with other settings; both are named.
     """
-    path = run / "config.json"
+    path, vocabulary = run / "config.json", run / "vocabulary.json"
     if path.exists():
-        saved = read_json(path)
+        saved = inference.read_config(run)
         for section, settings in config.items():
             for key, value in settings.items():
                 found = saved.get(section, {}).get(key)
@@ -380,14 +384,16 @@ def start_run(run: Path, config: dict[str, Any], words: Tokenizer, cache: featur
                         f"{run} was trained with {section} {key} = {found}, expected {value}; give its settings to "
                         "continue it, or another --run to start anew"
                     )
-    words.save(run / "vocabulary.json")
+        if not vocabulary.exists() or file_sha256(vocabulary) != saved["vocabulary_sha256"]:
+            say(f"{vocabulary} is gone or damaged: made anew")
+    words.save(vocabulary)
     own = Path(cache.weights)
     if own.is_file() and not features.own_weights(run):  # ImageNet's weights can be had anywhere, others only here
         # Keras tells two formats apart by these endings.
         name = "cnn.weights.h5" if own.name.endswith(".weights.h5") else "cnn.h5"
         with open(own, "rb") as source, atomic_write(run / name, "wb") as target:
             shutil.copyfileobj(source, target)
-    write_json(path, config | {"vocabulary_sha256": file_sha256(run / "vocabulary.json")})
+    write_json(path, config | {"vocabulary_sha256": file_sha256(vocabulary)})
 
 
 @contextlib.contextmanager
