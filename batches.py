@@ -1,4 +1,7 @@
-"""Batches of captions of similar length with their pictures' features, in an order that seed and epoch determine."""
+"""Batches of captions with their pictures' features, in an order that seed and epoch determine.
+
+All captions of a picture are neighbours, so that its features are read and encoded once for all of them.
+"""
 
 from typing import NamedTuple
 
@@ -9,7 +12,7 @@ import tensorflow as tf
 import data_utils
 from tokenizer import Tokenizer
 
-WINDOW = 50  # batches among which captions are sorted by length: little padding, and batches still differ by epoch
+WINDOW = 50  # batches among which pictures are sorted by length: few steps, and batches still differ by epoch
 
 
 class Captions(NamedTuple):
@@ -37,43 +40,56 @@ def encode_captions(
     )
 
 
-def order_batches(lengths: np.ndarray, batch_size: int, seed: int, epoch: int) -> list[np.ndarray]:
-    """An epoch's batches, each the indices of captions of similar length.
+class Batch(NamedTuple):
+    """B captions of P pictures."""
 
-    Captions are shuffled, sorted by length inside windows of 50 batches, and the batches shuffled. What does
-    not fill a batch comes last, of any lengths. The order depends on nothing but the arguments, which is how
-    a stopped epoch can be continued at any batch.
+    pictures: tf.Tensor  # (P, 64, 2048), the features in the cache's dtype
+    picture: tf.Tensor  # (B,) int32, each caption's picture
+    tokens: tf.Tensor  # (B, T) int32, padded with <pad> to the batch's longest caption
+
+
+def order_batches(captions: Captions, batch_size: int, seed: int, epoch: int) -> list[np.ndarray]:
+    """An epoch's batches, each the indices of captions.
+
+    Pictures are shuffled, and sorted inside windows of 50 batches by their longest caption; their captions
+    follow each other, and are cut into batches, which are shuffled. What does not fill a batch comes last.
+    The order depends on nothing but the arguments, which is how a stopped epoch can be continued at any batch.
     """
     dice = np.random.default_rng((seed, epoch))
-    order = dice.permutation(len(lengths))
+    shuffled = dice.permutation(len(captions.paths))[captions.picture]
+    longest = np.zeros(len(captions.paths), np.int32)
+    np.maximum.at(longest, captions.picture, captions.lengths)
+    order = np.argsort(shuffled, kind="stable")
     full = len(order) // batch_size * batch_size
     batches = []
     for start in range(0, full, WINDOW * batch_size):
         window = order[start : min(start + WINDOW * batch_size, full)]
-        window = window[np.argsort(lengths[window], kind="stable")]
+        window = window[np.argsort(longest[captions.picture[window]], kind="stable")]
         batches += np.split(window, len(window) // batch_size)
     batches = [batches[i] for i in dice.permutation(len(batches))]
     return batches + ([order[full:]] if full < len(order) else [])
 
 
 def make_pipeline(captions: Captions, batches: list[np.ndarray], cache: features.FeatureCache) -> tf.data.Dataset:
-    """Reads the batches' features from the cache, in parallel and ahead of the model.
+    """Yields the batches as `Batch`, their features read from the cache in parallel and ahead of the model."""
 
-    All batches but the last must be of one size. Yields features (B, 64, 2048) in the cache's dtype, and
-    tokens (B, T) padded to the batch's longest caption.
-    """
-
-    def tokens():
+    def rows():
         for batch in batches:
-            yield captions.tokens[batch, : captions.lengths[batch].max()]
+            pictures, picture = np.unique(captions.picture[batch], return_inverse=True)
+            yield captions.paths[pictures], picture, captions.tokens[batch, : captions.lengths[batch].max()]
 
-    paths = captions.paths[captions.picture[np.concatenate(batches)]]
-    pictures = tf.data.Dataset.from_tensor_slices(paths).map(cache.read, num_parallel_calls=tf.data.AUTOTUNE)
-    words = tf.data.Dataset.from_generator(tokens, output_signature=tf.TensorSpec((None, None), tf.int32))
-    return tf.data.Dataset.zip(pictures.batch(len(batches[0])), words).prefetch(tf.data.AUTOTUNE)
+    def read(paths: tf.Tensor, picture: tf.Tensor, tokens: tf.Tensor) -> Batch:
+        return Batch(cache.read(paths), picture, tokens)
+
+    spec = tf.TensorSpec((None,), tf.string), tf.TensorSpec((None,), tf.int32), tf.TensorSpec((None, None), tf.int32)
+    data = tf.data.Dataset.from_generator(rows, output_signature=spec)
+    return data.map(read, num_parallel_calls=tf.data.AUTOTUNE).prefetch(tf.data.AUTOTUNE)
 
 
-def batch_signature(cache: features.FeatureCache) -> list[tf.TensorSpec]:
+def batch_signature(cache: features.FeatureCache) -> Batch:
     """What `make_pipeline` yields, for functions compiled once for batches of all sizes and lengths."""
-    pictures = tf.TensorSpec((None, features.LOCATIONS, features.CHANNELS), cache.dtype)
-    return [pictures, tf.TensorSpec((None, None), tf.int32)]
+    return Batch(
+        tf.TensorSpec((None, features.LOCATIONS, features.CHANNELS), cache.dtype),
+        tf.TensorSpec((None,), tf.int32),
+        tf.TensorSpec((None, None), tf.int32),
+    )

@@ -56,8 +56,8 @@ def caption_examples(
     paths = [str(cache.path(example.image)) for example in examples]
     batches = (
         tf.data.Dataset.from_tensor_slices(paths)
-        .map(cache.read, num_parallel_calls=tf.data.AUTOTUNE)
         .batch(max(1, batch_size // beam_size))
+        .map(cache.read, num_parallel_calls=tf.data.AUTOTUNE)
         .prefetch(tf.data.AUTOTUNE)
     )
     return [

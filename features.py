@@ -221,15 +221,15 @@ class FeatureCache:
         with atomic_write(self.path(image), "wb") as file:
             np.save(file, features.astype(self.dtype), allow_pickle=False)
 
-    def read(self, path: tf.Tensor) -> tf.Tensor:
-        """A file's path -> its features, (64, 2048) float16 or float32, inside a tf.data pipeline.
+    def read(self, paths: tf.Tensor) -> tf.Tensor:
+        """Paths (P,) of files -> their features, (P, 64, 2048) float16 or float32, inside a tf.data pipeline.
 
         np.load would hold Python's lock, and keep the readers from running side by side.
         """
-        content = tf.io.read_file(path)
-        size = LOCATIONS * CHANNELS * self.dtype.itemsize
-        values = tf.strings.substr(content, tf.strings.length(content) - size, size)  # behind the header
-        return tf.reshape(tf.io.decode_raw(values, self.dtype), (LOCATIONS, CHANNELS))
+        contents = tf.map_fn(tf.io.read_file, paths)
+        header = tf.strings.length(contents) - LOCATIONS * CHANNELS * self.dtype.itemsize
+        values = tf.strings.substr(contents, header, tf.strings.length(contents))
+        return tf.reshape(tf.io.decode_raw(values, self.dtype), (-1, LOCATIONS, CHANNELS))
 
 
 def open_cache(folder: Path | str, images: Path, names: list[str], weights: str, dtype: str) -> FeatureCache:

@@ -17,6 +17,8 @@ from typing import Any, NamedTuple
 with quiet():
     import tensorflow as tf
 
+import recurrence
+
 layers = tf.keras.layers
 ATTENTIONS = ("soft", "hard")
 
@@ -50,19 +52,24 @@ class Encoded(NamedTuple):
 
 
 class Chance(NamedTuple):
-    """What hard attention draws while it trains."""
+    """What hard attention draws while it trains, for B captions or words."""
 
-    noise: tf.Tensor  # (..., B, L), Gumbel distributed
-    sampled: tf.Tensor  # (B, 1) bool, the captions whose locations are drawn; the others get the expectation
+    noise: tf.Tensor  # (B, L), Gumbel distributed
+    sampled: tf.Tensor  # (B, 1) bool, those whose location is drawn; the others get the expectation
 
 
 class Taught(NamedTuple):
-    """What teacher forcing finds in a batch of captions."""
+    """What teacher forcing finds in a batch of captions: a row for each of their N tokens but the last.
 
-    logits: tf.Tensor  # (B, T, vocabulary), of the word after each token
-    weights: tf.Tensor  # (B, T, L), the attention's weights, which sum to 1 at every word
-    looks: tf.Tensor  # (B, T, L), where it looked: the weights, or in hard attention one location for each word
-    sampled: tf.Tensor  # (B, 1) bool, the captions whose locations were drawn; none in soft attention
+    Padding has no rows. `place` says where in the batch the rows belong: `tf.gather_nd` takes what belongs to
+    them from a tensor (B, T, ...), and `tf.scatter_nd` puts them into one.
+    """
+
+    logits: tf.Tensor  # (N, vocabulary), of the word after each token
+    weights: tf.Tensor  # (N, L), the attention's weights, which sum to 1 at every word
+    looks: tf.Tensor  # (N, L), where it looked: the weights, or in hard attention one location for each word
+    sampled: tf.Tensor  # (N, 1) bool, the words whose location was drawn; none in soft attention
+    place: tf.Tensor  # (N, 2), the caption and the number of the token
 
 
 class CNNEncoder(tf.keras.Model):
@@ -125,10 +132,10 @@ class BahdanauAttention(tf.keras.Model):
         one = tf.one_hot(found, tf.shape(scores)[1], dtype=weights.dtype)
         return one if chance is None else tf.where(chance.sampled, one, weights)
 
-    def draw(self, words: tf.Tensor, batch: tf.Tensor, locations: int) -> Chance:
-        """The chance of a batch: noise (T, B, L), and half of the captions sampled (Xu et al. 2015, section 4.1)."""
-        uniform = tf.keras.random.uniform((words, batch, locations), minval=1e-30, seed=self.dice)
-        return Chance(-tf.math.log(-tf.math.log(uniform)), tf.keras.random.uniform((batch, 1), seed=self.dice) < 0.5)
+    def draw(self, captions: tf.Tensor, words: tf.Tensor, locations: int) -> Chance:
+        """The chance of a batch: noise (N, L), and half of the captions sampled, (B, 1); section 4.1 of the paper."""
+        uniform = tf.keras.random.uniform((words, locations), minval=1e-30, seed=self.dice)
+        return Chance(-tf.math.log(-tf.math.log(uniform)), tf.keras.random.uniform((captions, 1), seed=self.dice) < 0.5)
 
 
 class RNNDecoder(tf.keras.Model):
@@ -195,35 +202,53 @@ class RNNDecoder(tf.keras.Model):
         state, _, looks = self.cell(self.embedding(tf.reshape(tokens, [-1])), state, encoded)
         return self.to_logits(state), state, looks
 
-    def teach(self, tokens: tf.Tensor, encoded: Encoded, training: bool = False) -> Taught:
+    def teach(
+        self, tokens: tf.Tensor, encoded: Encoded, picture: tf.Tensor | None = None, training: bool = False
+    ) -> Taught:
         """Teacher forcing: every step is given the true previous word.
 
         What does not depend on the step before, the embedding and the layers to the vocabulary, is computed
-        for all words at once, in a few large matrix products.
+        for all words at once, in a few large matrix products; the steps themselves are recurrence.py's.
 
         Args:
-            tokens: (B, T), the true words from <start> on.
+            tokens: (B, T), whole captions from <start> to <end>, padded with <pad>, at least one word each.
             encoded: the pictures.
+            picture: (B,), the number of each caption's picture; None if every caption has its own.
             training: whether dropout, and the draws of hard attention, are at work.
         """
-        embedded = tf.transpose(self.dropout(self.embedding(tokens), training=training), [1, 0, 2])  # (T, B, 256)
-        batch, locations = tf.shape(tokens)[0], encoded.features.shape[1]
-        nowhere = tf.zeros((batch, locations), embedded.dtype)
-        start = (self.initial_state(batch), nowhere, nowhere)
-        # A loop in the graph: one trace serves every length, where an unrolled one is compiled anew for each.
-        if self.attention.hard and training:
-            chance = self.attention.draw(tf.shape(tokens)[1], batch, locations)
-            sampled = chance.sampled
-            found = tf.scan(
-                lambda before, now: self.cell(now[0], before[0], encoded, Chance(now[1], sampled)),
-                (embedded, chance.noise),
-                initializer=start,
-            )
-        else:
-            sampled = tf.zeros((batch, 1), tf.bool)
-            found = tf.scan(lambda before, word: self.cell(word, before[0], encoded), embedded, initializer=start)
-        states, weights, looks = (tf.transpose(by_step, [1, 0, 2]) for by_step in found)  # (B, T, ...)
-        return Taught(self.to_logits(states, training), weights, looks, sampled)
+        lengths = tf.math.count_nonzero(tokens, 1, dtype=tf.int32) - 1  # the last token is only a target
+        longest_first = tf.argsort(lengths, direction="DESCENDING", stable=True)
+        counts = tf.reduce_sum(tf.cast(lengths > tf.range(tf.reduce_max(lengths))[:, tf.newaxis], tf.int32), 1)  # (T,)
+        order = recurrence.order_of(counts)
+        place = tf.stack([tf.gather(longest_first, order.place[:, 0]), order.place[:, 1]], 1)
+        pictures = longest_first if picture is None else tf.gather(picture, longest_first)
+        features, keys = (tf.gather(each, pictures) for each in encoded)  # for every caption
+
+        embedded = self.dropout(self.embedding(tf.gather_nd(tokens, place)), training=training)  # (N, 256)
+        attention = self.attention
+        variables = *attention.W2.variables, *attention.V.variables, *self.gru.trainable_variables
+        *before_gru, kernel, state_kernel, biases = (tf.cast(variable, embedded.dtype) for variable in variables)
+        # The GRU's kernel has the context's rows first, as `cell` has its input.
+        context_kernel, word_kernel = tf.split(kernel, [features.shape[2], -1], 0)
+        weights = recurrence.Weights(*before_gru, context_kernel, state_kernel, biases[1])
+        look = expected = None
+        sampled = tf.zeros((tf.shape(place)[0], 1), tf.bool)
+        if attention.hard:
+            look = lambda scores, weights, start: attention.look(scores, weights, None)
+            expected = tf.zeros((tf.size(lengths), 1), embedded.dtype)
+        if attention.hard and training:
+            chance = attention.draw(tf.size(lengths), tf.shape(place)[0], features.shape[1])
+            sampled = tf.gather(chance.sampled, place[:, 0])
+            expected = tf.cast(~tf.gather(chance.sampled, longest_first), embedded.dtype)
+
+            def look(scores, weights, start):
+                rows = slice(start, start + tf.shape(scores)[0])
+                return attention.look(scores, weights, Chance(chance.noise[rows], sampled[rows]))
+
+        states, seen, looks = recurrence.unroll(
+            tf.matmul(embedded, word_kernel) + biases[0], features, keys, weights, order, look, expected
+        )
+        return Taught(self.to_logits(states, training), seen, looks, sampled, place)
 
 
 class Captioner(tf.keras.Model):
@@ -245,9 +270,11 @@ class Captioner(tf.keras.Model):
         """One word of captioning: tokens (B,), state (B, 512) -> logits (B, vocabulary), state, looks (B, L)."""
         return self.decoder(tokens, encoded, state)
 
-    def call(self, features: tf.Tensor, tokens: tf.Tensor, training: bool = False) -> Taught:
-        """Teacher forcing: features (B, L, 2048), tokens (B, T) from <start> on -> logits of the next words."""
-        return self.decoder.teach(tokens, self.encode(features), training)
+    def call(
+        self, features: tf.Tensor, tokens: tf.Tensor, picture: tf.Tensor | None = None, training: bool = False
+    ) -> Taught:
+        """Teacher forcing: features (P, L, 2048), captions (B, T), each caption's picture (B,); see `teach`."""
+        return self.decoder.teach(tokens, self.encode(features), picture, training)
 
 
 def build(config: ModelConfig, features_shape: tuple[int, int] = (64, 2048)) -> Captioner:

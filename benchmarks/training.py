@@ -17,6 +17,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from common import at_least, run_command, say  # before TensorFlow
 
 import argparse
+import dataclasses
 import itertools
 import json
 import tempfile
@@ -29,7 +30,7 @@ import tensorflow as tf
 import data_utils
 import model
 import train
-from batches import Captions, encode_captions, make_pipeline, order_batches
+from batches import Batch, Captions, encode_captions, make_pipeline, order_batches
 from tokenizer import START, Tokenizer
 from turns import mean_rates, rate_of
 
@@ -48,11 +49,11 @@ def make_examples(count: int, annotations: str | None, pictures: int) -> list[da
     """Captions to train on, of so many pictures; words do not matter, lengths do."""
     dice = np.random.default_rng(0)
     if annotations:
-        texts = [text for example in data_utils.read_annotations(annotations) for text in example.captions]
-        texts = [texts[i] for i in dice.permutation(len(texts))[:count]]
-    else:
-        lengths = draw_lengths(count, dice) - 2
-        texts = [" ".join(f"word{i}" for i in dice.integers(0, 4996, length)) for length in lengths]
+        examples = data_utils.read_annotations(annotations)
+        chosen = [examples[i] for i in dice.permutation(len(examples))[:pictures]]
+        return [dataclasses.replace(example, split="train") for example in chosen]
+    lengths = draw_lengths(count, dice) - 2
+    texts = [" ".join(f"word{i}" for i in dice.integers(0, 4996, length)) for length in lengths]
     return [
         data_utils.Example(f"{i}.jpg", tuple(texts[i::pictures]), i, "train") for i in range(min(pictures, len(texts)))
     ]
@@ -75,13 +76,14 @@ def tutorial_pipeline(captions: Captions, cache: features.FeatureCache, batch_si
         yield tf.ensure_shape(pictures, (batch_size, 64, 2048)), tf.ensure_shape(tokens, (batch_size, None))
 
 
-def tutorial_step(captioner: model.Captioner) -> Callable[[tf.Tensor, tf.Tensor], tf.Tensor]:
+def tutorial_step(captioner: model.Captioner) -> Callable[[tuple[tf.Tensor, tf.Tensor]], tf.Tensor]:
     """The tutorial's training step, on the suite's layers."""
     encoder, decoder, optimizer = captioner.encoder, captioner.decoder, tf.keras.optimizers.Adam()
     cross_entropy = tf.keras.losses.SparseCategoricalCrossentropy(from_logits=True, reduction="none")
 
     @tf.function
-    def step(pictures: tf.Tensor, target: tf.Tensor) -> tf.Tensor:
+    def step(batch: tuple[tf.Tensor, tf.Tensor]) -> tf.Tensor:
+        pictures, target = batch
         loss = 0.0
         hidden = decoder.initial_state(pictures.shape[0])
         word = tf.fill([pictures.shape[0]], START)
@@ -102,19 +104,19 @@ def tutorial_step(captioner: model.Captioner) -> Callable[[tf.Tensor, tf.Tensor]
 def suite_batches(captions: Captions, cache: features.FeatureCache, batch_size: int) -> Iterator[tuple]:
     """The suite's pipeline, epoch after epoch, without the last batch, which is not full."""
     for epoch in itertools.count():
-        batches = [b for b in order_batches(captions.lengths, batch_size, 0, epoch) if len(b) == batch_size]
+        batches = [b for b in order_batches(captions, batch_size, 0, epoch) if len(b) == batch_size]
         yield from make_pipeline(captions, batches, cache)
 
 
 def suite_step(captioner: model.Captioner, cache: features.FeatureCache):
     """The suite's training step, as train.py makes it."""
-    optimizer = tf.keras.optimizers.Adam(global_clipnorm=5.0)
+    optimizer = train.Adam(global_clipnorm=5.0)
     optimizer.build(captioner.trainable_variables)
     progress, average = train.Progress(), train.Average(captioner.trainable_variables, 0.0)
     step = train.make_train_step(captioner, optimizer, average, progress, cache, train.TrainConfig())
 
-    def run(pictures: tf.Tensor, tokens: tf.Tensor) -> tf.Tensor:
-        step(pictures, tokens)
+    def run(batch: Batch) -> tf.Tensor:
+        step(batch)
         return progress.loss
 
     return run
@@ -122,8 +124,8 @@ def suite_step(captioner: model.Captioner, cache: features.FeatureCache):
 
 def take_steps(step: Callable, batches: Iterator[tuple], count: int) -> None:
     """So many steps, reading included."""
-    for pictures, tokens in itertools.islice(batches, count):
-        found = step(pictures, tokens)
+    for batch in itertools.islice(batches, count):
+        found = step(batch)
     float(found)  # waits for the last step
 
 

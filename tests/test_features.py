@@ -85,7 +85,7 @@ def test_tensorflow_reads_what_numpy_wrote(cache):
     values = rng.normal(size=(64, 2048)).astype(np.float16)
     cache.write("sub/a.jpg", values)
     np.testing.assert_array_equal(np.load(cache.path("sub/a.jpg"), allow_pickle=False), values)
-    np.testing.assert_array_equal(cache.read(tf.constant(str(cache.path("sub/a.jpg")))), values)
+    np.testing.assert_array_equal(cache.read(tf.constant([str(cache.path("sub/a.jpg"))])), [values])
 
 
 def test_half_a_file_counts_as_missing(cache):

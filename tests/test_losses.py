@@ -6,23 +6,38 @@ import pytest
 import tensorflow as tf
 
 import model
-from losses import doubly_stochastic_penalty, hard_attention_terms, smoothing_penalty, word_losses
+from losses import (
+    cross_entropy,
+    doubly_stochastic_penalty,
+    hard_attention_terms,
+    next_words,
+    smoothing_penalty,
+    word_losses,
+)
 from model import BahdanauAttention, Chance, ModelConfig, Taught
 
 rng = np.random.default_rng(0)
-LOGITS = tf.constant(rng.normal(size=(2, 4, 10)).astype(np.float32))
-TARGETS = tf.constant([[4, 5, 3, 0], [6, 3, 0, 0]])
-REAL = [(0, 0, 4), (0, 1, 5), (0, 2, 3), (1, 0, 6), (1, 1, 3)]
+LOGITS = tf.constant(rng.normal(size=(5, 10)).astype(np.float32))
+TARGETS = tf.constant([4, 5, 0, 6, 3])  # the third is padding
 
 
 def test_padding_counts_for_nothing():
     losses, real = word_losses(LOGITS, TARGETS)
-    probabilities = tf.nn.log_softmax(LOGITS).numpy()
-    expected = np.zeros((2, 4))
-    for b, t, word in REAL:
-        expected[b, t] = -probabilities[b, t, word]
-    np.testing.assert_allclose(losses, expected, rtol=1e-5)
-    np.testing.assert_array_equal(real, expected > 0)
+    expected = -tf.nn.log_softmax(LOGITS).numpy()[range(5), TARGETS]
+    np.testing.assert_allclose(losses, expected * [1, 1, 0, 1, 1], rtol=1e-5)
+    np.testing.assert_array_equal(real, [1, 1, 0, 1, 1])
+
+
+@pytest.mark.parametrize("scale", [1.0, 100.0, 1e4])
+def test_cross_entropy_and_its_gradient_are_tensorflows(scale):
+    logits, upstream = tf.Variable(LOGITS * scale), tf.constant([1.0, 0.5, 2.0, 0.0, -3.0])
+    found = []
+    for function in (cross_entropy, lambda x, y: tf.nn.sparse_softmax_cross_entropy_with_logits(y, x)):
+        with tf.GradientTape() as tape:
+            losses = function(tf.convert_to_tensor(logits), TARGETS)
+        found.append((losses, tape.gradient(losses, logits, upstream)))
+    for ours, theirs in zip(*found, strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-6)
 
 
 def test_label_smoothing_is_keras_own():
@@ -34,9 +49,11 @@ def test_label_smoothing_is_keras_own():
 
 
 def test_doubly_stochastic_penalty_by_hand():
-    weights = tf.constant([[[0.5, 0.5], [0.5, 0.5]], [[0.75, 0.25], [0.0, 1.0]]])
-    real = tf.constant([[1.0, 1.0], [1.0, 0.0]])  # the second caption's last word is padding
-    assert float(doubly_stochastic_penalty(weights, real)) == pytest.approx(0.25**2 + 0.75**2)
+    weights = tf.constant([[0.5, 0.5], [0.75, 0.25], [0.5, 0.5], [0.0, 1.0]])
+    place = tf.constant([[0, 0], [1, 0], [0, 1], [1, 1]])
+    real = tf.constant([1.0, 1.0, 1.0, 0.0])  # the second caption's last word is padding
+    taught = Taught(None, weights, weights, None, place)
+    assert float(doubly_stochastic_penalty(taught, real, 2)) == pytest.approx(0.25**2 + 0.75**2)
 
 
 # Hard attention.
@@ -52,32 +69,31 @@ def tiny():
     return captioner
 
 
-TOKENS = tf.constant([[2, 4, 5, 0]])  # two real words, <end> and a <pad> left out: any words do
+TOKENS = tf.constant([[2, 4, 5, 4], [2, 5, 4, 0]])  # the second caption has one word less
 
 
 def taught_by(captioner, pictures, looks, monkeypatch):
-    """Teacher forcing that looks at these locations, one for each of the steps."""
-    noise = 1e4 * tf.one_hot(looks, 2)[:, tf.newaxis]  # (T, 1, 2)
-    monkeypatch.setattr(captioner.decoder.attention, "draw", lambda *_: Chance(noise, tf.constant([[True]])))
-    taught = captioner(pictures, TOKENS[:, :-1], training=True)
-    np.testing.assert_array_equal(tf.argmax(taught.looks[0], axis=1), looks)
-    return taught, *word_losses(taught.logits, TOKENS[:, 1:])
+    """Teacher forcing that looks at these locations, one for each of the five words, in the order of the rows."""
+    chance = Chance(1e4 * tf.one_hot(looks, 2), tf.constant([[True], [True]]))
+    monkeypatch.setattr(captioner.decoder.attention, "draw", lambda *_: chance)
+    taught = captioner(pictures, TOKENS, training=True)
+    np.testing.assert_array_equal(tf.argmax(taught.looks, axis=1), looks)
+    return taught, *word_losses(taught.logits, next_words(TOKENS, taught))
 
 
 def test_the_estimators_mean_is_the_exact_gradient(tiny, monkeypatch):
     """Of the bound sum_s p(s) log p(y | s), enumerated over all ways to look."""
-    pictures = tf.constant(rng.normal(size=(1, 2, 2048)).astype(np.float32) * 3)
+    pictures = tf.constant(rng.normal(size=(2, 2, 2048)).astype(np.float32) * 3)
     variables = tiny.trainable_variables
-    estimates, ways = [0.0] * len(variables), list(itertools.product((0, 1), repeat=3))
+    estimates, ways = [0.0] * len(variables), list(itertools.product((0, 1), repeat=5))
     with tf.GradientTape() as exact_tape:
         bound = total = 0.0
         for looks in ways:
             with tf.GradientTape() as tape:
                 taught, losses, real = taught_by(tiny, pictures, looks, monkeypatch)
-                locations, _ = hard_attention_terms(taught, losses, real, baseline=tf.constant(-1.3))
+                locations, _ = hard_attention_terms(taught, losses, real, tf.constant(-1.3), TOKENS.shape)
                 objective = tf.reduce_sum(losses) + locations
-            seen = tf.reduce_sum(taught.weights[0] * tf.one_hot(looks, 2), axis=1)
-            p = tf.reduce_prod(tf.where(real[0] > 0, seen, 0.5))  # at padding both ways to look count half
+            p = tf.reduce_prod(tf.reduce_sum(taught.weights * tf.one_hot(looks, 2), axis=1))
             bound, total = bound - p * tf.reduce_sum(losses), total + p
             gradients = tape.gradient(objective, variables, unconnected_gradients="zero")
             estimates = [mean + p * gradient for mean, gradient in zip(estimates, gradients, strict=True)]
@@ -96,8 +112,8 @@ def test_locations_are_drawn_as_the_weights_say_for_half_of_the_captions():
     attention = BahdanauAttention(2, hard=True)
     scores = tf.tile(tf.constant([[0.0, 1.0, -2.0]]), [20_000, 1])
     weights = tf.nn.softmax(scores)
-    chance = attention.draw(1, 20_000, 3)
-    looks = attention.look(scores, weights, Chance(chance.noise[0], chance.sampled)).numpy()
+    chance = attention.draw(20_000, 20_000, 3)
+    looks = attention.look(scores, weights, chance).numpy()
     sampled = chance.sampled.numpy()[:, 0]
     assert sampled.mean() == pytest.approx(0.5, abs=0.02)
     np.testing.assert_array_equal(looks[~sampled], weights.numpy()[~sampled])
@@ -108,24 +124,26 @@ def test_locations_are_drawn_as_the_weights_say_for_half_of_the_captions():
 def test_captioning_looks_at_the_most_probable_location(tiny):
     pictures = tf.constant(rng.normal(size=(5, 2, 2048)).astype(np.float32))
     _, _, looks = tiny.step(tf.fill([5], 2), tiny.decoder.initial_state(5), tiny.encode(pictures))
-    taught = tiny(pictures, tf.fill([5, 1], 2))
-    expected = tf.one_hot(tf.argmax(taught.weights[:, 0], axis=1), 2)
+    taught = tiny(pictures, tf.fill([5, 2], 2))
+    expected = tf.one_hot(tf.argmax(taught.weights, axis=1), 2)
     np.testing.assert_array_equal(looks, expected)
-    np.testing.assert_array_equal(taught.looks[:, 0], expected)
+    np.testing.assert_array_equal(taught.looks, expected)
     assert taught.weights.numpy().min() > 0, "the weights themselves are soft"
 
 
 def test_a_weight_of_zero_gives_no_nan():
-    scores = tf.Variable([[[200.0, 0.0], [0.0, 0.0], [0.0, 200.0]]])
+    scores = tf.Variable([[200.0, 0.0], [0.0, 0.0], [0.0, 200.0]])
+    place = tf.constant([[0, 0], [0, 1], [0, 2]])
     with tf.GradientTape() as tape:
         weights = tf.nn.softmax(scores)
-        # The first word drew the location whose weight has vanished.
-        taught = Taught(None, weights, tf.constant([[[0.0, 1.0], [0.0, 1.0], [0.0, 1.0]]]), tf.constant([[True]]))
-        losses, real = tf.constant([[1.0, 2.0, 0.0]]), tf.constant([[1.0, 1.0, 0.0]])
-        locations, entropy = hard_attention_terms(taught, losses, real, tf.constant(-1.5))
+        # The first word drew the location whose weight has vanished; the last is padding.
+        looks = tf.constant([[0.0, 1.0], [0.0, 1.0], [0.0, 1.0]])
+        taught = Taught(None, weights, looks, tf.constant([[True]] * 3), place)
+        losses, real = tf.constant([1.0, 2.0, 0.0]), tf.constant([1.0, 1.0, 0.0])
+        locations, entropy = hard_attention_terms(taught, losses, real, tf.constant(-1.5), (1, 4))
         objective = locations - 0.01 * entropy
     assert float(tf.reduce_min(weights)) == 0
     assert float(entropy) == pytest.approx(math.log(2)), "only the word that is real and undecided has any"
     gradient = tape.gradient(objective, scores).numpy()
     assert np.isfinite(gradient).all() and np.isfinite(objective)
-    assert np.abs(gradient[0, 1]).max() > 0 == np.abs(gradient[0, 2]).max()
+    assert np.abs(gradient[1]).max() > 0 == np.abs(gradient[2]).max()

@@ -6,15 +6,21 @@ import tensorflow as tf
 
 import model
 from common import InputError
-from losses import word_losses
-from model import BahdanauAttention, Captioner, CNNEncoder, ModelConfig, RNNDecoder
+from losses import next_words, word_losses
+from model import BahdanauAttention, Captioner, Chance, CNNEncoder, ModelConfig, RNNDecoder
 
 rng = np.random.default_rng(0)
 
 
-def mean_loss(captioner, pictures, tokens):
-    losses, real = word_losses(captioner(pictures, tokens[:, :-1]).logits, tokens[:, 1:])
+def mean_loss(captioner, pictures, tokens, picture=None):
+    taught = captioner(pictures, tokens, picture)
+    losses, real = word_losses(taught.logits, next_words(tokens, taught))
     return tf.reduce_sum(losses) / tf.reduce_sum(real)
+
+
+def in_place(rows, taught, tokens):
+    """Rows (N, ...) of `taught` where they belong, (B, T - 1, ...), with zeros at padding."""
+    return tf.scatter_nd(taught.place, rows, (tokens.shape[0], tokens.shape[1] - 1, *rows.shape[1:])).numpy()
 
 
 def features(batch=3):
@@ -29,7 +35,7 @@ def test_shapes_of_a_batch_of_16():
         tf.zeros((16, 1), tf.int32), encoded, captioner.decoder.initial_state(16)
     )
     assert (logits.shape, state.shape, weights.shape) == ((16, 5000), (16, 512), (16, 64))
-    assert captioner(features(16), tf.zeros((16, 7), tf.int32)).logits.shape == (16, 7, 5000)
+    assert captioner(features(16), tf.ones((16, 8), tf.int32)).logits.shape == (16 * 7, 5000)
     kernels = [tuple(variable.shape) for variable in captioner.trainable_variables]
     for expected in ((2048, 256), (5000, 256), (512, 1536), (512, 512), (512, 5000), (256, 512), (512, 1)):
         assert expected in kernels, "the tutorial's architecture has changed"
@@ -88,34 +94,88 @@ def captioner():
 
 
 def test_teacher_forcing_equals_a_plain_reference(captioner):
-    pictures, tokens = features(), rng.integers(0, 30, (3, 6))
-    expected = plain_logits(captioner, pictures.numpy(), tokens)
-    eager = captioner(pictures, tf.constant(tokens, tf.int32)).logits
-    graph = tf.function(captioner)(pictures, tf.constant(tokens, tf.int32)).logits
-    np.testing.assert_allclose(eager, expected, rtol=1e-3, atol=1e-4)
-    np.testing.assert_allclose(graph, expected, rtol=1e-3, atol=1e-4)
+    pictures, tokens = features(), rng.integers(1, 30, (3, 7))
+    expected = plain_logits(captioner, pictures.numpy(), tokens[:, :-1])
+    for call in (captioner, tf.function(captioner)):
+        taught = call(pictures, tf.constant(tokens, tf.int32))
+        np.testing.assert_allclose(in_place(taught.logits, taught, tokens), expected, rtol=1e-3, atol=1e-4)
 
 
 def test_captioning_steps_equal_teacher_forcing(captioner):
-    pictures, tokens = features(), tf.constant(rng.integers(0, 30, (3, 6)), tf.int32)
-    taught = captioner.decoder.teach(tokens, captioner.encode(pictures))
+    pictures, tokens = features(), tf.constant(rng.integers(1, 30, (3, 7)), tf.int32)
+    taught = captioner(pictures, tokens)
+    logits_taught, weights_taught = (in_place(rows, taught, tokens) for rows in (taught.logits, taught.weights))
     encoded, state = captioner.encode(pictures), captioner.decoder.initial_state(3)
     for t in range(6):
         logits, state, weights = captioner.step(tokens[:, t], state, encoded)
-        np.testing.assert_allclose(logits, taught.logits[:, t], rtol=1e-4, atol=1e-5)
-        np.testing.assert_allclose(weights, taught.weights[:, t], rtol=1e-4, atol=1e-6)
+        np.testing.assert_allclose(logits, logits_taught[:, t], rtol=1e-4, atol=1e-5)
+        np.testing.assert_allclose(weights, weights_taught[:, t], rtol=1e-4, atol=1e-6)
         np.testing.assert_allclose(tf.reduce_sum(weights, 1), 1, rtol=1e-5)
+
+
+def loop_over_cells(captioner, pictures, tokens, picture, chance, row):
+    """Teacher forcing of one caption after the other, with `cell`: logits and attention weights by (caption, step)."""
+    decoder, found = captioner.decoder, {}
+    for b, length in enumerate(np.count_nonzero(tokens, axis=1)):
+        encoded, state = captioner.encode(pictures[picture[b] : picture[b] + 1]), decoder.initial_state(1)
+        for t in range(length - 1):
+            drawn = chance and Chance(chance.noise[row[b, t], tf.newaxis], chance.sampled[b, tf.newaxis])
+            state, weights, _ = decoder.cell(decoder.embedding(tokens[b : b + 1, t]), state, encoded, drawn)
+            found[b, t] = decoder.to_logits(state)[0], weights[0]
+    return found
+
+
+@pytest.mark.parametrize("attention", ["soft", "hard"])
+def test_the_written_gradient_is_that_of_a_loop_over_cells(attention):
+    """Captions of different lengths, in any order, some of the same picture."""
+    tf.keras.utils.set_random_seed(1)
+    captioner = model.build(ModelConfig(30, embedding_dim=8, units=12, attention=attention))
+    variables = captioner.trainable_variables
+    for variable in variables:  # biases too, and far from linear
+        variable.assign(2 * variable + 0.1 * tf.random.normal(variable.shape))
+    tokens = rng.integers(4, 30, (5, 7))
+    for caption, length in zip(tokens, (4, 7, 3, 5, 7), strict=True):
+        caption[length:] = 0
+    tokens, picture, pictures = tf.constant(tokens, tf.int32), tf.constant([0, 0, 1, 1, 2]), features()
+    chance = None
+    if attention == "hard":
+        noise = tf.constant(rng.gumbel(size=(21, 64)).astype(np.float32))
+        chance = Chance(noise, tf.constant([[True], [False], [True], [False], [False]]))
+        captioner.decoder.attention.draw = lambda *_: chance
+    to_logits, to_weights = (tf.random.normal((5, 6, size)) for size in (30, 64))
+    with tf.GradientTape(persistent=True) as tape:
+        taught = captioner(pictures, tokens, picture, training=True)
+        row = {tuple(place): i for i, place in enumerate(taught.place.numpy())}
+        plain = loop_over_cells(captioner, pictures, tokens, picture, chance, row)
+        ours = tf.reduce_sum(taught.logits * tf.gather_nd(to_logits, taught.place))
+        ours += tf.reduce_sum(taught.weights * tf.gather_nd(to_weights, taught.place))
+        theirs = tf.add_n(
+            [
+                tf.reduce_sum(to_logits[p] * logits) + tf.reduce_sum(to_weights[p] * w)
+                for p, (logits, w) in plain.items()
+            ]
+        )
+    assert len(row) == 21 and row.keys() == plain.keys()
+    for place, (logits, weights) in plain.items():
+        np.testing.assert_allclose(taught.logits[row[place]], logits, rtol=1e-4, atol=1e-5)
+        np.testing.assert_allclose(taught.weights[row[place]], weights, rtol=1e-4, atol=1e-6)
+    for variable, found, expected in zip(
+        variables, tape.gradient(ours, variables), tape.gradient(theirs, variables), strict=True
+    ):
+        found, expected = tf.convert_to_tensor(found), tf.convert_to_tensor(expected)
+        tolerance = 1e-5 * max(1, np.abs(expected).max())
+        np.testing.assert_allclose(found, expected, rtol=1e-4, atol=tolerance, err_msg=variable.path)
 
 
 def test_the_state_is_carried(captioner):
     """In the tutorial's code the GRU starts from zeros at every word."""
-    pictures = features()
-    first = captioner(pictures, tf.constant([[5, 7, 9]] * 3)).logits
-    second = captioner(pictures, tf.constant([[6, 7, 9]] * 3)).logits
+    tokens = tf.constant([[5, 7, 9, 3], [6, 7, 9, 3]])
+    taught = captioner(features(1), tokens, tf.constant([0, 0]))
+    first, second = in_place(taught.logits, taught, tokens)
     gru = captioner.decoder.gru
     x = tf.ones((1, gru.kernel.shape[0]))
     assert np.abs(gru(x, [tf.ones((1, 12))])[0] - gru(x, [tf.zeros((1, 12))])[0]).max() > 1e-3
-    assert np.abs(first[:, 2] - second[:, 2]).max() > 1e-6, "the third step has forgotten the first word"
+    assert np.abs(first[2] - second[2]).max() > 1e-6, "the third step has forgotten the first word"
 
 
 def test_gradients_reach_every_weight_and_equal_differences(captioner):
@@ -156,7 +216,7 @@ def test_padding_a_batch_changes_no_gradient(captioner):
 
 def test_dropout_is_at_work_in_training_only():
     captioner = model.build(ModelConfig(vocabulary_size=30, embedding_dim=8, units=12, dropout=0.5))
-    pictures, tokens = features(), tf.constant(rng.integers(0, 30, (3, 6)), tf.int32)
+    pictures, tokens = features(), tf.constant(rng.integers(1, 30, (3, 6)), tf.int32)
     logits = lambda **kwargs: captioner(pictures, tokens, **kwargs).logits
     np.testing.assert_array_equal(logits(), logits())
     assert np.abs(logits(training=True) - logits(training=True)).max() > 0

@@ -1,5 +1,6 @@
 import csv
 import dataclasses
+import itertools
 import json
 import math
 import re
@@ -12,7 +13,7 @@ import tensorflow as tf
 import inference
 import model
 import train
-from batches import encode_captions, make_pipeline, order_batches
+from batches import Captions, encode_captions, make_pipeline, order_batches
 from common import InputError
 from data_utils import DataOptions
 from train import TrainConfig
@@ -55,31 +56,40 @@ def history(run):
 # Batches.
 
 
-def test_an_epoch_sees_every_caption_once_in_batches_of_similar_length():
-    lengths = np.random.default_rng(0).integers(5, 50, 1003)
-    batches = order_batches(lengths, 16, seed=0, epoch=0)
+def some_captions(count):
+    """Captions of 5 to 49 tokens, most pictures with five."""
+    picture = np.arange(count, dtype=np.int32) // 5
+    lengths = np.random.default_rng(0).integers(5, 50, count)
+    return Captions(np.array([f"{i}.npy" for i in range(picture[-1] + 1)]), picture, np.zeros((count, 50)), lengths)
+
+
+def test_an_epoch_sees_every_caption_once_and_pictures_together():
+    captions = some_captions(1003)
+    batches = order_batches(captions, 16, seed=0, epoch=0)
     assert sorted(np.concatenate(batches)) == list(range(1003))
     assert [len(batch) for batch in batches] == [16] * 62 + [11]
-    padded = sum(len(b) * lengths[b].max() for b in batches)
-    assert padded < 1.15 * lengths.sum(), "captions of similar length must share a batch"
+    pictures = sum(len(set(captions.picture[batch])) for batch in batches)
+    assert pictures <= 201 + 62, "only a batch's first and last picture may be cut"
+    longest = [captions.lengths[batch].max() for batch in batches]
+    shuffled = np.random.default_rng(1).permutation(1003)
+    assert np.mean(longest) < np.mean([captions.lengths[shuffled[i : i + 16]].max() for i in range(0, 1003, 16)]) - 1
 
 
 def test_order_depends_on_seed_and_epoch_only():
-    lengths = np.random.default_rng(0).integers(5, 50, 200)
-    order = lambda seed, epoch: np.concatenate(order_batches(lengths, 16, seed, epoch)).tolist()
+    order = lambda seed, epoch: np.concatenate(order_batches(some_captions(200), 16, seed, epoch)).tolist()
     assert order(0, 0) == order(0, 0)
     assert order(0, 0) != order(0, 1) != order(1, 1)
-    assert [len(b) for b in order_batches(lengths[:3], 16, 0, 0)] == [3], "fewer captions than a batch"
+    assert [len(b) for b in order_batches(some_captions(3), 16, 0, 0)] == [3], "fewer captions than a batch"
 
 
 def test_pipeline_gives_every_caption_its_own_picture(dataset, words, cache):
     captions = encode_captions(dataset.split("train"), words, cache, 50)
-    batches = order_batches(captions.lengths, 5, 0, 0)
     seen = []
-    for pictures, tokens in make_pipeline(captions, batches, cache):
-        assert pictures.shape[1:] == (64, 2048) and pictures.dtype == tf.float16
-        assert tokens.shape[1] == max(np.count_nonzero(tokens, axis=1)), "padded to the batch's longest, no more"
-        for values, ids in zip(pictures.numpy(), tokens.numpy(), strict=True):
+    for batch in make_pipeline(captions, order_batches(captions, 5, 0, 0), cache):
+        assert batch.pictures.shape[1:] == (64, 2048) and batch.pictures.dtype == tf.float16
+        assert len(batch.pictures) == len(set(batch.picture.numpy())), "each picture is read once"
+        assert batch.tokens.shape[1] == max(np.count_nonzero(batch.tokens, axis=1)), "padded to the longest, no more"
+        for values, ids in zip(batch.pictures.numpy()[batch.picture], batch.tokens.numpy(), strict=True):
             text = words.decode(ids)
             colour = ("red", "green", "blue")[int(values[10, :300:100].argmax())]
             noun = ("dog", "cat", "bird", "horse")[int(values[20, 1000:1400:100].argmax())]
@@ -87,6 +97,13 @@ def test_pipeline_gives_every_caption_its_own_picture(dataset, words, cache):
             seen.append(text)
     expected = [c for e in dataset.split("train") for c in e.captions]
     assert sorted(seen) == sorted(expected)
+
+
+@pytest.fixture
+def batch(dataset, words, cache):
+    """The first batch of five captions."""
+    captions = encode_captions(dataset.split("train"), words, cache, 50)
+    return next(iter(make_pipeline(captions, order_batches(captions, 5, 0, 0), cache)))
 
 
 # Runs.
@@ -102,7 +119,7 @@ def test_training_learns_and_leaves_a_complete_run(start, dataset, cache):
     shutil.rmtree(run / "checkpoints/best")  # the last has learnt the training pictures best
     captioner, words, config = inference.load_run(run)
     examples = dataset.split("train")
-    pictures = tf.stack([cache.read(tf.constant(str(cache.path(example.image)))) for example in examples])
+    pictures = cache.read(tf.constant([str(cache.path(example.image)) for example in examples]))
     captions = inference.caption_features(captioner, words, pictures)
     right = [caption.text in example.captions for caption, example in zip(captions, examples, strict=True)]
     assert sum(right) >= 8, "the model has not learnt what it was taught: guessing gets 1 of 12"
@@ -201,7 +218,7 @@ def test_other_settings_are_refused(start):
 def test_a_loss_that_is_not_a_number_stops_and_keeps_the_checkpoint(start, monkeypatch):
     run = start("run", epochs=1)
     before = weights(run)
-    bad = lambda logits, targets: (tf.reduce_sum(logits, 2) * np.nan, tf.ones_like(targets, tf.float32))
+    bad = lambda logits, targets: (tf.reduce_sum(logits, 1) * np.nan, tf.ones_like(targets, tf.float32))
     monkeypatch.setattr(train, "word_losses", bad)
     with pytest.raises(InputError, match="the loss is nan by step"):
         start("run", epochs=2)
@@ -209,36 +226,40 @@ def test_a_loss_that_is_not_a_number_stops_and_keeps_the_checkpoint(start, monke
 
 
 @pytest.mark.parametrize("regulariser", [{}, {"label_smoothing": 0.2}, {"doubly_stochastic": 2.0}])
-def test_one_step_equals_adam_on_the_mean_loss_of_real_words(dataset, words, cache, small_model, regulariser):
+def test_one_step_equals_adam_on_the_mean_loss_of_real_words(words, cache, small_model, batch, regulariser):
     """The compiled step and its pipeline against plain, eager TensorFlow."""
-    captions = encode_captions(dataset.split("train"), words, cache, 50)
-    pictures, tokens = next(iter(make_pipeline(captions, order_batches(captions.lengths, 5, 0, 0), cache)))
     start = [variable.numpy() for variable in small_model.trainable_variables]
-    optimizer = tf.keras.optimizers.Adam(1e-2, global_clipnorm=0.1)
+    optimizer = train.Adam(1e-2, global_clipnorm=0.1)
     progress, average = train.Progress(), train.Average(small_model.trainable_variables, 0.5)
-    train.make_train_step(small_model, optimizer, average, progress, cache, TrainConfig(**regulariser))(
-        pictures, tokens
-    )
+    train.make_train_step(small_model, optimizer, average, progress, cache, TrainConfig(**regulariser))(batch)
     after = [variable.numpy() for variable in small_model.trainable_variables]
 
     for variable, value in zip(small_model.trainable_variables, start, strict=True):
         variable.assign(value)
     with tf.GradientTape() as tape:
-        taught = small_model(tf.cast(pictures, tf.float32), tokens[:, :-1])
-        real = tokens[:, 1:] > 0
-        losses = tf.keras.losses.sparse_categorical_crossentropy(tokens[:, 1:], taught.logits, from_logits=True)
-        objective = loss = tf.reduce_mean(losses[real])
-        if "label_smoothing" in regulariser:
-            true = tf.one_hot(tokens[:, 1:], len(words))
-            objective = tf.reduce_mean(
-                tf.keras.losses.categorical_crossentropy(true, taught.logits, from_logits=True, label_smoothing=0.2)[
-                    real
-                ]
+        objective = loss = 0.0
+        for number, caption in zip(batch.picture.numpy(), batch.tokens, strict=True):
+            caption = caption[: np.count_nonzero(caption)]
+            encoded, state = (
+                small_model.encode(batch.pictures[number : number + 1]),
+                tf.zeros((1, small_model.decoder.units)),
             )
-        if "doubly_stochastic" in regulariser:
-            for weights, caption in zip(tf.unstack(taught.weights), tf.unstack(real), strict=True):
-                seen = tf.reduce_sum(weights[caption], axis=0)
-                objective += 2.0 * tf.reduce_sum((1 - seen) ** 2) / np.count_nonzero(real)
+            seen = 0.0
+            for word, following in itertools.pairwise(caption):
+                logits, state, weights = small_model.step(word[tf.newaxis], state, encoded)
+                loss += (
+                    found := tf.keras.losses.sparse_categorical_crossentropy(following, logits[0], from_logits=True)
+                )
+                seen += weights[0]
+                if share := regulariser.get("label_smoothing"):
+                    true = tf.one_hot(following, len(words))
+                    found = tf.keras.losses.categorical_crossentropy(
+                        true, logits[0], from_logits=True, label_smoothing=share
+                    )
+                objective += found
+            objective += regulariser.get("doubly_stochastic", 0.0) * tf.reduce_sum((1 - seen) ** 2)
+        count = np.count_nonzero(batch.tokens[:, 1:])
+        objective, loss = objective / count, loss / count
     gradients = [tf.convert_to_tensor(g) for g in tape.gradient(objective, small_model.trainable_variables)]
     norm = tf.linalg.global_norm(gradients)
     assert norm > 0.1, "the test must see the clipping"
@@ -266,42 +287,39 @@ def test_the_average_captions_and_the_weights_train_on(small_model):
     np.testing.assert_array_equal(weight, before + 1)
 
 
-def test_one_step_of_hard_attention_follows_the_estimate(dataset, words, cache):
+def test_one_step_of_hard_attention_follows_the_estimate(words, cache, batch):
     """The compiled step against a plain sum over captions and words, for the same draws."""
     tf.keras.utils.set_random_seed(0)
     captioner = model.build(model.ModelConfig(len(words), 8, 16, attention="hard"))
-    captions = encode_captions(dataset.split("train"), words, cache, 50)
-    pictures, tokens = next(iter(make_pipeline(captions, order_batches(captions.lengths, 5, 0, 0), cache)))
-    steps, batch = tokens.shape[1] - 1, tokens.shape[0]
-    noise = tf.constant(np.random.default_rng(0).gumbel(size=(steps, batch, 64)).astype(np.float32))
+    lengths = np.count_nonzero(batch.tokens, axis=1) - 1
+    noise = tf.constant(np.random.default_rng(0).gumbel(size=(lengths.sum(), 64)).astype(np.float32))
     sampled = np.array([[True], [False], [True], [True], [False]])
     captioner.decoder.attention.draw = lambda *_: model.Chance(noise, tf.constant(sampled))
     progress, average = train.Progress(), train.Average(captioner.trainable_variables, 0.0)
     progress.likelihood.assign(-1.5)
     start = [variable.numpy() for variable in captioner.trainable_variables]
     config = TrainConfig(reward=0.7, entropy=0.3, clip_norm=1e9)
-    step = train.make_train_step(captioner, tf.keras.optimizers.SGD(1.0), average, progress, cache, config)
-    step(pictures, tokens)
+    train.make_train_step(captioner, tf.keras.optimizers.SGD(1.0), average, progress, cache, config)(batch)
     after = [variable.numpy() for variable in captioner.trainable_variables]
 
     for variable, value in zip(captioner.trainable_variables, start, strict=True):
         variable.assign(value)
     with tf.GradientTape() as tape:
-        taught = captioner(pictures, tokens[:, :-1], training=True)
+        taught = captioner(batch.pictures, batch.tokens, batch.picture, training=True)
+        row = {tuple(place): i for i, place in enumerate(taught.place.numpy())}
         log_p = tf.nn.log_softmax(taught.logits)
         objective, of_sampled = 0.0, []
-        for b in range(batch):
-            real = [t for t in range(steps) if tokens[b, t + 1] > 0]
-            likelihoods = [log_p[b, t, tokens[b, t + 1]] for t in real]
-            for t, likelihood in zip(real, likelihoods, strict=True):
-                weights = taught.weights[b, t]
+        for b, length in enumerate(lengths):
+            likelihoods = [log_p[row[b, t], batch.tokens[b, t + 1]] for t in range(length)]
+            for t, likelihood in enumerate(likelihoods):
+                weights = taught.weights[row[b, t]]
                 objective -= likelihood
                 objective -= 0.3 * -tf.reduce_sum(weights * tf.math.log(weights))
                 if sampled[b]:
                     of_sampled.append(float(likelihood))
-                    ahead = sum(float(likelihoods[later]) - -1.5 for later in range(t, len(real)))
-                    objective -= 0.7 * ahead * tf.math.log(weights[int(tf.argmax(taught.looks[b, t]))])
-        objective /= np.count_nonzero(tokens[:, 1:])
+                    ahead = sum(float(likelihoods[later]) - -1.5 for later in range(t, length))
+                    objective -= 0.7 * ahead * tf.math.log(weights[int(tf.argmax(taught.looks[row[b, t]]))])
+        objective /= lengths.sum()
     gradients = tape.gradient(objective, captioner.trainable_variables)
     for variable, value, gradient, found in zip(captioner.trainable_variables, start, gradients, after, strict=True):
         np.testing.assert_allclose(
@@ -310,18 +328,16 @@ def test_one_step_of_hard_attention_follows_the_estimate(dataset, words, cache):
     assert float(progress.likelihood) == pytest.approx(0.9 * -1.5 + 0.1 * np.mean(of_sampled), rel=1e-4)
 
 
-def test_hard_attention_follows_the_likelihood_of_its_draws(dataset, words, cache):
+def test_hard_attention_follows_the_likelihood_of_its_draws(words, cache, batch):
     tf.keras.utils.set_random_seed(0)
     captioner = model.build(model.ModelConfig(len(words), 8, 16, attention="hard"))
-    captions = encode_captions(dataset.split("train"), words, cache, 50)
-    pictures, tokens = next(iter(make_pipeline(captions, order_batches(captions.lengths, 5, 0, 0), cache)))
     progress, average = train.Progress(), train.Average(captioner.trainable_variables, 0.0)
     optimizer = tf.keras.optimizers.Adam(0.0)  # so that the model stays as it is
     step = train.make_train_step(captioner, optimizer, average, progress, cache, TrainConfig())
-    step(pictures, tokens)
+    step(batch)
     assert float(progress.likelihood) == pytest.approx(-0.1 * math.log(len(words)), rel=0.1)
     for _ in range(60):
-        step(pictures, tokens)
+        step(batch)
     assert float(progress.likelihood) == pytest.approx(-math.log(len(words)), rel=0.1)
 
 
