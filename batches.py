@@ -48,12 +48,13 @@ class Batch(NamedTuple):
     tokens: tf.Tensor  # (B, T) int32, padded with <pad> to the batch's longest caption
 
 
-def order_batches(captions: Captions, batch_size: int, seed: int, epoch: int) -> list[np.ndarray]:
+def order_batches(captions: Captions, batch_size: int, seed: int, epoch: int, least: int = 1) -> list[np.ndarray]:
     """An epoch's batches, each the indices of captions.
 
     Pictures are shuffled, and sorted inside windows of 50 batches by their longest caption; their captions
-    follow each other, and are cut into batches, which are shuffled. What does not fill a batch comes last.
-    The order depends on nothing but the arguments, which is how a stopped epoch can be continued at any batch.
+    follow each other, and are cut into batches, which are shuffled. What does not fill a batch comes last,
+    or, if it is fewer than `least` captions, with the last full one. The order depends on nothing but the
+    arguments, which is how a stopped epoch can be continued at any batch.
     """
     dice = np.random.default_rng((seed, epoch))
     shuffled = dice.permutation(len(captions.paths))[captions.picture]
@@ -61,35 +62,62 @@ def order_batches(captions: Captions, batch_size: int, seed: int, epoch: int) ->
     np.maximum.at(longest, captions.picture, captions.lengths)
     order = np.argsort(shuffled, kind="stable")
     full = len(order) // batch_size * batch_size
+    rest = order[full:]
     batches = []
     for start in range(0, full, WINDOW * batch_size):
         window = order[start : min(start + WINDOW * batch_size, full)]
         window = window[np.argsort(longest[captions.picture[window]], kind="stable")]
         batches += np.split(window, len(window) // batch_size)
     batches = [batches[i] for i in dice.permutation(len(batches))]
-    return batches + ([order[full:]] if full < len(order) else [])
+    if batches and 0 < len(rest) < least:
+        batches[-1] = np.concatenate([batches[-1], rest])
+        return batches
+    return batches + [rest] * bool(len(rest))
 
 
-def make_pipeline(captions: Captions, batches: list[np.ndarray], cache: features.FeatureCache) -> tf.data.Dataset:
-    """Yields the batches as `Batch`, their features read from the cache in parallel and ahead of the model."""
+def make_pipeline(
+    captions: Captions, batches: list[np.ndarray], cache: features.FeatureCache, static: bool = False
+) -> tf.data.Dataset:
+    """Yields the batches as `Batch`, their features read from the cache in parallel and ahead of the model.
+
+    With `static` captions, pictures and tokens are padded, to the largest batch and to multiples of 8, so that
+    there are few different shapes: XLA compiles anew for each.
+    """
+    size = max(map(len, batches), default=0)
+    up = lambda count: -(-count // 8) * 8 if static else count
 
     def rows():
         for batch in batches:
             pictures, picture = np.unique(captions.picture[batch], return_inverse=True)
-            yield captions.paths[pictures], picture, captions.tokens[batch, : captions.lengths[batch].max()]
+            words = captions.lengths[batch].max() - 1
+            tokens = np.zeros((size if static else len(batch), 1 + up(words)), np.int32)
+            tokens[: len(batch), : 1 + words] = captions.tokens[batch, : 1 + words]
+            yield captions.paths[pictures], np.pad(picture, (0, len(tokens) - len(batch))), tokens
 
     def read(paths: tf.Tensor, picture: tf.Tensor, tokens: tf.Tensor) -> Batch:
-        return Batch(cache.read(paths), picture, tokens)
+        pictures = cache.read(paths)
+        padding = up(tf.shape(paths)[0]) - tf.shape(paths)[0]
+        return Batch(tf.pad(pictures, [[0, padding], [0, 0], [0, 0]]), picture, tokens)
 
     spec = tf.TensorSpec((None,), tf.string), tf.TensorSpec((None,), tf.int32), tf.TensorSpec((None, None), tf.int32)
     data = tf.data.Dataset.from_generator(rows, output_signature=spec)
     return data.map(read, num_parallel_calls=tf.data.AUTOTUNE).prefetch(tf.data.AUTOTUNE)
 
 
-def batch_signature(cache: features.FeatureCache) -> Batch:
-    """What `make_pipeline` yields, for functions compiled once for batches of all sizes and lengths."""
-    return Batch(
-        tf.TensorSpec((None, features.LOCATIONS, features.CHANNELS), cache.dtype),
-        tf.TensorSpec((None,), tf.int32),
-        tf.TensorSpec((None, None), tf.int32),
-    )
+def for_devices(
+    strategy: tf.distribute.Strategy,
+    captions: Captions,
+    batches: list[np.ndarray],
+    cache: features.FeatureCache,
+    static: bool = False,
+) -> tf.data.Dataset:
+    """The same for several devices, on this machine or on many: each gets its part of every batch."""
+
+    def pipeline(context: tf.distribute.InputContext) -> tf.data.Dataset:
+        replicas = context.num_replicas_in_sync
+        here = replicas // context.num_input_pipelines
+        first = context.input_pipeline_id * here
+        parts = [part for batch in batches for part in np.array_split(batch, replicas)[first : first + here]]
+        return make_pipeline(captions, parts, cache, static)
+
+    return strategy.distribute_datasets_from_function(pipeline)

@@ -63,19 +63,20 @@ def smoothing_penalty(logits: tf.Tensor, targets: tf.Tensor, real: tf.Tensor) ->
     return tf.reduce_sum((true - tf.reduce_mean(logits, axis=1)) * real)
 
 
-def doubly_stochastic_penalty(taught: Taught, real: tf.Tensor, captions: int | tf.Tensor) -> tf.Tensor:
+def doubly_stochastic_penalty(taught: Taught, real: tf.Tensor, tokens: tf.Tensor) -> tf.Tensor:
     """How unevenly a caption looks at its picture: the sum over locations of (1 - sum over words of weight)^2.
 
     The weights of a word sum to 1 over the locations; this asks that those of a location do over the words.
     (Xu et al. 2015, section 4.2.1.)
     """
     weights = tf.cast(taught.weights, tf.float32) * real[:, tf.newaxis]
-    seen = tf.math.unsorted_segment_sum(weights, taught.place[:, 0], captions)  # (B, L)
-    return tf.reduce_sum((1 - seen) ** 2)
+    seen = tf.math.unsorted_segment_sum(weights, taught.place[:, 0], tf.shape(tokens)[0])  # (B, L)
+    captions = tf.cast(tf.reduce_any(tokens != 0, axis=1, keepdims=True), tf.float32)  # others are padding
+    return tf.reduce_sum((1 - seen) ** 2 * captions)
 
 
 def hard_attention_terms(
-    taught: Taught, losses: tf.Tensor, real: tf.Tensor, baseline: tf.Tensor, shape: tf.Tensor
+    taught: Taught, losses: tf.Tensor, real: tf.Tensor, baseline: tf.Tensor, tokens: tf.Tensor
 ) -> tuple[tf.Tensor, tf.Tensor]:
     """What hard attention adds to the cross-entropy (Xu et al. 2015, section 4.1).
 
@@ -90,7 +91,7 @@ def hard_attention_terms(
         losses: (N,), -log p of every word.
         real: (N,), 1 for real words.
         baseline: b for one word, which may not depend on the draws.
-        shape: B and T, of the batch's tokens.
+        tokens: (B, T), the batch's.
 
     Returns:
         The term for the locations, whose value means nothing; and the entropy of the weights.
@@ -98,7 +99,7 @@ def hard_attention_terms(
     weights = tf.cast(taught.weights, tf.float32)
     log_weights = tf.math.log(tf.maximum(weights, TINY))  # (N, L)
     drawn = tf.reduce_sum(tf.stop_gradient(tf.cast(taught.looks, tf.float32)) * log_weights, axis=1)  # (N,)
-    by_caption = tf.scatter_nd(taught.place, (-losses - baseline) * real, shape)  # (B, T)
+    by_caption = tf.scatter_nd(taught.place, (-losses - baseline) * real, tf.shape(tokens))  # (B, T)
     # (N,), how much better a word and those after it are than the baseline expects.
     better = tf.gather_nd(tf.cumsum(by_caption, axis=1, reverse=True), taught.place)
     counted = real * tf.cast(taught.sampled[:, 0], tf.float32)  # (N,)

@@ -128,6 +128,7 @@ class BahdanauAttention(tf.keras.Model):
     def look(self, scores: tf.Tensor, weights: tf.Tensor, chance: Chance | None) -> tf.Tensor:
         """One location of each picture, as a one-hot row; or the weights, where `chance` wants the expectation."""
         # The largest of scores + Gumbel noise is a draw from their softmax (Gumbel 1954).
+        scores = tf.cast(scores, tf.float32)
         found = tf.argmax(scores if chance is None else scores + chance.noise, axis=1)
         one = tf.one_hot(found, tf.shape(scores)[1], dtype=weights.dtype)
         return one if chance is None else tf.where(chance.sampled, one, weights)
@@ -203,7 +204,12 @@ class RNNDecoder(tf.keras.Model):
         return self.to_logits(state), state, looks
 
     def teach(
-        self, tokens: tf.Tensor, encoded: Encoded, picture: tf.Tensor | None = None, training: bool = False
+        self,
+        tokens: tf.Tensor,
+        encoded: Encoded,
+        picture: tf.Tensor | None = None,
+        training: bool = False,
+        static: bool = False,
     ) -> Taught:
         """Teacher forcing: every step is given the true previous word.
 
@@ -215,40 +221,67 @@ class RNNDecoder(tf.keras.Model):
             encoded: the pictures.
             picture: (B,), the number of each caption's picture; None if every caption has its own.
             training: whether dropout, and the draws of hard attention, are at work.
+            static: whether all shapes follow from those of the arguments, as XLA needs: then padding has rows
+                too, and the steps are a loop over `cell`.
         """
-        lengths = tf.math.count_nonzero(tokens, 1, dtype=tf.int32) - 1  # the last token is only a target
-        longest_first = tf.argsort(lengths, direction="DESCENDING", stable=True)
-        counts = tf.reduce_sum(tf.cast(lengths > tf.range(tf.reduce_max(lengths))[:, tf.newaxis], tf.int32), 1)  # (T,)
-        order = recurrence.order_of(counts)
-        place = tf.stack([tf.gather(longest_first, order.place[:, 0]), order.place[:, 1]], 1)
-        pictures = longest_first if picture is None else tf.gather(picture, longest_first)
-        features, keys = (tf.gather(each, pictures) for each in encoded)  # for every caption
-
+        batch = tokens.shape[0] if static else tf.shape(tokens)[0]
+        if static:
+            captions = tf.range(batch)
+            order = recurrence.even_order(batch, tokens.shape[1] - 1)
+        else:
+            lengths = tf.math.count_nonzero(tokens, 1, dtype=tf.int32) - 1  # the last token is only a target
+            captions = tf.argsort(lengths, direction="DESCENDING", stable=True)
+            order = recurrence.order_of(tf.gather(lengths, captions))
+        place = tf.stack([tf.gather(captions, order.place[:, 0]), order.place[:, 1]], 1)
+        pictures = captions if picture is None else tf.gather(picture, captions)
+        seen = Encoded(*(tf.gather(each, pictures) for each in encoded))  # of every caption
         embedded = self.dropout(self.embedding(tf.gather_nd(tokens, place)), training=training)  # (N, 256)
-        attention = self.attention
+        chance, sampled = None, tf.zeros((tf.shape(place)[0], 1), tf.bool)
+        if self.attention.hard and training:
+            noise, drawn = self.attention.draw(batch, tf.shape(place)[0], seen.features.shape[1])
+            sampled = tf.gather(drawn, place[:, 0])
+            chance = Chance(noise, sampled)
+        take_steps = self._loop_over_cells if static else self._unroll
+        states, weights, looks = take_steps(embedded, seen, order, chance)
+        return Taught(self.to_logits(states, training), weights, looks, sampled, place)
+
+    def _unroll(
+        self, embedded: tf.Tensor, seen: Encoded, order: recurrence.Order, chance: Chance | None
+    ) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
+        """All steps of all captions, fast: states, attention weights, looks."""
+        attention, size = self.attention, tf.shape(seen.features)[0]
         variables = *attention.W2.variables, *attention.V.variables, *self.gru.trainable_variables
         *before_gru, kernel, state_kernel, biases = (tf.cast(variable, embedded.dtype) for variable in variables)
         # The GRU's kernel has the context's rows first, as `cell` has its input.
-        context_kernel, word_kernel = tf.split(kernel, [features.shape[2], -1], 0)
+        context_kernel, word_kernel = tf.split(kernel, [seen.features.shape[2], -1], 0)
         weights = recurrence.Weights(*before_gru, context_kernel, state_kernel, biases[1])
         look = expected = None
-        sampled = tf.zeros((tf.shape(place)[0], 1), tf.bool)
         if attention.hard:
-            look = lambda scores, weights, start: attention.look(scores, weights, None)
-            expected = tf.zeros((tf.size(lengths), 1), embedded.dtype)
-        if attention.hard and training:
-            chance = attention.draw(tf.size(lengths), tf.shape(place)[0], features.shape[1])
-            sampled = tf.gather(chance.sampled, place[:, 0])
-            expected = tf.cast(~tf.gather(chance.sampled, longest_first), embedded.dtype)
 
             def look(scores, weights, start):
                 rows = slice(start, start + tf.shape(scores)[0])
-                return attention.look(scores, weights, Chance(chance.noise[rows], sampled[rows]))
+                return attention.look(scores, weights, chance and Chance(*(each[rows] for each in chance)))
 
-        states, seen, looks = recurrence.unroll(
-            tf.matmul(embedded, word_kernel) + biases[0], features, keys, weights, order, look, expected
+            drawn = tf.ones((size, 1), tf.bool) if chance is None else chance.sampled[:size]  # the first words' rows
+            expected = tf.cast(~drawn, embedded.dtype)
+        words = tf.matmul(embedded, word_kernel) + biases[0]
+        return recurrence.unroll(words, *seen, weights, order, look, expected)
+
+    def _loop_over_cells(
+        self, embedded: tf.Tensor, seen: Encoded, order: recurrence.Order, chance: Chance | None
+    ) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
+        """The same with `cell`, for captions of the same number of steps."""
+        steps, batch, locations = len(order.counts), *seen.features.shape[:2]
+        by_step = lambda rows: tf.reshape(rows, (steps, batch, rows.shape[1]))
+        nowhere = tf.zeros((batch, locations), embedded.dtype)
+        start = tf.zeros((batch, self.units), embedded.dtype), nowhere, nowhere
+        given = (by_step(embedded), *map(by_step, chance or ()))
+        found = tf.scan(
+            lambda before, now: self.cell(now[0], before[0], seen, Chance(*now[1:]) if chance else None),
+            given,
+            initializer=start,
         )
-        return Taught(self.to_logits(states, training), seen, looks, sampled, place)
+        return tuple(tf.reshape(rows, (steps * batch, rows.shape[2])) for rows in found)
 
 
 class Captioner(tf.keras.Model):
@@ -268,18 +301,33 @@ class Captioner(tf.keras.Model):
 
     def step(self, tokens: tf.Tensor, state: tf.Tensor, encoded: Encoded) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
         """One word of captioning: tokens (B,), state (B, 512) -> logits (B, vocabulary), state, looks (B, L)."""
-        return self.decoder(tokens, encoded, state)
+        return tuple(tf.cast(found, tf.float32) for found in self.decoder(tokens, encoded, state))
 
     def call(
-        self, features: tf.Tensor, tokens: tf.Tensor, picture: tf.Tensor | None = None, training: bool = False
+        self,
+        features: tf.Tensor,
+        tokens: tf.Tensor,
+        picture: tf.Tensor | None = None,
+        training: bool = False,
+        static: bool = False,
     ) -> Taught:
         """Teacher forcing: features (P, L, 2048), captions (B, T), each caption's picture (B,); see `teach`."""
-        return self.decoder.teach(tokens, self.encode(features), picture, training)
+        return self.decoder.teach(tokens, self.encode(features), picture, training, static)
 
 
-def build(config: ModelConfig, features_shape: tuple[int, int] = (64, 2048)) -> Captioner:
-    """A captioner whose weights exist, which restoring a checkpoint needs."""
-    captioner = Captioner(config)
+def build(
+    config: ModelConfig, features_shape: tuple[int, int] = (64, 2048), mixed_precision: bool = False
+) -> Captioner:
+    """A captioner whose weights exist, which restoring a checkpoint needs.
+
+    With `mixed_precision` it computes in float16 and keeps its weights in float32.
+    """
+    policy = tf.keras.config.dtype_policy()
+    tf.keras.config.set_dtype_policy("mixed_float16" if mixed_precision else "float32")
+    try:
+        captioner = Captioner(config)
+    finally:
+        tf.keras.config.set_dtype_policy(policy)
     encoded = captioner.encode(tf.zeros((1, *features_shape)))
     captioner.step(tf.zeros(1, tf.int32), captioner.decoder.initial_state(1), encoded)
     captioner.built = True

@@ -35,9 +35,10 @@ import features
 import tensorflow as tf
 
 import data_utils
+import devices
 import inference
 import model
-from batches import Batch, Captions, batch_signature, encode_captions, make_pipeline, order_batches
+from batches import Batch, Captions, encode_captions, for_devices, make_pipeline, order_batches
 from history import History
 from losses import doubly_stochastic_penalty, hard_attention_terms, next_words, smoothing_penalty, word_losses
 from tokenizer import Tokenizer
@@ -65,6 +66,9 @@ class TrainConfig:
     validation_pictures: int = 1000  # at the most, of the val split
     save_minutes: float = 5.0  # between checkpoints inside an epoch
     seed: int = 0
+    mixed_precision: bool = False  # float16 where it does no harm, with the loss scaled
+    jit: str = "auto"  # whether XLA compiles the training step
+    strategy: str = "none"  # of tf.distribute: which devices share the work
     recipe: str = "tutorial"  # whose settings the options started from
 
     def __post_init__(self):
@@ -91,6 +95,9 @@ class TrainConfig:
         for name in ("average_decay", "label_smoothing"):
             if getattr(self, name) >= 1:
                 raise InputError(f"{name}: expected less than 1, found {getattr(self, name)}")
+        for name, choices in {"jit": devices.JIT, "strategy": devices.STRATEGIES}.items():
+            if getattr(self, name) not in choices:
+                raise InputError(f"{name}: expected {', '.join(choices)}, found {getattr(self, name)}")
         if self.seed >= 2**32:
             raise InputError(f"seed: expected less than {2**32}, found {self.seed}")
         if self.learning_rate_decay > 1:
@@ -104,7 +111,18 @@ RECIPES: dict[str, dict[str, float]] = {
 }
 
 # What may differ when a run is continued; of the data, the fingerprint says whether they are the same.
-MAY_CHANGE = {"recipe", "epochs", "patience", "save_minutes", "folder", "annotations", "images", "data_dir"}
+MAY_CHANGE = {
+    "recipe",
+    "epochs",
+    "patience",
+    "save_minutes",
+    "jit",
+    "strategy",
+    "folder",
+    "annotations",
+    "images",
+    "data_dir",
+}
 
 
 # One step, and what a stopped run needs to continue.
@@ -127,8 +145,12 @@ class Adam(tf.keras.optimizers.Adam):
             beta1=self.beta_1,
             beta2=self.beta_2,
             epsilon=self.epsilon,
-            grad=tf.convert_to_tensor(gradient),
+            grad=gradient,
         )
+
+    def _all_reduce_sum_gradients(self, grads_and_vars: list[tuple]) -> list[tuple]:
+        """Keras would sum over devices here; the training step has, before the gradients' norm is cut."""
+        return grads_and_vars
 
 
 class Average(tf.Module):
@@ -178,6 +200,10 @@ class Progress(tf.Module):
         self.best_score = tf.Variable(-1.0, dtype=tf.float64)
         self.best_epoch = tf.Variable(0, dtype=tf.int64)
 
+    def now(self, name: str) -> int | float:
+        """One of them, as a number of Python."""
+        return getattr(self, name).numpy().item()
+
     def start_epoch(self) -> None:
         """Forgets the sums of the epoch before."""
         for variable in (self.step, self.loss, self.words, self.seconds):
@@ -189,16 +215,30 @@ def make_train_step(
     optimizer: tf.keras.optimizers.Optimizer,
     average: Average,
     progress: Progress,
-    cache: features.FeatureCache,
     settings: TrainConfig,
+    strategy: tf.distribute.Strategy,
+    signature: list[Any],
 ):
-    """The training step: teacher forcing, the mean loss over the batch's real words, Adam."""
-    variables = captioner.trainable_variables
+    """The training step: teacher forcing, the mean loss over the batch's real words, Adam.
 
-    @tf.function(input_signature=[batch_signature(cache)])
-    def train_step(batch: Batch) -> None:
+    Args:
+        captioner: the model.
+        optimizer: of its weights.
+        average: follows them.
+        progress: counts, and sums the loss.
+        settings: of the training.
+        strategy: of tf.distribute, whose devices each get a part of the batch.
+        signature: what `batches.for_devices` yields, so that the step is compiled once for all sizes.
+    """
+    variables = captioner.trainable_variables
+    hard = captioner.config.attention == "hard"
+    several = strategy.num_replicas_in_sync > 1
+    jit = devices.wants_jit(settings.jit)
+
+    def differentiate(batch: Batch) -> tuple[list[tf.Tensor], tf.Tensor]:
+        """The gradient of the mean loss, and sums: loss, words, log p and number of the words with drawn locations."""
         with tf.GradientTape() as tape:
-            taught = captioner(batch.pictures, batch.tokens, batch.picture, training=True)
+            taught = captioner(batch.pictures, batch.tokens, batch.picture, training=True, static=jit)
             targets = next_words(batch.tokens, taught)
             losses, real = word_losses(taught.logits, targets)  # (N,)
             objective = loss = tf.reduce_sum(losses)
@@ -206,20 +246,40 @@ def make_train_step(
             if settings.label_smoothing:
                 objective += settings.label_smoothing * smoothing_penalty(taught.logits, targets, real)
             if settings.doubly_stochastic:
-                captions = tf.size(batch.picture)
-                objective += settings.doubly_stochastic * doubly_stochastic_penalty(taught, real, captions)
-            if captioner.config.attention == "hard":
-                shape = tf.shape(batch.tokens)
-                locations, entropy = hard_attention_terms(taught, losses, real, progress.likelihood, shape)
+                objective += settings.doubly_stochastic * doubly_stochastic_penalty(taught, real, batch.tokens)
+            if hard:
+                locations, entropy = hard_attention_terms(taught, losses, real, progress.likelihood, batch.tokens)
                 objective += settings.reward * locations - settings.entropy * entropy
-                drawn = tf.cast(taught.sampled[:, 0], tf.float32)
             mean = objective / tf.maximum(words, 1)
-        optimizer.apply(tape.gradient(mean, variables), variables)
+            if settings.mixed_precision:
+                mean = optimizer.scale_loss(mean)
+        gradients = [tf.convert_to_tensor(gradient) for gradient in tape.gradient(mean, variables)]
+        drawn = real * tf.cast(taught.sampled[:, 0], tf.float32)
+        return gradients, tf.stack([loss, words, tf.reduce_sum(-losses * drawn), tf.reduce_sum(drawn)])
+
+    if jit:
+        differentiate = tf.function(differentiate, jit_compile=True)
+
+    def step_on_device(batch: Batch) -> tf.Tensor:
+        gradients, own = differentiate(batch)
+        sums = own
+        if several:
+            context = tf.distribute.get_replica_context()
+            sums = context.all_reduce(tf.distribute.ReduceOp.SUM, own)
+            share = own[1] / sums[1]  # of the words of all devices, whose mean counts
+            gradients = context.all_reduce(tf.distribute.ReduceOp.SUM, [share * gradient for gradient in gradients])
+        optimizer.apply(gradients, variables)
+        return sums
+
+    @tf.function(input_signature=None if jit else signature)
+    def train_step(batch: Batch) -> None:
+        results = strategy.run(step_on_device, (batch,))
+        loss, words, likelihood, drawn = tf.unstack(strategy.experimental_local_results(results)[0])
         average.update()
-        if captioner.config.attention == "hard":  # after the gradient, since a baseline may not know its batch
-            count = tf.reduce_sum(real * drawn)  # none in a small batch, now and then
-            change = tf.reduce_sum(-losses * drawn) / tf.maximum(count, 1) - progress.likelihood
-            progress.likelihood.assign_add(tf.where(count > 0, 0.1 * change, 0.0))
+        if hard:  # after the gradient, since a baseline may not know its batch
+            change = likelihood / tf.maximum(drawn, 1) - progress.likelihood
+            # In a small batch there is no drawn location now and then.
+            progress.likelihood.assign_add(tf.where(drawn > 0, 0.1 * change, 0.0))
         progress.loss.assign_add(tf.cast(loss, tf.float64))
         progress.words.assign_add(tf.cast(words, tf.float64))
         progress.step.assign_add(1)
@@ -237,6 +297,7 @@ class Checkpoints:
         optimizer: tf.keras.optimizers.Optimizer,
         average: Average,
         progress: Progress,
+        writes: bool = True,
     ):
         everything = tf.train.Checkpoint(
             captioner=captioner,
@@ -252,7 +313,7 @@ class Checkpoints:
         # One is kept of each; the old one is deleted when the new one is whole.
         self.last = tf.train.CheckpointManager(everything, str(run / "checkpoints/last"), max_to_keep=1)
         self.best = tf.train.CheckpointManager(weights, str(run / "checkpoints/best"), max_to_keep=1)
-        self.progress = progress
+        self.progress, self.writes = progress, writes  # one of several machines writes
 
     def restore(self) -> bool:
         """Goes back to the last checkpoint; False if there is none."""
@@ -270,7 +331,7 @@ class Checkpoints:
 
     def save(self) -> None:
         """Saves where the training is, unless its loss is not a number."""
-        if math.isfinite(float(self.progress.loss)):
+        if math.isfinite(self.progress.now("loss")):
             self.write(self.last)
 
     def save_best(self) -> None:
@@ -279,6 +340,8 @@ class Checkpoints:
 
     def write(self, manager: tf.train.CheckpointManager) -> None:
         """Saves under the number after the newest, which is overwritten by none; raises InputError on a full disk."""
+        if not self.writes:
+            return
         number = int(manager.latest_checkpoint.rsplit("-", 1)[1]) + 1 if manager.latest_checkpoint else 1
         try:
             manager.save(checkpoint_number=number)
@@ -294,7 +357,12 @@ class Checkpoints:
 
 
 def train_epoch(
-    train_step, captions: Captions, cache: features.FeatureCache, checkpoints: Checkpoints, config: TrainConfig
+    train_step,
+    captions: Captions,
+    cache: features.FeatureCache,
+    checkpoints: Checkpoints,
+    config: TrainConfig,
+    strategy: tf.distribute.Strategy,
 ) -> None:
     """Trains through what is left of an epoch, saving now and then.
 
@@ -302,8 +370,8 @@ def train_epoch(
         InputError: the loss is not finite.
     """
     progress = checkpoints.progress
-    epoch, done = int(progress.epoch), int(progress.step)
-    batches = order_batches(captions, config.batch_size, config.seed, epoch)
+    epoch, done = progress.now("epoch"), progress.now("step")
+    batches = order_batches(captions, config.batch_size, config.seed, epoch, strategy.num_replicas_in_sync)
     if done == len(batches):
         return
     bar = progress_bar(
@@ -311,22 +379,24 @@ def train_epoch(
         initial=sum(map(len, batches[:done])),
         unit="caption",
         desc=f"epoch {epoch + 1}/{config.epochs}",
+        disable=not devices.is_chief(strategy),
     )
     saved = shown = time.monotonic()
+    data = for_devices(strategy, captions, batches[done:], cache, devices.wants_jit(config.jit))
     with bar:
-        for batch, rows in zip(make_pipeline(captions, batches[done:], cache), batches[done:], strict=True):
+        for batch, rows in zip(data, batches[done:], strict=True):
             train_step(batch)
             bar.update(len(rows))
             now = time.monotonic()
             if now - shown >= 1 or rows is batches[-1]:  # asking for the loss waits for the step, so not every time
                 progress.seconds.assign_add(now - shown)
                 shown = now
-                loss = float(progress.loss / progress.words)
+                loss = progress.now("loss") / progress.now("words")
                 bar.set_postfix_str(f"loss {loss:.3f}", refresh=False)
                 if not math.isfinite(loss):
                     raise InputError(
-                        f"the loss is {loss} by step {int(progress.step)} of epoch {epoch + 1}; the last checkpoint "
-                        "is from before it: run again with a smaller --learning-rate in another --run"
+                        f"the loss is {loss} by step {progress.now('step')} of epoch {epoch + 1}; the last "
+                        "checkpoint is from before it: run again with a smaller --learning-rate in another --run"
                     )
             if now - saved >= 60 * config.save_minutes:
                 checkpoints.save()
@@ -349,7 +419,7 @@ class Validation:
         self.examples = examples[: config.validation_pictures]
         self.captions = encode_captions(self.examples, words, cache, config.max_length)
 
-        @tf.function(input_signature=[batch_signature(cache)])
+        @tf.function(input_signature=[make_pipeline(self.captions, [], cache).element_spec])
         def loss_of(batch: Batch) -> tuple[tf.Tensor, tf.Tensor]:
             taught = captioner(batch.pictures, batch.tokens, batch.picture)
             losses, real = word_losses(taught.logits, next_words(batch.tokens, taught))
@@ -429,24 +499,61 @@ def undisturbed() -> Iterator[None]:
         raise KeyboardInterrupt
 
 
-def train(
-    run: Path, dataset: data_utils.Dataset, cache: features.FeatureCache, config: dict[str, Any], words: Tokenizer
-) -> None:
-    """Trains a run to its end, from wherever it is."""
+def build_all(
+    run: Path, config: dict[str, Any], strategy: tf.distribute.Strategy
+) -> tuple[model.Captioner, tf.keras.optimizers.Optimizer, Average, Checkpoints]:
+    """What is trained, on the strategy's devices, and restored from the last checkpoint if there is one."""
     settings = TrainConfig(**config["training"])
     tf.keras.utils.set_random_seed(settings.seed)
-    captioner = model.build(model.ModelConfig(**config["model"]))
-    optimizer = Adam(settings.learning_rate, global_clipnorm=settings.clip_norm)
-    optimizer.build(captioner.trainable_variables)  # before restoring: its slots must exist
-    average = Average(captioner.trainable_variables, settings.average_decay)
-    progress = Progress()
-    checkpoints = Checkpoints(run, captioner, optimizer, average, progress)
+    with strategy.scope():
+        captioner = model.build(model.ModelConfig(**config["model"]), mixed_precision=settings.mixed_precision)
+        optimizer = Adam(settings.learning_rate, global_clipnorm=settings.clip_norm)
+        if settings.mixed_precision:
+            optimizer = tf.keras.optimizers.LossScaleOptimizer(optimizer)
+        optimizer.build(captioner.trainable_variables)  # before restoring: its slots must exist
+        average = Average(captioner.trainable_variables, settings.average_decay)
+        progress = Progress()
+    checkpoints = Checkpoints(run, captioner, optimizer, average, progress, devices.is_chief(strategy))
     if checkpoints.restore():
         say(
-            f"continuing {run} after {int(progress.epoch)} epochs and {int(progress.step)} batches, best so far: CIDEr "
-            f"{float(progress.best_score):.1f} in epoch {int(progress.best_epoch)}"
+            f"continuing {run} after {progress.now('epoch')} epochs and {progress.now('step')} batches, best so far: "
+            f"CIDEr {progress.now('best_score'):.1f} in epoch {progress.now('best_epoch')}"
         )
-    history = History(run, int(progress.epoch))
+    return captioner, optimizer, average, checkpoints
+
+
+def conclude_epoch(validation: Validation, average: Average, checkpoints: Checkpoints, history: History) -> float:
+    """Validates, keeps the best weights, and writes the epoch down; returns its CIDEr."""
+    progress = checkpoints.progress
+    with average.in_place():
+        scores, sample = validation.scores()
+        if scores["cider"] > progress.now("best_score"):
+            checkpoints.save_best()
+    row = {
+        "epoch": progress.now("epoch") + 1,
+        "train_loss": round(progress.now("loss") / progress.now("words"), 4),
+        **scores,
+        "train_seconds": round(progress.now("seconds"), 1),
+    }
+    history.add(row)
+    say("  ".join(f"{name} {value}" for name, value in row.items()))
+    say(f"  {sample}")
+    return scores["cider"]
+
+
+def train(
+    run: Path,
+    dataset: data_utils.Dataset,
+    cache: features.FeatureCache,
+    config: dict[str, Any],
+    words: Tokenizer,
+    strategy: tf.distribute.Strategy,
+) -> None:
+    """Trains a run to its end, from wherever it is."""
+    settings, chief = TrainConfig(**config["training"]), devices.is_chief(strategy)
+    captioner, optimizer, average, checkpoints = build_all(run, config, strategy)
+    progress = checkpoints.progress
+    history = History(run, progress.now("epoch")) if chief else None
 
     train_captions = encode_captions(dataset.split("train"), words, cache, settings.max_length)
     validation = Validation(captioner, words, cache, dataset.split("val"), settings)
@@ -454,39 +561,28 @@ def train(
         f"{run}: {len(train_captions.lengths):,} captions of {len(train_captions.paths):,} pictures, vocabulary "
         f"{len(words):,}, {captioner.count_params():,} weights; validation on {len(validation.examples):,} pictures"
     )
-    train_step = make_train_step(captioner, optimizer, average, progress, cache, settings)
+    signature = [for_devices(strategy, train_captions, [], cache).element_spec]
+    train_step = make_train_step(captioner, optimizer, average, progress, settings, strategy, signature)
     try:
-        while int(progress.epoch) < settings.epochs:
-            if settings.patience and int(progress.epoch) - int(progress.best_epoch) >= settings.patience:
+        while (epoch := progress.now("epoch")) < settings.epochs:
+            if settings.patience and epoch - progress.now("best_epoch") >= settings.patience:
                 say(f"stopped early: no better CIDEr for {settings.patience} epochs")
                 break
-            optimizer.learning_rate.assign(settings.learning_rate * settings.learning_rate_decay ** int(progress.epoch))
-            train_epoch(train_step, train_captions, cache, checkpoints, settings)
-            epoch = int(progress.epoch) + 1
-            with average.in_place():
-                scores, sample = validation.scores()
-                if better := scores["cider"] > float(progress.best_score):
-                    checkpoints.save_best()
-            row = {
-                "epoch": epoch,
-                "train_loss": round(float(progress.loss / progress.words), 4),
-                **scores,
-                "train_seconds": round(float(progress.seconds), 1),
-            }
-            history.add(row)
-            say("  ".join(f"{name} {value}" for name, value in row.items()))
-            say(f"  {sample}")
+            optimizer.learning_rate.assign(settings.learning_rate * settings.learning_rate_decay**epoch)
+            train_epoch(train_step, train_captions, cache, checkpoints, settings, strategy)
+            score = conclude_epoch(validation, average, checkpoints, history) if chief else 0.0
+            score = devices.from_chief(strategy, score)  # so that all stop at the same epoch
             with undisturbed():
-                if better:
-                    progress.best_score.assign(scores["cider"])
-                    progress.best_epoch.assign(epoch)
-                progress.epoch.assign(epoch)
+                if score > progress.now("best_score"):
+                    progress.best_score.assign(score)
+                    progress.best_epoch.assign(epoch + 1)
+                progress.epoch.assign(epoch + 1)
                 progress.start_epoch()
                 checkpoints.save()
     except KeyboardInterrupt:
         checkpoints.save()
         raise
-    say(f"best: epoch {int(progress.best_epoch)}, CIDEr {float(progress.best_score):.1f}; see {run / 'loss.png'}")
+    say(f"best: epoch {progress.now('best_epoch')}, CIDEr {progress.now('best_score'):.1f}; see {run / 'loss.png'}")
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
@@ -545,6 +641,13 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         "seed": "seed of the weights and of the order of the data",
     }.items():
         add(group, name, getattr(defaults, name), text)
+    group = parser.add_argument_group("speed")
+    text = "compute in float16 where it does no harm, for GPUs; weights stay float32"
+    group.add_argument("--mixed-precision", action="store_true", help=text)
+    text = "compile the training step with XLA; auto: on a GPU where XLA works"
+    add(group, "jit", defaults.jit, text, choices=devices.JIT)
+    text = "devices that share the work: one, all GPUs of this machine, or those of the machines in TF_CONFIG"
+    add(group, "strategy", defaults.strategy, text, choices=devices.STRATEGIES)
     return parser.parse_args(argv)
 
 
@@ -554,6 +657,7 @@ def main(argv: list[str] | None = None) -> None:
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # a cluster's "please stop" saves, as Ctrl-C does
     pick = lambda kind: {f.name: getattr(args, f.name) for f in dataclasses.fields(kind)}
     training, settings = TrainConfig(**pick(TrainConfig)), model.ModelConfig(**pick(model.ModelConfig))
+    strategy = devices.make_strategy(training.strategy)
     options = data_utils.options_from(args)
     dataset = data_utils.load_dataset(options)
     everything = {example.image for example in dataset.examples}
@@ -572,9 +676,12 @@ def main(argv: list[str] | None = None) -> None:
         "features": cache.settings | {"folder": str(cache.folder)},
     }
     run = args.run or Path("runs") / dataset.name
+    if not devices.is_chief(strategy):
+        train(run, dataset, cache, config, words, strategy)
+        return
     with exclusive(run):
         start_run(run, config, words, cache)
-        train(run, dataset, cache, config, words)
+        train(run, dataset, cache, config, words, strategy)
 
 
 if __name__ == "__main__":

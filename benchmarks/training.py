@@ -22,6 +22,7 @@ import itertools
 import json
 import tempfile
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import features
 import numpy as np
@@ -46,7 +47,7 @@ def draw_lengths(count: int, dice: np.random.Generator) -> np.ndarray:
 
 
 def make_examples(count: int, annotations: str | None, pictures: int) -> list[data_utils.Example]:
-    """Captions to train on, of so many pictures; words do not matter, lengths do."""
+    """Captions to train on: those of so many pictures of a file, or made ones, whose words do not matter."""
     dice = np.random.default_rng(0)
     if annotations:
         examples = data_utils.read_annotations(annotations)
@@ -101,19 +102,20 @@ def tutorial_step(captioner: model.Captioner) -> Callable[[tuple[tf.Tensor, tf.T
     return step
 
 
-def suite_batches(captions: Captions, cache: features.FeatureCache, batch_size: int) -> Iterator[tuple]:
+def suite_batches(captions: Captions, cache: features.FeatureCache, batch_size: int) -> Iterator[Batch]:
     """The suite's pipeline, epoch after epoch, without the last batch, which is not full."""
     for epoch in itertools.count():
         batches = [b for b in order_batches(captions, batch_size, 0, epoch) if len(b) == batch_size]
         yield from make_pipeline(captions, batches, cache)
 
 
-def suite_step(captioner: model.Captioner, cache: features.FeatureCache):
+def suite_step(captioner: model.Captioner, signature: list[Any]) -> Callable[[Batch], tf.Tensor]:
     """The suite's training step, as train.py makes it."""
-    optimizer = train.Adam(global_clipnorm=5.0)
+    settings, strategy = train.TrainConfig(jit="off"), tf.distribute.get_strategy()
+    optimizer = train.Adam(global_clipnorm=settings.clip_norm)
     optimizer.build(captioner.trainable_variables)
     progress, average = train.Progress(), train.Average(captioner.trainable_variables, 0.0)
-    step = train.make_train_step(captioner, optimizer, average, progress, cache, train.TrainConfig())
+    step = train.make_train_step(captioner, optimizer, average, progress, settings, strategy, signature)
 
     def run(batch: Batch) -> tf.Tensor:
         step(batch)
@@ -183,7 +185,11 @@ def main(argv: list[str] | None = None) -> None:
         captions = encode_captions(examples, words, cache, LONGEST)
         ours, theirs = model.build(config), model.build(config)
         runs = {
-            "suite": (suite_step(ours, cache), suite_batches(captions, cache, args.batch_size), args.steps),
+            "suite": (
+                suite_step(ours, [make_pipeline(captions, [], cache).element_spec]),
+                suite_batches(captions, cache, args.batch_size),
+                args.steps,
+            ),
             "tutorial": (
                 tutorial_step(theirs),
                 tutorial_pipeline(captions, cache, args.batch_size),

@@ -26,7 +26,7 @@ def benchmark(name):
 def test_training(tmp_path, capsys):
     path = tmp_path / "captions.csv"
     path.write_text("image,caption\n" + "".join(f"{i}.jpg,a dog runs {'fast ' * (i % 3)}\n" for i in range(12)))
-    arguments = [*TINY, "--annotations", str(path), "--captions", "10", "--pictures", "4", "--rounds", "1"]
+    arguments = [*TINY, "--annotations", str(path), "--pictures", "10", "--rounds", "1"]
     benchmark("training").main([*arguments, "--steps", "2", "--tutorial-steps", "1"])
     found = json.loads(capsys.readouterr().out.splitlines()[-1])
     rates = found["captions_per_second"]

@@ -51,9 +51,11 @@ def test_label_smoothing_is_keras_own():
 def test_doubly_stochastic_penalty_by_hand():
     weights = tf.constant([[0.5, 0.5], [0.75, 0.25], [0.5, 0.5], [0.0, 1.0]])
     place = tf.constant([[0, 0], [1, 0], [0, 1], [1, 1]])
-    real = tf.constant([1.0, 1.0, 1.0, 0.0])  # the second caption's last word is padding
+    real = tf.constant([1.0, 1.0, 1.0, 0.0])  # the second caption's last word is padding, as is the third caption
     taught = Taught(None, weights, weights, None, place)
-    assert float(doubly_stochastic_penalty(taught, real, 2)) == pytest.approx(0.25**2 + 0.75**2)
+    assert float(
+        doubly_stochastic_penalty(taught, real, tf.constant([[2, 4, 3], [2, 3, 0], [0, 0, 0]]))
+    ) == pytest.approx(0.25**2 + 0.75**2)
 
 
 # Hard attention.
@@ -91,7 +93,7 @@ def test_the_estimators_mean_is_the_exact_gradient(tiny, monkeypatch):
         for looks in ways:
             with tf.GradientTape() as tape:
                 taught, losses, real = taught_by(tiny, pictures, looks, monkeypatch)
-                locations, _ = hard_attention_terms(taught, losses, real, tf.constant(-1.3), TOKENS.shape)
+                locations, _ = hard_attention_terms(taught, losses, real, tf.constant(-1.3), TOKENS)
                 objective = tf.reduce_sum(losses) + locations
             p = tf.reduce_prod(tf.reduce_sum(taught.weights * tf.one_hot(looks, 2), axis=1))
             bound, total = bound - p * tf.reduce_sum(losses), total + p
@@ -140,7 +142,7 @@ def test_a_weight_of_zero_gives_no_nan():
         looks = tf.constant([[0.0, 1.0], [0.0, 1.0], [0.0, 1.0]])
         taught = Taught(None, weights, looks, tf.constant([[True]] * 3), place)
         losses, real = tf.constant([1.0, 2.0, 0.0]), tf.constant([1.0, 1.0, 0.0])
-        locations, entropy = hard_attention_terms(taught, losses, real, tf.constant(-1.5), (1, 4))
+        locations, entropy = hard_attention_terms(taught, losses, real, tf.constant(-1.5), tf.constant([[2, 4, 3, 0]]))
         objective = locations - 0.01 * entropy
     assert float(tf.reduce_min(weights)) == 0
     assert float(entropy) == pytest.approx(math.log(2)), "only the word that is real and undecided has any"

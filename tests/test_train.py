@@ -13,6 +13,7 @@ import tensorflow as tf
 import inference
 import model
 import train
+import batches
 from batches import Captions, encode_captions, make_pipeline, order_batches
 from common import InputError
 from data_utils import DataOptions
@@ -37,7 +38,7 @@ def start(dataset, words, cache, tmp_path):
     def start(name, **kwargs):
         run, config = tmp_path / name, settings(dataset, words, cache, **kwargs)
         train.start_run(run, config, words, cache)
-        train.train(run, dataset, cache, config, words)
+        train.train(run, dataset, cache, config, words, tf.distribute.get_strategy())
         return run
 
     return start
@@ -65,12 +66,12 @@ def some_captions(count):
 
 def test_an_epoch_sees_every_caption_once_and_pictures_together():
     captions = some_captions(1003)
-    batches = order_batches(captions, 16, seed=0, epoch=0)
-    assert sorted(np.concatenate(batches)) == list(range(1003))
-    assert [len(batch) for batch in batches] == [16] * 62 + [11]
-    pictures = sum(len(set(captions.picture[batch])) for batch in batches)
+    found = order_batches(captions, 16, seed=0, epoch=0)
+    assert sorted(np.concatenate(found)) == list(range(1003))
+    assert [len(batch) for batch in found] == [16] * 62 + [11]
+    pictures = sum(len(set(captions.picture[batch])) for batch in found)
     assert pictures <= 201 + 62, "only a batch's first and last picture may be cut"
-    longest = [captions.lengths[batch].max() for batch in batches]
+    longest = [captions.lengths[batch].max() for batch in found]
     shuffled = np.random.default_rng(1).permutation(1003)
     assert np.mean(longest) < np.mean([captions.lengths[shuffled[i : i + 16]].max() for i in range(0, 1003, 16)]) - 1
 
@@ -80,6 +81,7 @@ def test_order_depends_on_seed_and_epoch_only():
     assert order(0, 0) == order(0, 0)
     assert order(0, 0) != order(0, 1) != order(1, 1)
     assert [len(b) for b in order_batches(some_captions(3), 16, 0, 0)] == [3], "fewer captions than a batch"
+    assert [len(b) for b in order_batches(some_captions(33), 16, 0, 0, least=2)] == [16, 17], "one cannot be shared"
 
 
 def test_pipeline_gives_every_caption_its_own_picture(dataset, words, cache):
@@ -104,6 +106,13 @@ def batch(dataset, words, cache):
     """The first batch of five captions."""
     captions = encode_captions(dataset.split("train"), words, cache, 50)
     return next(iter(make_pipeline(captions, order_batches(captions, 5, 0, 0), cache)))
+
+
+def make_step(captioner, optimizer, average, progress, config, batch):
+    """A training step on one device, for batches such as this."""
+    spec = batches.Batch(*(tf.TensorSpec([None] * len(part.shape[:1]) + part.shape[1:], part.dtype) for part in batch))
+    spec = spec._replace(tokens=tf.TensorSpec((None, None), tf.int32))
+    return train.make_train_step(captioner, optimizer, average, progress, config, tf.distribute.get_strategy(), [spec])
 
 
 # Runs.
@@ -225,13 +234,16 @@ def test_a_loss_that_is_not_a_number_stops_and_keeps_the_checkpoint(start, monke
     assert all(np.array_equal(value, weights(run)[key]) for key, value in before.items() if "GRAPH" not in key)
 
 
-@pytest.mark.parametrize("regulariser", [{}, {"label_smoothing": 0.2}, {"doubly_stochastic": 2.0}])
+@pytest.mark.parametrize(
+    "regulariser",
+    [{}, {"label_smoothing": 0.2}, {"doubly_stochastic": 2.0}, {"jit": "on"}, {"jit": "on", "doubly_stochastic": 2.0}],
+)
 def test_one_step_equals_adam_on_the_mean_loss_of_real_words(words, cache, small_model, batch, regulariser):
     """The compiled step and its pipeline against plain, eager TensorFlow."""
     start = [variable.numpy() for variable in small_model.trainable_variables]
     optimizer = train.Adam(1e-2, global_clipnorm=0.1)
     progress, average = train.Progress(), train.Average(small_model.trainable_variables, 0.5)
-    train.make_train_step(small_model, optimizer, average, progress, cache, TrainConfig(**regulariser))(batch)
+    make_step(small_model, optimizer, average, progress, TrainConfig(**regulariser), batch)(batch)
     after = [variable.numpy() for variable in small_model.trainable_variables]
 
     for variable, value in zip(small_model.trainable_variables, start, strict=True):
@@ -299,7 +311,7 @@ def test_one_step_of_hard_attention_follows_the_estimate(words, cache, batch):
     progress.likelihood.assign(-1.5)
     start = [variable.numpy() for variable in captioner.trainable_variables]
     config = TrainConfig(reward=0.7, entropy=0.3, clip_norm=1e9)
-    train.make_train_step(captioner, tf.keras.optimizers.SGD(1.0), average, progress, cache, config)(batch)
+    make_step(captioner, tf.keras.optimizers.SGD(1.0), average, progress, config, batch)(batch)
     after = [variable.numpy() for variable in captioner.trainable_variables]
 
     for variable, value in zip(captioner.trainable_variables, start, strict=True):
@@ -333,12 +345,31 @@ def test_hard_attention_follows_the_likelihood_of_its_draws(words, cache, batch)
     captioner = model.build(model.ModelConfig(len(words), 8, 16, attention="hard"))
     progress, average = train.Progress(), train.Average(captioner.trainable_variables, 0.0)
     optimizer = tf.keras.optimizers.Adam(0.0)  # so that the model stays as it is
-    step = train.make_train_step(captioner, optimizer, average, progress, cache, TrainConfig())
+    step = make_step(captioner, optimizer, average, progress, TrainConfig(), batch)
     step(batch)
     assert float(progress.likelihood) == pytest.approx(-0.1 * math.log(len(words)), rel=0.1)
     for _ in range(60):
         step(batch)
     assert float(progress.likelihood) == pytest.approx(-math.log(len(words)), rel=0.1)
+
+
+@pytest.mark.parametrize("attention", ["soft", "hard"])
+def test_mixed_precision_learns_the_same(start, words, attention):
+    """In float16 losses differ by rounding, and by a step left out for its size; the weights that are kept are float32."""
+    options = {"attention": attention, "epochs": 4, "reward": 0.0, "entropy": 0.0}
+    exact, mixed = start("exact", **options), start("mixed", **options, mixed_precision=True)
+    for one, other in zip(history(exact), history(mixed), strict=True):
+        for name in ("train_loss", "val_loss"):
+            assert float(other[name]) == pytest.approx(float(one[name]), rel=0.06)
+    found = weights(mixed, "best")
+    assert {value.dtype for key, value in found.items() if "captioner" in key} <= {
+        np.dtype("float32"),
+        np.dtype("int64"),
+    }
+    scale = next(value for key, value in weights(mixed).items() if "dynamic_scale" in key)
+    assert scale >= 1024, "many steps were left out because a gradient was too large for float16"
+    captioner, _, _ = inference.load_run(mixed)
+    assert captioner.compute_dtype == "float32"
 
 
 def test_the_learning_rate_falls_after_every_epoch(start):
