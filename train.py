@@ -153,6 +153,12 @@ class Adam(tf.keras.optimizers.Adam):
         return grads_and_vars
 
 
+def make_optimizer(settings: TrainConfig) -> tf.keras.optimizers.Optimizer:
+    """Adam, which in mixed precision scales the loss, so that small gradients are not lost in float16."""
+    adam = Adam(settings.learning_rate, global_clipnorm=settings.clip_norm)
+    return tf.keras.optimizers.LossScaleOptimizer(adam) if settings.mixed_precision else adam
+
+
 class Average(tf.Module):
     """A moving average of the weights, which captions more steadily than the weights of any one step.
 
@@ -507,9 +513,7 @@ def build_all(
     tf.keras.utils.set_random_seed(settings.seed)
     with strategy.scope():
         captioner = model.build(model.ModelConfig(**config["model"]), mixed_precision=settings.mixed_precision)
-        optimizer = Adam(settings.learning_rate, global_clipnorm=settings.clip_norm)
-        if settings.mixed_precision:
-            optimizer = tf.keras.optimizers.LossScaleOptimizer(optimizer)
+        optimizer = make_optimizer(settings)
         optimizer.build(captioner.trainable_variables)  # before restoring: its slots must exist
         average = Average(captioner.trainable_variables, settings.average_decay)
         progress = Progress()

@@ -29,6 +29,7 @@ import numpy as np
 import tensorflow as tf
 
 import data_utils
+import devices
 import model
 import train
 from batches import Batch, Captions, encode_captions, make_pipeline, order_batches
@@ -102,17 +103,19 @@ def tutorial_step(captioner: model.Captioner) -> Callable[[tuple[tf.Tensor, tf.T
     return step
 
 
-def suite_batches(captions: Captions, cache: features.FeatureCache, batch_size: int) -> Iterator[Batch]:
+def suite_batches(captions: Captions, cache: features.FeatureCache, batch_size: int, static: bool) -> Iterator[Batch]:
     """The suite's pipeline, epoch after epoch, without the last batch, which is not full."""
     for epoch in itertools.count():
         batches = [b for b in order_batches(captions, batch_size, 0, epoch) if len(b) == batch_size]
-        yield from make_pipeline(captions, batches, cache)
+        yield from make_pipeline(captions, batches, cache, static)
 
 
-def suite_step(captioner: model.Captioner, signature: list[Any]) -> Callable[[Batch], tf.Tensor]:
+def suite_step(
+    captioner: model.Captioner, settings: train.TrainConfig, signature: list[Any]
+) -> Callable[[Batch], tf.Tensor]:
     """The suite's training step, as train.py makes it."""
-    settings, strategy = train.TrainConfig(jit="off"), tf.distribute.get_strategy()
-    optimizer = train.Adam(global_clipnorm=settings.clip_norm)
+    strategy = tf.distribute.get_strategy()
+    optimizer = train.make_optimizer(settings)
     optimizer.build(captioner.trainable_variables)
     progress, average = train.Progress(), train.Average(captioner.trainable_variables, 0.0)
     step = train.make_train_step(captioner, optimizer, average, progress, settings, strategy, signature)
@@ -171,23 +174,27 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--rounds", type=at_least(1), default=3, help="turns of each (default: 3)")
     parser.add_argument("--steps", type=at_least(1), default=50, help="the suite's steps in a turn (default: 50)")
     parser.add_argument("--tutorial-steps", type=at_least(1), default=5, help="the tutorial's (default: 5)")
+    parser.add_argument("--jit", choices=devices.JIT, default="off", help="of the suite's step (default: off)")
+    parser.add_argument("--mixed-precision", action="store_true", help="for the suite's step")
     args = parser.parse_args(argv)
 
+    settings = train.TrainConfig(jit=args.jit, mixed_precision=args.mixed_precision)
     examples = make_examples(args.captions, args.annotations, args.pictures)
     words = Tokenizer.fit((text for example in examples for text in example.captions), args.vocabulary_size)
     config = model.ModelConfig(len(words), args.embedding_dim, args.units)
     with tempfile.TemporaryDirectory() as folder:
-        settings = {"weights": "imagenet", "dtype": "float16"}
-        cache = features.FeatureCache(folder, settings)
+        cache = features.FeatureCache(folder, {"weights": "imagenet", "dtype": "float16"})
         noise = np.random.default_rng(0)
         for example in examples:
             cache.write(example.image, noise.random((features.LOCATIONS, features.CHANNELS)))
         captions = encode_captions(examples, words, cache, LONGEST)
-        ours, theirs = model.build(config), model.build(config)
+        ours, theirs = model.build(config, mixed_precision=args.mixed_precision), model.build(config)
+        static = devices.wants_jit(args.jit)
+        signature = [make_pipeline(captions, [], cache).element_spec]
         runs = {
             "suite": (
-                suite_step(ours, [make_pipeline(captions, [], cache).element_spec]),
-                suite_batches(captions, cache, args.batch_size),
+                suite_step(ours, settings, signature),
+                suite_batches(captions, cache, args.batch_size, static),
                 args.steps,
             ),
             "tutorial": (

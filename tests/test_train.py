@@ -355,7 +355,7 @@ def test_hard_attention_follows_the_likelihood_of_its_draws(words, cache, batch)
 
 @pytest.mark.parametrize("attention", ["soft", "hard"])
 def test_mixed_precision_learns_the_same(start, words, attention):
-    """In float16 losses differ by rounding, and by a step left out for its size; the weights that are kept are float32."""
+    """In float16 losses differ by rounding, and by a step left out for its size; the kept weights are float32."""
     options = {"attention": attention, "epochs": 4, "reward": 0.0, "entropy": 0.0}
     exact, mixed = start("exact", **options), start("mixed", **options, mixed_precision=True)
     for one, other in zip(history(exact), history(mixed), strict=True):
