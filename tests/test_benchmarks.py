@@ -61,3 +61,11 @@ def test_features(capsys):
     found = json.loads(capsys.readouterr().out.splitlines()[-1])
     rates = found["pictures_per_second"]
     assert found["share_of_cnn"] == pytest.approx(rates["suite"] / rates["cnn"], abs=0.01)
+
+
+def test_memory(capsys):
+    arguments = ["--pictures", "250", "--captions", "1250", "--steps", "2", "--"]
+    benchmark("memory").main([*arguments, "--vocabulary-size", "20", "--units", "4", "--embedding-dim", "3"])
+    found = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert (found["pictures"], found["captions"], found["steps"]) == (250, 1250, 2)
+    assert found["peak_memory_gib"] > 0.1 and found["reading_captions_per_second"] > 0 < found["seconds_to_first_step"]
