@@ -58,7 +58,8 @@ def from_zero(text: str) -> float:
 
 def progress_bar(*args: Any, **kwargs: Any) -> tqdm:
     """A tqdm bar on standard error; in a pipe or a file it says something every half minute only."""
-    interval = 0.1 if sys.stderr.isatty() else 30.0
+    notebook = type(sys.stderr).__module__.startswith("ipykernel")  # Jupyter and Colab, which show it live
+    interval = 0.1 if sys.stderr.isatty() else 0.5 if notebook else 30.0
     return tqdm(*args, mininterval=interval, maxinterval=interval, **kwargs)
 
 
