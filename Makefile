@@ -1,13 +1,18 @@
-# Two commands: `make demo` and `make test`. Both make the virtual environment .venv first.
+# Commands: `make demo`, `make test`, and `make notebook`, which executes the notebook in small.
+# All make the virtual environment .venv first.
 PYTHON ?= python3
 BIN = .venv/bin
 
-.PHONY: demo test
+.PHONY: demo test notebook
 demo: .venv/ready
 	$(BIN)/python demo.py
 
 test: .venv/ready
 	$(BIN)/python -m pytest -q tests
+
+notebook: .venv/ready
+	mkdir -p runs
+	NOTEBOOK_SIZES=small $(BIN)/jupyter execute --timeout=600 --output=../runs/image_captioning notebooks/image_captioning.ipynb
 
 .venv/ready: requirements.txt requirements-dev.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.11")'
