@@ -33,6 +33,7 @@ import devices
 import model
 import train
 from batches import Batch, Captions, encode_captions, make_pipeline, order_batches
+from checkpoints import Average, Progress
 from tokenizer import START, Tokenizer
 from turns import mean_rates, rate_of
 
@@ -117,7 +118,7 @@ def suite_step(
     strategy = tf.distribute.get_strategy()
     optimizer = train.make_optimizer(settings)
     optimizer.build(captioner.trainable_variables)
-    progress, average = train.Progress(), train.Average(captioner.trainable_variables, 0.0)
+    progress, average = Progress(), Average(captioner.trainable_variables, 0.0)
     step = train.make_train_step(captioner, optimizer, average, progress, settings, strategy, signature)
 
     def run(batch: Batch) -> tf.Tensor:

@@ -15,6 +15,7 @@ import model
 import train
 import batches
 from batches import Captions, encode_captions, make_pipeline, order_batches
+from checkpoints import Average, Progress
 from common import InputError
 from data_utils import DataOptions
 from train import TrainConfig
@@ -242,7 +243,7 @@ def test_one_step_equals_adam_on_the_mean_loss_of_real_words(words, cache, small
     """The compiled step and its pipeline against plain, eager TensorFlow."""
     start = [variable.numpy() for variable in small_model.trainable_variables]
     optimizer = train.Adam(1e-2, global_clipnorm=0.1)
-    progress, average = train.Progress(), train.Average(small_model.trainable_variables, 0.5)
+    progress, average = Progress(), Average(small_model.trainable_variables, 0.5)
     make_step(small_model, optimizer, average, progress, TrainConfig(**regulariser), batch)(batch)
     after = [variable.numpy() for variable in small_model.trainable_variables]
 
@@ -291,7 +292,7 @@ def test_one_step_equals_adam_on_the_mean_loss_of_real_words(words, cache, small
 
 def test_the_average_captions_and_the_weights_train_on(small_model):
     weight = small_model.trainable_variables[0]
-    average = train.Average(small_model.trainable_variables, 0.9)
+    average = Average(small_model.trainable_variables, 0.9)
     before = weight.numpy()
     weight.assign(before + 1)
     with average.in_place():
@@ -307,7 +308,7 @@ def test_one_step_of_hard_attention_follows_the_estimate(words, cache, batch):
     noise = tf.constant(np.random.default_rng(0).gumbel(size=(lengths.sum(), 64)).astype(np.float32))
     sampled = np.array([[True], [False], [True], [True], [False]])
     captioner.decoder.attention.draw = lambda *_: model.Chance(noise, tf.constant(sampled))
-    progress, average = train.Progress(), train.Average(captioner.trainable_variables, 0.0)
+    progress, average = Progress(), Average(captioner.trainable_variables, 0.0)
     progress.likelihood.assign(-1.5)
     start = [variable.numpy() for variable in captioner.trainable_variables]
     config = TrainConfig(reward=0.7, entropy=0.3, clip_norm=1e9)
@@ -343,7 +344,7 @@ def test_one_step_of_hard_attention_follows_the_estimate(words, cache, batch):
 def test_hard_attention_follows_the_likelihood_of_its_draws(words, cache, batch):
     tf.keras.utils.set_random_seed(0)
     captioner = model.build(model.ModelConfig(len(words), 8, 16, attention="hard"))
-    progress, average = train.Progress(), train.Average(captioner.trainable_variables, 0.0)
+    progress, average = Progress(), Average(captioner.trainable_variables, 0.0)
     optimizer = tf.keras.optimizers.Adam(0.0)  # so that the model stays as it is
     step = make_step(captioner, optimizer, average, progress, TrainConfig(), batch)
     step(batch)
