@@ -5,6 +5,7 @@ import json
 import math
 import re
 import shutil
+import sys
 
 import numpy as np
 import pytest
@@ -233,6 +234,28 @@ def test_a_loss_that_is_not_a_number_stops_and_keeps_the_checkpoint(start, monke
     with pytest.raises(InputError, match="the loss is nan by step"):
         start("run", epochs=2)
     assert all(np.array_equal(value, weights(run)[key]) for key, value in before.items() if "GRAPH" not in key)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="needs a limit on the size of files")
+def test_a_disk_that_is_full_keeps_the_checkpoint_before(start):
+    import resource
+
+    run = start("run", epochs=1)
+    before, best = weights(run), weights(run, "best")
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))  # no file can grow beyond, as on a full disk
+    try:
+        with pytest.raises(InputError, match=r"cannot save a checkpoint .* free some space and run the same command"):
+            start("run", epochs=2)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    for name, expected in (("last", before), ("best", best)):
+        found = weights(run, name)
+        assert all(np.array_equal(value, found[key]) for key, value in expected.items() if "GRAPH" not in key)
+    start("run", epochs=2)
+    assert [int(row["epoch"]) for row in history(run)] == [1, 2]
+    kept = [path.name for path in (run / "checkpoints/last").iterdir() if path.name != "checkpoint"]
+    assert len(kept) == 2, f"what could not be written whole is not left behind: {kept}"
 
 
 @pytest.mark.parametrize(
