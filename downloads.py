@@ -9,6 +9,7 @@ import shutil
 import stat
 import time
 import urllib.error
+import urllib.parse
 import urllib.request
 import zipfile
 import zlib
@@ -30,13 +31,21 @@ class _Unwanted(Exception):
 
 class _OnlyHttp(urllib.request.HTTPRedirectHandler):
     def redirect_request(self, request, file, code, message, headers, url):
-        _check_scheme(url)
+        _check_address(url)
         return super().redirect_request(request, file, code, message, headers, url)
 
 
-def _check_scheme(url: str) -> None:
+def _check_address(url: str) -> None:
     if not url.lower().startswith(("http://", "https://")):
-        raise _Unwanted(f"expected an address that begins with http:// or https://, found {url!r}")
+        raise _Unwanted(f"expected an address that begins with http:// or https://, found {shown(url)!r}")
+    if "@" in urllib.parse.urlsplit(url).netloc:
+        raise _Unwanted("expected an address without a name and a password in it")
+
+
+def shown(url: str) -> str:
+    """An address as it may be printed: without the name, password and query, which can hold secrets."""
+    parts = urllib.parse.urlsplit(url)
+    return parts._replace(netloc=parts.netloc.rpartition("@")[2], query="", fragment="").geturl()
 
 
 def download(
@@ -61,18 +70,20 @@ def download(
     if path.exists():
         return path
     part = path.with_name(f"{path.name}.part")
-    by_hand = f"run the same command again, or download {url} yourself and put it into {path.parent}/ as {path.name}"
+    by_hand = (
+        f"run the same command again, or download {shown(url)} yourself and put it into {path.parent}/ as {path.name}"
+    )
     with _alone(path, part) as file:
         if file is None:  # another process has finished it
             return path
         with progress_bar(total=size, unit="B", unit_scale=True, desc=path.name, disable=quiet) as bar:
             try:
-                _check_scheme(url)
+                _check_address(url)
                 _fetch(url, file, size, limit, bar)
             except _Unwanted as error:
                 if file.tell() == 0:
                     part.unlink()
-                raise InputError(f"{path.name} cannot be downloaded from {url} ({error}); {by_hand}") from None
+                raise InputError(f"{path.name} cannot be downloaded from {shown(url)} ({error}); {by_hand}") from None
             except _TRANSIENT as error:
                 kept = f"; {file.tell():,} bytes are kept" * (file.tell() > 0)
                 if not kept:
@@ -80,7 +91,9 @@ def download(
                 reason = getattr(error, "reason", error) or type(error).__name__
                 if isinstance(error, urllib.error.HTTPError):
                     reason = f"the server says {error.code} {error.reason}"
-                raise InputError(f"{path.name} cannot be downloaded from {url} ({reason}){kept}; {by_hand}") from None
+                raise InputError(
+                    f"{path.name} cannot be downloaded from {shown(url)} ({reason}){kept}; {by_hand}"
+                ) from None
         if wrong := _difference(file, size, md5):
             part.unlink()  # whole and wrong: nothing to go on from
             raise InputError(f"{path.name}: {wrong}; {by_hand}")

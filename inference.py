@@ -38,7 +38,7 @@ from PIL import Image
 
 import data_utils
 import model
-from downloads import download
+from downloads import download, shown
 from tokenizer import END, PAD, START, UNK, Tokenizer
 
 MAX_WORDS = 50  # a caption that has not ended by then is cut
@@ -459,7 +459,8 @@ def caption_files(captioning: Captioning, pictures: Sequence[str], output: Path)
                 say(f"inference.py: {error}")
                 failed += 1
                 continue
-        print(caption.text if len(pictures) == 1 else f"{picture}\t{caption.text}", flush=True)
+        label = shown(picture) if is_address(picture) else picture
+        print(caption.text if len(pictures) == 1 else f"{label}\t{caption.text}", flush=True)
         say(f"attention: {plot}")
     return failed
 

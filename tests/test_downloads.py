@@ -174,6 +174,14 @@ def test_redirects_to_http_are_followed(rude, tmp_path):
     assert download(url, tmp_path / "a.bin", None, MD5).read_bytes() == CONTENT
 
 
+@pytest.mark.parametrize("address", ["http://me:hush@127.0.0.1:1/a.jpg", "http://127.0.0.1:1/a.jpg?token=hush#hush"])
+def test_no_secret_of_an_address_is_said(address, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(downloads, "PAUSE", 0)
+    with pytest.raises(InputError, match=r"http://127.0.0.1:1/a.jpg") as error:
+        download(address, tmp_path / "a.jpg")
+    assert "hush" not in str(error.value) + "".join(capsys.readouterr())
+
+
 @pytest.mark.parametrize("url", ["file:///etc/passwd", "ftp://host/a", "/etc/passwd"])
 def test_only_http(tmp_path, url):
     with pytest.raises(InputError, match="begins with http"):
