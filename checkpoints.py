@@ -4,6 +4,7 @@ import contextlib
 import math
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import tensorflow as tf
 
@@ -59,7 +60,7 @@ class Progress(tf.Module):
         self.best_score = tf.Variable(-1.0, dtype=tf.float64)
         self.best_epoch = tf.Variable(0, dtype=tf.int64)
 
-    def now(self, name: str) -> int | float:
+    def now(self, name: str) -> Any:
         """One of them, as a number of Python."""
         return getattr(self, name).numpy().item()
 

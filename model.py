@@ -251,10 +251,10 @@ class RNNDecoder(tf.keras.Model):
         """All steps of all captions, fast: states, attention weights, looks."""
         attention, size = self.attention, tf.shape(seen.features)[0]
         variables = *attention.W2.variables, *attention.V.variables, *self.gru.trainable_variables
-        *before_gru, kernel, state_kernel, biases = (tf.cast(variable, embedded.dtype) for variable in variables)
+        *of_attention, kernel, state_kernel, biases = (tf.cast(variable, embedded.dtype) for variable in variables)
         # The GRU's kernel has the context's rows first, as `cell` has its input.
         context_kernel, word_kernel = tf.split(kernel, [seen.features.shape[2], -1], 0)
-        weights = recurrence.Weights(*before_gru, context_kernel, state_kernel, biases[1])
+        weights = recurrence.Weights(*[*of_attention, context_kernel, state_kernel, biases[1]])
         look = expected = None
         if attention.hard:
 
@@ -271,7 +271,7 @@ class RNNDecoder(tf.keras.Model):
         self, embedded: tf.Tensor, seen: Encoded, order: recurrence.Order, chance: Chance | None
     ) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
         """The same with `cell`, for captions of the same number of steps."""
-        steps, batch, locations = len(order.counts), *seen.features.shape[:2]
+        steps, (batch, locations) = len(order.counts), seen.features.shape[:2]
         by_step = lambda rows: tf.reshape(rows, (steps, batch, rows.shape[1]))
         nowhere = tf.zeros((batch, locations), embedded.dtype)
         start = tf.zeros((batch, self.units), embedded.dtype), nowhere, nowhere

@@ -452,7 +452,7 @@ def train(
                 break
             optimizer.learning_rate.assign(settings.learning_rate * settings.learning_rate_decay**epoch)
             train_epoch(train_step, train_captions, cache, checkpoints, settings, strategy)
-            score = conclude_epoch(validation, average, checkpoints, history) if chief else 0.0
+            score = conclude_epoch(validation, average, checkpoints, history) if history else 0.0
             score = devices.from_chief(strategy, score)  # so that all stop at the same epoch
             with undisturbed():
                 if score > progress.now("best_score"):
@@ -504,7 +504,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     text = "look everywhere, weighted, or at one location"
     add(group, "attention", defaults.attention, text, choices=model.ATTENTIONS)
     group = parser.add_argument_group("training")
-    defaults = TrainConfig()
+    training = TrainConfig()
     for name, text in {
         "epochs": "epochs at the most",
         "batch_size": "captions in a step",
@@ -522,14 +522,14 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         "save_minutes": "minutes between checkpoints inside an epoch",
         "seed": "seed of the weights and of the order of the data",
     }.items():
-        add(group, name, getattr(defaults, name), text)
+        add(group, name, getattr(training, name), text)
     group = parser.add_argument_group("speed")
     text = "compute in float16 where it does no harm, for GPUs; weights stay float32"
     group.add_argument("--mixed-precision", action="store_true", help=text)
     text = "compile the training step with XLA; auto: on a GPU where XLA works"
-    add(group, "jit", defaults.jit, text, choices=devices.JIT)
+    add(group, "jit", training.jit, text, choices=devices.JIT)
     text = "devices that share the work: one, all GPUs of this machine, or those of the machines in TF_CONFIG"
-    add(group, "strategy", defaults.strategy, text, choices=devices.STRATEGIES)
+    add(group, "strategy", training.strategy, text, choices=devices.STRATEGIES)
     return parser.parse_args(argv)
 
 
