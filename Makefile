@@ -1,14 +1,19 @@
-# Commands: `make demo`, `make test`, and `make notebook`, which executes the notebook in small.
+# Commands: `make demo`, `make test`, `make lint`, and `make notebook`, which executes the notebook in small.
 # All make the virtual environment .venv first.
 PYTHON ?= python3
 BIN = .venv/bin
 
-.PHONY: demo test notebook
+.PHONY: demo test notebook lint
 demo: .venv/ready
 	$(BIN)/python demo.py
 
 test: .venv/ready
 	$(BIN)/python -m pytest -q tests
+
+lint: .venv/ready
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy *.py
 
 notebook: .venv/ready
 	mkdir -p runs

@@ -7,6 +7,7 @@ import argparse
 import contextlib
 import errno
 import hashlib
+import io
 import json
 import logging
 import math
@@ -94,7 +95,8 @@ def run_command(main: Callable[[], None]) -> None:
     Exit codes: 2 for bad input, a missing file or a full disk; 130 for Ctrl-C; 0 otherwise.
     """
     name = Path(sys.argv[0]).name
-    sys.stdout.reconfigure(errors="backslashreplace")  # as standard error: a picture's name need not be Unicode
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # as standard error: a picture's name need not be Unicode
     try:
         main()
     except InputError as error:
@@ -116,7 +118,7 @@ def run_command(main: Callable[[], None]) -> None:
 def locked(file: IO[Any], wait: bool = False) -> bool:
     """Locks an open file against other processes until it is closed, be it by kill -9; False if another has it."""
     try:
-        if os.name == "nt":
+        if sys.platform == "win32":
             import msvcrt
 
             msvcrt.locking(file.fileno(), msvcrt.LK_LOCK if wait else msvcrt.LK_NBLCK, 1)

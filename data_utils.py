@@ -64,7 +64,7 @@ class Example:
 class DataOptions:
     """Which data to use; saved in a run's config.json, so that the same split can be made again."""
 
-    dataset: str = "coco"
+    dataset: str | None = "coco"
     annotations: str | None = None
     images: str | None = None
     train_list: str | None = None
@@ -165,7 +165,7 @@ def _split_token_line(line: str) -> tuple[str, str]:
     return name.rsplit("#", 1)[0], caption
 
 
-def _rows_from_json(path: Path | str, content: Any) -> list[tuple[str, str, int | None, str]]:
+def _rows_from_json(path: Path | str, content: Any) -> list[tuple[str, str, Any, Any]]:
     """Rows (image, caption, id, split) of COCO's or Karpathy's JSON."""
     try:
         if "annotations" in content:
@@ -189,7 +189,7 @@ def _rows_from_json(path: Path | str, content: Any) -> list[tuple[str, str, int 
     raise InputError(f"{path}: JSON without captions; expected COCO's `annotations` or Karpathy's `sentences`")
 
 
-def _group_by_image(path: Path | str, rows: list[tuple[str, str, int | None, str]]) -> list[Example]:
+def _group_by_image(path: Path | str, rows: list[tuple[str, str, Any, Any]]) -> list[Example]:
     """One Example per picture, in the order of the file."""
     captions: dict[str, list[str]] = {}
     about: dict[str, tuple[int | None, str]] = {}
@@ -218,12 +218,14 @@ def _group_by_image(path: Path | str, rows: list[tuple[str, str, int | None, str
     for row in skipped:
         say(f"skipped {path}: a caption without a word: {row}")
     ids: dict[str, str] = {}
-    for number, image in enumerate(captions):
+    examples = []
+    for number, (image, texts) in enumerate(captions.items()):
         image_id, split = about[image]
-        about[image] = (number if image_id is None else image_id, split)
-        if (other := ids.setdefault(str(about[image][0]), image)) != image:
-            raise InputError(f"{path}: {other} and {image} have the same id, {about[image][0]}")
-    return [Example(image, tuple(texts), *about[image]) for image, texts in captions.items()]
+        example = Example(image, tuple(texts), number if image_id is None else image_id, split)
+        if (other := ids.setdefault(str(example.image_id), image)) != image:
+            raise InputError(f"{path}: {other} and {image} have the same id, {example.image_id}")
+        examples.append(example)
+    return examples
 
 
 # Choosing and splitting.
@@ -340,7 +342,7 @@ def load_dataset(options: DataOptions, pictures: bool = True) -> Dataset:
         InputError: see `read_annotations`, `assign_splits` and `download`.
     """
     lists = {s: Path(p) for s in SPLITS if (p := getattr(options, f"{s}_list"))}
-    root = Path(options.data_dir) / options.dataset
+    root = Path(options.data_dir) / (options.dataset or "")
     if options.annotations:
         if pictures and not options.images:
             raise InputError("--annotations needs --images DIR, the folder its pictures are in")

@@ -15,7 +15,7 @@ import zipfile
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import IO
+from io import BufferedRandom
 
 from common import InputError, atomic_write, locked, progress_bar, say
 
@@ -101,7 +101,7 @@ def download(
     return path
 
 
-def _difference(file: IO[bytes], size: int | None, md5: str | None) -> str | None:
+def _difference(file: BufferedRandom, size: int | None, md5: str | None) -> str | None:
     """How a whole file differs from what is expected of it; None if it does not."""
     received = file.seek(0, os.SEEK_END)
     if size and received != size:
@@ -115,7 +115,7 @@ def _difference(file: IO[bytes], size: int | None, md5: str | None) -> str | Non
 
 
 @contextlib.contextmanager
-def _alone(path: Path, part: Path) -> Iterator[IO[bytes] | None]:
+def _alone(path: Path, part: Path) -> Iterator[BufferedRandom | None]:
     """The part file, opened for going on, for this process alone; None if another has made the whole file."""
     path.parent.mkdir(parents=True, exist_ok=True)
     while True:
@@ -140,9 +140,9 @@ def _alone(path: Path, part: Path) -> Iterator[IO[bytes] | None]:
 _TRANSIENT = (urllib.error.URLError, http.client.HTTPException, TimeoutError, ConnectionError)
 
 
-def _fetch(url: str, file: IO[bytes], size: int | None, limit: int | None, bar) -> None:
+def _fetch(url: str, file: BufferedRandom, size: int | None, limit: int | None, bar) -> None:
     """Appends to `file` what it lacks, in several tries; raises the last error, or _Unwanted."""
-    failed = 0
+    failed, last = 0, Exception()
     while True:
         before = file.seek(0, os.SEEK_END)
         if size and before > size:
@@ -167,7 +167,7 @@ def _fetch(url: str, file: IO[bytes], size: int | None, limit: int | None, bar) 
         time.sleep(PAUSE * 2 ** (failed - 1))
 
 
-def _fetch_rest(url: str, file: IO[bytes], before: int, size: int | None, limit: int | None, bar) -> None:
+def _fetch_rest(url: str, file: BufferedRandom, before: int, size: int | None, limit: int | None, bar) -> None:
     """One request for what comes after `before` bytes."""
     request = urllib.request.Request(url, headers={"Range": f"bytes={before}-"} if before else {})
     with urllib.request.build_opener(_OnlyHttp).open(request, timeout=TIMEOUT) as response:
@@ -190,8 +190,8 @@ def _fetch_rest(url: str, file: IO[bytes], before: int, size: int | None, limit:
             if limit and received > limit:
                 raise _Unwanted(f"expected at most {limit:,} bytes, received more")
         file.flush()
-        if received < (size or total or received):
-            raise http.client.IncompleteRead(b"", (size or total) - received)
+        if received < (expected := size or total or received):
+            raise http.client.IncompleteRead(b"", expected - received)
 
 
 def unpack(archive: Path, folder: Path, suffixes: tuple[str, ...]) -> None:

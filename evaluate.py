@@ -224,7 +224,7 @@ def score_run(
             f"{cache.folder}: no whole features of {len(missing):,} pictures (the first: {cache.path(missing[0])}); "
             "run features.py with the data options of the run"
         )
-    search = {"beam_size": captioning.beam_size, "length_penalty": captioning.length_penalty}
+    search: dict[str, Any] = {"beam_size": captioning.beam_size, "length_penalty": captioning.length_penalty}
     captions = caption_examples(captioning.captioner, captioning.words, cache, examples, **search)
     texts = [caption.text for caption in captions]
     scores, tokenizer = score_anywhere([list(example.captions) for example in examples], texts)

@@ -372,7 +372,7 @@ def cache_features(cache: FeatureCache, images: Path, names: list[str], batch_si
     with ThreadPoolExecutor(4) as writers, progress_bar(total=len(missing), unit="picture", desc="features") as bar:
         writes: list[Future] = []
         while batch := list(itertools.islice(readable, batch_size)):
-            features = run(np.stack([pixels for _, pixels in batch])).numpy()  # (B, 64, 2048)
+            features = run(np.stack([np.asarray(pixels) for _, pixels in batch])).numpy()  # (B, 64, 2048)
             for write in writes:
                 write.result()  # an error of the disk shows here
             writes = [writers.submit(cache.write, name, row) for (name, _), row in zip(batch, features, strict=True)]
