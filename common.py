@@ -30,9 +30,26 @@ class InputError(Exception):
     """A mistake in what the user gave: one line saying what was expected, what was found, what to do."""
 
 
-def say(message: str) -> None:
+class Talk:
+    """Whether scripts say what they do; `--quiet` turns it off."""
+
+    wanted = True
+
+
+def add_quiet(parser: argparse._ActionsContainer) -> None:
+    """The option `--quiet`."""
+
+    class Quiet(argparse.Action):
+        def __call__(self, *_):
+            Talk.wanted = False
+
+    parser.add_argument("--quiet", action=Quiet, nargs=0, help="say nothing but results and errors")
+
+
+def say(message: str, error: bool = False) -> None:
     """Prints talk to standard error, so that standard output holds only results."""
-    print(message, file=sys.stderr, flush=True)
+    if Talk.wanted or error:
+        print(message, file=sys.stderr, flush=True)
 
 
 def at_least(minimum: int) -> Callable[[str], int]:
@@ -57,11 +74,27 @@ def from_zero(text: str) -> float:
     return number
 
 
-def progress_bar(*args: Any, **kwargs: Any) -> tqdm:
-    """A tqdm bar on standard error; in a pipe or a file it says something every half minute only."""
-    notebook = type(sys.stderr).__module__.startswith("ipykernel")  # Jupyter and Colab, which show it live
-    interval = 0.1 if sys.stderr.isatty() else 0.5 if notebook else 30.0
-    return tqdm(*args, mininterval=interval, maxinterval=interval, **kwargs)
+class Lines:
+    """Standard error for a progress bar in a pipe or a file: a line now and then, no control characters."""
+
+    def write(self, text: str) -> None:
+        """Writes a state of the bar as a line."""
+        if line := text.strip("\r\n "):
+            sys.stderr.write(f"{line}\n")
+
+    def flush(self) -> None:
+        """As of a file."""
+        sys.stderr.flush()
+
+
+def progress_bar(*args: Any, disable: bool = False, **kwargs: Any) -> tqdm:
+    """A tqdm bar on standard error; in a pipe or a file it says a line every half minute only."""
+    live = sys.stderr.isatty() or type(sys.stderr).__module__.startswith("ipykernel")  # Jupyter and Colab
+    interval = 0.1 if sys.stderr.isatty() else 0.5 if live else 30.0
+    kwargs |= {"mininterval": interval, "maxinterval": interval, "dynamic_ncols": live}
+    if not live:
+        kwargs |= {"file": Lines(), "ascii": True, "ncols": 100}
+    return tqdm(*args, disable=disable or not Talk.wanted, **kwargs)
 
 
 @contextlib.contextmanager
@@ -100,7 +133,7 @@ def run_command(main: Callable[[], None]) -> None:
     try:
         main()
     except InputError as error:
-        say(f"{name}: {' '.join(str(error).splitlines())}")  # what was found may hold line ends
+        say(f"{name}: {' '.join(str(error).splitlines())}", error=True)  # what was found may hold line ends
         sys.exit(2)
     except BrokenPipeError:  # `python inference.py *.jpg | head` is no error
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -108,10 +141,10 @@ def run_command(main: Callable[[], None]) -> None:
     except OSError as error:
         hint = "; free some space and run the same command again, it continues" * (error.errno == errno.ENOSPC)
         where = f"{error.filename}: " if error.filename else ""
-        say(f"{name}: {where}{error.strerror or error}{hint}")
+        say(f"{name}: {where}{error.strerror or error}{hint}", error=True)
         sys.exit(2)
     except KeyboardInterrupt:
-        say(f"\n{name}: stopped; run the same command again to continue")
+        say(f"\n{name}: stopped; run the same command again to continue", error=True)
         sys.exit(130)
 
 

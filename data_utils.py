@@ -23,7 +23,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 import shapes
-from common import InputError, at_least, parse_json, progress_bar, run_command, say
+from common import InputError, add_quiet, at_least, parse_json, progress_bar, run_command, say
 from downloads import download, unpack
 
 SPLITS = ("train", "val", "test")
@@ -452,6 +452,7 @@ def main(argv: list[str] | None = None) -> None:
     """Downloads and reads a data set, and says what is in it."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_arguments(parser)
+    add_quiet(parser)
     dataset = load_dataset(options_from(parser.parse_args(argv)))
     for split in SPLITS:
         examples = [example for example in dataset.examples if example.split == split]

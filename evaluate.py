@@ -10,7 +10,7 @@ are computed by pycocoevalcap, the COCO challenge's code. METEOR, and the tokeni
 scores, need Java.
 """
 
-from common import InputError, quiet, read_json, run_command, say, write_json  # before TensorFlow
+from common import InputError, add_quiet, quiet, read_json, run_command, say, write_json  # before TensorFlow
 
 import argparse
 import contextlib
@@ -26,6 +26,7 @@ import tensorflow as tf
 import data_utils
 import inference
 import model
+import search
 from tokenizer import Tokenizer, split_words
 
 NEED_JAVA = (
@@ -50,9 +51,9 @@ def caption_examples(
     examples: list[data_utils.Example],
     batch_size: int = 64,  # captions followed at the same time
     beam_size: int = 1,
-    length_penalty: float = inference.LENGTH_PENALTY,
-) -> list[inference.Caption]:
-    """Captions pictures from their cached features; see `inference.caption_features`."""
+    length_penalty: float = search.LENGTH_PENALTY,
+) -> list[search.Caption]:
+    """Captions pictures from their cached features; see `search.caption_features`."""
     paths = [str(cache.path(example.image)) for example in examples]
     batches = (
         tf.data.Dataset.from_tensor_slices(paths)
@@ -63,7 +64,7 @@ def caption_examples(
     return [
         caption
         for batch in batches
-        for caption in inference.caption_features(captioner, words, batch, beam_size, length_penalty)
+        for caption in search.caption_features(captioner, words, batch, beam_size, length_penalty)
     ]
 
 
@@ -161,7 +162,7 @@ def distinct(texts: list[str]) -> float:
     return round(100 * len(set(texts)) / len(texts), 1)
 
 
-def never_ended(captions: list[inference.Caption]) -> float:
+def never_ended(captions: list[search.Caption]) -> float:
     """The share of captions that never ended, in percent."""
     return round(100 * sum(not caption.ended for caption in captions) / len(captions), 1)
 
@@ -224,11 +225,11 @@ def score_run(
             f"{cache.folder}: no whole features of {len(missing):,} pictures (the first: {cache.path(missing[0])}); "
             "run features.py with the data options of the run"
         )
-    search: dict[str, Any] = {"beam_size": captioning.beam_size, "length_penalty": captioning.length_penalty}
-    captions = caption_examples(captioning.captioner, captioning.words, cache, examples, **search)
+    settings: dict[str, Any] = {"beam_size": captioning.beam_size, "length_penalty": captioning.length_penalty}
+    captions = caption_examples(captioning.captioner, captioning.words, cache, examples, **settings)
     texts = [caption.text for caption in captions]
     scores, tokenizer = score_anywhere([list(example.captions) for example in examples], texts)
-    metrics = {"run": str(captioning.run)} | search | {"tokenizer": tokenizer, "scores": scores}
+    metrics = {"run": str(captioning.run)} | settings | {"tokenizer": tokenizer, "scores": scores}
     metrics |= {"distinct captions": distinct(texts), "never ended": never_ended(captions)}
     return metrics, [{"image_id": e.image_id, "caption": text} for e, text in zip(examples, texts, strict=True)]
 
@@ -251,6 +252,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     )
     data_utils.add_arguments(parser)
     parser.set_defaults(dataset=None)
+    add_quiet(parser)
     args = parser.parse_args(argv)
     default = data_utils.DataOptions(dataset=None)
     args.named = data_utils.options_from(args) != default
@@ -260,7 +262,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         raise InputError("expected --run, whose data are the references, or other data; found both")
     if args.named and not (args.dataset or args.annotations):
         raise InputError("expected --dataset or --annotations with the other data options")
-    if args.results and (args.beam_size, args.length_penalty) != (1, inference.LENGTH_PENALTY):
+    if args.results and (args.beam_size, args.length_penalty) != (1, search.LENGTH_PENALTY):
         raise InputError("--results holds captions already; --beam-size and --length-penalty are for a run")
     args.split = args.split or ("all" if args.named else "val")
     args.dataset = args.dataset or data_utils.DataOptions().dataset

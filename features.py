@@ -23,6 +23,7 @@ from typing import Any
 
 from common import (
     InputError,
+    add_quiet,
     at_least,
     atomic_write,
     check_fields,
@@ -459,6 +460,7 @@ def main(argv: list[str] | None = None) -> None:
         help="only the I-th of N parts of the pictures, for N processes or machines that share the folder "
         "(default: all)",
     )
+    add_quiet(parser)
     args = parser.parse_args(argv)
     dataset = data_utils.load_dataset(data_utils.options_from(args))
     if args.shard != slice(None) and args.weights == "random":

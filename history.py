@@ -7,33 +7,9 @@ from typing import Any
 import tensorflow as tf
 
 from common import InputError, atomic_write
+from plots import plot_history
 
 COLUMNS = ("epoch", "train_loss", "val_loss", "bleu4", "cider", "distinct", "train_seconds")
-
-
-def plot_history(rows: list[dict[str, Any]], path: Path) -> None:
-    """The loss plot: training and validation loss, and BLEU-4, by epoch."""
-    from matplotlib.figure import Figure
-    from matplotlib.ticker import MaxNLocator
-
-    epochs = [int(row["epoch"]) for row in rows]
-    figure = Figure(figsize=(7, 4), dpi=110, layout="constrained")
-    losses = figure.subplots()
-    for name, label in (("train_loss", "training loss"), ("val_loss", "validation loss")):
-        losses.plot(epochs, [float(row[name]) for row in rows], marker="o", markersize=3, label=label)
-    losses.set(xlabel="epoch", ylabel="loss (nats per word)")
-    losses.xaxis.set_major_locator(MaxNLocator(integer=True))
-    scores = losses.twinx()
-    scores.plot(
-        epochs, [float(row["bleu4"]) for row in rows], color="tab:green", marker="s", markersize=3, label="BLEU-4"
-    )
-    scores.set(ylabel="BLEU-4 (validation, %)", ylim=(0, None))
-    best = max(rows, key=lambda row: float(row["cider"]))
-    losses.axvline(int(best["epoch"]), color="grey", linestyle=":", label="best epoch (CIDEr)")
-    lines = losses.get_legend_handles_labels(), scores.get_legend_handles_labels()
-    losses.legend(*(first + second for first, second in zip(*lines, strict=True)), loc="center right")
-    with atomic_write(path, "wb") as file:
-        figure.savefig(file, format="png")
 
 
 def read_history(path: Path) -> list[dict[str, str]]:

@@ -3,6 +3,7 @@
     python inference.py photo.jpg                         # the newest run; writes photo_attention.png
     python inference.py --run runs/coco --beam-size 5 a.jpg b.png
     python inference.py https://example.com/photo.jpg
+    python inference.py *.jpg --json --grid all.png | jq  # results for programs, and a picture of all
     python inference.py                                   # a few held-out pictures, real and predicted captions
 
 From Python: `Captioning.load("runs/coco").caption("photo.jpg").text`.
@@ -10,6 +11,7 @@ From Python: `Captioning.load("runs/coco").caption("photo.jpg").text`.
 
 from common import (
     InputError,
+    add_quiet,
     at_least,
     check_fields,
     file_sha256,
@@ -20,8 +22,7 @@ from common import (
 )  # before TensorFlow
 
 import argparse
-import dataclasses
-import math
+import json
 import os
 import random
 import tempfile
@@ -39,188 +40,11 @@ from PIL import Image
 import data_utils
 import model
 from downloads import download, shown
-from tokenizer import END, PAD, START, UNK, Tokenizer
+from plots import FORMATS, GRID_PICTURES, plot_attention, plot_overview, thumbnail
+from search import LENGTH_PENALTY, Caption, caption_features
+from tokenizer import Tokenizer
 
-MAX_WORDS = 50  # a caption that has not ended by then is cut
 MAX_DOWNLOAD = 50_000_000  # bytes of a picture on the web
-LENGTH_PENALTY = 1.0  # captions compete by their mean log p
-
-
-@dataclasses.dataclass(frozen=True)
-class Caption:
-    """A caption, and what led to it."""
-
-    words: tuple[str, ...]
-    probabilities: tuple[float, ...]  # of each word, given those before it
-    attention: np.ndarray  # (number of words, 64), how much each word looked at each location; sums to 1
-    ended: bool  # whether the model said <end>, or was cut after MAX_WORDS
-
-    @property
-    def text(self) -> str:
-        """The words in one line."""
-        return " ".join(self.words)
-
-
-# Decoding.
-
-
-def never_said(vocabulary_size: int) -> tf.Tensor:
-    """Which words no caption says: <pad>, <unk> and <start>; (vocabulary,) bool."""
-    return tf.reduce_any(tf.one_hot([PAD, UNK, START], vocabulary_size, True, False), axis=0)
-
-
-@tf.function(reduce_retracing=True)
-def greedy_search(captioner: model.Captioner, pictures: tf.Tensor, max_words: int = MAX_WORDS) -> tuple[tf.Tensor, ...]:
-    """The most probable word at every step, until <end>; never <pad>, <unk> or <start>.
-
-    Args:
-        captioner: the model.
-        pictures: features, (B, 64, 2048).
-        max_words: where a caption that does not end is cut.
-
-    Returns:
-        tokens (B, T), <end> included and padded with <pad>; their probabilities (B, T); attention weights
-        (B, T, 64). T is at most `max_words`.
-    """
-    encoded = captioner.encode(pictures)
-    batch = tf.shape(pictures)[0]
-    token = tf.fill([batch], START)
-    state = captioner.decoder.initial_state(batch)
-    ended = tf.zeros([batch], tf.bool)
-    never = never_said(captioner.config.vocabulary_size)
-    tokens, probabilities, looks = (
-        tf.TensorArray(kind, 0, dynamic_size=True) for kind in (tf.int32, tf.float32, tf.float32)
-    )
-    for t in tf.range(max_words):
-        logits, state, weights = captioner.step(token, state, encoded)
-        logits = tf.where(never, -np.inf, tf.cast(logits, tf.float32))  # (B, vocabulary)
-        token = tf.where(ended, PAD, tf.argmax(logits, axis=1, output_type=tf.int32))  # (B,)
-        tokens = tokens.write(t, token)
-        probabilities = probabilities.write(t, tf.reduce_max(tf.nn.softmax(logits), axis=1))
-        looks = looks.write(t, tf.cast(weights, tf.float32))
-        ended |= token == END
-        if tf.reduce_all(ended):
-            break
-    # Stacked by step, wanted by picture.
-    swap = tf.experimental.numpy.swapaxes
-    return swap(tokens.stack(), 0, 1), swap(probabilities.stack(), 0, 1), swap(looks.stack(), 0, 1)
-
-
-def best_continuations(scores: tf.Tensor, log_p: tf.Tensor, ended: tf.Tensor) -> tuple[tf.Tensor, ...]:
-    """The K most probable captions that are one word longer than K others.
-
-    Args:
-        scores: (B, K), log p of the captions.
-        log_p: (B, K, vocabulary), of their next words.
-        ended: (B, K) bool. Such a caption has one continuation, <pad>, which costs nothing and which nothing can
-            push out.
-
-    Returns:
-        All (B, K): which caption each continues, its new word, log p of the whole, and p of the word.
-    """
-    batch, (beam_size, vocabulary) = tf.shape(log_p)[0], log_p.shape[1:]
-    padding = tf.one_hot(PAD, vocabulary, 0.0, -np.inf)
-    log_p = tf.where(ended[:, :, tf.newaxis], padding, log_p)  # (B, K, vocabulary)
-    total = scores[:, :, tf.newaxis] + log_p
-    order = tf.where(ended[:, :, tf.newaxis] & (padding == 0), np.inf, total)
-    _, best = tf.math.top_k(tf.reshape(order, [batch, -1]), beam_size)  # (B, K) of K * vocabulary
-    of_best = lambda tensor: tf.gather(tf.reshape(tensor, [batch, -1]), best, batch_dims=1)
-    return best // vocabulary, best % vocabulary, of_best(total), tf.exp(of_best(log_p))
-
-
-@tf.function(reduce_retracing=True)
-def beam_search(
-    captioner: model.Captioner,
-    pictures: tf.Tensor,
-    beam_size: int,
-    length_penalty: float = LENGTH_PENALTY,
-    max_words: int = MAX_WORDS,
-) -> tuple[tf.Tensor, ...]:
-    """The best of the most probable captions that were followed at the same time, `beam_size` of them.
-
-    At every step each unfinished caption is continued by every word, and the most probable continuations are
-    kept. A caption that says <end> keeps its place, so that fewer go on. In the end the one with the largest
-    log p(caption) / length ** length_penalty wins, <end> counted in the length: 0 prefers short captions,
-    1 takes the mean over the words. A picture none of whose captions has ended gives its best so far.
-
-    Args:
-        captioner: the model.
-        pictures: features, (B, 64, 2048).
-        beam_size: K in the comments; 1 gives the greedy caption.
-        length_penalty: see above.
-        max_words: where a caption that does not end is cut.
-
-    Returns:
-        What `greedy_search` returns.
-    """
-    vocabulary, batch = captioner.config.vocabulary_size, tf.shape(pictures)[0]
-    never = never_said(vocabulary)
-    # The captions of a picture lie beside each other in one batch of B * K.
-    encoded = model.Encoded(*(tf.repeat(tensor, beam_size, axis=0) for tensor in captioner.encode(pictures)))
-    state = captioner.decoder.initial_state(batch * beam_size)  # (B * K, 512)
-    locations = encoded.features.shape[1]
-    first = tf.one_hot(0, beam_size, 0.0, -np.inf)  # at first there is one caption, the empty one
-    scores = tf.tile(first[tf.newaxis], [batch, 1])  # (B, K), log p of the words so far
-    ended = tf.zeros([batch, beam_size], tf.bool)
-    token = tf.fill([batch, beam_size], START)
-    tokens = tf.zeros([batch, beam_size, 0], tf.int32)
-    probabilities = tf.zeros([batch, beam_size, 0])
-    looks = tf.zeros([batch, beam_size, 0, locations])
-    growing = tf.TensorShape([None, beam_size, None])  # by a word in every step
-    for _ in tf.range(max_words):
-        tf.autograph.experimental.set_loop_options(
-            shape_invariants=[
-                (tensor, tf.TensorShape([None, *tensor.shape[1:]])) for tensor in (state, token, scores, ended)
-            ]
-            + [(tokens, growing), (probabilities, growing), (looks, growing.concatenate(locations))]
-        )
-        logits, state, look = captioner.step(tf.reshape(token, [-1]), state, encoded)
-        logits = tf.where(never, -np.inf, tf.cast(logits, tf.float32))
-        log_p = tf.reshape(tf.nn.log_softmax(logits), [batch, beam_size, vocabulary])
-        parent, token, scores, p = best_continuations(scores, log_p, ended)  # each (B, K)
-        real = scores > -np.inf  # with few words to say, some of the K continue nothing
-        ended = (tf.gather(ended, parent, batch_dims=1) | (token == END)) & real
-        # What belongs to a caption follows it to its new place.
-        tokens = tf.concat([tf.gather(tokens, parent, batch_dims=1), token[:, :, tf.newaxis]], axis=2)
-        probabilities = tf.concat([tf.gather(probabilities, parent, batch_dims=1), p[:, :, tf.newaxis]], axis=2)
-        look = tf.reshape(tf.cast(look, tf.float32), [batch, beam_size, 1, locations])
-        looks = tf.gather(tf.concat([looks, look], axis=2), parent, batch_dims=1)
-        place = tf.range(batch)[:, tf.newaxis] * beam_size + parent  # (B, K), in the batch of B * K
-        state = tf.gather(state, tf.reshape(place, [-1]))
-        if tf.reduce_all(ended | ~real):
-            break
-    lengths = tf.reduce_sum(tf.cast(tokens != PAD, tf.float32), axis=2)  # (B, K)
-    final = scores / lengths**length_penalty
-    done = tf.reduce_any(ended, axis=1, keepdims=True)
-    winner = tf.argmax(tf.where(done & ~ended, -np.inf, final), axis=1)  # (B,)
-    return tuple(tf.gather(tensor, winner, batch_dims=1) for tensor in (tokens, probabilities, looks))
-
-
-def caption_features(
-    captioner: model.Captioner,
-    words: Tokenizer,
-    pictures: tf.Tensor,
-    beam_size: int = 1,
-    length_penalty: float = LENGTH_PENALTY,
-) -> list[Caption]:
-    """Captions a batch of features, (B, 64, 2048): greedily, or with a beam of more than one."""
-    if beam_size == 1:
-        found = greedy_search(captioner, pictures)
-    else:
-        found = beam_search(captioner, pictures, beam_size, length_penalty)
-    captions = []
-    for row, probability, look in zip(*(tensor.numpy() for tensor in found), strict=True):
-        ended = END in row
-        length = int(np.argmax(row == END)) if ended else len(row)
-        captions.append(
-            Caption(
-                tuple(words.words[i] for i in row[:length]),
-                tuple(map(float, probability[:length])),
-                look[:length],
-                ended,
-            )
-        )
-    return captions
 
 
 # A run folder: all that captioning needs.
@@ -375,48 +199,12 @@ class Captioning:
         return caption_features(self.captioner, self.words, pictures, self.beam_size, self.length_penalty)
 
 
-# The attention plot.
-
-
-def enlarge(weights: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """The weights of 64 locations, smoothly enlarged over a picture of size (width, height): (height, width)."""
-    side = math.isqrt(len(weights))
-    grid = Image.fromarray(weights.reshape(side, side).astype(np.float32))
-    return np.asarray(grid.resize(size, Image.Resampling.BICUBIC)).clip(0)
-
-
-def plot_attention(picture: Image.Image, caption: Caption, path: Path | str) -> None:
-    """Writes the picture, and for every word the picture lit where the model looked.
-
-    Each panel is scaled to its own brightest location.
-    """
-    from matplotlib.figure import Figure  # no pyplot: no window system, and nothing to close
-
-    picture = features.upright_rgb(picture)
-    picture.thumbnail((448, 448))
-    panels = len(caption.words) + 1
-    rows = math.ceil(panels / 5)
-    columns = math.ceil(panels / rows)  # as even as it gets: 11 panels are 4 + 4 + 3
-    # A panel of a narrow strip has empty sides, since a plot has less than 65,536 pixels either way.
-    height = 2.6 * min(4, max(0.25, picture.height / picture.width))
-    figure = Figure(figsize=(2.6 * columns, (height + 0.35) * rows + 0.5), dpi=110, layout="constrained")
-    figure.suptitle(caption.text, fontsize=13, wrap=True)
-    axes = figure.subplots(rows, columns, squeeze=False).flat
-    for axis in axes:
-        axis.axis("off")
-    axes[0].imshow(picture)
-    for axis, word, weights in zip(axes[1:panels], caption.words, caption.attention, strict=True):
-        axis.imshow(picture)
-        axis.imshow(enlarge(weights, picture.size), cmap="gray", alpha=0.65, vmin=0)
-        axis.set_title(word, fontsize=12)
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path)
-
-
-def caption_and_plot(captioning: Captioning, path: Path, folder: Path, name: str | None = None) -> tuple[Caption, Path]:
-    """Captions a picture and writes `<name>_attention.png` into a folder; raises InputError if it cannot be read."""
+def caption_and_plot(
+    captioning: Captioning, path: Path, folder: Path, name: str | None = None, kind: str = "png"
+) -> tuple[Caption, Path]:
+    """Captions a picture and writes `<name>_attention.<kind>` into a folder; raises InputError if it cannot be read."""
     caption = captioning.caption(path)
-    plot = folder / f"{name or path.stem}_attention.png"
+    plot = folder / f"{name or path.stem}_attention.{kind}"
     with Image.open(path) as picture:
         plot_attention(picture, caption, plot)
     return caption, plot
@@ -436,8 +224,37 @@ def fetch(address: str, folder: Path) -> Path:
     return download(address, folder / (name if name.strip(".") else "picture"), quiet=True, limit=MAX_DOWNLOAD)
 
 
-def caption_files(captioning: Captioning, pictures: Sequence[str], output: Path) -> int:
-    """Captions files and addresses, one line each, and plots their attention; returns how many could not be read.
+class Results:
+    """Says the captions on standard output, and keeps the pictures for an overview."""
+
+    def __init__(self, as_json: bool, grid: Path | None):
+        self.as_json, self.grid = as_json, grid
+        self.pictures: list[tuple[Image.Image, str]] = []
+
+    def add(self, label: str, path: Path, caption: Caption, plot: Path, text: str, **more: Any) -> None:
+        """A captioned picture; `text` is how it is said without --json."""
+        if self.as_json:
+            words = [
+                {"word": word, "probability": round(probability, 4)}
+                for word, probability in zip(caption.words, caption.probabilities, strict=True)
+            ]
+            text = json.dumps({"picture": label, "caption": caption.text, "words": words, "plot": str(plot)} | more)
+        print(text, flush=True)
+        if self.grid and len(self.pictures) < GRID_PICTURES:
+            with Image.open(path) as picture:
+                self.pictures.append((thumbnail(picture), caption.text))
+
+    def write_grid(self) -> None:
+        """Writes the overview, if one is wanted and there is a picture to show."""
+        if self.grid and self.pictures:
+            plot_overview(self.pictures, self.grid)
+            say(f"overview: {self.grid}")
+
+
+def caption_files(
+    captioning: Captioning, pictures: Sequence[str], output: Path, results: Results, kind: str = "png"
+) -> int:
+    """Captions files and addresses, and plots their attention; returns how many could not be read.
 
     Raises:
         InputError: the only one cannot be read; or the CNN cannot be built.
@@ -445,6 +262,7 @@ def caption_files(captioning: Captioning, pictures: Sequence[str], output: Path)
     _ = captioning.cnn  # so that its failure is not taken for that of a picture
     failed, taken = 0, set()
     for picture in pictures:
+        label = shown(picture) if is_address(picture) else picture
         with tempfile.TemporaryDirectory() as folder:
             try:
                 path = fetch(picture, Path(folder)) if is_address(picture) else Path(picture)
@@ -452,15 +270,15 @@ def caption_files(captioning: Captioning, pictures: Sequence[str], output: Path)
                 while name in taken:  # a/dog.jpg and b/dog.jpg
                     name += "_"
                 taken.add(name)
-                caption, plot = caption_and_plot(captioning, path, output, name)
+                caption, plot = caption_and_plot(captioning, path, output, name, kind)
             except InputError as error:
                 if len(pictures) == 1:
                     raise
-                say(f"inference.py: {error}")
+                say(f"inference.py: {error}", error=True)
                 failed += 1
                 continue
-        label = shown(picture) if is_address(picture) else picture
-        print(caption.text if len(pictures) == 1 else f"{label}\t{caption.text}", flush=True)
+            text = caption.text if len(pictures) == 1 else f"{label}\t{caption.text}"
+            results.add(label, path, caption, plot, text)
         say(f"attention: {plot}")
     return failed
 
@@ -483,19 +301,20 @@ def dataset_of(config: dict[str, Any], pictures: bool = True) -> data_utils.Data
     return dataset
 
 
-def caption_held_out(captioning: Captioning, count: int, seed: int | None) -> None:
+def caption_held_out(captioning: Captioning, count: int, seed: int | None, results: Results, kind: str = "png") -> None:
     """Captions random held-out pictures of the run's data, beside what people wrote, as the tutorial ends."""
     dataset = dataset_of(captioning.config)
     held_out = [example for example in dataset.examples if example.split == "test"] or dataset.split("val")
     for example in random.Random(seed).sample(held_out, min(count, len(held_out))):
         path = dataset.images / example.image
         try:
-            caption, plot = caption_and_plot(captioning, path, captioning.run / "attention")
+            caption, plot = caption_and_plot(captioning, path, captioning.run / "attention", kind=kind)
         except InputError as error:
-            say(f"skipped {error}")
+            say(f"skipped {error}", error=True)
             continue
-        print(path, *(f"  real:      {text}" for text in example.captions), f"  predicted: {caption.text}", sep="\n")
-        print(f"  attention: {plot}", flush=True)
+        real = [f"  real:      {text}" for text in example.captions]
+        text = "\n".join([str(path), *real, f"  predicted: {caption.text}", f"  attention: {plot}"])
+        results.add(str(path), path, caption, plot, text, real=example.captions)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -522,25 +341,37 @@ def main(argv: list[str] | None = None) -> None:
         "pictures", nargs="*", help="files or http(s) addresses of pictures to caption (default: a few held-out ones)"
     )
     add_arguments(parser)
-    parser.add_argument(
+    group = parser.add_argument_group("held-out pictures, when none are named")
+    group.add_argument("--count", type=at_least(1), default=3, help="how many (default: 3)")
+    group.add_argument("--seed", type=int, help="which ones (default: others each time)")
+    group = parser.add_argument_group("output")
+    group.add_argument(
         "--output-dir",
         type=Path,
         default=Path(),
         help="where <picture>_attention.png goes (default: here; of held-out pictures, into the run folder)",
     )
-    parser.add_argument(
-        "--count", type=at_least(1), default=3, help="how many held-out pictures, without a picture (default: 3)"
-    )
-    parser.add_argument("--seed", type=int, help="which held-out pictures (default: others each time)")
+    group.add_argument("--format", choices=FORMATS, default="png", help="of the attention plots (default: png)")
+    text = f"write one picture of all, the first {GRID_PICTURES} at most, with their captions: .png, .svg or .pdf"
+    group.add_argument("--grid", type=Path, metavar="FILE", help=text)
+    text = "print a JSON object for every picture, one a line: picture, caption, words with probabilities, plot"
+    group.add_argument("--json", action="store_true", help=text)
+    add_quiet(group)
     args = parser.parse_args(argv)
+    if args.grid and args.grid.suffix[1:].lower() not in FORMATS:
+        raise InputError(f"--grid {args.grid}: expected a file that ends in .{', .'.join(FORMATS)}")
     for picture in args.pictures:
         if not is_address(picture) and not Path(picture).is_file():
             raise InputError(f"{picture}: no such picture")
     captioning = Captioning.load(args.run or newest_run(), args.beam_size, args.length_penalty)
     say(f"run: {captioning.run}")
-    if not args.pictures:
-        caption_held_out(captioning, args.count, args.seed)
-    elif failed := caption_files(captioning, args.pictures, args.output_dir):
+    results, failed = Results(args.json, args.grid), 0
+    if args.pictures:
+        failed = caption_files(captioning, args.pictures, args.output_dir, results, args.format)
+    else:
+        caption_held_out(captioning, args.count, args.seed, results, args.format)
+    results.write_grid()
+    if failed:
         raise InputError(f"{failed} of {len(args.pictures)} pictures could not be captioned")
 
 

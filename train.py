@@ -10,6 +10,7 @@ and what the training saw (history.csv, loss.png, tensorboard/).
 
 from common import (
     InputError,
+    add_quiet,
     atomic_write,
     exclusive,
     file_sha256,
@@ -530,6 +531,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add(group, "jit", training.jit, text, choices=devices.JIT)
     text = "devices that share the work: one, all GPUs of this machine, or those of the machines in TF_CONFIG"
     add(group, "strategy", training.strategy, text, choices=devices.STRATEGIES)
+    add_quiet(parser)
     return parser.parse_args(argv)
 
 

@@ -28,8 +28,8 @@ from collections.abc import Callable
 import numpy as np
 import tensorflow as tf
 
-import inference
 import model
+import search
 import shapes
 from tokenizer import END, START
 from turns import mean_rates, rate_of
@@ -72,9 +72,9 @@ def suite_captions(
     for start in range(0, len(pictures), batch_size):
         batch = tf.constant(pictures[start : start + batch_size])
         if beam_size == 1:
-            tokens = inference.greedy_search(captioner, batch, max_words=WORDS)[0]
+            tokens = search.greedy_search(captioner, batch, max_words=WORDS)[0]
         else:
-            tokens = inference.beam_search(captioner, batch, beam_size, max_words=WORDS)[0]
+            tokens = search.beam_search(captioner, batch, beam_size, max_words=WORDS)[0]
         results += [[int(i) for i in row if i] for row in tokens.numpy()]
     return results
 

@@ -6,6 +6,8 @@ import tensorflow as tf
 from PIL import Image
 
 import inference
+import plots
+import search
 from model import Encoded
 from tokenizer import END, SPECIAL, START, Tokenizer
 
@@ -64,7 +66,7 @@ def test_greedy_captions_known_by_hand():
 
 
 def test_decoding_stops_when_all_captions_have_ended():
-    tokens, _, _ = inference.greedy_search(FakeCaptioner(AFTER), pictures(0, 3))
+    tokens, _, _ = search.greedy_search(FakeCaptioner(AFTER), pictures(0, 3))
     assert tokens.numpy().tolist() == [[A, DOG, END], [END, 0, 0]]
 
 
@@ -143,7 +145,7 @@ def test_a_beam_wide_enough_finds_the_best_of_all_captions(penalty):
     for _ in range(4):
         probabilities = np.zeros((8, 8))
         probabilities[2:, END:] = dice.dirichlet([0.5] * 5, size=6)
-        tokens, _, _ = inference.beam_search(Markov(probabilities), pictures(0), 400, penalty, max_words=4)
+        tokens, _, _ = search.beam_search(Markov(probabilities), pictures(0), 400, penalty, max_words=4)
         row = tokens.numpy()[0]
         assert tuple(row[row > 0]) == exhaustive(probabilities, 4, penalty)
 
@@ -158,8 +160,8 @@ def lively(small_model, dataset, cache):
 
 
 def test_a_beam_of_one_is_greedy(small_model, lively):
-    greedy = inference.greedy_search(small_model, lively)
-    beam = inference.beam_search(small_model, lively, 1, 0.7)
+    greedy = search.greedy_search(small_model, lively)
+    beam = search.beam_search(small_model, lively, 1, 0.7)
     assert len({tuple(row) for row in greedy[0].numpy()}) > 5
     np.testing.assert_array_equal(greedy[0], beam[0])
     real = greedy[0].numpy() > 0  # behind <end> nothing counts
@@ -169,18 +171,18 @@ def test_a_beam_of_one_is_greedy(small_model, lively):
 
 def test_a_wider_beam_is_more_probable_and_the_same_in_any_batch(small_model, lively):
     log_p = lambda found: np.log(np.where(found[0] > 0, found[1], 1)).sum(axis=1)
-    greedy, beam = inference.greedy_search(small_model, lively), inference.beam_search(small_model, lively, 5, 0.0)
+    greedy, beam = search.greedy_search(small_model, lively), search.beam_search(small_model, lively, 5, 0.0)
     assert log_p(beam).mean() > log_p(greedy).mean() + 0.1
-    alone = inference.beam_search(small_model, lively[3:4], 5, 0.0)
+    alone = search.beam_search(small_model, lively[3:4], 5, 0.0)
     length = alone[0].shape[1]
     np.testing.assert_array_equal(alone[0][0], beam[0][3, :length])
     assert not beam[0].numpy()[3, length:].any()
 
 
 def test_a_beams_probabilities_and_attention_are_those_of_teacher_forcing(small_model, lively):
-    tokens, probabilities, looks = inference.beam_search(small_model, lively, 5, 0.7)
+    tokens, probabilities, looks = search.beam_search(small_model, lively, 5, 0.7)
     taught = small_model(lively, tf.pad(tokens, [[0, 0], [1, 0]], constant_values=START))
-    sayable = tf.where(inference.never_said(small_model.config.vocabulary_size), -np.inf, taught.logits)
+    sayable = tf.where(search.never_said(small_model.config.vocabulary_size), -np.inf, taught.logits)
     said = lambda values: tf.gather_nd(values, taught.place)
     expected = tf.gather(tf.nn.softmax(sayable), said(tokens), batch_dims=1)
     assert len(expected) == np.count_nonzero(tokens)
@@ -191,7 +193,7 @@ def test_a_beams_probabilities_and_attention_are_those_of_teacher_forcing(small_
 def test_a_beam_that_never_ends_gives_its_best_so_far():
     endless = table(start=[0, 0.4, 0.6, 0, 0], a=[0, 1, 0, 0, 0], dog=[0, 0, 0.4, 0.6, 0], cat=[0, 0, 1, 0, 0])
     caption = inference.caption_features(Markov(endless), WORDS, pictures(0), 3)[0]
-    assert len(caption.words) == inference.MAX_WORDS and not caption.ended
+    assert len(caption.words) == search.MAX_WORDS and not caption.ended
     assert caption.words[:3] == ("a", "a", "a"), (
         "0.4 in all; greedy says dog, after which every way grows less and less probable"
     )
@@ -211,7 +213,7 @@ def test_batches_and_single_pictures_agree(small_model, words, dataset, cache):
 def test_enlarging_keeps_the_place_and_is_smooth():
     weights = np.zeros(64)
     weights[8 * 2 + 5] = 1  # row 2, column 5
-    large = inference.enlarge(weights, (160, 80))
+    large = plots.enlarge(weights, (160, 80))
     assert large.shape == (80, 160)
     y, x = np.unravel_index(large.argmax(), large.shape)
     assert abs(y - 25) <= 2 and abs(x - 110) <= 2
@@ -222,6 +224,27 @@ def test_enlarging_keeps_the_place_and_is_smooth():
 def test_attention_plot_of_any_picture_and_caption(tmp_path, size, count):
     caption = inference.Caption(tuple("word" for _ in range(count)), (1.0,) * count, np.full((count, 64), 1 / 64), True)
     path = tmp_path / "new folder/a_attention.png"
-    inference.plot_attention(Image.new("RGBA", size, "red"), caption, path)
+    plots.plot_attention(Image.new("RGBA", size, "red"), caption, path)
     with Image.open(path) as plot:
         assert plot.format == "PNG" and min(plot.size) > 100
+
+
+@pytest.mark.parametrize(("kind", "start"), [("png", b"\x89PNG"), ("svg", b"<?xml"), ("pdf", b"%PDF")])
+def test_plots_in_three_formats(tmp_path, kind, start):
+    caption = search.Caption(("a", "$5 dog"), (0.9, 0.001), np.full((2, 64), 1 / 64), True)
+    plots.plot_attention(Image.new("RGB", (60, 40)), caption, tmp_path / f"attention.{kind}")
+    plots.plot_overview([(plots.thumbnail(Image.new("L", (9, 300))), "a dog " * 30)] * 7, tmp_path / f"grid.{kind}")
+    for name in ("attention", "grid"):
+        assert (tmp_path / f"{name}.{kind}").read_bytes().startswith(start)
+
+
+def test_the_loss_plot_marks_the_best_epoch(tmp_path):
+    columns = ("epoch", "train_loss", "val_loss", "bleu4", "cider")
+    rows = [
+        dict(zip(columns, row, strict=True)) for row in ((1, 4, 3, 5, 20), (2, 3, 2.5, 9, 31.4), (3, 2, 2.6, 8, 30))
+    ]
+    figure = plots.plot_history(rows, tmp_path / "loss.png")
+    losses, scores = figure.axes
+    assert losses.get_title() == "best: epoch 2, with CIDEr 31.4, BLEU-4 9.0"
+    assert [line.get_label() for line in losses.lines[:2]] == ["training loss", "validation loss"]
+    assert scores.lines[-1].get_xydata().tolist() == [[2, 31.4]]
