@@ -2,6 +2,7 @@
 
 import json
 import os
+from pathlib import Path
 
 import tensorflow as tf
 
@@ -9,6 +10,18 @@ from common import InputError, say
 
 STRATEGIES = ("none", "mirrored", "multiworker")
 JIT = ("auto", "on", "off")
+
+
+NVIDIA = Path("/proc/driver/nvidia/version")  # where Linux says that a driver is loaded
+
+
+def say_if_idle() -> None:
+    """Says so if there is a GPU that TensorFlow cannot use: it would train on the CPU without a word."""
+    if NVIDIA.exists() and not tf.config.list_physical_devices("GPU"):
+        say(
+            "there is an NVIDIA GPU here, but TensorFlow cannot use it and takes the CPU; `pip install -r "
+            "requirements-gpu.txt` installs the CUDA libraries it needs"
+        )
 
 
 def make_strategy(name: str) -> tf.distribute.Strategy:

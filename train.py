@@ -541,6 +541,7 @@ def main(argv: list[str] | None = None) -> None:
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # a cluster's "please stop" saves, as Ctrl-C does
     pick = lambda kind: {f.name: getattr(args, f.name) for f in dataclasses.fields(kind)}
     training, settings = TrainConfig(**pick(TrainConfig)), model.ModelConfig(**pick(model.ModelConfig))
+    devices.say_if_idle()
     strategy = devices.make_strategy(training.strategy)
     options = data_utils.options_from(args)
     dataset = data_utils.load_dataset(options)

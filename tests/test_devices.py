@@ -89,6 +89,16 @@ def test_two_workers_train_together_and_the_chief_writes(folder):
     assert tf.train.latest_checkpoint(folder / "both/checkpoints/last").endswith("ckpt-4"), "written twice an epoch"
 
 
+def test_a_gpu_that_cannot_be_used_is_said(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(devices.tf.config, "list_physical_devices", lambda kind: [])
+    monkeypatch.setattr(devices, "NVIDIA", tmp_path / "version")
+    devices.say_if_idle()
+    assert capsys.readouterr().err == ""
+    devices.NVIDIA.touch()
+    devices.say_if_idle()
+    assert "requirements-gpu.txt" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("found", [None, "{", '{"cluster": {}}', '{"cluster": {"worker": []}, "task": 3}'])
 def test_a_cluster_that_is_not_said(found, monkeypatch):
     monkeypatch.delenv("TF_CONFIG", raising=False)

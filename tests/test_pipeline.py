@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+import common
 import evaluate
 import features
 import inference
@@ -42,7 +43,7 @@ def workplace(tmp_path_factory):
 DATA = ["--annotations", "shapes/dataset_shapes.json", "--images", "shapes"]
 
 
-def test_the_whole_pipeline(workplace, capsys):
+def test_the_whole_pipeline(workplace, capsys, monkeypatch):
     cached = sorted((workplace / "features/shapes/images").iterdir())
     assert len(cached) == 23, "every readable picture has its features, the unreadable one has none"
     values = np.load(cached[0], allow_pickle=False)
@@ -59,6 +60,15 @@ def test_the_whole_pipeline(workplace, capsys):
     out = capsys.readouterr().out
     assert len(out.splitlines()) == 1, "one caption, and nothing else, on standard output"
     assert Path("shapes_00000_attention.png").stat().st_size > 1000
+
+    monkeypatch.setattr(common.Talk, "wanted", True)  # which --quiet changes
+    pictures = [f"shapes/images/shapes_0000{i}.png" for i in (1, 2)]
+    inference.main([*pictures, "--json", "--format", "svg", "--grid", "all.png", "--output-dir", "more", "--quiet"])
+    found = capsys.readouterr()
+    assert [json.loads(line)["picture"] for line in found.out.splitlines()] == pictures and found.err == ""
+    assert {path.name for path in Path("more").iterdir()} == {f"{Path(p).stem}_attention.svg" for p in pictures}
+    assert Path("all.png").stat().st_size > 1000
+    monkeypatch.setattr(common.Talk, "wanted", True)
 
     inference.main([])
     assert "real:" in (out := capsys.readouterr().out) and "predicted:" in out
