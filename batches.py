@@ -1,6 +1,6 @@
 """Batches of captions with their pictures' features, in an order that seed and epoch determine.
 
-All captions of a picture are neighbours, so that its features are read and encoded once for all of them.
+Captions of a picture are neighbours, unless otherwise wanted, so that its features are read and encoded once for all.
 """
 
 from typing import NamedTuple
@@ -48,25 +48,32 @@ class Batch(NamedTuple):
     tokens: tf.Tensor  # (B, T) int32, padded with <pad> to the batch's longest caption
 
 
-def order_batches(captions: Captions, batch_size: int, seed: int, epoch: int, least: int = 1) -> list[np.ndarray]:
+def order_batches(
+    captions: Captions, batch_size: int, seed: int, epoch: int, least: int = 1, together: bool = True
+) -> list[np.ndarray]:
     """An epoch's batches, each the indices of captions.
 
     Pictures are shuffled, and sorted inside windows of 50 batches by their longest caption; their captions
-    follow each other, and are cut into batches, which are shuffled. What does not fill a batch comes last,
+    follow each other, and are cut into batches, which are shuffled. Unless they are to stay `together`, captions
+    are shuffled and sorted one by one. What does not fill a batch comes last,
     or, if it is fewer than `least` captions, with the last full one. The order depends on nothing but the
     arguments, which is how a stopped epoch can be continued at any batch.
     """
     dice = np.random.default_rng((seed, epoch))
-    shuffled = dice.permutation(len(captions.paths))[captions.picture]
-    longest = np.zeros(len(captions.paths), np.int32)
-    np.maximum.at(longest, captions.picture, captions.lengths)
-    order = np.argsort(shuffled, kind="stable")
+    if together:
+        shuffled = dice.permutation(len(captions.paths))[captions.picture]
+        order = np.argsort(shuffled, kind="stable")
+        of_picture = np.zeros(len(captions.paths), np.int32)
+        np.maximum.at(of_picture, captions.picture, captions.lengths)
+        longest = of_picture[captions.picture]
+    else:
+        order, longest = dice.permutation(len(captions.lengths)), captions.lengths
     full = len(order) // batch_size * batch_size
     rest = order[full:]
     batches = []
     for start in range(0, full, WINDOW * batch_size):
         window = order[start : min(start + WINDOW * batch_size, full)]
-        window = window[np.argsort(longest[captions.picture[window]], kind="stable")]
+        window = window[np.argsort(longest[window], kind="stable")]
         batches += np.split(window, len(window) // batch_size)
     batches = [batches[i] for i in dice.permutation(len(batches))]
     if batches and 0 < len(rest) < least:

@@ -46,6 +46,9 @@ from losses import doubly_stochastic_penalty, hard_attention_terms, next_words, 
 from tokenizer import Tokenizer
 
 
+SHUFFLES = ("pictures", "captions")
+
+
 @dataclasses.dataclass(frozen=True)
 class TrainConfig:
     """The training's settings, saved in a run's config.json.
@@ -68,6 +71,7 @@ class TrainConfig:
     validation_pictures: int = 1000  # at the most, of the val split
     save_minutes: float = 5.0  # between checkpoints inside an epoch
     seed: int = 0
+    shuffle: str = "pictures"  # with all their captions, which is faster, or captions one by one
     mixed_precision: bool = False  # float16 where it does no harm, with the loss scaled
     jit: str = "auto"  # whether XLA compiles the training step
     strategy: str = "none"  # of tf.distribute: which devices share the work
@@ -97,7 +101,7 @@ class TrainConfig:
         for name in ("average_decay", "label_smoothing"):
             if getattr(self, name) >= 1:
                 raise InputError(f"{name}: expected less than 1, found {getattr(self, name)}")
-        for name, choices in {"jit": devices.JIT, "strategy": devices.STRATEGIES}.items():
+        for name, choices in {"shuffle": SHUFFLES, "jit": devices.JIT, "strategy": devices.STRATEGIES}.items():
             if getattr(self, name) not in choices:
                 raise InputError(f"{name}: expected {', '.join(choices)}, found {getattr(self, name)}")
         if self.seed >= 2**32:
@@ -107,9 +111,15 @@ class TrainConfig:
 
 
 # Settings that go together. The tutorial's are the defaults above.
-RECIPES: dict[str, dict[str, float]] = {
+RECIPES: dict[str, dict[str, Any]] = {
     "tutorial": {},
-    "best": {"dropout": 0.3, "average_decay": 0.998, "label_smoothing": 0.1, "learning_rate_decay": 0.9},
+    "best": {
+        "dropout": 0.3,
+        "average_decay": 0.998,
+        "label_smoothing": 0.1,
+        "learning_rate_decay": 0.9,
+        "shuffle": "captions",
+    },
 }
 
 # What may differ when a run is continued; of the data, the fingerprint says whether they are the same.
@@ -256,7 +266,8 @@ def train_epoch(
     """
     progress = checkpoints.progress
     epoch, done = progress.now("epoch"), progress.now("step")
-    batches = order_batches(captions, config.batch_size, config.seed, epoch, strategy.num_replicas_in_sync)
+    together = config.shuffle == "pictures"
+    batches = order_batches(captions, config.batch_size, config.seed, epoch, strategy.num_replicas_in_sync, together)
     if done == len(batches):
         return
     bar = progress_bar(
@@ -524,6 +535,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         "seed": "seed of the weights and of the order of the data",
     }.items():
         add(group, name, getattr(training, name), text)
+    text = "pictures, with all their captions in one batch, which is faster, or captions one by one"
+    add(group, "shuffle", training.shuffle, text, choices=SHUFFLES)
     group = parser.add_argument_group("speed")
     text = "compute in float16 where it does no harm, for GPUs; weights stay float32"
     group.add_argument("--mixed-precision", action="store_true", help=text)

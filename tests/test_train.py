@@ -78,6 +78,15 @@ def test_an_epoch_sees_every_caption_once_and_pictures_together():
     assert np.mean(longest) < np.mean([captions.lengths[shuffled[i : i + 16]].max() for i in range(0, 1003, 16)]) - 1
 
 
+def test_captions_can_be_shuffled_one_by_one():
+    captions = some_captions(1003)
+    found = order_batches(captions, 16, seed=0, epoch=0, together=False)
+    assert sorted(np.concatenate(found)) == list(range(1003))
+    padded = sum(len(batch) * captions.lengths[batch].max() for batch in found)
+    assert padded < 1.15 * captions.lengths.sum(), "captions of similar length share a batch"
+    assert sum(len(set(captions.picture[batch])) for batch in found) > 700, "pictures are torn apart"
+
+
 def test_order_depends_on_seed_and_epoch_only():
     order = lambda seed, epoch: np.concatenate(order_batches(some_captions(200), 16, seed, epoch)).tolist()
     assert order(0, 0) == order(0, 0)
