@@ -16,51 +16,61 @@ def next_words(tokens: tf.Tensor, taught: Taught) -> tf.Tensor:
     return tf.gather_nd(tokens, taught.place + tf.constant([0, 1]))
 
 
-def word_losses(logits: tf.Tensor, targets: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
+def word_losses(taught: Taught, targets: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
     """The cross-entropy of every word, and which words are real; <pad> (id 0) counts for nothing.
 
     The tutorial averages over padding too, so there the loss depends on the longest caption of the batch.
 
     Args:
-        logits: (N, vocabulary).
+        taught: what teacher forcing found.
         targets: (N,), the true next words.
 
     Returns:
         Losses in nats, 0 at padding, and 1 for real words, 0 for padding: both (N,) in float32.
     """
     real = tf.cast(targets != 0, tf.float32)
-    return cross_entropy(tf.cast(logits, tf.float32), targets) * real, real
+    return cross_entropy(tf.cast(taught.logits, tf.float32), taught.beginning, targets) * real, real
 
 
-def cross_entropy(logits: tf.Tensor, targets: tf.Tensor) -> tf.Tensor:
-    """As `tf.nn.sparse_softmax_cross_entropy_with_logits`, whose CPU code takes twice as long: (N, V), (N,) -> (N,)."""
-    rows = tf.range(tf.size(targets))
+def cross_entropy(logits: tf.Tensor, rows: tf.Tensor, targets: tf.Tensor) -> tf.Tensor:
+    """As `tf.nn.sparse_softmax_cross_entropy_with_logits` of the rows, whose CPU code takes twice as long.
+
+    Args:
+        logits: (rows, V).
+        rows: (N,), the logits of every target.
+        targets: (N,).
+
+    Returns:
+        (N,).
+    """
     true = tf.stack([rows, targets], axis=1)
 
     @tf.custom_gradient
     def run(logits: tf.Tensor):
         probabilities = tf.nn.softmax(logits)
         # The logarithm of the sum of exponentials, from the likeliest word: its probability is never 0.
-        likeliest = tf.stack([rows, tf.argmax(logits, axis=1, output_type=tf.int32)], axis=1)
+        likeliest = tf.argmax(logits, axis=1, output_type=tf.int32)
+        likeliest = tf.stack([tf.range(tf.size(likeliest)), likeliest], axis=1)
         log_sum = tf.gather_nd(logits, likeliest) - tf.math.log(tf.gather_nd(probabilities, likeliest))
 
         def gradient(to_losses: tf.Tensor) -> tf.Tensor:
-            return tf.tensor_scatter_nd_sub(probabilities * to_losses[:, tf.newaxis], true, to_losses)
+            to_rows = tf.math.unsorted_segment_sum(to_losses, rows, tf.size(log_sum))
+            return tf.tensor_scatter_nd_sub(probabilities * to_rows[:, tf.newaxis], true, to_losses)
 
-        return log_sum - tf.gather_nd(logits, true), gradient
+        return tf.gather(log_sum, rows) - tf.gather_nd(logits, true), gradient
 
     return run(logits)
 
 
-def smoothing_penalty(logits: tf.Tensor, targets: tf.Tensor, real: tf.Tensor) -> tf.Tensor:
+def smoothing_penalty(taught: Taught, targets: tf.Tensor, real: tf.Tensor) -> tf.Tensor:
     """What label smoothing adds to the cross-entropy, for each unit of its share (Szegedy et al. 2015, section 7).
 
     The cross-entropy with (1 - share) of the target on the true word, and `share` spread evenly over all words,
     is the plain one plus share * (logit of the true word - mean logit).
     """
-    logits = tf.cast(logits, tf.float32)
-    true = tf.gather(logits, targets, batch_dims=1)  # (N,)
-    return tf.reduce_sum((true - tf.reduce_mean(logits, axis=1)) * real)
+    logits = tf.cast(taught.logits, tf.float32)
+    true = tf.gather_nd(logits, tf.stack([taught.beginning, targets], axis=1))  # (N,)
+    return tf.reduce_sum((true - tf.gather(tf.reduce_mean(logits, axis=1), taught.beginning)) * real)
 
 
 def doubly_stochastic_penalty(taught: Taught, real: tf.Tensor, tokens: tf.Tensor) -> tf.Tensor:

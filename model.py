@@ -13,6 +13,7 @@ import argparse
 import dataclasses
 from typing import Any, NamedTuple
 
+import numpy as np
 
 with quiet():
     import tensorflow as tf
@@ -65,7 +66,8 @@ class Taught(NamedTuple):
     them from a tensor (B, T, ...), and `tf.scatter_nd` puts them into one.
     """
 
-    logits: tf.Tensor  # (N, vocabulary), of the word after each token
+    logits: tf.Tensor  # (beginnings, vocabulary), of the word after each; captions of a picture may share them
+    beginning: tf.Tensor  # (N,), the row's logits
     weights: tf.Tensor  # (N, L), the attention's weights, which sum to 1 at every word
     looks: tf.Tensor  # (N, L), where it looked: the weights, or in hard attention one location for each word
     sampled: tf.Tensor  # (N, 1) bool, the words whose location was drawn; none in soft attention
@@ -224,64 +226,64 @@ class RNNDecoder(tf.keras.Model):
             static: whether all shapes follow from those of the arguments, as XLA needs: then padding has rows
                 too, and the steps are a loop over `cell`.
         """
-        batch = tokens.shape[0] if static else tf.shape(tokens)[0]
         if static:
-            captions = tf.range(batch)
-            order = recurrence.even_order(batch, tokens.shape[1] - 1)
-        else:
-            lengths = tf.math.count_nonzero(tokens, 1, dtype=tf.int32) - 1  # the last token is only a target
-            captions = tf.argsort(lengths, direction="DESCENDING", stable=True)
-            order = recurrence.order_of(tf.gather(lengths, captions))
-        place = tf.stack([tf.gather(captions, order.place[:, 0]), order.place[:, 1]], 1)
+            return self._loop_over_cells(tokens, encoded, picture, training)
+        return self._unroll(tokens, encoded, picture, training)
+
+    def _unroll(self, tokens: tf.Tensor, encoded: Encoded, picture: tf.Tensor | None, training: bool) -> Taught:
+        """All steps of all captions, fast."""
+        lengths = tf.math.count_nonzero(tokens, 1, dtype=tf.int32) - 1  # the last token is only a target
+        captions = tf.argsort(lengths, direction="DESCENDING", stable=True)
+        tokens, lengths = tf.gather(tokens, captions), tf.gather(lengths, captions)
         pictures = captions if picture is None else tf.gather(picture, captions)
         seen = Encoded(*(tf.gather(each, pictures) for each in encoded))  # of every caption
-        embedded = self.dropout(self.embedding(tf.gather_nd(tokens, place)), training=training)  # (N, 256)
-        chance, sampled = None, tf.zeros((tf.shape(place)[0], 1), tf.bool)
-        if self.attention.hard and training:
-            noise, drawn = self.attention.draw(batch, tf.shape(place)[0], seen.features.shape[1])
-            sampled = tf.gather(drawn, place[:, 0])
-            chance = Chance(noise, sampled)
-        take_steps = self._loop_over_cells if static else self._unroll
-        states, weights, looks = take_steps(embedded, seen, order, chance)
-        return Taught(self.to_logits(states, training), weights, looks, sampled, place)
-
-    def _unroll(
-        self, embedded: tf.Tensor, seen: Encoded, order: recurrence.Order, chance: Chance | None
-    ) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
-        """All steps of all captions, fast: states, attention weights, looks."""
-        attention, size = self.attention, tf.shape(seen.features)[0]
-        variables = *attention.W2.variables, *attention.V.variables, *self.gru.trainable_variables
-        *of_attention, kernel, state_kernel, biases = (tf.cast(variable, embedded.dtype) for variable in variables)
-        # The GRU's kernel has the context's rows first, as `cell` has its input.
-        context_kernel, word_kernel = tf.split(kernel, [seen.features.shape[2], -1], 0)
-        weights = recurrence.Weights(*[*of_attention, context_kernel, state_kernel, biases[1]])
-        look = expected = None
+        alone = training and (self.attention.hard or self.dropout.rate > 0)  # each has its own draws
+        order = recurrence.order_of(tokens, lengths, None if alone else pictures)
+        place = tf.stack([tf.gather(captions, order.word[:, 0]), order.word[:, 1]], 1)
+        embedded = self.dropout(self.embedding(tf.gather_nd(tokens, order.row)), training=training)  # (rows, 256)
+        attention, look, expected, sampled = self.attention, None, None, tf.zeros((tf.shape(place)[0], 1), tf.bool)
         if attention.hard:
+            chance = None
+            if training:
+                chance = attention.draw(tf.size(captions), tf.shape(order.look)[0], seen.features.shape[1])
+                sampled = tf.gather(chance.sampled, place[:, 0])  # rows and words are the same
+                chance, expected = Chance(chance.noise, sampled), tf.cast(~sampled, embedded.dtype)
 
             def look(scores, weights, start):
                 rows = slice(start, start + tf.shape(scores)[0])
                 return attention.look(scores, weights, chance and Chance(*(each[rows] for each in chance)))
 
-            drawn = tf.ones((size, 1), tf.bool) if chance is None else chance.sampled[:size]  # the first words' rows
-            expected = tf.cast(~drawn, embedded.dtype)
+        variables = *attention.W2.variables, *attention.V.variables, *self.gru.trainable_variables
+        *of_attention, kernel, state_kernel, biases = (tf.cast(variable, embedded.dtype) for variable in variables)
+        # The GRU's kernel has the context's rows first, as `cell` has its input.
+        context_kernel, word_kernel = tf.split(kernel, [seen.features.shape[2], -1], 0)
+        kernels = recurrence.Weights(*[*of_attention, context_kernel, state_kernel, biases[1]])
         words = tf.matmul(embedded, word_kernel) + biases[0]
-        return recurrence.unroll(words, *seen, weights, order, look, expected)
+        states, weights, looks = recurrence.unroll(words, *seen, kernels, order, look, expected)
+        weights, looks = (tf.gather(each, order.look_of) for each in (weights, looks))
+        return Taught(self.to_logits(states, training), order.row_of, weights, looks, sampled, place)
 
     def _loop_over_cells(
-        self, embedded: tf.Tensor, seen: Encoded, order: recurrence.Order, chance: Chance | None
-    ) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
-        """The same with `cell`, for captions of the same number of steps."""
-        steps, (batch, locations) = len(order.counts), seen.features.shape[:2]
-        by_step = lambda rows: tf.reshape(rows, (steps, batch, rows.shape[1]))
-        nowhere = tf.zeros((batch, locations), embedded.dtype)
-        start = tf.zeros((batch, self.units), embedded.dtype), nowhere, nowhere
-        given = (by_step(embedded), *map(by_step, chance or ()))
+        self, tokens: tf.Tensor, encoded: Encoded, picture: tf.Tensor | None, training: bool
+    ) -> Taught:
+        """The same with `cell`, for padding too, all shapes known."""
+        batch, steps = tokens.shape[0], tokens.shape[1] - 1
+        place = np.stack(np.meshgrid(range(batch), range(steps)), axis=-1).reshape(-1, 2).astype(np.int32)
+        seen = encoded if picture is None else Encoded(*(tf.gather(each, picture) for each in encoded))
+        embedded = self.dropout(self.embedding(tf.transpose(tokens[:, :-1])), training=training)  # (T, B, 256)
+        given, sampled = [embedded], tf.zeros((len(place), 1), tf.bool)
+        if self.attention.hard and training:
+            noise, sampled = self.attention.draw(batch, len(place), seen.features.shape[1])
+            sampled = tf.gather(sampled, place[:, 0])
+            given += [tf.reshape(each, (steps, batch, -1)) for each in (noise, sampled)]
+        nowhere = tf.zeros(seen.features.shape[:2], embedded.dtype)
         found = tf.scan(
-            lambda before, now: self.cell(now[0], before[0], seen, Chance(*now[1:]) if chance else None),
-            given,
-            initializer=start,
+            lambda before, now: self.cell(now[0], before[0], seen, Chance(*now[1:]) if now[1:] else None),
+            tuple(given),
+            initializer=(tf.zeros((batch, self.units), embedded.dtype), nowhere, nowhere),
         )
-        return tuple(tf.reshape(rows, (steps * batch, rows.shape[2])) for rows in found)
+        states, weights, looks = (tf.reshape(each, (len(place), each.shape[2])) for each in found)
+        return Taught(self.to_logits(states, training), tf.range(len(place)), weights, looks, sampled, place)
 
 
 class Captioner(tf.keras.Model):

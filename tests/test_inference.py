@@ -182,7 +182,9 @@ def test_a_wider_beam_is_more_probable_and_the_same_in_any_batch(small_model, li
 def test_a_beams_probabilities_and_attention_are_those_of_teacher_forcing(small_model, lively):
     tokens, probabilities, looks = search.beam_search(small_model, lively, 5, 0.7)
     taught = small_model(lively, tf.pad(tokens, [[0, 0], [1, 0]], constant_values=START))
-    sayable = tf.where(search.never_said(small_model.config.vocabulary_size), -np.inf, taught.logits)
+    sayable = tf.where(
+        search.never_said(small_model.config.vocabulary_size), -np.inf, tf.gather(taught.logits, taught.beginning)
+    )
     said = lambda values: tf.gather_nd(values, taught.place)
     expected = tf.gather(tf.nn.softmax(sayable), said(tokens), batch_dims=1)
     assert len(expected) == np.count_nonzero(tokens)

@@ -19,10 +19,11 @@ from model import BahdanauAttention, Chance, ModelConfig, Taught
 rng = np.random.default_rng(0)
 LOGITS = tf.constant(rng.normal(size=(5, 10)).astype(np.float32))
 TARGETS = tf.constant([4, 5, 0, 6, 3])  # the third is padding
+TAUGHT = Taught(LOGITS, tf.range(5), None, None, None, None)
 
 
 def test_padding_counts_for_nothing():
-    losses, real = word_losses(LOGITS, TARGETS)
+    losses, real = word_losses(TAUGHT, TARGETS)
     expected = -tf.nn.log_softmax(LOGITS).numpy()[range(5), TARGETS]
     np.testing.assert_allclose(losses, expected * [1, 1, 0, 1, 1], rtol=1e-5)
     np.testing.assert_array_equal(real, [1, 1, 0, 1, 1])
@@ -31,18 +32,19 @@ def test_padding_counts_for_nothing():
 @pytest.mark.parametrize("scale", [1.0, 100.0, 1e4])
 def test_cross_entropy_and_its_gradient_are_tensorflows(scale):
     logits, upstream = tf.Variable(LOGITS * scale), tf.constant([1.0, 0.5, 2.0, 0.0, -3.0])
+    rows = tf.constant([0, 2, 2, 4, 1])  # two words after the same beginning, and a beginning without one
     found = []
-    for function in (cross_entropy, lambda x, y: tf.nn.sparse_softmax_cross_entropy_with_logits(y, x)):
+    for function in (cross_entropy, lambda x, r, y: tf.nn.sparse_softmax_cross_entropy_with_logits(y, tf.gather(x, r))):
         with tf.GradientTape() as tape:
-            losses = function(tf.convert_to_tensor(logits), TARGETS)
-        found.append((losses, tape.gradient(losses, logits, upstream)))
+            losses = function(tf.convert_to_tensor(logits), rows, TARGETS)
+        found.append((losses, tf.convert_to_tensor(tape.gradient(losses, logits, upstream))))
     for ours, theirs in zip(*found, strict=True):
         np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-6)
 
 
 def test_label_smoothing_is_keras_own():
-    losses, real = word_losses(LOGITS, TARGETS)
-    smoothed = tf.reduce_sum(losses) + 0.3 * smoothing_penalty(LOGITS, TARGETS, real)
+    losses, real = word_losses(TAUGHT, TARGETS)
+    smoothed = tf.reduce_sum(losses) + 0.3 * smoothing_penalty(TAUGHT, TARGETS, real)
     keras = tf.keras.losses.CategoricalCrossentropy(from_logits=True, label_smoothing=0.3, reduction="none")
     expected = (keras(tf.one_hot(TARGETS, 10), LOGITS) * real).numpy().sum()
     assert float(smoothed) == pytest.approx(expected, rel=1e-5)
@@ -52,7 +54,7 @@ def test_doubly_stochastic_penalty_by_hand():
     weights = tf.constant([[0.5, 0.5], [0.75, 0.25], [0.5, 0.5], [0.0, 1.0]])
     place = tf.constant([[0, 0], [1, 0], [0, 1], [1, 1]])
     real = tf.constant([1.0, 1.0, 1.0, 0.0])  # the second caption's last word is padding, as is the third caption
-    taught = Taught(None, weights, weights, None, place)
+    taught = Taught(None, None, weights, weights, None, place)
     assert float(
         doubly_stochastic_penalty(taught, real, tf.constant([[2, 4, 3], [2, 3, 0], [0, 0, 0]]))
     ) == pytest.approx(0.25**2 + 0.75**2)
@@ -80,7 +82,7 @@ def taught_by(captioner, pictures, looks, monkeypatch):
     monkeypatch.setattr(captioner.decoder.attention, "draw", lambda *_: chance)
     taught = captioner(pictures, TOKENS, training=True)
     np.testing.assert_array_equal(tf.argmax(taught.looks, axis=1), looks)
-    return taught, *word_losses(taught.logits, next_words(TOKENS, taught))
+    return taught, *word_losses(taught, next_words(TOKENS, taught))
 
 
 def test_the_estimators_mean_is_the_exact_gradient(tiny, monkeypatch):
@@ -140,7 +142,7 @@ def test_a_weight_of_zero_gives_no_nan():
         weights = tf.nn.softmax(scores)
         # The first word drew the location whose weight has vanished; the last is padding.
         looks = tf.constant([[0.0, 1.0], [0.0, 1.0], [0.0, 1.0]])
-        taught = Taught(None, weights, looks, tf.constant([[True]] * 3), place)
+        taught = Taught(None, None, weights, looks, tf.constant([[True]] * 3), place)
         losses, real = tf.constant([1.0, 2.0, 0.0]), tf.constant([1.0, 1.0, 0.0])
         locations, entropy = hard_attention_terms(taught, losses, real, tf.constant(-1.5), tf.constant([[2, 4, 3, 0]]))
         objective = locations - 0.01 * entropy

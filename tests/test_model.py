@@ -14,13 +14,18 @@ rng = np.random.default_rng(0)
 
 def mean_loss(captioner, pictures, tokens, picture=None):
     taught = captioner(pictures, tokens, picture)
-    losses, real = word_losses(taught.logits, next_words(tokens, taught))
+    losses, real = word_losses(taught, next_words(tokens, taught))
     return tf.reduce_sum(losses) / tf.reduce_sum(real)
 
 
 def in_place(rows, taught, tokens):
     """Rows (N, ...) of `taught` where they belong, (B, T - 1, ...), with zeros at padding."""
     return tf.scatter_nd(taught.place, rows, (tokens.shape[0], tokens.shape[1] - 1, *rows.shape[1:])).numpy()
+
+
+def logits_of(taught):
+    """(N, vocabulary), of every word."""
+    return tf.gather(taught.logits, taught.beginning)
 
 
 def features(batch=3):
@@ -98,13 +103,13 @@ def test_teacher_forcing_equals_a_plain_reference(captioner):
     expected = plain_logits(captioner, pictures.numpy(), tokens[:, :-1])
     for call in (captioner, tf.function(captioner)):
         taught = call(pictures, tf.constant(tokens, tf.int32))
-        np.testing.assert_allclose(in_place(taught.logits, taught, tokens), expected, rtol=1e-3, atol=1e-4)
+        np.testing.assert_allclose(in_place(logits_of(taught), taught, tokens), expected, rtol=1e-3, atol=1e-4)
 
 
 def test_captioning_steps_equal_teacher_forcing(captioner):
     pictures, tokens = features(), tf.constant(rng.integers(1, 30, (3, 7)), tf.int32)
     taught = captioner(pictures, tokens)
-    logits_taught, weights_taught = (in_place(rows, taught, tokens) for rows in (taught.logits, taught.weights))
+    logits_taught, weights_taught = (in_place(rows, taught, tokens) for rows in (logits_of(taught), taught.weights))
     encoded, state = captioner.encode(pictures), captioner.decoder.initial_state(3)
     for t in range(6):
         logits, state, weights = captioner.step(tokens[:, t], state, encoded)
@@ -127,27 +132,31 @@ def loop_over_cells(captioner, pictures, tokens, picture, chance, row):
 
 @pytest.mark.parametrize("attention", ["soft", "hard"])
 def test_the_written_gradient_is_that_of_a_loop_over_cells(attention):
-    """Captions of different lengths, in any order, some of the same picture."""
+    """Captions of different lengths, in any order, some of the same picture, some of which begin alike."""
     tf.keras.utils.set_random_seed(1)
     captioner = model.build(ModelConfig(30, embedding_dim=8, units=12, attention=attention))
     variables = captioner.trainable_variables
     for variable in variables:  # biases too, and far from linear
         variable.assign(2 * variable + 0.1 * tf.random.normal(variable.shape))
-    tokens = rng.integers(4, 30, (5, 7))
-    for caption, length in zip(tokens, (4, 7, 3, 5, 7), strict=True):
+    tokens = np.concatenate([np.full((7, 1), 2), rng.permuted(np.tile(range(4, 30), (7, 1)), axis=1)[:, :6]], axis=1)
+    tokens[1, :3] = tokens[0, :3]  # they part after two words
+    tokens[4, :3] = tokens[0, :3]  # as another picture's
+    tokens[2] = tokens[3]  # one ends where the other goes on
+    tokens[5] = tokens[6]  # one and the same
+    for caption, length in zip(tokens, (4, 7, 3, 5, 7, 6, 6), strict=True):
         caption[length:] = 0
-    tokens, picture, pictures = tf.constant(tokens, tf.int32), tf.constant([0, 0, 1, 1, 2]), features()
+    tokens, picture, pictures = tf.constant(tokens, tf.int32), tf.constant([0, 0, 1, 1, 2, 0, 0]), features()
     chance = None
     if attention == "hard":
-        noise = tf.constant(rng.gumbel(size=(21, 64)).astype(np.float32))
-        chance = Chance(noise, tf.constant([[True], [False], [True], [False], [False]]))
+        noise = tf.constant(rng.gumbel(size=(31, 64)).astype(np.float32))
+        chance = Chance(noise, tf.constant([[True], [False], [True], [False], [False], [True], [False]]))
         captioner.decoder.attention.draw = lambda *_: chance
-    to_logits, to_weights = (tf.random.normal((5, 6, size)) for size in (30, 64))
+    to_logits, to_weights = (tf.random.normal((7, 6, size)) for size in (30, 64))
     with tf.GradientTape(persistent=True) as tape:
         taught = captioner(pictures, tokens, picture, training=True)
         row = {tuple(place): i for i, place in enumerate(taught.place.numpy())}
         plain = loop_over_cells(captioner, pictures, tokens, picture, chance, row)
-        ours = tf.reduce_sum(taught.logits * tf.gather_nd(to_logits, taught.place))
+        ours = tf.reduce_sum(logits_of(taught) * tf.gather_nd(to_logits, taught.place))
         ours += tf.reduce_sum(taught.weights * tf.gather_nd(to_weights, taught.place))
         theirs = tf.add_n(
             [
@@ -155,9 +164,11 @@ def test_the_written_gradient_is_that_of_a_loop_over_cells(attention):
                 for p, (logits, w) in plain.items()
             ]
         )
-    assert len(row) == 21 and row.keys() == plain.keys()
+    assert len(row) == 31 and row.keys() == plain.keys()
+    # Shared: three words of the first two captions, the first of theirs and the last two's, two and five more.
+    assert len(taught.logits) == (31 if attention == "hard" else 31 - 3 - 1 - 2 - 5)
     for place, (logits, weights) in plain.items():
-        np.testing.assert_allclose(taught.logits[row[place]], logits, rtol=1e-4, atol=1e-5)
+        np.testing.assert_allclose(logits_of(taught)[row[place]], logits, rtol=1e-4, atol=1e-5)
         np.testing.assert_allclose(taught.weights[row[place]], weights, rtol=1e-4, atol=1e-6)
     for variable, found, expected in zip(
         variables, tape.gradient(ours, variables), tape.gradient(theirs, variables), strict=True
@@ -171,7 +182,7 @@ def test_the_state_is_carried(captioner):
     """In the tutorial's code the GRU starts from zeros at every word."""
     tokens = tf.constant([[5, 7, 9, 3], [6, 7, 9, 3]])
     taught = captioner(features(1), tokens, tf.constant([0, 0]))
-    first, second = in_place(taught.logits, taught, tokens)
+    first, second = in_place(logits_of(taught), taught, tokens)
     gru = captioner.decoder.gru
     x = tf.ones((1, gru.kernel.shape[0]))
     assert np.abs(gru(x, [tf.ones((1, 12))])[0] - gru(x, [tf.zeros((1, 12))])[0]).max() > 1e-3
