@@ -12,6 +12,7 @@ import json
 import logging
 import math
 import os
+import shutil
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
@@ -34,6 +35,20 @@ class Talk:
     """Whether scripts say what they do; `--quiet` turns it off."""
 
     wanted = True
+
+
+def make_parser(page: str | None, usage: str = "[option ...]", **kwargs: Any) -> argparse.ArgumentParser:
+    """A parser whose --help is a page: what the script does, with examples, and its options in groups."""
+    kind = argparse.RawDescriptionHelpFormatter
+    return argparse.ArgumentParser(description=page, usage=f"%(prog)s {usage}", formatter_class=kind, **kwargs)
+
+
+def add_setting(group: argparse._ActionsContainer, name: str, value: Any, text: str, **kind: Any) -> None:
+    """An option for a setting, with its value as the default."""
+    if "choices" not in kind:
+        kind = {"metavar": "N" if isinstance(value, int) else "X"} | kind
+    option, text = f"--{name.replace('_', '-')}", f"{text} (default: %(default)s)"
+    group.add_argument(option, type=type(value), default=value, help=text, **kind)
 
 
 def add_quiet(parser: argparse._ActionsContainer) -> None:
@@ -146,6 +161,27 @@ def run_command(main: Callable[[], None]) -> None:
     except KeyboardInterrupt:
         say(f"\n{name}: stopped; run the same command again to continue", error=True)
         sys.exit(130)
+
+
+def in_words(size: float) -> str:
+    """Bytes for people, `1.6 GB` or `25 MB`."""
+    return f"{size / 1e9:.1f} GB" if size >= 1e8 else f"{math.ceil(size / 1e6)} MB"
+
+
+def need_room(folder: Path, size: float, what: str, instead: str) -> None:
+    """Says before long work, not after half of it, that the disk is too small.
+
+    Args:
+        folder: where it will be written; it exists.
+        size: bytes.
+        what: will be written.
+        instead: what to do.
+
+    Raises:
+        InputError: less is free.
+    """
+    if (free := shutil.disk_usage(folder).free) < size:
+        raise InputError(f"{what} needs {in_words(size)} in {folder}, found {in_words(free)} free; {instead}")
 
 
 def locked(file: IO[Any], wait: bool = False) -> bool:

@@ -17,13 +17,23 @@ import io
 import json
 import random
 import re
-import shutil
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 import shapes
-from common import InputError, add_quiet, at_least, parse_json, progress_bar, run_command, say
+from common import (
+    InputError,
+    add_quiet,
+    at_least,
+    in_words,
+    make_parser,
+    need_room,
+    parse_json,
+    progress_bar,
+    run_command,
+    say,
+)
 from downloads import download, unpack
 
 SPLITS = ("train", "val", "test")
@@ -47,6 +57,7 @@ SPLIT_LISTS = {
     "val": "Flickr_8k.devImages.txt",
     "test": "Flickr_8k.testImages.txt",
 }
+COCO_PICTURE = 165e3  # bytes, on average
 ZIP_FROM = 20_000  # missing COCO pictures from which the 13 GB archive is quicker than single files
 
 
@@ -300,6 +311,9 @@ def _fetch_archive(name: str, folder: Path, suffixes: tuple[str, ...]) -> None:
     """Downloads, unpacks and removes one archive; one put there by hand is used, and kept."""
     by_hand = (folder / name).exists()
     url, size, md5 = ARCHIVES[name]
+    if not by_hand:
+        gigabytes = f", {in_words(size)}," if size else ""
+        say(f"downloading {name}{gigabytes} into {folder}/; it is deleted once it is unpacked")
     unpack(download(url, folder / name, size, md5), folder, suffixes)
     if not by_hand:
         (folder / name).unlink()
@@ -308,15 +322,20 @@ def _fetch_archive(name: str, folder: Path, suffixes: tuple[str, ...]) -> None:
 def _fetch_coco_images(folder: Path, examples: list[Example]) -> None:
     """The pictures of these examples into train2014/: a few as single files, many as the archive."""
     missing = [example.image for example in examples if not (folder / example.image).exists()]
+    size = len(missing) * COCO_PICTURE
     if len(missing) >= ZIP_FROM:
-        free = shutil.disk_usage(folder).free
-        if free < 28e9 and not (folder / "train2014.zip").exists():
-            raise InputError(
-                f"all of COCO needs 28 GB in {folder} while it unpacks, found {free / 1e9:.0f} GB free; "
-                "use --num-captions 30000 (about 1 GB) or --data-dir"
-            )
+        archive = (folder / "train2014.zip").exists()
+        size += 0 if archive else ARCHIVES["train2014.zip"][1] or 0
+        need_room(folder, size, "all of COCO", "use --num-captions 30000 (about 1 GB) or --data-dir")
         _fetch_archive("train2014.zip", folder, (".jpg",))
         missing = [name for name in missing if not (folder / name).exists()]
+    elif missing:
+        need_room(folder, size, "these pictures of COCO", "use a smaller --num-captions or --data-dir")
+        found = len(examples) - len(missing)
+        say(
+            f"COCO: {found:,} of {len(examples):,} pictures are in {folder}/, downloading {len(missing):,} one by one "
+            f"(about {in_words(size)})"
+        )
     fetch = lambda name: download(f"{COCO}/{name}", folder / name, quiet=True)
     pool = ThreadPoolExecutor(16)
     try:
@@ -397,17 +416,18 @@ def load_dataset(options: DataOptions, pictures: bool = True) -> Dataset:
 # The command.
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
+def add_arguments(
+    parser: argparse.ArgumentParser, title: str = "data", preset: str | None = DataOptions.dataset
+) -> None:
     """The options of the data, for every script that reads them."""
 
     def count(text: str) -> int:
         return 0 if text == "all" else at_least(1)(text)
 
     default = DataOptions()
-    group = parser.add_argument_group("data")
-    group.add_argument(
-        "--dataset", choices=PRESETS, default=default.dataset, help="a known data set (default: %(default)s)"
-    )
+    group = parser.add_argument_group(title)
+    known = "a known data set" + " (default: %(default)s)" * bool(preset)
+    group.add_argument("--dataset", choices=PRESETS, default=preset, help=known)
     group.add_argument(
         "--annotations",
         metavar="FILE",
@@ -426,20 +446,29 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--val-fraction",
         type=float,
+        metavar="X",
         default=default.val_fraction,
         help="share of the pictures that chooses the best epoch, without lists (default: %(default)s)",
     )
     group.add_argument(
         "--test-fraction",
         type=float,
+        metavar="X",
         default=default.test_fraction,
         help="share of the pictures kept aside, without lists (default: %(default)s)",
     )
     group.add_argument(
-        "--split-seed", type=at_least(0), default=default.split_seed, help="seed of the split (default: %(default)s)"
+        "--split-seed",
+        type=at_least(0),
+        metavar="N",
+        default=default.split_seed,
+        help="seed of the split, and of the captions chosen (default: %(default)s)",
     )
     group.add_argument(
-        "--data-dir", default=default.data_dir, help="folder for downloaded data sets (default: %(default)s)"
+        "--data-dir",
+        metavar="DIR",
+        default=default.data_dir,
+        help="folder for downloaded data sets (default: %(default)s)",
     )
 
 
@@ -450,7 +479,7 @@ def options_from(args: argparse.Namespace) -> DataOptions:
 
 def main(argv: list[str] | None = None) -> None:
     """Downloads and reads a data set, and says what is in it."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = make_parser(__doc__)
     add_arguments(parser)
     add_quiet(parser)
     dataset = load_dataset(options_from(parser.parse_args(argv)))

@@ -1,15 +1,15 @@
 """The whole pipeline in about five minutes, without a download: draws shapes, trains on them, and measures itself.
 
-    python demo.py
+    python demo.py                                        # run again, it only measures
+    python demo.py --run runs/again                       # trains anew, with the same pictures and features
 
 Draws the built-in data set, caches features of a randomly initialised InceptionV3 (its ImageNet weights
 are a download, and random ones tell shapes and colours apart well enough), trains, captions the
 held-out pictures, and measures how much of the attention of a noun lies on the shape it names.
 """
 
-from common import read_json, run_command, say  # before TensorFlow
+from common import make_parser, read_json, run_command, say  # before TensorFlow
 
-import argparse
 import time
 from pathlib import Path
 from typing import Any
@@ -76,9 +76,11 @@ def measure(run: Path) -> dict[str, float]:
 
 def main(argv: list[str] | None = None) -> None:
     """Runs the demo; run again, it only measures; to train anew, delete runs/demo."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--run", type=Path, default=RUN, help="run folder (default: %(default)s)")
-    parser.add_argument("--data-dir", default="data", help="folder to draw the data set into (default: %(default)s)")
+    parser = make_parser(__doc__)
+    parser.add_argument("--run", type=Path, metavar="DIR", default=RUN, help="run folder (default: %(default)s)")
+    parser.add_argument(
+        "--data-dir", metavar="DIR", default="data", help="folder to draw the data set into (default: %(default)s)"
+    )
     args = parser.parse_args(argv)
     began = time.monotonic()
     data = ["--dataset", "shapes", "--data-dir", args.data_dir]

@@ -10,7 +10,16 @@ are computed by pycocoevalcap, the COCO challenge's code. METEOR, and the tokeni
 scores, need Java.
 """
 
-from common import InputError, add_quiet, quiet, read_json, run_command, say, write_json  # before TensorFlow
+from common import (
+    InputError,
+    add_quiet,
+    make_parser,
+    quiet,
+    read_json,
+    run_command,
+    say,
+    write_json,
+)  # before TensorFlow
 
 import argparse
 import contextlib
@@ -236,7 +245,7 @@ def score_run(
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
     """The command line of scoring; `args.named` says whether it names data."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = make_parser(__doc__)
     inference.add_arguments(parser)
     parser.add_argument(
         "--split",
@@ -250,8 +259,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         help="score these captions, COCO results made elsewhere, against the data of the run or those named below; "
         "writes FILE_metrics_<split>.json",
     )
-    data_utils.add_arguments(parser)
-    parser.set_defaults(dataset=None)
+    data_utils.add_arguments(parser, "data of --results (default: the run's)", preset=None)
     add_quiet(parser)
     args = parser.parse_args(argv)
     default = data_utils.DataOptions(dataset=None)

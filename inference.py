@@ -16,6 +16,7 @@ from common import (
     check_fields,
     file_sha256,
     from_zero,
+    make_parser,
     read_json,
     run_command,
     say,
@@ -319,16 +320,19 @@ def caption_held_out(captioning: Captioning, count: int, seed: int | None, resul
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The run and the search, for every script that captions."""
-    parser.add_argument("--run", type=Path, help="run folder (default: the newest in runs/)")
-    parser.add_argument(
+    group = parser.add_argument_group("the model and its search")
+    group.add_argument("--run", type=Path, metavar="DIR", help="run folder (default: the newest in runs/)")
+    group.add_argument(
         "--beam-size",
         type=at_least(1),
+        metavar="N",
         default=1,
         help="captions followed at the same time; 1 takes the most probable word at every step (default: 1)",
     )
-    parser.add_argument(
+    group.add_argument(
         "--length-penalty",
         type=from_zero,
+        metavar="X",
         default=LENGTH_PENALTY,
         help="a beam's captions compete by log p / length ** this; more prefers longer ones (default: %(default)s)",
     )
@@ -336,18 +340,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(argv: list[str] | None = None) -> None:
     """Captions the pictures of the command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = make_parser(__doc__, "[option ...] [picture ...]")
     parser.add_argument(
         "pictures", nargs="*", help="files or http(s) addresses of pictures to caption (default: a few held-out ones)"
     )
     add_arguments(parser)
     group = parser.add_argument_group("held-out pictures, when none are named")
-    group.add_argument("--count", type=at_least(1), default=3, help="how many (default: 3)")
-    group.add_argument("--seed", type=int, help="which ones (default: others each time)")
+    group.add_argument("--count", type=at_least(1), metavar="N", default=3, help="how many (default: 3)")
+    group.add_argument("--seed", type=int, metavar="N", help="which ones (default: others each time)")
     group = parser.add_argument_group("output")
     group.add_argument(
         "--output-dir",
         type=Path,
+        metavar="DIR",
         default=Path(),
         help="where <picture>_attention.png goes (default: here; of held-out pictures, into the run folder)",
     )

@@ -1,13 +1,14 @@
 """The captioner: a CNN encoder, Bahdanau attention, and a GRU decoder.
 
     python model.py                                       # the shapes of everything, for a batch of 16
+    python model.py --units 1024 --vocabulary-size 10000  # of a larger one, and how many weights it has
 
 After "Show, Attend and Tell" (Xu et al. 2015, https://arxiv.org/abs/1502.03044) and TensorFlow's tutorial
 "Image captioning with visual attention". In the comments B is the batch size, T the number of tokens, L
 the 64 locations of the 8x8 grid, and the sizes are the defaults.
 """
 
-from common import InputError, quiet, run_command  # before TensorFlow
+from common import InputError, add_setting, make_parser, quiet, run_command  # before TensorFlow
 
 import argparse
 import dataclasses
@@ -336,11 +337,25 @@ def build(
     return captioner
 
 
+def add_arguments(parser: argparse.ArgumentParser, **defaults: Any) -> None:
+    """The options of the model; `defaults` are those that differ from the tutorial's."""
+    group, config = parser.add_argument_group("model"), dataclasses.replace(ModelConfig(), **defaults)
+    for name, text in {
+        "vocabulary_size": "words kept, the 4 special ones included",
+        "embedding_dim": "size of a word's embedding, and of an encoded location",
+        "units": "size of the GRU's state and of the attention",
+        "dropout": "share of embeddings and outputs dropped in training",
+    }.items():
+        add_setting(group, name, getattr(config, name), text)
+    text = "look everywhere, weighted, or at one location"
+    add_setting(group, "attention", config.attention, text, choices=ATTENTIONS)
+
+
 def main(argv: list[str] | None = None) -> None:
     """Prints the shapes of a batch of 16 on its way through the model."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.parse_args(argv)
-    captioner = build(ModelConfig())
+    parser = make_parser(__doc__)
+    add_arguments(parser)
+    captioner = build(ModelConfig(**vars(parser.parse_args(argv))))
     features = tf.zeros((16, 64, 2048))
     encoded = captioner.encode(features)
     logits, state, weights = captioner.step(tf.zeros(16, tf.int32), captioner.decoder.initial_state(16), encoded)

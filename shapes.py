@@ -1,19 +1,19 @@
 """The built-in data set: drawn pictures of coloured shapes, with captions and the box of every shape.
 
-    python shapes.py --output data/shapes --pictures 2200
+    python shapes.py                                      # the pictures of the demo
+    python shapes.py --output data/few --pictures 12 --seed 1
 
 It needs no download, so the whole pipeline can be seen at work in minutes, and because the boxes are
 known it can be measured whether the attention of a noun lies on the shape it names (demo.py).
 """
 
-import argparse
 import random
 from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageDraw
 
-from common import InputError, at_least, read_json, run_command, say, write_json
+from common import InputError, at_least, make_parser, read_json, run_command, say, write_json
 
 COLOURS = {"red": (214, 40, 40), "green": (46, 160, 67), "blue": (38, 84, 214), "yellow": (240, 200, 20)}
 NOUNS = ("circle", "square", "triangle")
@@ -121,10 +121,14 @@ def draw_dataset(folder: Path | str, pictures: int = PICTURES, seed: int = 0) ->
 
 def main(argv: list[str] | None = None) -> None:
     """Draws the data set."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", default="data/shapes", help="folder to draw into (default: %(default)s)")
-    parser.add_argument("--pictures", type=at_least(8), default=PICTURES, help="how many (default: %(default)s)")
-    parser.add_argument("--seed", type=int, default=0, help="seed of what is drawn (default: %(default)s)")
+    parser = make_parser(__doc__)
+    parser.add_argument(
+        "--output", metavar="DIR", default="data/shapes", help="folder to draw into (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--pictures", type=at_least(8), metavar="N", default=PICTURES, help="how many (default: %(default)s)"
+    )
+    parser.add_argument("--seed", type=int, metavar="N", default=0, help="seed of what is drawn (default: %(default)s)")
     args = parser.parse_args(argv)
     print(draw_dataset(args.output, args.pictures, args.seed))
 

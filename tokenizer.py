@@ -1,17 +1,17 @@
 """Words to ids and back: the most frequent words of the training captions.
 
     python tokenizer.py captions.txt                      # the vocabulary of a file with one caption a line
+    python tokenizer.py captions.txt --size 1000 --output vocabulary.json
 
 It chooses the words that the tutorial's `tf.keras.preprocessing.text.Tokenizer(num_words=5000,
 oov_token="<unk>")` chooses, without TensorFlow, and is saved as JSON, since ids mean nothing without it.
 """
 
-import argparse
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from common import InputError, at_least, read_json, run_command, write_json
+from common import InputError, at_least, make_parser, read_json, run_command, write_json
 
 PAD, UNK, START, END = range(4)
 SPECIAL = ("<pad>", "<unk>", "<start>", "<end>")
@@ -84,10 +84,14 @@ class Tokenizer:
 
 def main(argv: list[str] | None = None) -> None:
     """Prints the vocabulary of a text file, one word a line, most frequent first."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = make_parser(__doc__, "[option ...] captions.txt")
     parser.add_argument("captions", help="text file, one caption a line")
     parser.add_argument(
-        "--size", type=at_least(5), default=5000, help="words to keep, 4 special ones included (default: 5000)"
+        "--size",
+        type=at_least(5),
+        metavar="N",
+        default=5000,
+        help="words to keep, 4 special ones included (default: 5000)",
     )
     parser.add_argument("--output", metavar="FILE", help="save the vocabulary as JSON instead of printing it")
     args = parser.parse_args(argv)

@@ -11,9 +11,11 @@ and what the training saw (history.csv, loss.png, tensorboard/).
 from common import (
     InputError,
     add_quiet,
+    add_setting,
     atomic_write,
     exclusive,
     file_sha256,
+    make_parser,
     progress_bar,
     run_command,
     say,
@@ -457,7 +459,8 @@ def train(
     validation = Validation(captioner, words, cache, dataset.split("val"), settings)
     say(
         f"{run}: {len(train_captions.lengths):,} captions of {len(train_captions.paths):,} pictures, vocabulary "
-        f"{len(words):,}, {captioner.count_params():,} weights; validation on {len(validation.examples):,} pictures"
+        f"{len(words):,}, {captioner.count_params():,} weights; validation on {len(validation.examples):,} pictures; "
+        f"{settings.epochs} epochs at the most"
     )
     signature = [for_devices(strategy, train_captions, [], cache).element_spec]
     train_step = make_train_step(captioner, optimizer, average, progress, settings, strategy, signature)
@@ -495,32 +498,16 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         "(default: %(default)s)",
     )
     chosen = RECIPES[recipe.parse_known_args(argv)[0].recipe]
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, parents=[recipe]
-    )
-    parser.add_argument("--run", type=Path, help="run folder (default: runs/<name of the data set>)")
+    parser = make_parser(__doc__, parents=[recipe])
+    parser.add_argument("--run", type=Path, metavar="DIR", help="run folder (default: runs/<name of the data set>)")
     data_utils.add_arguments(parser)
     features.add_arguments(parser)
-    group = parser.add_argument_group("model")
-    add = lambda group, name, value, text, **kind: group.add_argument(
-        f"--{name.replace('_', '-')}",
-        type=type(value),
-        default=chosen.get(name, value),
-        help=f"{text} (default: %(default)s)",
-        **kind,
-    )
-    defaults = model.ModelConfig()
-    for name, text in {
-        "vocabulary_size": "words kept, the 4 special ones included",
-        "embedding_dim": "size of a word's embedding, and of an encoded location",
-        "units": "size of the GRU's state and of the attention",
-        "dropout": "share of embeddings and outputs dropped in training",
-    }.items():
-        add(group, name, getattr(defaults, name), text)
-    text = "look everywhere, weighted, or at one location"
-    add(group, "attention", defaults.attention, text, choices=model.ATTENTIONS)
+    fields = {field.name for field in dataclasses.fields(model.ModelConfig)}
+    model.add_arguments(parser, **{name: value for name, value in chosen.items() if name in fields})
     group = parser.add_argument_group("training")
-    training = TrainConfig()
+    training = dataclasses.replace(
+        TrainConfig(), **{name: value for name, value in chosen.items() if name not in fields}
+    )
     for name, text in {
         "epochs": "epochs at the most",
         "batch_size": "captions in a step",
@@ -538,16 +525,16 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         "save_minutes": "minutes between checkpoints inside an epoch",
         "seed": "seed of the weights and of the order of the data",
     }.items():
-        add(group, name, getattr(training, name), text)
+        add_setting(group, name, getattr(training, name), text)
     text = "pictures, with all their captions in one batch, which is faster, or captions one by one"
-    add(group, "shuffle", training.shuffle, text, choices=SHUFFLES)
+    add_setting(group, "shuffle", training.shuffle, text, choices=SHUFFLES)
     group = parser.add_argument_group("speed")
     text = "compute in float16 where it does no harm, for GPUs; weights stay float32"
     group.add_argument("--mixed-precision", action="store_true", help=text)
     text = "compile the training step with XLA; auto: on a GPU where XLA works"
-    add(group, "jit", training.jit, text, choices=devices.JIT)
+    add_setting(group, "jit", training.jit, text, choices=devices.JIT)
     text = "devices that share the work: one, all GPUs of this machine, or those of the machines in TF_CONFIG"
-    add(group, "strategy", training.strategy, text, choices=devices.STRATEGIES)
+    add_setting(group, "strategy", training.strategy, text, choices=devices.STRATEGIES)
     add_quiet(parser)
     return parser.parse_args(argv)
 

@@ -6,9 +6,11 @@ import hashlib
 import http.server
 import io
 import json
+import shutil
 import threading
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 
 import pytest
 from PIL import Image
@@ -275,6 +277,22 @@ def test_coco_subset_fetches_only_its_pictures(server, tmp_path, monkeypatch):
     assert not (tmp_path / "data/coco/annotations_trainval2014.zip").exists(), "the archive's space is freed"
     assert data_utils.load_dataset(options) == dataset
     assert len(asked) == 6, "a second run downloads nothing"
+
+
+def test_what_is_downloaded_is_said_before_and_must_fit(server, tmp_path, monkeypatch, capsys):
+    folder, address, asked = server
+    serve_coco(folder, address, monkeypatch)
+    options = data_utils.DataOptions(data_dir=str(tmp_path / "data"), num_captions=25)
+    monkeypatch.setattr(data_utils, "COCO_PICTURE", 1e9)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=4.5e9))
+    with pytest.raises(InputError, match=r"needs 5.0 GB in .*coco, found 4.5 GB free; use a smaller --num-captions"):
+        data_utils.load_dataset(options)
+    assert asked == ["/annotations.zip"]
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=5.5e9))
+    data_utils.load_dataset(options)
+    said = capsys.readouterr().err
+    assert "downloading annotations_trainval2014.zip, 1 MB, into" in said
+    assert "0 of 5 pictures are in" in said and "downloading 5 one by one (about 5.0 GB)" in said
 
 
 def test_coco_archive_put_there_by_hand_is_used(server, tmp_path, monkeypatch):

@@ -1,4 +1,6 @@
 import json
+import shutil
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -129,6 +131,18 @@ def test_caching_names_what_it_skips_and_continues(tmp_path, pictures, capsys):
         values = np.load(cache.path(f"{grey}.png"))
         assert values.dtype == np.float16 and (values == 10 * grey).all(), "a picture has another's features"
     assert not [path for path in (tmp_path / "cache").rglob("*") if path.name.endswith(".part")]
+
+
+def test_what_it_takes_is_said_before_and_must_fit(tmp_path, pictures, monkeypatch, capsys):
+    folder, names = pictures
+    cache = features.open_cache(tmp_path / "cache", folder, names, "imagenet", "float32")
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=5e6))
+    monkeypatch.setattr(FakeCNN, "seen", 0)
+    with pytest.raises(InputError, match=r"caching them needs 6 MB in .*, found 5 MB free; use --features-dir"):
+        features.cache_features(cache, folder, names)
+    assert FakeCNN.seen == 0
+    found = capsys.readouterr().err
+    assert "0 of 11 pictures are cached" in found and "computing 11 (6 MB, about 1 min on two CPU cores)" in found
 
 
 def test_no_readable_picture_is_an_error(tmp_path, pictures):
