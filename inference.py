@@ -2,7 +2,7 @@
 
     python inference.py photo.jpg                         # the newest run; writes photo_attention.png
     python inference.py --run runs/coco --beam-size 5 a.jpg b.png
-    python inference.py https://example.com/photo.jpg
+    python inference.py https://example.com/photo.jpg photos/
     python inference.py *.jpg --json --grid all.png | jq  # results for programs, and a picture of all
     python inference.py                                   # a few held-out pictures, real and predicted captions
 
@@ -225,6 +225,23 @@ def fetch(address: str, folder: Path) -> Path:
     return download(address, folder / (name if name.strip(".") else "picture"), quiet=True, limit=MAX_DOWNLOAD)
 
 
+def pictures_of(named: str) -> list[str]:
+    """What a word of the command line names: a file, an address, or a folder's pictures, less the plots of this script.
+
+    Raises:
+        InputError: there is no such picture, or none in the folder.
+    """
+    if is_address(named) or Path(named).is_file():
+        return [named]
+    if not Path(named).is_dir():
+        raise InputError(f"{named}: no such picture")
+    known = set(Image.registered_extensions())
+    found = sorted(path for path in Path(named).iterdir() if path.suffix.lower() in known)
+    if not (found := [str(path) for path in found if not path.stem.endswith("_attention")]):
+        raise InputError(f"{named}: expected a folder with pictures, found none in it")
+    return found
+
+
 class Results:
     """Says the captions on standard output, and keeps the pictures for an overview."""
 
@@ -342,7 +359,9 @@ def main(argv: list[str] | None = None) -> None:
     """Captions the pictures of the command line."""
     parser = make_parser(__doc__, "[option ...] [picture ...]")
     parser.add_argument(
-        "pictures", nargs="*", help="files or http(s) addresses of pictures to caption (default: a few held-out ones)"
+        "pictures",
+        nargs="*",
+        help="files, folders or http(s) addresses of pictures to caption (default: a few held-out ones)",
     )
     add_arguments(parser)
     group = parser.add_argument_group("held-out pictures, when none are named")
@@ -365,19 +384,17 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     if args.grid and args.grid.suffix[1:].lower() not in FORMATS:
         raise InputError(f"--grid {args.grid}: expected a file that ends in .{', .'.join(FORMATS)}")
-    for picture in args.pictures:
-        if not is_address(picture) and not Path(picture).is_file():
-            raise InputError(f"{picture}: no such picture")
+    pictures = [picture for named in args.pictures for picture in pictures_of(named)]
     captioning = Captioning.load(args.run or newest_run(), args.beam_size, args.length_penalty)
     say(f"run: {captioning.run}")
     results, failed = Results(args.json, args.grid), 0
-    if args.pictures:
-        failed = caption_files(captioning, args.pictures, args.output_dir, results, args.format)
+    if pictures:
+        failed = caption_files(captioning, pictures, args.output_dir, results, args.format)
     else:
         caption_held_out(captioning, args.count, args.seed, results, args.format)
     results.write_grid()
     if failed:
-        raise InputError(f"{failed} of {len(args.pictures)} pictures could not be captioned")
+        raise InputError(f"{failed} of {len(pictures)} pictures could not be captioned")
 
 
 if __name__ == "__main__":

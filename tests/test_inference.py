@@ -8,6 +8,7 @@ from PIL import Image
 import inference
 import plots
 import search
+from common import InputError
 from model import Encoded
 from tokenizer import END, SPECIAL, START, Tokenizer
 
@@ -250,3 +251,13 @@ def test_the_loss_plot_marks_the_best_epoch(tmp_path):
     assert losses.get_title() == "best: epoch 2, with CIDEr 31.4, BLEU-4 9.0"
     assert [line.get_label() for line in losses.lines[:2]] == ["training loss", "validation loss"]
     assert scores.lines[-1].get_xydata().tolist() == [[2, 31.4]]
+
+
+def test_a_folder_names_its_pictures_but_not_their_plots(tmp_path):
+    for name in ("b.JPG", "a.png", "a_attention.png", "notes.txt"):
+        (tmp_path / name).touch()
+    assert inference.pictures_of(str(tmp_path)) == [str(tmp_path / "a.png"), str(tmp_path / "b.JPG")]
+    assert inference.pictures_of("https://example.com/photos/") == ["https://example.com/photos/"]
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(InputError, match="empty: expected a folder with pictures"):
+        inference.pictures_of(str(tmp_path / "empty"))
