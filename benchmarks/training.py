@@ -3,7 +3,7 @@
     python benchmarks/training.py                         # lengths like those of COCO's captions
     python benchmarks/training.py --annotations captions_train2014.json
 
-The reference is the tutorial's: every batch is padded to the longest caption of the data, the loop over words is
+The reference is the tutorial's code: every batch is padded to the longest caption of the data, the loop over words is
 unrolled in a tf.function, every step applies W1 to the features and the vocabulary layer to the state, and the
 loss is a mean over padding too. Both read the same features and train by turns; compilation is not counted. The
 last line is JSON.
@@ -37,6 +37,7 @@ from checkpoints import Average, Progress
 from tokenizer import START, Tokenizer
 from turns import mean_rates, rate_of
 
+layers = tf.keras.layers
 LONGEST, MEAN = 49, 12.5  # tokens of COCO's captions, <start> and <end> included
 
 
@@ -79,25 +80,73 @@ def tutorial_pipeline(captions: Captions, cache: features.FeatureCache, batch_si
         yield tf.ensure_shape(pictures, (batch_size, 64, 2048)), tf.ensure_shape(tokens, (batch_size, None))
 
 
-def tutorial_step(captioner: model.Captioner) -> Callable[[tuple[tf.Tensor, tf.Tensor]], tf.Tensor]:
-    """The tutorial's training step, on the suite's layers."""
-    encoder, decoder, optimizer = captioner.encoder, captioner.decoder, tf.keras.optimizers.Adam()
-    cross_entropy = tf.keras.losses.SparseCategoricalCrossentropy(from_logits=True, reduction="none")
+class TutorialAttention(tf.keras.Model):
+    """The tutorial's BahdanauAttention."""
+
+    def __init__(self, units: int):
+        super().__init__()
+        self.W1, self.W2, self.V = layers.Dense(units), layers.Dense(units), layers.Dense(1)
+
+    def call(self, features: tf.Tensor, hidden: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
+        """Features (B, 64, 256) and state (B, 512) -> context (B, 256), weights (B, 64, 1)."""
+        score = self.V(tf.nn.tanh(self.W1(features) + self.W2(tf.expand_dims(hidden, 1))))
+        attention_weights = tf.nn.softmax(score, axis=1)
+        return tf.reduce_sum(attention_weights * features, axis=1), attention_weights
+
+
+class TutorialDecoder(tf.keras.Model):
+    """The tutorial's RNN_Decoder, but that the GRU is given its state, which the tutorial forgets."""
+
+    def __init__(self, embedding_dim: int, units: int, vocabulary_size: int):
+        super().__init__()
+        self.embedding = layers.Embedding(vocabulary_size, embedding_dim)
+        self.gru = layers.GRU(units, return_sequences=True, return_state=True, recurrent_initializer="glorot_uniform")
+        self.fc1, self.fc2 = layers.Dense(units), layers.Dense(vocabulary_size)
+        self.attention = TutorialAttention(units)
+
+    def call(self, x: tf.Tensor, features: tf.Tensor, hidden: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
+        """Words (B, 1) -> logits (B, vocabulary), state (B, 512), weights (B, 64, 1)."""
+        context_vector, attention_weights = self.attention(features, hidden)
+        x = tf.concat([tf.expand_dims(context_vector, 1), self.embedding(x)], axis=-1)
+        output, state = self.gru(x, initial_state=hidden)
+        x = self.fc1(output)
+        x = self.fc2(tf.reshape(x, (-1, x.shape[2])))
+        return x, state, attention_weights
+
+
+class Tutorial(tf.keras.Model):
+    """Its encoder and decoder."""
+
+    def __init__(self, config: model.ModelConfig):
+        super().__init__()
+        self.units = config.units
+        self.encoder = layers.Dense(config.embedding_dim, activation="relu")
+        self.decoder = TutorialDecoder(config.embedding_dim, config.units, config.vocabulary_size)
+
+    def call(self, pictures: tf.Tensor, target: tf.Tensor) -> tf.Tensor:
+        """The loss the tutorial trains with: the sum over words of the mean over the batch, 0 at padding."""
+        cross_entropy = tf.keras.losses.SparseCategoricalCrossentropy(from_logits=True, reduction="none")
+        loss = 0.0
+        hidden = tf.zeros((target.shape[0], self.units))
+        word = tf.fill([target.shape[0], 1], START)
+        features = self.encoder(pictures)
+        for i in range(1, target.shape[1]):
+            logits, hidden, _ = self.decoder(word, features, hidden)
+            losses = cross_entropy(target[:, i], logits)
+            loss += tf.reduce_mean(losses * tf.cast(target[:, i] != 0, losses.dtype))
+            word = tf.expand_dims(target[:, i], 1)
+        return loss
+
+
+def tutorial_step(tutorial: Tutorial) -> Callable[[tuple[tf.Tensor, tf.Tensor]], tf.Tensor]:
+    """The tutorial's training step."""
+    optimizer = tf.keras.optimizers.Adam()
 
     @tf.function
     def step(batch: tuple[tf.Tensor, tf.Tensor]) -> tf.Tensor:
-        pictures, target = batch
-        loss = 0.0
-        hidden = decoder.initial_state(pictures.shape[0])
-        word = tf.fill([pictures.shape[0]], START)
         with tf.GradientTape() as tape:
-            encoded = encoder(pictures)
-            for i in range(1, target.shape[1]):
-                logits, hidden, _ = decoder(word, encoded, hidden)  # W1 and the vocabulary layer included
-                losses = cross_entropy(target[:, i], logits)
-                loss += tf.reduce_mean(losses * tf.cast(target[:, i] != 0, losses.dtype))
-                word = target[:, i]
-        variables = captioner.trainable_variables
+            loss = tutorial(*batch)
+        variables = tutorial.trainable_variables
         optimizer.apply_gradients(zip(tape.gradient(loss, variables), variables, strict=True))
         return loss
 
@@ -189,7 +238,7 @@ def main(argv: list[str] | None = None) -> None:
         for example in examples:
             cache.write(example.image, noise.random((features.LOCATIONS, features.CHANNELS)))
         captions = encode_captions(examples, words, cache, LONGEST)
-        ours, theirs = model.build(config, mixed_precision=args.mixed_precision), model.build(config)
+        ours, theirs = model.build(config, mixed_precision=args.mixed_precision), Tutorial(config)
         static = devices.wants_jit(args.jit)
         signature = [make_pipeline(captions, [], cache).element_spec]
         runs = {

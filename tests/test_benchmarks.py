@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import tensorflow as tf
 
 TINY = ["--batch-size", "2", "--vocabulary-size", "20", "--units", "4", "--embedding-dim", "3"]
 
@@ -32,6 +33,25 @@ def test_training(tmp_path, capsys):
     rates = found["captions_per_second"]
     assert found["ratio"] == pytest.approx(rates["suite"] / rates["tutorial"], rel=0.01)
     assert (found["captions"], found["longest"]) == (10, 7)
+
+
+def test_both_ways_of_training_have_the_same_loss():
+    module = benchmark("training")
+    config = module.model.ModelConfig(30, 5, 6)
+    ours, theirs = module.model.build(config), module.Tutorial(config)
+    pictures = np.random.default_rng(0).random((2, 64, 2048), np.float32)
+    tokens = tf.constant([[2, 5, 6, 7, 3], [2, 5, 8, 3, 0], [2, 9, 3, 0, 0]])
+    batch, picture = tf.gather(pictures, [0, 0, 1]), tf.constant([0, 0, 1])
+    theirs(batch, tokens)
+    for name in ("W1", "W2", "V"):
+        getattr(theirs.decoder.attention, name).set_weights(getattr(ours.decoder.attention, name).get_weights())
+    for name in ("embedding", "gru", "fc1", "fc2"):
+        getattr(theirs.decoder, name).set_weights(getattr(ours.decoder, name).get_weights())
+    theirs.encoder.set_weights(ours.encoder.fc.get_weights())
+    taught = ours(pictures, tokens, picture)
+    losses, _ = module.train.word_losses(taught, module.train.next_words(tokens, taught))
+    assert float(theirs(batch, tokens)) == pytest.approx(float(tf.reduce_sum(losses)) / 3, rel=1e-5)
+    assert len(theirs.trainable_variables) == len(ours.trainable_variables)
 
 
 def test_lengths_are_like_those_of_coco():
