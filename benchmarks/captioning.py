@@ -32,7 +32,7 @@ import model
 import search
 import shapes
 from tokenizer import END, START
-from turns import mean_rates, rate_of
+from turns import median_rates, rate_of
 
 WORDS = 12
 BARE = """
@@ -142,9 +142,9 @@ def main(argv: list[str] | None = None) -> None:
     for run, _ in runs.values():
         run()  # compiles
     ways = {name: lambda run=run: rate_of(*run) for name, run in runs.items()}
-    mean = {name: round(rate, 1) for name, rate in mean_rates(ways, args.rounds, "captions").items()}
-    result = {"words": WORDS, "captions_per_second": mean}
-    result["ratio"] = {name: round(rate / mean["tutorial"], 1) for name, rate in mean.items() if name != "tutorial"}
+    median = {name: round(rate, 1) for name, rate in median_rates(ways, args.rounds, "captions").items()}
+    result = {"words": WORDS, "captions_per_second": median}
+    result["ratio"] = {name: round(rate / median["tutorial"], 1) for name, rate in median.items() if name != "tutorial"}
     if not args.skip_process:
         seconds = time_commands(args.rounds)
         result["process_seconds"] = seconds

@@ -24,7 +24,7 @@ import tensorflow as tf
 from PIL import Image
 
 import features as suite
-from turns import mean_rates, rate_of
+from turns import median_rates, rate_of
 
 
 def draw_photos(folder: Path, count: int) -> list[str]:
@@ -96,15 +96,15 @@ def main(argv: list[str] | None = None) -> None:
             "suite": caching,
             "tutorial": lambda: rate_of(lambda: tutorial_loop(cnn, images, few, tutorial), len(few)),
         }
-        mean = {name: round(rate, 2) for name, rate in mean_rates(ways, args.rounds, "pictures").items()}
+        median = {name: round(rate, 2) for name, rate in median_rates(ways, args.rounds, "pictures").items()}
         megabytes = sum(path.stat().st_size for path in images.iterdir()) / len(names) / 1e6
     result = {
         "pictures": len(names),
         "megabytes_per_jpeg": round(megabytes, 3),
         "cnn_batch_size": best,
-        "pictures_per_second": mean,
-        "share_of_cnn": round(mean["suite"] / mean["cnn"], 3),
-        "ratio_to_tutorial": round(mean["suite"] / mean["tutorial"], 2),
+        "pictures_per_second": median,
+        "share_of_cnn": round(median["suite"] / median["cnn"], 3),
+        "ratio_to_tutorial": round(median["suite"] / median["tutorial"], 2),
     }
     print(json.dumps(result))
 

@@ -35,7 +35,7 @@ import train
 from batches import Batch, Captions, encode_captions, make_pipeline, order_batches
 from checkpoints import Average, Progress
 from tokenizer import START, Tokenizer
-from turns import mean_rates, rate_of
+from turns import median_rates, rate_of
 
 layers = tf.keras.layers
 LONGEST, MEAN = 49, 12.5  # tokens of COCO's captions, <start> and <end> included
@@ -259,16 +259,16 @@ def main(argv: list[str] | None = None) -> None:
             name: lambda run=run: rate_of(lambda: take_steps(*run), run[-1] * args.batch_size)
             for name, run in runs.items()
         }
-        mean = mean_rates(ways, args.rounds, "captions")
+        median = median_rates(ways, args.rounds, "captions")
     tokens = float(captions.lengths.mean()) - 1
-    used = flop_of_products(ours, 1, tokens) * mean["suite"]
+    used = flop_of_products(ours, 1, tokens) * median["suite"]
     result = {
         "captions": len(captions.lengths),
         "mean_tokens": round(tokens + 1, 2),
         "longest": int(captions.lengths.max()),
         "batch_size": args.batch_size,
-        "captions_per_second": {name: round(value, 1) for name, value in mean.items()},
-        "ratio": round(mean["suite"] / mean["tutorial"], 2),
+        "captions_per_second": {name: round(value, 1) for name, value in median.items()},
+        "ratio": round(median["suite"] / median["tutorial"], 2),
         "first_step_seconds": {name: round(value, 1) for name, value in compiling.items()},
         "share_of_matrix_product_rate": round(used / matrix_product_rate(), 3),
     }
