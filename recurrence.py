@@ -57,8 +57,9 @@ def order_of(tokens: tf.Tensor, lengths: tf.Tensor, picture: tf.Tensor | None = 
     if picture is None:
         leader = tf.broadcast_to(captions, tf.shape(live))
     else:
-        beginning = tf.concat([picture[:, tf.newaxis], tokens[:, : lengths[0]]], 1)  # (B, 1 + T)
-        alike = tf.math.cumprod(tf.cast(beginning[:, tf.newaxis] == beginning, tf.int32), 2)  # (B, B, 1 + T)
+        # As float32, which holds them exactly: TensorFlow has GPU kernels for it, and none for int32.
+        beginning = tf.cast(tf.concat([picture[:, tf.newaxis], tokens[:, : lengths[0]]], 1), tf.float32)  # (B, 1 + T)
+        alike = tf.math.cumprod(tf.cast(beginning[:, tf.newaxis] == beginning, tf.float32), 2)  # (B, B, 1 + T)
         leader = tf.transpose(tf.argmax(alike, 1, output_type=tf.int32))  # (1 + T, B), the first that begins so
     # Those that lead are in order of length, so that those with words to come are first.
     leads = live & (leader == captions)
