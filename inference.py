@@ -236,8 +236,8 @@ def pictures_of(named: str) -> list[str]:
     if not Path(named).is_dir():
         raise InputError(f"{named}: no such picture")
     known = set(Image.registered_extensions())
-    found = sorted(path for path in Path(named).iterdir() if path.suffix.lower() in known)
-    if not (found := [str(path) for path in found if not path.stem.endswith("_attention")]):
+    files = sorted(path for path in Path(named).iterdir() if path.suffix.lower() in known)
+    if not (found := [str(path) for path in files if not path.stem.endswith("_attention")]):
         raise InputError(f"{named}: expected a folder with pictures, found none in it")
     return found
 
