@@ -51,6 +51,12 @@ def add_setting(group: argparse._ActionsContainer, name: str, value: Any, text: 
     group.add_argument(option, type=type(value), default=value, help=text, **kind)
 
 
+def add_settings(group: argparse._ActionsContainer, config: Any, texts: dict[str, str]) -> None:
+    """Options for these fields of a dataclass of settings, with its values as the defaults."""
+    for name, text in texts.items():
+        add_setting(group, name, getattr(config, name), text)
+
+
 def add_quiet(parser: argparse._ActionsContainer) -> None:
     """The option `--quiet`."""
 

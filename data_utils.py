@@ -324,8 +324,8 @@ def _fetch_coco_images(folder: Path, examples: list[Example]) -> None:
     missing = [example.image for example in examples if not (folder / example.image).exists()]
     size = len(missing) * COCO_PICTURE
     if len(missing) >= ZIP_FROM:
-        archive = (folder / "train2014.zip").exists()
-        size += 0 if archive else ARCHIVES["train2014.zip"][1] or 0
+        if not (folder / "train2014.zip").exists():
+            size += ARCHIVES["train2014.zip"][1] or 0
         need_room(folder, size, "all of COCO", "use --num-captions 30000 (about 1 GB) or --data-dir")
         _fetch_archive("train2014.zip", folder, (".jpg",))
         missing = [name for name in missing if not (folder / name).exists()]

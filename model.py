@@ -8,7 +8,7 @@ After "Show, Attend and Tell" (Xu et al. 2015, https://arxiv.org/abs/1502.03044)
 the 64 locations of the 8x8 grid, and the sizes are the defaults.
 """
 
-from common import InputError, add_setting, make_parser, quiet, run_command  # before TensorFlow
+from common import InputError, add_setting, add_settings, make_parser, quiet, run_command  # before TensorFlow
 
 import argparse
 import dataclasses
@@ -337,16 +337,16 @@ def build(
     return captioner
 
 
-def add_arguments(parser: argparse.ArgumentParser, **defaults: Any) -> None:
-    """The options of the model; `defaults` are those that differ from the tutorial's."""
-    group, config = parser.add_argument_group("model"), dataclasses.replace(ModelConfig(), **defaults)
-    for name, text in {
+def add_arguments(parser: argparse.ArgumentParser, config: ModelConfig) -> None:
+    """The options of the model; `config` has their defaults."""
+    group = parser.add_argument_group("model")
+    texts = {
         "vocabulary_size": "words kept, the 4 special ones included",
         "embedding_dim": "size of a word's embedding, and of an encoded location",
         "units": "size of the GRU's state and of the attention",
         "dropout": "share of embeddings and outputs dropped in training",
-    }.items():
-        add_setting(group, name, getattr(config, name), text)
+    }
+    add_settings(group, config, texts)
     text = "look everywhere, weighted, or at one location"
     add_setting(group, "attention", config.attention, text, choices=ATTENTIONS)
 
@@ -354,7 +354,7 @@ def add_arguments(parser: argparse.ArgumentParser, **defaults: Any) -> None:
 def main(argv: list[str] | None = None) -> None:
     """Prints the shapes of a batch of 16 on its way through the model."""
     parser = make_parser(__doc__)
-    add_arguments(parser)
+    add_arguments(parser, ModelConfig())
     captioner = build(ModelConfig(**vars(parser.parse_args(argv))))
     features = tf.zeros((16, 64, 2048))
     encoded = captioner.encode(features)

@@ -12,6 +12,7 @@ from common import (
     InputError,
     add_quiet,
     add_setting,
+    add_settings,
     atomic_write,
     exclusive,
     file_sha256,
@@ -502,13 +503,11 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--run", type=Path, metavar="DIR", help="run folder (default: runs/<name of the data set>)")
     data_utils.add_arguments(parser)
     features.add_arguments(parser)
-    fields = {field.name for field in dataclasses.fields(model.ModelConfig)}
-    model.add_arguments(parser, **{name: value for name, value in chosen.items() if name in fields})
+    defaults = lambda kind: kind(**{f.name: chosen[f.name] for f in dataclasses.fields(kind) if f.name in chosen})
+    model.add_arguments(parser, defaults(model.ModelConfig))
     group = parser.add_argument_group("training")
-    training = dataclasses.replace(
-        TrainConfig(), **{name: value for name, value in chosen.items() if name not in fields}
-    )
-    for name, text in {
+    training = defaults(TrainConfig)
+    texts = {
         "epochs": "epochs at the most",
         "batch_size": "captions in a step",
         "learning_rate": "of Adam",
@@ -524,8 +523,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         "validation_pictures": "pictures of the val split to validate with, at the most",
         "save_minutes": "minutes between checkpoints inside an epoch",
         "seed": "seed of the weights and of the order of the data",
-    }.items():
-        add_setting(group, name, getattr(training, name), text)
+    }
+    add_settings(group, training, texts)
     text = "pictures, with all their captions in one batch, which is faster, or captions one by one"
     add_setting(group, "shuffle", training.shuffle, text, choices=SHUFFLES)
     group = parser.add_argument_group("speed")

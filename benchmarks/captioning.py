@@ -15,9 +15,8 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
-from common import at_least, run_command, say  # before TensorFlow
+from common import at_least, make_parser, run_command, say  # before TensorFlow
 
-import argparse
 import json
 import os
 import subprocess
@@ -117,7 +116,7 @@ def time_commands(rounds: int) -> dict[str, float]:
 
 def main(argv: list[str] | None = None) -> None:
     """Times everything by turns, and prints the ratios."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = make_parser(__doc__)
     parser.add_argument("--pictures", type=at_least(1), default=512, help="for the suite (default: 512)")
     parser.add_argument("--tutorial-pictures", type=at_least(1), default=16, help="for the tutorial (default: 16)")
     parser.add_argument("--batch-size", type=at_least(1), default=64)

@@ -13,9 +13,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from common import at_least, run_command, say  # before TensorFlow
+from common import at_least, make_parser, run_command, say  # before TensorFlow
 
-import argparse
 import json
 import tempfile
 
@@ -53,7 +52,7 @@ def tutorial_loop(cnn: tf.keras.Model, images: Path, names: list[str], folder: P
 
 def main(argv: list[str] | None = None) -> None:
     """Times everything by turns, and prints the ratios."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = make_parser(__doc__)
     parser.add_argument("--pictures", type=at_least(2), default=192, help="pictures in a turn (default: 192)")
     parser.add_argument(
         "--batch-sizes", type=at_least(1), nargs="+", default=[8, 16, 32, 64], help="for the CNN alone (8 16 32 64)"

@@ -12,9 +12,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from common import at_least, run_command, write_json  # before TensorFlow
+from common import at_least, make_parser, run_command, write_json  # before TensorFlow
 
-import argparse
 import contextlib
 import json
 import os
@@ -110,7 +109,7 @@ def start_training(folder: Path, arguments: list[str], steps: int) -> dict[str, 
 
 def main(argv: list[str] | None = None) -> None:
     """Makes the data, starts the training, and prints what it took."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = make_parser(__doc__)
     parser.add_argument("--pictures", type=at_least(10), default=82_783)
     parser.add_argument("--captions", type=at_least(20), default=414_000)
     parser.add_argument("--steps", type=at_least(1), default=50, help="of training (default: 50)")

@@ -14,9 +14,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from common import at_least, run_command, say  # before TensorFlow
+from common import at_least, make_parser, run_command, say  # before TensorFlow
 
-import argparse
 import dataclasses
 import itertools
 import json
@@ -211,7 +210,7 @@ def flop_of_products(captioner: model.Captioner, batch: int, tokens: float) -> f
 
 def main(argv: list[str] | None = None) -> None:
     """Times both by turns, and prints the ratio."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = make_parser(__doc__)
     parser.add_argument("--annotations", metavar="FILE", help="real captions (default: lengths like COCO's)")
     parser.add_argument("--captions", type=at_least(2), default=12_800, help="captions to train on (default: 12800)")
     parser.add_argument(
