@@ -49,9 +49,7 @@ def cross_entropy(logits: tf.Tensor, rows: tf.Tensor, targets: tf.Tensor) -> tf.
     def run(logits: tf.Tensor):
         probabilities = tf.nn.softmax(logits)
         # The logarithm of the sum of exponentials, from the likeliest word: its probability is never 0.
-        likeliest = tf.argmax(logits, axis=1, output_type=tf.int32)
-        likeliest = tf.stack([tf.range(tf.size(likeliest)), likeliest], axis=1)
-        log_sum = tf.gather_nd(logits, likeliest) - tf.math.log(tf.gather_nd(probabilities, likeliest))
+        log_sum = tf.reduce_max(logits, axis=1) - tf.math.log(tf.reduce_max(probabilities, axis=1))
 
         def gradient(to_losses: tf.Tensor) -> tf.Tensor:
             to_rows = tf.math.unsorted_segment_sum(to_losses, rows, tf.size(log_sum))

@@ -237,7 +237,9 @@ class RNNDecoder(tf.keras.Model):
         captions = tf.argsort(lengths, direction="DESCENDING", stable=True)
         tokens, lengths = tf.gather(tokens, captions), tf.gather(lengths, captions)
         pictures = captions if picture is None else tf.gather(picture, captions)
-        seen = Encoded(*(tf.gather(each, pictures) for each in encoded))  # of every caption
+        # Of every caption. As a product, since its gradient is one too, and that of `tf.gather` takes longer.
+        chosen = tf.one_hot(pictures, tf.shape(encoded.keys)[0], dtype=encoded.keys.dtype)  # (B, P)
+        seen = Encoded(*(tf.ensure_shape(tf.tensordot(chosen, each, 1), (None, *each.shape[1:])) for each in encoded))
         alone = training and (self.attention.hard or self.dropout.rate > 0)  # each has its own draws
         order = recurrence.order_of(tokens, lengths, None if alone else pictures)
         place = tf.stack([tf.gather(captions, order.word[:, 0]), order.word[:, 1]], 1)

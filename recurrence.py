@@ -213,8 +213,9 @@ def unroll(
             by_update = (before - proposals) * updates * (1 - updates)
             by_reset = by_proposal * candidates * resets * (1 - resets)
             slopes = tf.stack([by_proposal, by_update, by_reset, by_proposal * resets, updates], 1)  # (N, 5, 512)
-            kernel_t = tf.transpose(kernel)
-            context_kernel_t = tf.roll(tf.transpose(w.context_kernel), units, 0)  # in the order of `slopes`
+            with tf.control_dependencies([keys]):  # first the encoder, which the loop waits for
+                kernel_t = tf.transpose(kernel)
+                context_kernel_t = tf.roll(tf.transpose(w.context_kernel), units, 0)  # in the order of `slopes`
             score = w.score_kernel[:, 0]
 
             def backward(step, shared, to_state, to_keys, to_score):

@@ -164,8 +164,10 @@ class Adam(tf.keras.optimizers.Adam):
         )
 
     def _clip_gradients(self, gradients: list[tf.Tensor]) -> list[tf.Tensor]:
-        """As Keras's, without a square of every gradient in memory."""
-        return tf.clip_by_global_norm(gradients, self.global_clipnorm)[0]
+        """As Keras's, without a square of every gradient in memory, nor a copy of those that need no cut."""
+        norm = tf.linalg.global_norm(gradients)
+        cut = lambda: tf.clip_by_global_norm(gradients, self.global_clipnorm, norm)[0]
+        return tf.cond(norm <= self.global_clipnorm, lambda: gradients, cut)
 
     def _all_reduce_sum_gradients(self, grads_and_vars: list[tuple]) -> list[tuple]:
         """Keras would sum over devices here; the training step has, before the gradients' norm is cut."""
