@@ -257,11 +257,14 @@ class RNNDecoder(tf.keras.Model):
                 return attention.look(scores, weights, chance and Chance(*(each[rows] for each in chance)))
 
         variables = *attention.W2.variables, *attention.V.variables, *self.gru.trainable_variables
-        *of_attention, kernel, state_kernel, biases = (tf.cast(variable, embedded.dtype) for variable in variables)
+        W2, W2_bias, V, V_bias, kernel, state_kernel, biases = (tf.cast(each, embedded.dtype) for each in variables)
         # The GRU's kernel has the context's rows first, as `cell` has its input.
         context_kernel, word_kernel = tf.split(kernel, [seen.features.shape[2], -1], 0)
-        kernels = recurrence.Weights(*[*of_attention, context_kernel, state_kernel, biases[1]])
-        words = tf.matmul(embedded, word_kernel) + biases[0]
+        # Biases of sums are added once, not at every step; the candidate's is inside a product with the reset gate.
+        of_gates, of_candidate = tf.split(biases[1], [2 * self.units, self.units])
+        words = tf.matmul(embedded, word_kernel) + (biases[0] + tf.pad(of_gates, [[0, self.units]]))
+        seen = Encoded(seen.features, seen.keys + W2_bias)
+        kernels = recurrence.Weights(W2, V, V_bias, context_kernel, state_kernel, of_candidate)
         states, weights, looks = recurrence.unroll(words, *seen, kernels, order, look, expected)
         weights, looks = (tf.gather(each, order.look_of) for each in (weights, looks))
         return Taught(self.to_logits(states, training), order.row_of, weights, looks, sampled, place)

@@ -23,12 +23,11 @@ class Weights(NamedTuple):
     """The weights inside the loop; the sizes are the defaults, 512 for the state and 256 for the context."""
 
     query_kernel: tf.Tensor  # (512, 512), the attention's W2
-    query_bias: tf.Tensor  # (512,)
     score_kernel: tf.Tensor  # (512, 1), the attention's V
     score_bias: tf.Tensor  # (1,)
     context_kernel: tf.Tensor  # (256, 1536), the GRU's for the context, with the gates in Keras's order
     state_kernel: tf.Tensor  # (512, 1536), the GRU's for the state
-    state_bias: tf.Tensor  # (1536,)
+    candidate_bias: tf.Tensor  # (512,), of the state's part in the proposal
 
 
 class Order(NamedTuple):
@@ -98,9 +97,9 @@ def unroll(
     """Runs the recurrence from a state of zeros.
 
     Args:
-        words: (N, 1536), the words' half of the GRU's input, its bias included.
+        words: (N, 1536), the words' half of the GRU's input, with all its biases but the candidate's.
         features: (B, L, 256), of every caption's picture, longest caption first.
-        keys: (B, L, 512), the attention's view of them.
+        keys: (B, L, 512), the attention's view of them, with the biases of W1 and W2.
         weights: of the attention and the GRU.
         order: of the steps.
         look: where hard attention looks, from scores (m, L), weights (m, L) and the number of the first look;
@@ -124,8 +123,8 @@ def unroll(
         return tf.gather(by_caption, order.look[looks_at(step), 0]) if shared else by_caption[: order.looks[step]]
 
     def of_rows(by_look, step, shared):
-        """What belongs to the looks that the rows go on from."""
-        return tf.gather(by_look, order.parent[rows_at(step)]) if shared else by_look
+        """What belongs to the looks that the rows go on from, (..., m, 512) -> (..., n, 512)."""
+        return tf.gather(by_look, order.parent[rows_at(step)], axis=-2) if shared else by_look
 
     def to_looks(by_row, step, shared):
         """The sum over the rows that go on from a look."""
@@ -169,31 +168,35 @@ def unroll(
     @tf.custom_gradient
     def run(words: tf.Tensor, features: tf.Tensor, keys: tf.Tensor, *weights: tf.Tensor):
         w = Weights(*weights)
-        # The state meets two kernels: in one product.
-        kernel = tf.concat([w.state_kernel, w.query_kernel], 1)  # (512, 2048)
-        bias = tf.concat([w.state_bias, w.query_bias], 0)
+        # Stacked, so that a product's parts need not be copied out of it: update and reset gate, proposal, and query.
+        state_kernels = tf.stack([*tf.split(w.state_kernel, 3, 1), w.query_kernel])  # (4, 512, 512)
+        context_kernels, parts = (tf.stack(tf.split(each, 3, 1)) for each in (w.context_kernel, words))  # (3, ..., 512)
 
         def forward(step, shared, state):
             state = state[: order.looks[step]]  # (m, 512)
-            recalled = tf.nn.bias_add(tf.matmul(state, kernel), bias)  # (m, 2048)
-            *recalled, query = tf.split(recalled, [2 * units, units, units], 1)
-            energy = tf.tanh(of_looks(keys, step, shared) + query[:, tf.newaxis])  # (m, L, 512)
+            recalled = tf.matmul(state[tf.newaxis], state_kernels)  # (4, m, 512)
+            energy = tf.tanh(of_looks(keys, step, shared) + recalled[3, :, tf.newaxis])  # (m, L, 512)
             scores = tf.matmul(tf.reshape(energy, (-1, units)), w.score_kernel) + w.score_bias  # (m L, 1)
             scores = tf.reshape(scores, (-1, locations))
             attention = tf.nn.softmax(scores)
             looks = look(scores, attention, order.first_look[step]) if look else attention
             context = tf.squeeze(tf.matmul(looks[:, tf.newaxis], of_looks(features, step, shared)), 1)  # (m, 256)
-            inputs = of_rows(tf.matmul(context, w.context_kernel), step, shared) + words[rows_at(step)]  # (n, 1536)
-            to_gates, to_proposal = tf.split(inputs, [2 * units, units], 1)
-            recalled, candidate, before = (of_rows(each, step, shared) for each in (*recalled, state))
-            gates = tf.sigmoid(recalled + to_gates)
-            update, reset = tf.split(gates, 2, 1)
-            proposal = tf.tanh(to_proposal + reset * candidate)
+            inputs = of_rows(tf.matmul(context[tf.newaxis], context_kernels), step, shared)  # (3, n, 512)
+            inputs += parts[:, rows_at(step)]
+            recalled, before = of_rows(recalled[:3], step, shared), of_rows(state, step, shared)
+            gates = tf.sigmoid(recalled[:2] + inputs[:2])
+            update, reset = gates[0], gates[1]
+            candidate = recalled[2] + w.candidate_bias
+            proposal = tf.tanh(inputs[2] + reset * candidate)
             after = update * before + (1 - update) * proposal  # (n, 512)
-            return step + 1, [after], (energy, state, attention, looks, context, after, gates, proposal, candidate)
+            return (
+                step + 1,
+                [after],
+                (energy, state, attention, looks, context, after, update, reset, proposal, candidate),
+            )
 
         of_look = [(units,), (locations,), (locations,), (channels,)]
-        of_row = [(units,), (2 * units,), (units,), (units,)]
+        of_row = [(units,)] * 5
         _, (energies, *found) = run_loops(
             forward,
             0,
@@ -201,11 +204,12 @@ def unroll(
             [zeros(order.looks[0], units)],
             [(locations, units), *of_look, *of_row],
         )
-        states, attentions, looked, contexts, after, gates, proposals, candidates = joined(found, of_look + of_row)
+        states, attentions, looked, contexts, after, updates, resets, proposals, candidates = joined(
+            found, of_look + of_row
+        )
 
         def gradient(to_after: tf.Tensor, to_attentions: tf.Tensor, to_looked: tf.Tensor):
             to_attentions, to_looked = map(tf.convert_to_tensor, (to_attentions, to_looked))
-            updates, resets = tf.split(gates, 2, 1)
             # What a change of the new state changes: the proposal's input, the update gate, the reset gate,
             # through the reset gate the state's part in the proposal, and the state itself.
             by_proposal = (1 - updates) * (1 - proposals**2)
@@ -214,7 +218,7 @@ def unroll(
             by_reset = by_proposal * candidates * resets * (1 - resets)
             slopes = tf.stack([by_proposal, by_update, by_reset, by_proposal * resets, updates], 1)  # (N, 5, 512)
             with tf.control_dependencies([keys]):  # first the encoder, which the loop waits for
-                kernel_t = tf.transpose(kernel)
+                kernel_t = tf.concat([tf.transpose(w.state_kernel), tf.transpose(w.query_kernel)], 0)  # (2048, 512)
                 context_kernel_t = tf.roll(tf.transpose(w.context_kernel), units, 0)  # in the order of `slopes`
             score = w.score_kernel[:, 0]
 
@@ -258,15 +262,13 @@ def unroll(
             to_features = tf.matmul(by_caption(looked), by_caption(to_contexts), transpose_a=True)
             to_keys = (tf.reduce_sum(by_caption(to_scores), 1)[:, :, tf.newaxis] - to_keys) * score
             to_kernel = tf.matmul(states, to_recalled, transpose_a=True)
-            to_bias = tf.reduce_sum(to_recalled, 0)
             to_weights = Weights(
                 query_kernel=to_kernel[:, 3 * units :],
-                query_bias=to_bias[3 * units :],
                 score_kernel=tf.transpose(to_score),
                 score_bias=tf.reduce_sum(to_scores, keepdims=True)[0],
                 context_kernel=proposal_last(tf.matmul(contexts, to_inputs, transpose_a=True)),
                 state_kernel=to_kernel[:, : 3 * units],
-                state_bias=to_bias[: 3 * units],
+                candidate_bias=tf.reduce_sum(to_recalled[:, 2 * units : 3 * units], 0),
             )
             to_words = proposal_last(tf.reshape(to_after[:, tf.newaxis] * slopes[:, :3], (-1, 3 * units)))
             return to_words, to_features, to_keys, *to_weights
