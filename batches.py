@@ -93,21 +93,26 @@ def make_pipeline(
     size = max(map(len, batches), default=0)
     up = lambda count: -(-count // 8) * 8 if static else count
 
-    def rows():
-        for batch in batches:
-            pictures, picture = np.unique(captions.picture[batch], return_inverse=True)
-            words = captions.lengths[batch].max() - 1
-            tokens = np.zeros((size if static else len(batch), 1 + up(words)), np.int32)
-            tokens[: len(batch), : 1 + words] = captions.tokens[batch, : 1 + words]
-            yield captions.paths[pictures], np.pad(picture, (0, len(tokens) - len(batch))), tokens
+    paths = tf.constant(captions.paths)
 
-    def read(paths: tf.Tensor, picture: tf.Tensor, tokens: tf.Tensor) -> Batch:
-        pictures = cache.read(paths)
-        padding = up(tf.shape(paths)[0]) - tf.shape(paths)[0]
-        return Batch(tf.pad(pictures, [[0, padding], [0, 0], [0, 0]]), picture, tokens)
+    def arrays(number: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        batch = batches[number]
+        pictures, picture = np.unique(captions.picture[batch], return_inverse=True)
+        words = captions.lengths[batch].max() - 1
+        tokens = np.zeros((size if static else len(batch), 1 + up(words)), np.int32)
+        tokens[: len(batch), : 1 + words] = captions.tokens[batch, : 1 + words]
+        picture = np.pad(picture, (0, len(tokens) - len(batch)))
+        return pictures.astype(np.int32), picture.astype(np.int32), tokens
 
-    spec = tf.TensorSpec((None,), tf.string), tf.TensorSpec((None,), tf.int32), tf.TensorSpec((None, None), tf.int32)
-    data = tf.data.Dataset.from_generator(rows, output_signature=spec)
+    def read(number: tf.Tensor) -> Batch:
+        pictures, picture, tokens = tf.numpy_function(arrays, [number], [tf.int32] * 3)
+        pictures = cache.read(tf.gather(paths, tf.ensure_shape(pictures, (None,))))
+        padding = up(tf.shape(pictures)[0]) - tf.shape(pictures)[0]
+        pictures = tf.pad(pictures, [[0, padding], [0, 0], [0, 0]])
+        return Batch(pictures, tf.ensure_shape(picture, (None,)), tf.ensure_shape(tokens, (None, None)))
+
+    # Not from_generator: it has malloc map and unmap every large tensor of the process, training's too.
+    data = tf.data.Dataset.range(len(batches))
     return data.map(read, num_parallel_calls=tf.data.AUTOTUNE).prefetch(tf.data.AUTOTUNE)
 
 
