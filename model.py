@@ -237,6 +237,10 @@ class RNNDecoder(tf.keras.Model):
         captions = tf.argsort(lengths, direction="DESCENDING", stable=True)
         tokens, lengths = tf.gather(tokens, captions), tf.gather(lengths, captions)
         pictures = captions if picture is None else tf.gather(picture, captions)
+        variables = *self.attention.W2.variables, *self.attention.V.variables, *self.gru.trainable_variables
+        W2, W2_bias, V, V_bias, kernel, state_kernel, biases = (tf.cast(each, encoded.keys.dtype) for each in variables)
+        # Biases are added here, not at every step, but for the candidate's, which is inside a product with a gate.
+        encoded = Encoded(encoded.features, encoded.keys + W2_bias)
         # Of every caption. As a product, since its gradient is one too, and that of `tf.gather` takes longer.
         chosen = tf.one_hot(pictures, tf.shape(encoded.keys)[0], dtype=encoded.keys.dtype)  # (B, P)
         seen = Encoded(*(tf.ensure_shape(tf.tensordot(chosen, each, 1), (None, *each.shape[1:])) for each in encoded))
@@ -256,14 +260,10 @@ class RNNDecoder(tf.keras.Model):
                 rows = slice(start, start + tf.shape(scores)[0])
                 return attention.look(scores, weights, chance and Chance(*(each[rows] for each in chance)))
 
-        variables = *attention.W2.variables, *attention.V.variables, *self.gru.trainable_variables
-        W2, W2_bias, V, V_bias, kernel, state_kernel, biases = (tf.cast(each, embedded.dtype) for each in variables)
         # The GRU's kernel has the context's rows first, as `cell` has its input.
         context_kernel, word_kernel = tf.split(kernel, [seen.features.shape[2], -1], 0)
-        # Biases of sums are added once, not at every step; the candidate's is inside a product with the reset gate.
         of_gates, of_candidate = tf.split(biases[1], [2 * self.units, self.units])
         words = tf.matmul(embedded, word_kernel) + (biases[0] + tf.pad(of_gates, [[0, self.units]]))
-        seen = Encoded(seen.features, seen.keys + W2_bias)
         kernels = recurrence.Weights(W2, V, V_bias, context_kernel, state_kernel, of_candidate)
         states, weights, looks = recurrence.unroll(words, *seen, kernels, order, look, expected)
         weights, looks = (tf.gather(each, order.look_of) for each in (weights, looks))
