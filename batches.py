@@ -112,8 +112,7 @@ def make_pipeline(
         return Batch(pictures, tf.ensure_shape(picture, (None,)), tf.ensure_shape(tokens, (None, None)))
 
     # Not from_generator: it has malloc map and unmap every large tensor of the process, training's too.
-    data = tf.data.Dataset.range(len(batches))
-    return data.map(read, num_parallel_calls=tf.data.AUTOTUNE).prefetch(tf.data.AUTOTUNE)
+    return features.read_ahead(tf.data.Dataset.range(len(batches)), read)
 
 
 def for_devices(

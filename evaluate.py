@@ -64,15 +64,10 @@ def caption_examples(
 ) -> list[search.Caption]:
     """Captions pictures from their cached features; see `search.caption_features`."""
     paths = [str(cache.path(example.image)) for example in examples]
-    batches = (
-        tf.data.Dataset.from_tensor_slices(paths)
-        .batch(max(1, batch_size // beam_size))
-        .map(cache.read, num_parallel_calls=tf.data.AUTOTUNE)
-        .prefetch(tf.data.AUTOTUNE)
-    )
+    batches = tf.data.Dataset.from_tensor_slices(paths).batch(max(1, batch_size // beam_size))
     return [
         caption
-        for batch in batches
+        for batch in features.read_ahead(batches, cache.read)
         for caption in search.caption_features(captioner, words, batch, beam_size, length_penalty)
     ]
 

@@ -17,7 +17,7 @@ import re
 import sys
 import warnings
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -54,6 +54,7 @@ LOCATIONS, CHANNELS = 64, 2048  # 8x8 locations, "mixed10"
 CPU_RATE = 22  # pictures a second, measured on two cores of a Xeon
 CALIBRATION_PICTURES = 64
 DECODE_AHEAD = 256  # decoded pictures waiting for the CNN at the most: 69 MB
+READERS = 8  # threads that read features, and batches read ahead
 MANIFEST = "features.json"
 SETTINGS = {"cnn": str, "weights": str, "image_size": int, "dtype": str, "images": str}  # what it says; see open_cache
 CNN_FILE = "cnn.weights.h5"  # the CNN's weights, kept where they are not ImageNet's
@@ -242,6 +243,16 @@ class FeatureCache:
             return values
 
         return tf.ensure_shape(tf.numpy_function(load, [paths], self.dtype), (None, LOCATIONS, CHANNELS))
+
+
+def read_ahead(data: tf.data.Dataset, read: Callable) -> tf.data.Dataset:
+    """Maps with several threads, some batches ahead of the model.
+
+    How many is fixed: at the end of a data set TensorFlow waits for its autotuner, which may sleep for a minute.
+    """
+    options = tf.data.Options()
+    options.autotune.enabled = False
+    return data.map(read, num_parallel_calls=READERS).prefetch(READERS).with_options(options)
 
 
 def open_cache(folder: Path | str, images: Path, names: list[str], weights: str, dtype: str) -> FeatureCache:

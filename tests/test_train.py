@@ -112,6 +112,11 @@ def test_pipeline_gives_every_caption_its_own_picture(dataset, words, cache):
     assert sorted(seen) == sorted(expected)
 
 
+def test_the_end_of_an_epoch_does_not_wait_for_the_autotuner(dataset, words, cache):
+    captions = encode_captions(dataset.split("train"), words, cache, 50)
+    assert make_pipeline(captions, order_batches(captions, 5, 0, 0), cache).options().autotune.enabled is False
+
+
 @pytest.fixture
 def batch(dataset, words, cache):
     """The first batch of five captions."""
