@@ -92,7 +92,6 @@ def make_pipeline(
     """
     size = max(map(len, batches), default=0)
     up = lambda count: -(-count // 8) * 8 if static else count
-
     paths = tf.constant(captions.paths)
 
     def arrays(number: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -101,15 +100,14 @@ def make_pipeline(
         words = captions.lengths[batch].max() - 1
         tokens = np.zeros((size if static else len(batch), 1 + up(words)), np.int32)
         tokens[: len(batch), : 1 + words] = captions.tokens[batch, : 1 + words]
-        picture = np.pad(picture, (0, len(tokens) - len(batch)))
-        return pictures.astype(np.int32), picture.astype(np.int32), tokens
+        return pictures, np.pad(picture, (0, len(tokens) - len(batch))).astype(np.int32), tokens
 
     def read(number: tf.Tensor) -> Batch:
         pictures, picture, tokens = tf.numpy_function(arrays, [number], [tf.int32] * 3)
-        pictures = cache.read(tf.gather(paths, tf.ensure_shape(pictures, (None,))))
-        padding = up(tf.shape(pictures)[0]) - tf.shape(pictures)[0]
-        pictures = tf.pad(pictures, [[0, padding], [0, 0], [0, 0]])
-        return Batch(pictures, tf.ensure_shape(picture, (None,)), tf.ensure_shape(tokens, (None, None)))
+        values = cache.read(tf.gather(paths, pictures))
+        padding = up(tf.shape(values)[0]) - tf.shape(values)[0]
+        values = tf.pad(values, [[0, padding], [0, 0], [0, 0]])
+        return Batch(values, tf.ensure_shape(picture, (None,)), tf.ensure_shape(tokens, (None, None)))
 
     # Not from_generator: it has malloc map and unmap every large tensor of the process, training's too.
     return features.read_ahead(tf.data.Dataset.range(len(batches)), read)
