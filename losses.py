@@ -8,7 +8,7 @@ import tensorflow as tf
 
 from model import Taught
 
-TINY = 1e-20  # the logarithm of a weight of zero must be a number
+TINY = 1e-20  # probabilities down to 0 are taken for it, or in another way, where their logarithm is wanted
 
 
 def next_words(tokens: tf.Tensor, taught: Taught) -> tf.Tensor:
@@ -48,14 +48,21 @@ def cross_entropy(logits: tf.Tensor, rows: tf.Tensor, targets: tf.Tensor) -> tf.
     @tf.custom_gradient
     def run(logits: tf.Tensor):
         probabilities = tf.nn.softmax(logits)
-        # The logarithm of the sum of exponentials, from the likeliest word: its probability is never 0.
-        log_sum = tf.reduce_max(logits, axis=1) - tf.math.log(tf.reduce_max(probabilities, axis=1))
+        found = tf.gather_nd(probabilities, true)
+
+        def of_unlikely() -> tf.Tensor:
+            """With the logarithm of the sum of exponentials, from the likeliest word: its probability is never 0."""
+            log_sum = tf.reduce_max(logits, axis=1) - tf.math.log(tf.reduce_max(probabilities, axis=1))
+            return tf.gather(log_sum, rows) - tf.gather_nd(logits, true)
+
+        # Two passes over all logits, and hardly ever needed.
+        losses = tf.cond(tf.reduce_all(found > TINY), lambda: -tf.math.log(found), of_unlikely)
 
         def gradient(to_losses: tf.Tensor) -> tf.Tensor:
-            to_rows = tf.math.unsorted_segment_sum(to_losses, rows, tf.size(log_sum))
+            to_rows = tf.math.unsorted_segment_sum(to_losses, rows, tf.shape(logits)[0])
             return tf.tensor_scatter_nd_sub(probabilities * to_rows[:, tf.newaxis], true, to_losses)
 
-        return tf.gather(log_sum, rows) - tf.gather_nd(logits, true), gradient
+        return losses, gradient
 
     return run(logits)
 
