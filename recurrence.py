@@ -210,16 +210,16 @@ def unroll(
 
         def gradient(to_after: tf.Tensor, to_attentions: tf.Tensor, to_looked: tf.Tensor):
             to_attentions, to_looked = map(tf.convert_to_tensor, (to_attentions, to_looked))
-            # What a change of the new state changes: the proposal's input, the update gate, the reset gate,
+            # What a change of the new state changes: the inputs of the update gate, the reset gate and the proposal,
             # through the reset gate the state's part in the proposal, and the state itself.
             by_proposal = (1 - updates) * (1 - proposals**2)
             before = tf.gather(states, tf.gather(order.first_look, order.row[:, 1]) + order.parent)  # (N, 512)
             by_update = (before - proposals) * updates * (1 - updates)
             by_reset = by_proposal * candidates * resets * (1 - resets)
-            slopes = tf.stack([by_proposal, by_update, by_reset, by_proposal * resets, updates], 1)  # (N, 5, 512)
+            slopes = tf.stack([by_update, by_reset, by_proposal, by_proposal * resets, updates], 1)  # (N, 5, 512)
             with tf.control_dependencies([keys]):  # first the encoder, which the loop waits for
                 kernel_t = tf.concat([tf.transpose(w.state_kernel), tf.transpose(w.query_kernel)], 0)  # (2048, 512)
-                context_kernel_t = tf.roll(tf.transpose(w.context_kernel), units, 0)  # in the order of `slopes`
+                context_kernel_t = tf.transpose(w.context_kernel)  # (1536, 256)
             score = w.score_kernel[:, 0]
 
             def backward(step, shared, to_state, to_keys, to_score):
@@ -243,7 +243,8 @@ def unroll(
                 by_location = tf.squeeze(tf.matmul(to_scores[:, tf.newaxis], squared), 1)
                 to_query = (tf.reduce_sum(to_scores, 1, keepdims=True) - by_location) * score  # (m, 512)
                 to_keys = to_captions(to_keys, to_scores[:, :, tf.newaxis] * squared, step, shared)
-                to_recalled = tf.concat([to_gates[:, units : 4 * units], to_query], 1)  # (m, 2048)
+                to_recalled = [to_gates[:, : 2 * units], to_gates[:, 3 * units : 4 * units], to_query]
+                to_recalled = tf.concat(to_recalled, 1)  # (m, 2048), as `kernel_t` has its rows
                 before = to_gates[:, 4 * units :] + tf.matmul(to_recalled, kernel_t)  # (m, 512)
                 return step - 1, [before, to_keys, to_score], (to_state, to_inputs, to_recalled, to_scores, to_context)
 
@@ -256,7 +257,6 @@ def unroll(
                 sizes,
             )
             to_after, to_inputs, to_recalled, to_scores, to_contexts = joined(found, sizes)
-            proposal_last = lambda rows: tf.roll(rows, -units, 1)  # Keras's order
 
             by_caption = lambda rows: tf.scatter_nd(order.look, rows, (captions, steps, rows.shape[1]))  # (B, T, ...)
             to_features = tf.matmul(by_caption(looked), by_caption(to_contexts), transpose_a=True)
@@ -266,11 +266,11 @@ def unroll(
                 query_kernel=to_kernel[:, 3 * units :],
                 score_kernel=tf.transpose(to_score),
                 score_bias=tf.reduce_sum(to_scores, keepdims=True)[0],
-                context_kernel=proposal_last(tf.matmul(contexts, to_inputs, transpose_a=True)),
+                context_kernel=tf.matmul(contexts, to_inputs, transpose_a=True),
                 state_kernel=to_kernel[:, : 3 * units],
                 candidate_bias=tf.reduce_sum(to_recalled[:, 2 * units : 3 * units], 0),
             )
-            to_words = proposal_last(tf.reshape(to_after[:, tf.newaxis] * slopes[:, :3], (-1, 3 * units)))
+            to_words = tf.reshape(to_after[:, tf.newaxis] * slopes[:, :3], (-1, 3 * units))
             return to_words, to_features, to_keys, *to_weights
 
         return (after, attentions, looked), gradient
