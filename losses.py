@@ -1,14 +1,14 @@
 """What the training makes small: cross-entropy, the regularisers, and the bound of hard attention.
 
 In the comments B is the batch size, T the number of tokens, N the words, in the rows of `model.Taught`, and L the
-64 locations. All functions but the first return the sum over a batch, in nats; padding counts for nothing.
+64 locations. What is not given by word is the sum over a batch; all is in nats, and padding counts for nothing.
 """
 
 import tensorflow as tf
 
 from model import Taught
 
-TINY = 1e-20  # probabilities down to 0 are taken for it, or in another way, where their logarithm is wanted
+TINY = 1e-20  # no logarithm is taken of smaller weights; smaller probabilities of words go by their logits
 
 
 def next_words(tokens: tf.Tensor, taught: Taught) -> tf.Tensor:
