@@ -1,7 +1,7 @@
 """What the training makes small: cross-entropy, the regularisers, and the bound of hard attention.
 
 In the comments B is the batch size, T the number of tokens, N the words, in the rows of `model.Taught`, and L the
-64 locations. What is not given by word is the sum over a batch; all is in nats, and padding counts for nothing.
+64 locations. What is not given by word is the sum over a batch; padding counts for nothing. Likelihoods are in nats.
 """
 
 import tensorflow as tf
