@@ -1,106 +1,112 @@
-"""The whole pipeline in about five minutes, without a download: draws shapes, trains on them, and measures itself.
+"""Runs the whole pipeline in five minutes, without a download: draws a toy dataset, trains, evaluates.
 
-    python demo.py                                        # run again, it only measures
-    python demo.py --run runs/again                       # trains anew, with the same pictures and features
+All sections of the tutorial, one after the other, on images of coloured shapes.
 
-Draws the built-in data set, caches features of a randomly initialised InceptionV3 (its ImageNet weights
-are a download, and random ones tell shapes and colours apart well enough), trains, captions the
-held-out pictures, and measures how much of the attention of a noun lies on the shape it names.
+    python demo.py                                 # run again, it only evaluates
+    python demo.py --run runs/again                # trains again, on the same images and features
+
+The demo draws the images, caches features of a randomly initialised InceptionV3 (the ImageNet weights are a
+download, and random ones tell shapes and colours apart well enough), trains, captions the test images, and
+measures how much of the attention of a noun lies on the shape it names.
 """
-
-from common import make_parser, read_json, run_command, say  # before TensorFlow
 
 import time
 from pathlib import Path
 from typing import Any
 
-import features
 import numpy as np
 
-import data_utils
 import evaluate
 import inference
-import shapes
 import train
+from captioning import shapes
+from captioning.cli import log, make_parser, run_main
+from captioning.feature_cache import open_run_cache
+from captioning.files import read_json
 
 RUN = Path("runs/demo")
-# Small batches and dropout, since there are only 1,900 pictures to learn from.
-TRAINING = ["--batch-size", "16", "--learning-rate", "5e-4", "--dropout", "0.2", "--epochs", "18", "--patience", "0"]
+# Small batches and dropout, since there are only 1,900 images to learn from.
+TRAIN_ARGS = ["--batch-size", "16", "--learning-rate", "5e-4", "--dropout", "0.2", "--epochs", "18", "--patience", "0"]
 
 
-def noun_attention(caption: inference.Caption, drawn: list[dict[str, Any]]) -> list[tuple[float, float]]:
-    """For each noun that names a shape of the picture, the share of its attention inside the box of that shape.
+def attention_on_object(caption: inference.Caption, shapes_in_image: list[dict[str, Any]]) -> list[tuple[float, float]]:
+    """Measures for each noun that names a shape of the image how much of its attention lies in the shape's box.
 
     Args:
         caption: a caption in which every colour is followed by its noun.
-        drawn: the picture's shapes, each with colour, noun and box (left, top, right, bottom) in pixels.
+        shapes_in_image: the image's shapes, each with colour, noun and box (left, top, right, bottom) in pixels.
 
     Returns:
-        (share of the attention inside the box, share of the picture the box covers) of each noun. An even
-        attention would give equal numbers. A location that is partly in the box counts in part.
+        For each noun, the share of its attention inside the box, and the share of the image that the box covers, which
+        uniform attention would give. A location that is partly inside counts in part.
     """
     side = int(np.sqrt(caption.attention.shape[1]))
     shares = []
     for position, noun in enumerate(caption.words):
-        for shape in drawn:
-            if (shape["colour"], shape["noun"]) == (caption.words[position - 1], noun):
-                left, top, right, bottom = (edge * side / shapes.SIZE for edge in shape["box"])
-                cells = np.arange(side)
-                across = (np.minimum(cells + 1, right) - np.maximum(cells, left)).clip(0)  # (8,), of each column
-                down = (np.minimum(cells + 1, bottom) - np.maximum(cells, top)).clip(0)  # (8,), of each row
-                inside = np.outer(down, across)  # (8, 8), the covered share of each location
-                weights = caption.attention[position].reshape(side, side)
-                shares.append((float((weights * inside).sum()), float(inside.sum() / side**2)))
+        for shape in shapes_in_image:
+            if (shape["colour"], shape["noun"]) != (caption.words[position - 1], noun):
+                continue
+            left, top, right, bottom = (edge * side / shapes.SIZE for edge in shape["box"])
+            cells = np.arange(side)
+            width = (np.minimum(cells + 1, right) - np.maximum(cells, left)).clip(0)  # (8,), of each column
+            height = (np.minimum(cells + 1, bottom) - np.maximum(cells, top)).clip(0)  # (8,), of each row
+            covered = np.outer(height, width)  # (8, 8), the covered share of each location
+            attention = caption.attention[position].reshape(side, side)
+            shares.append((float((attention * covered).sum()), float(covered.sum() / side**2)))
     return shares
 
 
-def measure(run: Path) -> dict[str, float]:
-    """Captions the test pictures and returns the shares, in percent, that the demo prints."""
-    captioning = inference.Captioning.load(run)
-    dataset = inference.dataset_of(captioning.config)
+def evaluate_demo(run: Path) -> dict[str, float]:
+    """Captions the test images; returns their number, and in percent what the demo prints."""
+    captioner = inference.Captioner.load(run)
+    dataset = inference.load_run_dataset(captioner.config)
     examples = dataset.split("test")
-    cache = features.cache_of(captioning.config["features"])
-    captions = evaluate.caption_examples(captioning.captioner, captioning.words, cache, examples)
-    right = [caption.text in example.captions for caption, example in zip(captions, examples, strict=True)]
-    annotations = read_json(dataset.images / shapes.ANNOTATIONS)["images"]
-    drawn = {f"{image['filepath']}/{image['filename']}": image["shapes"] for image in annotations}
-    shares = [s for c, e in zip(captions, examples, strict=True) for s in noun_attention(c, drawn[e.image])]
-    inside, area = np.mean(shares, axis=0) if shares else (0.0, 0.0)
+    cache = open_run_cache(captioner.config.features)
+    captions = evaluate.generate_captions(captioner.model, captioner.tokenizer, cache, examples)
+    exact_match = [caption.text in example.captions for caption, example in zip(captions, examples, strict=True)]
+    annotations = read_json(dataset.image_dir / shapes.ANNOTATIONS)["images"]
+    shapes_by_image = {f"{image['filepath']}/{image['filename']}": image["shapes"] for image in annotations}
+    shares = []
+    for caption, example in zip(captions, examples, strict=True):
+        shares += attention_on_object(caption, shapes_by_image[example.image_path])
+    on_object, uniform = np.mean(shares, axis=0) if shares else (0.0, 0.0)
     return {
-        "pictures": len(examples),
-        "exactly right": 100 * float(np.mean(right)),
-        "noun attention inside": 100 * float(inside),
-        "box area": 100 * float(area),
+        "images": len(examples),
+        "exact match": 100 * float(np.mean(exact_match)),
+        "attention on the named object": 100 * float(on_object),
+        "uniform attention": 100 * float(uniform),
     }
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Runs the demo; run again, it only measures; to train anew, delete runs/demo."""
+    """Runs the demo. Run again, it only evaluates; to train again, delete runs/demo."""
     parser = make_parser(__doc__)
     parser.add_argument("--run", type=Path, metavar="DIR", default=RUN, help="run folder (default: %(default)s)")
     parser.add_argument(
-        "--data-dir", metavar="DIR", default="data", help="folder to draw the data set into (default: %(default)s)"
+        "--data-dir", metavar="DIR", default="data", help="folder to draw the dataset into (default: %(default)s)"
     )
     args = parser.parse_args(argv)
-    began = time.monotonic()
-    data = ["--dataset", "shapes", "--data-dir", args.data_dir]
-    say("The CNN of this demo has random weights: ImageNet's are a download, and shapes can do without them.")
-    train.main([*data, "--weights", "random", "--features-dir", "features/demo", "--run", str(args.run), *TRAINING])
-    found = measure(args.run)
+    start = time.monotonic()
+    log("The CNN of this demo has random weights: ImageNet's are a download, and shapes do not need them.")
+    data_args = ["--dataset", "shapes", "--data-dir", args.data_dir]
+    feature_args = ["--cnn-weights", "random", "--features-dir", "features/demo"]
+    train.main([*data_args, *feature_args, "--run", str(args.run), *TRAIN_ARGS])
+    results = evaluate_demo(args.run)
 
-    dataset = data_utils.load_dataset(data_utils.DataOptions(dataset="shapes", data_dir=args.data_dir))
+    captioner = inference.Captioner.load(args.run)
+    dataset = inference.load_run_dataset(captioner.config)
     example = next(e for e in dataset.split("test") if len(e.captions) > 1)  # two shapes
-    captioning = inference.Captioning.load(args.run)
-    picture = dataset.images / example.image
-    caption, plot = inference.caption_and_plot(captioning, picture, args.run / "attention")
-    print(f"held-out pictures captioned exactly right: {found['exactly right']:.1f} % of {found['pictures']}")
+    image_path = dataset.image_dir / example.image_path
+    caption, plot = inference.caption_and_plot(captioner, image_path, args.run / "attention")
+    print(f"test images captioned exactly right: {results['exact match']:.1f} % of {results['images']}")
     print(
-        f"attention of a noun inside the box of its shape: {found['noun attention inside']:.1f} %; "
-        f"spread evenly it would be {found['box area']:.1f} %"
+        f"attention on the named object: {results['attention on the named object']:.1f} % "
+        f"(uniform attention: {results['uniform attention']:.1f} %)"
     )
-    print(f"picture: {picture}\ncaption: {caption.text}\nattention plot: {plot}\nloss plot: {args.run / 'loss.png'}")
-    print(f"minutes: {(time.monotonic() - began) / 60:.1f}")
+    print(f"image: {image_path}\ncaption: {caption.text}")
+    print(f"attention plot: {plot}\nloss plot: {args.run / 'loss.png'}")
+    print(f"minutes: {(time.monotonic() - start) / 60:.1f}")
 
 
 if __name__ == "__main__":
-    run_command(main)
+    run_main(main)

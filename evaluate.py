@@ -1,181 +1,113 @@
-"""Scores captions against what people wrote: BLEU-1 to 4, METEOR, ROUGE-L and CIDEr.
+"""Scores generated captions against reference captions: BLEU-1 to 4, METEOR, ROUGE-L and CIDEr.
 
-    python evaluate.py                                    # the newest run on its val split
+Tutorial section: none. The tutorial compares single captions by eye.
+
+    python evaluate.py                                    # the latest run on its val split
     python evaluate.py --run runs/coco --split test --beam-size 5
     python evaluate.py --results captions.json --annotations captions_val2014.json
 
-The captions are free-running: the model is given its own words, never the true ones. They are written into
-the run folder as COCO results, captions_<split>.json, and their scores as metrics_<split>.json. The scores
-are computed by pycocoevalcap, the COCO challenge's code. METEOR, and the tokenizer behind the published
-scores, need Java.
+The captions are generated without the reference captions. They are written into the run folder as COCO results,
+captions_<split>.json, and their scores as metrics_<split>.json. Scoring needs pycocoevalcap, the code of the COCO
+challenge. METEOR, and the tokenizer behind the published scores, need Java.
 """
 
-from common import (
-    InputError,
-    add_quiet,
-    make_parser,
-    quiet,
-    read_json,
-    run_command,
-    say,
-    write_json,
-)  # before TensorFlow
-
 import argparse
-import contextlib
-import io
-import shutil
-import subprocess
 from pathlib import Path
 from typing import Any
 
-import features
-import tensorflow as tf
-
 import data_utils
 import inference
-import model
-import search
+from captioning.annotations import SPLITS, Example
+from captioning.cli import InputError, add_quiet_option, log, make_parser, run_main
+from captioning.config import DataConfig, DecodeConfig, add_options
+from captioning.decoding import StepModel
+from captioning.feature_cache import FeatureCache, map_prefetch, open_run_cache
+from captioning.files import read_json, write_json
+from captioning.metrics import distinct_ratio, has_pycocoevalcap, score_with_fallback
+from captioning.quiet_tensorflow import tf
+from captioning.run_folder import latest_run, read_config
 from tokenizer import Tokenizer, split_words
 
-NEED_JAVA = (
-    "METEOR and the PTB tokenizer of published scores need Java (Debian, Ubuntu, Colab: "
-    "apt-get install default-jre-headless)"
-)
+NO_DATA = DataConfig(dataset=None)  # the data options if none is given
 
 
-class JavaError(Exception):
-    """A Java program of pycocoevalcap failed."""
+# Captions of a split.
 
 
-def has_java() -> bool:
-    """Whether there is a Java that runs; macOS has a `java` that only says where to get one."""
-    return bool(shutil.which("java")) and subprocess.run(["java", "-version"], capture_output=True).returncode == 0
-
-
-def caption_examples(
-    captioner: model.Captioner,
-    words: Tokenizer,
-    cache: features.FeatureCache,
-    examples: list[data_utils.Example],
-    batch_size: int = 64,  # captions followed at the same time
-    beam_size: int = 1,
-    length_penalty: float = search.LENGTH_PENALTY,
-) -> list[search.Caption]:
-    """Captions pictures from their cached features; see `search.caption_features`."""
-    paths = [str(cache.path(example.image)) for example in examples]
-    batches = tf.data.Dataset.from_tensor_slices(paths).batch(max(1, batch_size // beam_size))
-    return [
-        caption
-        for batch in features.read_ahead(batches, cache.read)
-        for caption in search.caption_features(captioner, words, batch, beam_size, length_penalty)
-    ]
-
-
-def tokenize(texts: dict[int, list[str]], java: bool) -> dict[int, list[str]]:
-    """Splits the captions of every picture into words, and joins those with spaces, for pycocoevalcap.
-
-    Raises:
-        JavaError: the PTB tokenizer failed.
-    """
-    if not java:
-        return {i: [" ".join(split_words(text)) for text in rows] for i, rows in texts.items()}
-    from pycocoevalcap.tokenizer.ptbtokenizer import PTBTokenizer
-
-    try:
-        with quiet():
-            found = PTBTokenizer().tokenize({i: [{"caption": text} for text in rows] for i, rows in texts.items()})
-    except OSError as error:  # it writes beside its own code
-        raise JavaError(f"the PTB tokenizer failed ({error})") from None
-    if {i: len(rows) for i, rows in found.items()} != {i: len(rows) for i, rows in texts.items()}:
-        raise JavaError("the PTB tokenizer failed")
-    return found
-
-
-def meteor(references: dict[int, list[str]], captions: dict[int, list[str]]) -> float:
-    """METEOR of captions split by `tokenize`.
-
-    Raises:
-        JavaError: its Java program failed.
-    """
-    from pycocoevalcap.meteor import meteor
-
-    program = meteor.Meteor()
-    try:
-        return program.compute_score(references, captions)[0]
-    except BaseException as error:
-        program.lock.release()  # which a failure leaves locked, and which `__del__` would wait for, for ever
-        with contextlib.suppress(OSError):  # so that `__del__` need not complain that the program is gone
-            program.meteor_p.stdin.close()
-        if not isinstance(error, (OSError, ValueError)):  # Ctrl-C
-            raise
-        folder = Path(meteor.__file__).parent
-        space = f", as it does in a folder with a space in its path: {folder}" * (" " in str(folder))
-        raise JavaError(f"METEOR's Java program failed{space or '; it needs 2 GB of memory'}") from None
-
-
-def score(references: list[list[str]], captions: list[str], java: bool) -> dict[str, float]:
-    """Scores captions, each against its references, with pycocoevalcap.
+def generate_captions(
+    model: StepModel,
+    tokenizer: Tokenizer,
+    cache: FeatureCache,
+    examples: list[Example],
+    batch_size: int = 64,
+    config: DecodeConfig = inference.GREEDY,
+) -> list[inference.Caption]:
+    """Captions images from their cached features.
 
     Args:
-        references: for each picture, what people wrote.
-        captions: one for each picture.
-        java: whether to use what needs Java, the PTB tokenizer and METEOR. Otherwise both sides are split as the
-            vocabulary is, which is quick and the same on every machine, and METEOR is left out.
+        model: the caption model.
+        tokenizer: its vocabulary.
+        cache: holds the features of all images.
+        examples: the images.
+        batch_size: captions that are decoded at the same time; those of a beam count each.
+        config: how captions are searched for.
+    """
+    paths = [str(cache.path(example.image_path)) for example in examples]
+    batches = tf.data.Dataset.from_tensor_slices(paths).batch(max(1, batch_size // config.beam_size))
+    captions = []
+    for features in map_prefetch(batches, cache.read):  # (B, 64, 2048)
+        captions += inference.decode_captions(model, tokenizer, features, config)
+    return captions
+
+
+def unfinished_ratio(captions: list[inference.Caption]) -> float:
+    """Returns the number of captions without <end>, in percent of all captions."""
+    return round(100 * sum(not caption.finished for caption in captions) / len(captions), 1)
+
+
+# Scores.
+
+
+def score_run(captioner: inference.Captioner, examples: list[Example]) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """Captions images from their cached features, and scores the captions.
 
     Returns:
-        Scores in percent by name: BLEU-1 to BLEU-4, METEOR, ROUGE-L, CIDEr. If METEOR's program fails, that is
-        said, and METEOR left out.
+        The metrics, and the captions as COCO results.
 
     Raises:
-        JavaError: see `tokenize`.
+        InputError: features are missing.
     """
-    from pycocoevalcap.bleu.bleu import Bleu
-    from pycocoevalcap.cider.cider import Cider
-    from pycocoevalcap.rouge.rouge import Rouge
-
-    gts = tokenize(dict(enumerate(references)), java)
-    res = tokenize({i: [text] for i, text in enumerate(captions)}, java)
-    with contextlib.redirect_stdout(io.StringIO()):  # pycocoevalcap prints its counts
-        bleu = Bleu(4).compute_score(gts, res, verbose=0)[0]
-        scores = {f"BLEU-{n}": value for n, value in enumerate(bleu, 1)}
-        if java:
-            try:
-                scores["METEOR"] = meteor(gts, res)
-            except JavaError as error:
-                say(f"no METEOR: {error}; {NEED_JAVA}")
-        scores["ROUGE-L"] = Rouge().compute_score(gts, res)[0]
-        scores["CIDEr"] = Cider().compute_score(gts, res)[0]
-    return {name: round(100 * float(value), 2) for name, value in scores.items()}
-
-
-def score_anywhere(references: list[list[str]], captions: list[str]) -> tuple[dict[str, float], str]:
-    """All scores that can be had here, saying which cannot; and the tokenizer's name, PTB or plain."""
-    reason = "there is no Java"
-    if has_java():
-        try:
-            return score(references, captions, java=True), "PTB"
-        except JavaError as error:
-            reason = str(error)
-    say(f"no METEOR, and words split as the vocabulary's: {reason}; {NEED_JAVA}")
-    return score(references, captions, java=False), "plain"
-
-
-def distinct(texts: list[str]) -> float:
-    """The share of captions that differ, in percent."""
-    return round(100 * len(set(texts)) / len(texts), 1)
-
-
-def never_ended(captions: list[search.Caption]) -> float:
-    """The share of captions that never ended, in percent."""
-    return round(100 * sum(not caption.ended for caption in captions) / len(captions), 1)
+    cache = open_run_cache(captioner.config.features)
+    if missing := cache.missing([example.image_path for example in examples]):
+        raise InputError(
+            f"{cache.folder}: the features of {len(missing):,} images are missing or incomplete (the first: "
+            f"{cache.path(missing[0])}); run features.py with the data options of the run"
+        )
+    config = captioner.decode_config
+    captions = generate_captions(captioner.model, captioner.tokenizer, cache, examples, config=config)
+    texts = [caption.text for caption in captions]
+    references = [list(example.captions) for example in examples]
+    scores, tokenizer_name = score_with_fallback(references, texts, split_words)
+    metrics = {
+        "run": str(captioner.run),
+        **config.to_json(),
+        "tokenizer": tokenizer_name,
+        "scores": scores,
+        "distinct captions": distinct_ratio(texts),
+        "unfinished captions": unfinished_ratio(captions),
+    }
+    results = [{"image_id": example.image_id, "caption": text} for example, text in zip(examples, texts, strict=True)]
+    return metrics, results
 
 
 def read_results(path: Path) -> dict[str, str]:
-    """The captions of a COCO results file by image id, as text.
+    """Reads a COCO results file.
+
+    Returns:
+        The captions by image id, as text.
 
     Raises:
-        InputError: not such a file, or two captions of one picture.
+        InputError: it is not such a file, or has two captions of one image.
     """
     rows = read_json(path)
     if not isinstance(rows, list) or not all(
@@ -185,124 +117,127 @@ def read_results(path: Path) -> dict[str, str]:
         raise InputError(f'{path}: not COCO results; expected a list of {{"image_id": ..., "caption": "..."}}')
     results: dict[str, str] = {}
     for row in rows:
-        number, caption = str(row["image_id"]), " ".join(row["caption"].split())  # one line, as the tokenizer needs
-        if number in results:
-            raise InputError(f"{path}: expected one caption for each picture, found two of image_id {number}")
+        image_id = str(row["image_id"])
+        caption = " ".join(row["caption"].split())  # one line, which the PTB tokenizer needs
+        if image_id in results:
+            raise InputError(f"{path}: expected one caption for each image, found two of image_id {image_id}")
         try:
             caption.encode()
-        except UnicodeEncodeError:  # JSON can write half of a character
-            raise InputError(f"{path}: the caption of image_id {number} is not Unicode text: {caption!r}") from None
-        results[number] = caption
+        except UnicodeEncodeError:  # JSON can hold half of a surrogate pair
+            raise InputError(f"{path}: the caption of image_id {image_id} is not Unicode text: {caption!r}") from None
+        results[image_id] = caption
     return results
 
 
-def score_file(path: Path, examples: list[data_utils.Example]) -> dict[str, Any]:
-    """Scores a COCO results file against these pictures' captions.
+def score_file(path: Path, examples: list[Example]) -> dict[str, Any]:
+    """Scores a COCO results file against the reference captions of some images.
 
     Raises:
-        InputError: see `read_results`; or a picture has no caption.
+        InputError: an image has no caption; or as `read_results`.
     """
     results = read_results(path)
     if missing := [example for example in examples if str(example.image_id) not in results]:
         raise InputError(
-            f"{path}: no caption of {len(missing):,} of the {len(examples):,} pictures, the first with image_id "
-            f"{missing[0].image_id} ({missing[0].image}); are they of this --split?"
+            f"{path}: no caption of {len(missing):,} of the {len(examples):,} images, the first with image_id "
+            f"{missing[0].image_id} ({missing[0].image_path}); are they of this --split?"
         )
-    if more := len(results) - len(examples):
-        say(f"{path}: {more:,} captions of other pictures are left out")
+    if num_others := len(results) - len(examples):
+        log(f"{path}: {num_others:,} captions of other images are left out")
     texts = [results[str(example.image_id)] for example in examples]
-    scores, tokenizer = score_anywhere([list(example.captions) for example in examples], texts)
-    return {"results": str(path), "tokenizer": tokenizer, "scores": scores, "distinct captions": distinct(texts)}
+    references = [list(example.captions) for example in examples]
+    scores, tokenizer_name = score_with_fallback(references, texts, split_words)
+    return {
+        "results": str(path),
+        "tokenizer": tokenizer_name,
+        "scores": scores,
+        "distinct captions": distinct_ratio(texts),
+    }
 
 
-def score_run(
-    captioning: inference.Captioning, examples: list[data_utils.Example]
-) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """Captions and scores pictures whose features are cached: the metrics, and the captions as COCO results.
-
-    Raises:
-        InputError: features are missing.
-    """
-    cache = features.cache_of(captioning.config["features"])
-    if missing := cache.missing([example.image for example in examples]):
-        raise InputError(
-            f"{cache.folder}: no whole features of {len(missing):,} pictures (the first: {cache.path(missing[0])}); "
-            "run features.py with the data options of the run"
-        )
-    settings: dict[str, Any] = {"beam_size": captioning.beam_size, "length_penalty": captioning.length_penalty}
-    captions = caption_examples(captioning.captioner, captioning.words, cache, examples, **settings)
-    texts = [caption.text for caption in captions]
-    scores, tokenizer = score_anywhere([list(example.captions) for example in examples], texts)
-    metrics = {"run": str(captioning.run)} | settings | {"tokenizer": tokenizer, "scores": scores}
-    metrics |= {"distinct captions": distinct(texts), "never ended": never_ended(captions)}
-    return metrics, [{"image_id": e.image_id, "caption": text} for e, text in zip(examples, texts, strict=True)]
+# The command.
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
-    """The command line of scoring; `args.named` says whether it names data."""
+    """Parses the command line; `args.has_data_options` is whether it names data."""
     parser = make_parser(__doc__)
-    inference.add_arguments(parser)
+    inference.add_model_options(parser)
     parser.add_argument(
-        "--split",
-        choices=(*data_utils.SPLITS, "all"),
-        help="pictures to score (default: val; of data named below, all)",
+        "--split", choices=(*SPLITS, "all"), help="images to score (default: val; of data given below, all)"
     )
     parser.add_argument(
         "--results",
         type=Path,
         metavar="FILE.json",
-        help="score these captions, COCO results made elsewhere, against the data of the run or those named below; "
+        help="score these captions, COCO results made elsewhere, against the data of the run or those given below; "
         "writes FILE_metrics_<split>.json",
     )
-    data_utils.add_arguments(parser, "data of --results (default: the run's)", preset=None)
-    add_quiet(parser)
+    add_options(parser.add_argument_group("data of --results (default: the run's)"), DataConfig, {"dataset": None})
+    add_quiet_option(parser)
     args = parser.parse_args(argv)
-    default = data_utils.DataOptions(dataset=None)
-    args.named = data_utils.options_from(args) != default
-    if args.named and not args.results:
+    args.has_data_options = DataConfig.from_args(args) != NO_DATA
+    if args.has_data_options and not args.results:
         raise InputError("a run is scored on its own data; data can be named for --results FILE only")
-    if args.named and args.run:
+    if args.has_data_options and args.run:
         raise InputError("expected --run, whose data are the references, or other data; found both")
-    if args.named and not (args.dataset or args.annotations):
+    if args.has_data_options and not (args.dataset or args.annotations):
         raise InputError("expected --dataset or --annotations with the other data options")
-    if args.results and (args.beam_size, args.length_penalty) != (1, search.LENGTH_PENALTY):
+    if args.results and DecodeConfig.from_args(args) != DecodeConfig():
         raise InputError("--results holds captions already; --beam-size and --length-penalty are for a run")
-    args.split = args.split or ("all" if args.named else "val")
-    args.dataset = args.dataset or data_utils.DataOptions().dataset
+    args.split = args.split or ("all" if args.has_data_options else "val")
     return args
 
 
+def select_split(dataset: data_utils.CaptionDataset, split: str) -> list[Example]:
+    """Returns the examples of a split, or of all."""
+    return list(dataset.examples) if split == "all" else dataset.split(split)
+
+
+def evaluate_results(args: argparse.Namespace) -> None:
+    """Scores the results file of the command line, prints the scores and writes them beside the file."""
+    if args.has_data_options:
+        dataset = data_utils.load_dataset(DataConfig.from_args(args), with_images=False)
+        source = args.annotations or args.dataset
+    else:
+        run = args.run or latest_run()
+        dataset = inference.load_run_dataset(read_config(run), with_images=False)
+        source = str(run)
+    examples = select_split(dataset, args.split)
+    metrics = score_file(args.results, examples)
+    metrics |= {"references": source, "split": args.split, "images": len(examples)}
+    print_metrics(args.results, metrics)
+    write_json(args.results.parent / f"{args.results.stem}_metrics_{args.split}.json", metrics)
+
+
+def evaluate_run(args: argparse.Namespace) -> None:
+    """Captions and scores the split of the command line, prints the scores and writes all into the run folder."""
+    captioner = inference.Captioner.load(args.run or latest_run(), DecodeConfig.from_args(args))
+    examples = select_split(inference.load_run_dataset(captioner.config), args.split)
+    metrics, results = score_run(captioner, examples)
+    metrics |= {"split": args.split, "images": len(examples)}
+    print_metrics(captioner.run, metrics)
+    suffix = args.split if args.beam_size == 1 else f"{args.split}_beam{args.beam_size}"
+    write_json(captioner.run / f"captions_{suffix}.json", results)
+    write_json(captioner.run / f"metrics_{suffix}.json", metrics)
+
+
+def print_metrics(source: Path, metrics: dict[str, Any]) -> None:
+    """Prints the scores, one a line, below what was scored."""
+    print(f"{source}, {metrics['split']}: {metrics['images']:,} images")
+    ratios = {name: metrics[name] for name in ("distinct captions", "unfinished captions") if name in metrics}
+    for name, value in {**metrics["scores"], **ratios}.items():
+        print(f"{name:19} {value:6.1f}", flush=True)
+
+
 def main(argv: list[str] | None = None) -> None:
-    """Captions and scores a split of a run's data, or scores a results file."""
+    """Captions and scores a split of a run's dataset, or scores a results file."""
     args = parse(argv)
-    pictures_of = lambda dataset: list(dataset.examples) if args.split == "all" else dataset.split(args.split)
+    if not has_pycocoevalcap():
+        raise InputError("scoring needs pycocoevalcap, which is not installed; run `pip install pycocoevalcap`")
     if args.results:
-        if args.named:
-            dataset = data_utils.load_dataset(data_utils.options_from(args), pictures=False)
-        else:
-            run = args.run or inference.newest_run()
-            dataset = inference.dataset_of(inference.read_config(run), pictures=False)
-        examples, results = pictures_of(dataset), None
-        metrics = score_file(args.results, examples)
-        metrics["references"] = args.annotations or (args.dataset if args.named else str(run))
-        name, folder, suffix = args.results, args.results.parent, args.split
+        evaluate_results(args)
     else:
-        captioning = inference.Captioning.load(args.run or inference.newest_run(), args.beam_size, args.length_penalty)
-        examples = pictures_of(inference.dataset_of(captioning.config))
-        metrics, results = score_run(captioning, examples)
-        name = folder = captioning.run
-        suffix = args.split + f"_beam{args.beam_size}" * (args.beam_size > 1)
-    metrics |= {"split": args.split, "pictures": len(examples)}
-    print(f"{name}, {args.split}: {len(examples):,} pictures")
-    for key, value in {**metrics["scores"], **metrics}.items():
-        if key in (*metrics["scores"], "distinct captions", "never ended"):
-            print(f"{key:18} {value:6.1f}", flush=True)
-    if results is None:
-        write_json(folder / f"{args.results.stem}_metrics_{suffix}.json", metrics)
-    else:
-        write_json(folder / f"captions_{suffix}.json", results)
-        write_json(folder / f"metrics_{suffix}.json", metrics)
+        evaluate_run(args)
 
 
 if __name__ == "__main__":
-    run_command(main)
+    run_main(main)

@@ -1,381 +1,378 @@
-"""The captioner: a CNN encoder, Bahdanau attention, and a GRU decoder.
+"""The model: a CNN encoder, Bahdanau attention, and a GRU decoder that is trained by teacher forcing.
 
-    python model.py                                       # the shapes of everything, for a batch of 16
-    python model.py --units 1024 --vocabulary-size 10000  # of a larger one, and how many weights it has
+Tutorial section: "Model".
 
-After "Show, Attend and Tell" (Xu et al. 2015, https://arxiv.org/abs/1502.03044) and TensorFlow's tutorial
-"Image captioning with visual attention". In the comments B is the batch size, T the number of tokens, L
-the 64 locations of the 8x8 grid, and the sizes are the defaults.
+    python model.py                                # the shapes of everything, for a batch of 16
+    python model.py --units 1024 --vocab-size 10000
+
+After "Show, Attend and Tell" (Xu et al. 2015, https://arxiv.org/abs/1502.03044). In the comments B is the number
+of captions in a batch, T the number of steps, L the 64 locations of the 8x8 grid; the sizes are the defaults.
 """
 
-from common import InputError, add_setting, add_settings, make_parser, quiet, run_command  # before TensorFlow
-
-import argparse
-import dataclasses
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
-with quiet():
-    import tensorflow as tf
-
-import recurrence
+from captioning import fused_decoder
+from captioning.cli import make_parser, run_main
+from captioning.config import ModelConfig, add_options
+from captioning.quiet_tensorflow import tf
 
 layers = tf.keras.layers
-ATTENTIONS = ("soft", "hard")
 
 
-@dataclasses.dataclass(frozen=True)
-class ModelConfig:
-    """The model's settings, saved in a run's config.json."""
-
-    vocabulary_size: int = 5000
-    embedding_dim: int = 256  # of the words, and of the encoded features
-    units: int = 512  # of the GRU, the attention and the decoder's first Dense
-    dropout: float = 0.0  # share of the embeddings and of the decoder's outputs dropped while training
-    attention: str = "soft"  # or "hard": one location for each word
-
-    def __post_init__(self):
-        for name in ("vocabulary_size", "embedding_dim", "units"):
-            least = 5 if name == "vocabulary_size" else 1  # four special words, and one to say
-            if not isinstance(value := getattr(self, name), int) or value < least:
-                raise InputError(f"{name}: expected a whole number of at least {least}, found {value!r}")
-        if not 0 <= self.dropout < 1:
-            raise InputError(f"dropout: expected at least 0 and less than 1, found {self.dropout}")
-        if self.attention not in ATTENTIONS:
-            raise InputError(f"attention: expected {' or '.join(ATTENTIONS)}, found {self.attention!r}")
-
-
-class Encoded(NamedTuple):
-    """A batch of pictures as the decoder sees them, computed once for all words of a caption."""
+class EncodedImages(NamedTuple):
+    """A batch of images as the decoder takes them, computed once for all words of a caption."""
 
     features: tf.Tensor  # (B, L, 256)
-    keys: tf.Tensor  # (B, L, 512), the attention's view of them
+    keys: tf.Tensor  # (B, L, 512), W1 features
+
+    def for_captions(self, image_index: tf.Tensor | None) -> "EncodedImages":
+        """Repeats every image for each of its captions, whose numbers of an image are image_index (B,)."""
+        if image_index is None:
+            return self
+        # A product, since the gradient of a product is one too; that of tf.gather is slower.
+        one_hot = tf.one_hot(image_index, tf.shape(self.keys)[0], dtype=self.keys.dtype)  # (B, images)
+        repeated = (tf.tensordot(one_hot, tensor, 1) for tensor in self)
+        return EncodedImages(
+            *(tf.ensure_shape(new, (None, *old.shape[1:])) for new, old in zip(repeated, self, strict=True))
+        )
 
 
-class Chance(NamedTuple):
-    """What hard attention draws while it trains, for B captions or words."""
+class SamplingNoise(NamedTuple):
+    """The random numbers that hard attention needs in training."""
 
-    noise: tf.Tensor  # (B, L), Gumbel distributed
-    sampled: tf.Tensor  # (B, 1) bool, those whose location is drawn; the others get the expectation
+    gumbel: tf.Tensor  # (T, B, L), or (B, L) of one step
+    is_sampled: tf.Tensor  # (B, 1) bool: the captions whose locations are sampled; the others get the expectation
 
 
-class Taught(NamedTuple):
-    """What teacher forcing finds in a batch of captions: a row for each of their N tokens but the last.
+class TeacherForcingOutput(NamedTuple):
+    """The outputs of teacher forcing, packed: one row for each of N words to predict.
 
-    Padding has no rows. `place` says where in the batch the rows belong: `tf.gather_nd` takes what belongs to
-    them from a tensor (B, T, ...), and `tf.scatter_nd` puts them into one.
+    `positions[i]` is the (caption, step) of row i: `tf.gather_nd(x, positions)` packs a tensor (B, T, ...), and
+    `tf.scatter_nd` unpacks it. The plain loop also has rows for padding, which the losses mask.
     """
 
-    logits: tf.Tensor  # (beginnings, vocabulary), of the word after each; captions of a picture may share them
-    beginning: tf.Tensor  # (N,), the row's logits
-    weights: tf.Tensor  # (N, L), the attention's weights, which sum to 1 at every word
-    looks: tf.Tensor  # (N, L), where it looked: the weights, or in hard attention one location for each word
-    sampled: tf.Tensor  # (N, 1) bool, the words whose location was drawn; none in soft attention
-    place: tf.Tensor  # (N, 2), the caption and the number of the token
+    logits: tf.Tensor  # (N, vocab_size), of the next word
+    attention_weights: tf.Tensor  # (N, L), which sum to 1
+    location_weights: tf.Tensor  # (N, L), the weights of the context vector: in hard attention a one-hot row
+    is_sampled: tf.Tensor  # (N, 1) bool, whether the location was sampled; False in soft attention
+    positions: tf.Tensor  # (N, 2) int32
 
 
 class CNNEncoder(tf.keras.Model):
-    """One fully connected layer with ReLU over InceptionV3's cached features."""
+    """Passes InceptionV3's features, which are computed beforehand, through one fully connected layer with ReLU."""
 
     def __init__(self, embedding_dim: int):
         super().__init__()
         self.fc = layers.Dense(embedding_dim, activation="relu")
 
     def call(self, features: tf.Tensor) -> tf.Tensor:
-        """(B, L, 2048) -> (B, L, 256)."""
+        """Encodes features (B, L, 2048) as (B, L, 256)."""
         return self.fc(features)
 
 
 class BahdanauAttention(tf.keras.Model):
-    """Where to look next: additive attention, score = V tanh(W1 features + W2 hidden).
+    """Additive attention: score = V tanh(W1 features + W2 state) (Bahdanau et al. 2014, section A.1.2).
 
-    Bahdanau et al. 2014, section A.1.2. Soft attention (Xu et al. 2015, section 4.2) looks everywhere at once,
-    as much as the weights say. Hard attention (section 4.1) looks at one location: while it trains, one drawn
-    with the weights as probabilities, and otherwise the most probable one.
+    In soft attention (Xu et al. 2015, section 4.2) the context vector is the mean of all locations, weighted by the
+    softmax of the scores. In hard attention (section 4.1) it is one location: in training one that is sampled with
+    these weights as probabilities, otherwise the most probable one.
     """
 
     def __init__(self, units: int, hard: bool = False):
-        super().__init__()
+        super().__init__(autocast=False)  # in mixed precision Keras would round the noise; all else has its dtype
         self.W1 = layers.Dense(units)
         self.W2 = layers.Dense(units)
         self.V = layers.Dense(1)
         self.hard = hard
         if hard:
-            self.dice = tf.keras.random.SeedGenerator()
+            self.seed_generator = tf.keras.random.SeedGenerator()
 
     def call(
-        self, features: tf.Tensor, hidden: tf.Tensor, keys: tf.Tensor | None = None, chance: Chance | None = None
+        self, features: tf.Tensor, state: tf.Tensor, keys: tf.Tensor | None = None, noise: SamplingNoise | None = None
     ) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
-        """Weighs the locations by the decoder's hidden state, and looks.
+        """Computes the context vector of one step.
 
         Args:
             features: (B, L, 256).
-            hidden: (B, 512), the GRU's state before this word.
-            keys: (B, L, 512), W1 features, if already computed: they are the same for all words.
-            chance: for hard attention while it trains, the noise (B, L) of this word.
+            state: (B, 512), the GRU's state before this step.
+            keys: (B, L, 512), W1 features, if already computed: they are the same at all steps.
+            noise: for hard attention in training, that of this step.
 
         Returns:
-            The context vector (B, 256), the attention weights (B, L), which sum to 1, and where it looked
-            (B, L): the weights, or 1 at the location of hard attention.
+            The context vector (B, 256); the attention weights (B, L), which sum to 1; and the location weights (B, L)
+            of the context vector: the attention weights, or a one-hot row in hard attention.
         """
-        keys = self.W1(features) if keys is None else keys
-        query = self.W2(hidden)[:, tf.newaxis]  # (B, 1, 512)
-        scores = tf.squeeze(self.V(tf.tanh(keys + query)), 2)  # (B, L)
-        weights = tf.nn.softmax(scores)  # (B, L)
-        looks = self.look(scores, weights, chance) if self.hard else weights  # (B, L)
-        # A matrix product sums over the locations without storing (B, L, 256) weighted features.
-        context = tf.matmul(looks[:, tf.newaxis], features)  # (B, 1, 256)
-        return tf.squeeze(context, 1), weights, looks
+        keys = self.W1(features) if keys is None else keys  # (B, L, 512)
+        query = self.W2(state)[:, tf.newaxis]  # (B, 1, 512)
+        scores = tf.squeeze(self.V(tf.nn.tanh(keys + query)), axis=2)  # (B, L)
+        attention_weights = tf.nn.softmax(scores)  # (B, L)
+        location_weights = self.select_location(scores, attention_weights, noise) if self.hard else attention_weights
+        # A matrix product sums over the locations without storing the weighted features, (B, L, 256).
+        context_vector = tf.matmul(location_weights[:, tf.newaxis], features)  # (B, 1, 256)
+        return tf.squeeze(context_vector, axis=1), attention_weights, location_weights
 
-    def look(self, scores: tf.Tensor, weights: tf.Tensor, chance: Chance | None) -> tf.Tensor:
-        """One location of each picture, as a one-hot row; or the weights, where `chance` wants the expectation."""
-        # The largest of scores + Gumbel noise is a draw from their softmax (Gumbel 1954).
+    def select_location(
+        self, scores: tf.Tensor, attention_weights: tf.Tensor, noise: SamplingNoise | None
+    ) -> tf.Tensor:
+        """Returns one-hot rows (B, L), of the best location or of a sampled one; or the weights, as `noise` says."""
         scores = tf.cast(scores, tf.float32)
-        found = tf.argmax(scores if chance is None else scores + chance.noise, axis=1)
-        one = tf.one_hot(found, tf.shape(scores)[1], dtype=weights.dtype)
-        return one if chance is None else tf.where(chance.sampled, one, weights)
+        if noise is not None:
+            scores += noise.gumbel  # the largest of scores + Gumbel noise is a sample of their softmax (Gumbel 1954)
+        one_hot = tf.one_hot(tf.argmax(scores, axis=1), tf.shape(scores)[1], dtype=attention_weights.dtype)
+        return one_hot if noise is None else tf.where(noise.is_sampled, one_hot, attention_weights)
 
-    def draw(self, captions: tf.Tensor, words: tf.Tensor, locations: int) -> Chance:
-        """The chance of a batch: noise (N, L), and half of the captions sampled, (B, 1); section 4.1 of the paper."""
-        uniform = tf.keras.random.uniform((words, locations), minval=1e-30, seed=self.dice)
-        return Chance(-tf.math.log(-tf.math.log(uniform)), tf.keras.random.uniform((captions, 1), seed=self.dice) < 0.5)
+    def sample_noise(self, num_steps: tf.Tensor, num_captions: tf.Tensor, num_locations: int) -> SamplingNoise:
+        """Samples the noise of a batch; half of the captions get the expectation (Xu et al. 2015, section 4.1)."""
+        shape = (num_steps, num_captions, num_locations)
+        uniform = tf.keras.random.uniform(shape, minval=1e-30, seed=self.seed_generator)
+        is_sampled = tf.keras.random.uniform((num_captions, 1), seed=self.seed_generator) < 0.5
+        return SamplingNoise(-tf.math.log(-tf.math.log(uniform)), is_sampled)
 
 
 class RNNDecoder(tf.keras.Model):
-    """One word after the other: attention, embedding, GRU, and two Dense layers to the vocabulary.
+    """Attention, word embedding, GRU, and two Dense layers that give the logits of the next word.
 
-    The GRU's state is carried from word to word. (The tutorial's code never passes it back to the GRU, so
-    there each word starts from zeros: https://github.com/tensorflow/tensorflow/issues/38248.)
+    The GRU's state is carried from word to word. (The tutorial's code never passes it back to the GRU, which starts
+    each word from zeros: https://github.com/tensorflow/tensorflow/issues/38248.)
     """
 
-    def __init__(self, embedding_dim: int, units: int, vocabulary_size: int, dropout: float = 0.0, hard: bool = False):
+    def __init__(self, config: ModelConfig):
         super().__init__()
-        self.units = units
-        self.embedding = layers.Embedding(vocabulary_size, embedding_dim)
-        # The cell of the tutorial's GRU: 512 inputs, the context and the word, and a state of 512.
-        self.gru = layers.GRUCell(units, recurrent_initializer="glorot_uniform")
-        self.fc1 = layers.Dense(units)
-        self.fc2 = layers.Dense(vocabulary_size)
-        self.attention = BahdanauAttention(units, hard)
-        self.dropout = layers.Dropout(dropout)
+        self.units = config.units
+        self.embedding = layers.Embedding(config.vocab_size, config.embedding_dim)
+        # The cell of the tutorial's GRU. Its input is the context vector and the word, 512 numbers.
+        self.gru = layers.GRUCell(config.units, recurrent_initializer="glorot_uniform")
+        self.fc1 = layers.Dense(config.units)
+        self.fc2 = layers.Dense(config.vocab_size)
+        self.attention = BahdanauAttention(config.units, config.attention == "hard")
+        self.dropout = layers.Dropout(config.dropout)
+        self.fused = False  # whether teacher forcing takes fused_decoder.py; train.py sets it
 
     def initial_state(self, batch_size: int | tf.Tensor) -> tf.Tensor:
-        """Zeros, (B, 512)."""
-        return tf.zeros((batch_size, self.units))
+        """Returns the GRU's state before the first word: zeros, (B, 512)."""
+        return tf.zeros((batch_size, self.units), self.compute_dtype)
 
-    def cell(
-        self, embedded: tf.Tensor, state: tf.Tensor, encoded: Encoded, chance: Chance | None = None
+    def encode(self, features: tf.Tensor) -> EncodedImages:
+        """Adds the attention's keys to encoded features (B, L, 256)."""
+        return EncodedImages(features, self.attention.W1(features))
+
+    def step(
+        self, dec_input: tf.Tensor, images: EncodedImages, state: tf.Tensor, noise: SamplingNoise | None = None
     ) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
-        """One step of the recurrence, shared by teacher forcing and captioning, so that they cannot differ.
+        """Runs one step. Training, validation and captioning all use it, so that they cannot differ.
+
+        To try another decoder, change this function.
 
         Args:
-            embedded: (B, 256), the previous word.
-            state: (B, 512).
-            encoded: the pictures.
-            chance: for hard attention while it trains.
+            dec_input: (B, 256), the embedding of the previous word.
+            images: those of the captions.
+            state: (B, 512), the state after the previous word.
+            noise: for hard attention in training.
 
         Returns:
-            The next state (B, 512), which is also the GRU's output; the attention weights (B, L); and where
-            it looked (B, L).
+            The new state (B, 512), which is also the GRU's output; the attention weights (B, L); and the location
+            weights (B, L).
         """
-        context, weights, looks = self.attention(encoded.features, state, encoded.keys, chance)
-        output, _ = self.gru(tf.concat([context, embedded], axis=-1), [state])  # (B, 512) from (B, 512)
-        return output, weights, looks
+        context_vector, attention_weights, location_weights = self.attention(images.features, state, images.keys, noise)
+        gru_input = tf.concat([context_vector, dec_input], axis=-1)  # (B, 512)
+        state, _ = self.gru(gru_input, [state])  # (B, 512)
+        return state, attention_weights, location_weights
 
-    def to_logits(self, outputs: tf.Tensor, training: bool = False) -> tf.Tensor:
-        """The GRU's outputs (..., 512) -> logits (..., vocabulary)."""
-        return self.fc2(self.fc1(self.dropout(outputs, training=training)))
+    def to_logits(self, states: tf.Tensor, training: bool = False) -> tf.Tensor:
+        """Maps the GRU's outputs (..., 512) to logits (..., vocab_size)."""
+        return self.fc2(self.fc1(self.dropout(states, training=training)))
 
-    def encode(self, features: tf.Tensor) -> Encoded:
-        """Adds the attention's keys to encoded features, (B, L, 256)."""
-        return Encoded(features, self.attention.W1(features))
-
-    def call(self, tokens: tf.Tensor, features: tf.Tensor | Encoded, state: tf.Tensor) -> tuple[tf.Tensor, ...]:
-        """One word of captioning, as in the tutorial.
+    def call(self, token: tf.Tensor, images: EncodedImages | tf.Tensor, state: tf.Tensor) -> tuple[tf.Tensor, ...]:
+        """Predicts the next word, as in the tutorial.
 
         Args:
-            tokens: (B,) or (B, 1), the previous word's id.
-            features: (B, L, 256), or what `encode` made of them.
+            token: (B,) or (B, 1), the previous word.
+            images: encoded images, or their encoded features (B, L, 256).
             state: (B, 512).
 
         Returns:
-            logits (B, vocabulary), state (B, 512), and where it looked (B, L): the attention weights.
+            logits (B, vocab_size), the new state (B, 512), and the location weights (B, L).
         """
-        encoded = features if isinstance(features, Encoded) else self.encode(features)
-        state, _, looks = self.cell(self.embedding(tf.reshape(tokens, [-1])), state, encoded)
-        return self.to_logits(state), state, looks
+        images = images if isinstance(images, EncodedImages) else self.encode(images)
+        dec_input = self.embedding(tf.reshape(token, [-1]))  # (B, 256)
+        state, _, location_weights = self.step(dec_input, images, state)
+        return self.to_logits(state), state, location_weights
 
-    def teach(
-        self,
-        tokens: tf.Tensor,
-        encoded: Encoded,
-        picture: tf.Tensor | None = None,
-        training: bool = False,
-        static: bool = False,
-    ) -> Taught:
-        """Teacher forcing: every step is given the true previous word.
-
-        What does not depend on the step before, the embedding and the layers to the vocabulary, is computed
-        for all words at once, in a few large matrix products; the steps themselves are recurrence.py's.
+    @tf.autograph.to_graph  # which turns the loop over a tensor into a tf.while_loop; Keras does not
+    def teacher_force(
+        self, tokens: tf.Tensor, images: EncodedImages, image_index: tf.Tensor | None = None, training: bool = False
+    ) -> TeacherForcingOutput:
+        """Teacher forcing: step t is given the true word t and predicts word t + 1, as in the tutorial's train_step.
 
         Args:
-            tokens: (B, T), whole captions from <start> to <end>, padded with <pad>, at least one word each.
-            encoded: the pictures.
-            picture: (B,), the number of each caption's picture; None if every caption has its own.
-            training: whether dropout, and the draws of hard attention, are at work.
-            static: whether all shapes follow from those of the arguments, as XLA needs: then padding has rows
-                too, and the steps are a loop over `cell`.
+            tokens: (B, T + 1) int32, captions from <start> to <end>, padded with <pad>.
+            images: the encoded images.
+            image_index: (B,), the image of each caption; None if every caption has its own.
+            training: whether dropout, and the sampling of hard attention, take place.
         """
-        if static:
-            return self._loop_over_cells(tokens, encoded, picture, training)
-        return self._unroll(tokens, encoded, picture, training)
-
-    def _unroll(self, tokens: tf.Tensor, encoded: Encoded, picture: tf.Tensor | None, training: bool) -> Taught:
-        """All steps of all captions, fast."""
-        lengths = tf.math.count_nonzero(tokens, 1, dtype=tf.int32) - 1  # the last token is only a target
-        captions = tf.argsort(lengths, direction="DESCENDING", stable=True)
-        tokens, lengths = tf.gather(tokens, captions), tf.gather(lengths, captions)
-        pictures = captions if picture is None else tf.gather(picture, captions)
-        variables = *self.attention.W2.variables, *self.attention.V.variables, *self.gru.trainable_variables
-        W2, W2_bias, V, V_bias, kernel, state_kernel, biases = (tf.cast(each, encoded.keys.dtype) for each in variables)
-        # Biases are added here, not at every step, but for the candidate's, which is inside a product with a gate.
-        encoded = Encoded(encoded.features, encoded.keys + W2_bias)
-        # Of every caption. As a product, since its gradient is one too, and that of `tf.gather` takes longer.
-        chosen = tf.one_hot(pictures, tf.shape(encoded.keys)[0], dtype=encoded.keys.dtype)  # (B, P)
-        seen = Encoded(*(tf.ensure_shape(tf.tensordot(chosen, each, 1), (None, *each.shape[1:])) for each in encoded))
-        alone = training and (self.attention.hard or self.dropout.rate > 0)  # each has its own draws
-        order = recurrence.order_of(tokens, lengths, None if alone else pictures)
-        place = tf.stack([tf.gather(captions, order.word[:, 0]), order.word[:, 1]], 1)
-        embedded = self.dropout(self.embedding(tf.gather_nd(tokens, order.row)), training=training)  # (rows, 256)
-        attention, look, expected, sampled = self.attention, None, None, tf.zeros((tf.shape(place)[0], 1), tf.bool)
-        if attention.hard:
-            chance = None
-            if training:
-                chance = attention.draw(tf.size(captions), tf.shape(order.look)[0], seen.features.shape[1])
-                sampled = tf.gather(chance.sampled, place[:, 0])  # rows and words are the same
-                chance, expected = Chance(chance.noise, sampled), tf.cast(~sampled, embedded.dtype)
-
-            def look(scores, weights, start):
-                rows = slice(start, start + tf.shape(scores)[0])
-                return attention.look(scores, weights, chance and Chance(*(each[rows] for each in chance)))
-
-        # The GRU's kernel has the context's rows first, as `cell` has its input.
-        context_kernel, word_kernel = tf.split(kernel, [seen.features.shape[2], -1], 0)
-        of_gates, of_candidate = tf.split(biases[1], [2 * self.units, self.units])
-        words = tf.matmul(embedded, word_kernel) + (biases[0] + tf.pad(of_gates, [[0, self.units]]))
-        kernels = recurrence.Weights(W2, V, V_bias, context_kernel, state_kernel, of_candidate)
-        states, weights, looks = recurrence.unroll(words, *seen, kernels, order, look, expected)
-        weights, looks = (tf.gather(each, order.look_of) for each in (weights, looks))
-        return Taught(self.to_logits(states, training), order.row_of, weights, looks, sampled, place)
-
-    def _loop_over_cells(
-        self, tokens: tf.Tensor, encoded: Encoded, picture: tf.Tensor | None, training: bool
-    ) -> Taught:
-        """The same with `cell`, for padding too, all shapes known."""
-        batch, steps = tokens.shape[0], tokens.shape[1] - 1
-        place = np.stack(np.meshgrid(range(batch), range(steps)), axis=-1).reshape(-1, 2).astype(np.int32)
-        seen = encoded if picture is None else Encoded(*(tf.gather(each, picture) for each in encoded))
-        embedded = self.dropout(self.embedding(tf.transpose(tokens[:, :-1])), training=training)  # (T, B, 256)
-        given, sampled = [embedded], tf.zeros((len(place), 1), tf.bool)
+        if self.fused:
+            return self._teacher_force_fused(tokens, images, image_index, training)
+        num_captions, num_steps = tf.shape(tokens)[0], tf.shape(tokens)[1] - 1
+        images = images.for_captions(image_index)
+        dec_input = self.dropout(self.embedding(tf.transpose(tokens[:, :-1])), training=training)  # (T, B, 256)
+        noise = None
         if self.attention.hard and training:
-            noise, sampled = self.attention.draw(batch, len(place), seen.features.shape[1])
-            sampled = tf.gather(sampled, place[:, 0])
-            given += [tf.reshape(each, (steps, batch, -1)) for each in (noise, sampled)]
-        nowhere = tf.zeros(seen.features.shape[:2], embedded.dtype)
-        found = tf.scan(
-            lambda before, now: self.cell(now[0], before[0], seen, Chance(*now[1:]) if now[1:] else None),
-            tuple(given),
-            initializer=(tf.zeros((batch, self.units), embedded.dtype), nowhere, nowhere),
+            noise = self.attention.sample_noise(num_steps, num_captions, images.keys.shape[1])
+
+        state = self.initial_state(num_captions)  # (B, 512)
+        states, attention_weights, location_weights = (tf.TensorArray(state.dtype, num_steps) for _ in range(3))
+        for t in tf.range(num_steps):
+            step_noise = None if noise is None else SamplingNoise(noise.gumbel[t], noise.is_sampled)
+            state, weights_t, location_weights_t = self.step(dec_input[t], images, state, step_noise)
+            states = states.write(t, state)
+            attention_weights = attention_weights.write(t, weights_t)
+            location_weights = location_weights.write(t, location_weights_t)
+
+        is_sampled = tf.zeros((num_captions, 1), tf.bool) if noise is None else noise.is_sampled
+        row = tf.range(num_steps * num_captions)  # step after step, as `concat` packs them
+        return TeacherForcingOutput(
+            logits=self.to_logits(states.concat(), training),  # for all words at once, in two large products
+            attention_weights=attention_weights.concat(),
+            location_weights=location_weights.concat(),
+            is_sampled=tf.tile(is_sampled, [num_steps, 1]),
+            positions=tf.stack([row % num_captions, row // num_captions], axis=1),
         )
-        states, weights, looks = (tf.reshape(each, (len(place), each.shape[2])) for each in found)
-        return Taught(self.to_logits(states, training), tf.range(len(place)), weights, looks, sampled, place)
+
+    def _teacher_force_fused(
+        self, tokens: tf.Tensor, images: EncodedImages, image_index: tf.Tensor | None, training: bool
+    ) -> TeacherForcingOutput:
+        """Does the same for soft attention, faster, and without rows for padding; see captioning/fused_decoder.py."""
+        lengths = tf.math.count_nonzero(tokens, axis=1, dtype=tf.int32) - 1  # (B,); the last token is only predicted
+        longest_first = tf.argsort(lengths, direction="DESCENDING", stable=True)  # (B,)
+        lengths = tf.gather(lengths, longest_first)
+        is_active = lengths > tf.range(lengths[0])[:, tf.newaxis]  # (T, B)
+        num_active = tf.reduce_sum(tf.cast(is_active, tf.int32), axis=1)  # (T,)
+        step, rank = tf.unstack(tf.cast(tf.where(is_active), tf.int32), axis=1)  # (N,), step after step
+        positions = tf.stack([tf.gather(longest_first, rank), step], axis=1)  # (N, 2)
+
+        images = images.for_captions(longest_first if image_index is None else tf.gather(image_index, longest_first))
+        dec_input = self.dropout(self.embedding(tf.gather_nd(tokens, positions)), training=training)  # (N, 256)
+        states, attention_weights = fused_decoder.run(dec_input, images, num_active, self.attention, self.gru)
+        is_sampled = tf.zeros((tf.shape(positions)[0], 1), tf.bool)
+        logits = self.to_logits(states, training)
+        return TeacherForcingOutput(logits, attention_weights, attention_weights, is_sampled, positions)
 
 
-class Captioner(tf.keras.Model):
-    """Encoder and decoder together: what is trained, saved and asked for captions."""
+class CaptionModel(tf.keras.Model):
+    """Encoder and decoder: what is trained, saved, and asked for captions."""
 
     def __init__(self, config: ModelConfig):
         super().__init__()
         self.config = config
         self.encoder = CNNEncoder(config.embedding_dim)
-        self.decoder = RNNDecoder(
-            config.embedding_dim, config.units, config.vocabulary_size, config.dropout, config.attention == "hard"
-        )
+        self.decoder = RNNDecoder(config)
 
-    def encode(self, features: tf.Tensor) -> Encoded:
-        """Cached features (B, L, 2048), float16 or float32 -> what `step` needs of them."""
+    def encode(self, features: tf.Tensor) -> EncodedImages:
+        """Encodes cached features (B, L, 2048), float16 or float32, for `step` and teacher forcing."""
         return self.decoder.encode(self.encoder(tf.cast(features, self.compute_dtype)))
 
-    def step(self, tokens: tf.Tensor, state: tf.Tensor, encoded: Encoded) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
-        """One word of captioning: tokens (B,), state (B, 512) -> logits (B, vocabulary), state, looks (B, L)."""
-        return tuple(tf.cast(found, tf.float32) for found in self.decoder(tokens, encoded, state))
+    def initial_state(self, batch_size: int | tf.Tensor) -> tf.Tensor:
+        """Returns the decoder's state before the first word, (B, 512) float32, as `step` returns those after it."""
+        return tf.cast(self.decoder.initial_state(batch_size), tf.float32)
+
+    def step(self, token: tf.Tensor, images: EncodedImages, state: tf.Tensor) -> tuple[tf.Tensor, ...]:
+        """Predicts the next word of captions.
+
+        Args:
+            token: (B,), the previous word.
+            images: those of the captions.
+            state: (B, 512).
+
+        Returns:
+            logits (B, vocab_size), the new state (B, 512), and the location weights (B, L), all float32.
+        """
+        return tuple(tf.cast(output, tf.float32) for output in self.decoder(token, images, state))
 
     def call(
-        self,
-        features: tf.Tensor,
-        tokens: tf.Tensor,
-        picture: tf.Tensor | None = None,
-        training: bool = False,
-        static: bool = False,
-    ) -> Taught:
-        """Teacher forcing: features (P, L, 2048), captions (B, T), each caption's picture (B,); see `teach`."""
-        return self.decoder.teach(tokens, self.encode(features), picture, training, static)
+        self, features: tf.Tensor, tokens: tf.Tensor, image_index: tf.Tensor | None = None, training: bool = False
+    ) -> TeacherForcingOutput:
+        """Runs teacher forcing on features (images, L, 2048) and captions (B, T + 1); see `teacher_force`."""
+        return self.decoder.teacher_force(tokens, self.encode(features), image_index, training)
 
 
 def build(
     config: ModelConfig, features_shape: tuple[int, int] = (64, 2048), mixed_precision: bool = False
-) -> Captioner:
-    """A captioner whose weights exist, which restoring a checkpoint needs.
+) -> CaptionModel:
+    """Builds a model whose weights exist, which restoring a checkpoint needs.
 
-    With `mixed_precision` it computes in float16 and keeps its weights in float32.
+    Args:
+        config: its sizes.
+        features_shape: locations and channels of the CNN's features.
+        mixed_precision: whether to compute in float16; the weights stay float32.
     """
     policy = tf.keras.config.dtype_policy()
     tf.keras.config.set_dtype_policy("mixed_float16" if mixed_precision else "float32")
     try:
-        captioner = Captioner(config)
+        model = CaptionModel(config)
     finally:
         tf.keras.config.set_dtype_policy(policy)
-    encoded = captioner.encode(tf.zeros((1, *features_shape)))
-    captioner.step(tf.zeros(1, tf.int32), captioner.decoder.initial_state(1), encoded)
-    captioner.built = True
-    return captioner
+    images = model.encode(tf.zeros((1, *features_shape)))
+    model.step(tf.zeros(1, tf.int32), images, model.initial_state(1))
+    model.built = True
+    return model
 
 
-def add_arguments(parser: argparse.ArgumentParser, config: ModelConfig) -> None:
-    """The options of the model; `config` has their defaults."""
-    group = parser.add_argument_group("model")
-    texts = {
-        "vocabulary_size": "words kept, the 4 special ones included",
-        "embedding_dim": "size of a word's embedding, and of an encoded location",
-        "units": "size of the GRU's state and of the attention",
-        "dropout": "share of embeddings and outputs dropped in training",
-    }
-    add_settings(group, config, texts)
-    text = "look everywhere, weighted, or at one location"
-    add_setting(group, "attention", config.attention, text, choices=ATTENTIONS)
+def fused_decoder_matches() -> bool:
+    """Tells whether fused_decoder.py computes what `RNNDecoder.step` does, and its gradient.
+
+    It does not once one of the two is changed. A small model with random weights decides.
+    """
+    model = build(ModelConfig(vocab_size=8, embedding_dim=5, units=6), features_shape=(4, 7))
+    rng = np.random.default_rng(0)
+    for variable in model.trainable_variables:
+        variable.assign(rng.normal(0, 0.5, variable.shape))  # biases, too: they start from zeros
+    features, tokens = rng.normal(size=(2, 4, 7)).astype(np.float32), tf.constant([[2, 5, 4, 6, 3], [2, 7, 6, 5, 3]])
+
+    def compute() -> list[tf.Tensor]:
+        with tf.GradientTape() as tape:
+            outputs = model(features, tokens)
+            total = tf.reduce_sum(tf.math.log_softmax(outputs.logits)[:, 5]) + tf.nn.l2_loss(outputs.attention_weights)
+        variables = model.trainable_variables
+        gradients = [  # a layer that only one of the two uses has none (None) in the other
+            tf.zeros(variable.shape) if gradient is None else tf.convert_to_tensor(gradient)
+            for gradient, variable in zip(tape.gradient(total, variables), variables, strict=True)
+        ]
+        return [outputs.logits, outputs.attention_weights, *gradients]
+
+    plain = compute()
+    model.decoder.fused = True
+    try:
+        fused = compute()
+    except (AttributeError, TypeError, ValueError, tf.errors.OpError):  # the step has other layers, or other shapes
+        return False
+    return all(
+        x.shape == y.shape and np.allclose(x, y, rtol=1e-2, atol=1e-3)  # GPUs round TF32
+        for x, y in zip(plain, fused, strict=True)
+    )
 
 
 def main(argv: list[str] | None = None) -> None:
     """Prints the shapes of a batch of 16 on its way through the model."""
     parser = make_parser(__doc__)
-    add_arguments(parser, ModelConfig())
-    captioner = build(ModelConfig(**vars(parser.parse_args(argv))))
+    add_options(parser.add_argument_group("model"), ModelConfig)
+    model = build(ModelConfig.from_args(parser.parse_args(argv)))
     features = tf.zeros((16, 64, 2048))
-    encoded = captioner.encode(features)
-    logits, state, weights = captioner.step(tf.zeros(16, tf.int32), captioner.decoder.initial_state(16), encoded)
-    shapes: dict[str, Any] = {
-        "features": features,
-        "encoder": encoded.features,
-        "attention keys": encoded.keys,
-        "decoder logits": logits,
-        "decoder state": state,
-        "attention weights": weights,
+    images = model.encode(features)
+    logits, state, attention_weights = model.step(tf.zeros(16, tf.int32), images, model.initial_state(16))
+    shapes = {
+        "features": features.shape,
+        "encoded features": images.features.shape,
+        "attention keys": images.keys.shape,
+        "decoder logits": logits.shape,
+        "decoder state": state.shape,
+        "attention weights": attention_weights.shape,
     }
-    for name, tensor in shapes.items():
-        print(f"{name:18} {tuple(tensor.shape)}")
-    print(f"{captioner.count_params():,} weights")
+    for name, shape in shapes.items():
+        print(f"{name:18} {tuple(shape)}")
+    print(f"{model.count_params():,} weights")
 
 
 if __name__ == "__main__":
-    run_command(main)
+    run_main(main)

@@ -1,72 +1,84 @@
-"""Words to ids and back: the most frequent words of the training captions.
+"""Turns words into ids and back: a vocabulary of the most frequent words of the training captions.
 
-    python tokenizer.py captions.txt                      # the vocabulary of a file with one caption a line
-    python tokenizer.py captions.txt --size 1000 --output vocabulary.json
+Tutorial section: "Preprocess and tokenize the captions".
 
-It chooses the words that the tutorial's `tf.keras.preprocessing.text.Tokenizer(num_words=5000,
-oov_token="<unk>")` chooses, without TensorFlow, and is saved as JSON, since ids mean nothing without it.
+    python tokenizer.py captions.txt                                              # print a file's vocabulary
+    python tokenizer.py captions.txt --vocab-size 1000 --output vocabulary.json   # save a smaller one
+
+It keeps the words that the tutorial's tf.keras.preprocessing.text.Tokenizer(num_words=5000, oov_token="<unk>")
+keeps, without TensorFlow. The vocabulary is saved as JSON with every run, since ids mean nothing without it.
 """
 
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from common import InputError, at_least, make_parser, read_json, run_command, write_json
+from captioning.cli import InputError, int_at_least, make_parser, run_main
+from captioning.files import read_json, write_json
+from captioning.special_tokens import END_ID, PAD_ID, SPECIAL_TOKENS, START_ID, UNK_ID
 
-PAD, UNK, START, END = range(4)
-SPECIAL = ("<pad>", "<unk>", "<start>", "<end>")
-FILTERS = '!"#$%&()*+.,-/:;=?@[\\]^_`{|}~'  # the tutorial's; the apostrophe stays: "man's" is one word
+FILTERS = '!"#$%&()*+.,-/:;=?@[\\]^_`{|}~'  # the tutorial's; the apostrophe stays, so "man's" is one word
 _TO_SPACES = str.maketrans(dict.fromkeys(FILTERS, " "))
 
 
 def split_words(caption: str) -> list[str]:
-    """A caption in lower case, without the filtered characters, as words."""
+    """Splits a caption into words, in lower case and without the characters of `FILTERS`."""
     return caption.lower().translate(_TO_SPACES).split()
 
 
 class Tokenizer:
-    """A vocabulary: `words[id]` is the word of an id; the first four are <pad>, <unk>, <start> and <end>."""
+    """A vocabulary: `index_word[id]` is the word of an id, and `word_index[word]` the id of a word.
 
-    def __init__(self, words: Sequence[str]):
-        self.words = tuple(words)
-        self.ids = {word: index for index, word in enumerate(self.words)}
-        for word in SPECIAL:  # a caption that says "<end>" does not end there
-            del self.ids[word]
+    The first four ids are the special tokens. They are not in `word_index`: a caption that contains "<end>" does not
+    end there.
+    """
+
+    def __init__(self, index_word: Sequence[str]):
+        self.index_word = tuple(index_word)
+        self.word_index = {word: index for index, word in enumerate(self.index_word)}
+        for token in SPECIAL_TOKENS:
+            del self.word_index[token]
 
     @classmethod
-    def fit(cls, captions: Iterable[str], size: int = 5000) -> "Tokenizer":
-        """Keeps the most frequent words, the first seen of equals; `size` counts the special ones, as Keras does."""
+    def fit(cls, captions: Iterable[str], vocab_size: int = 5000) -> "Tokenizer":
+        """Makes a vocabulary of the most frequent words; of equally frequent ones the first in the captions wins.
+
+        Args:
+            captions: the texts.
+            vocab_size: the number of words to keep, the special tokens included, as Keras counts it.
+        """
         counts = Counter(word for caption in captions for word in split_words(caption))
-        for word in SPECIAL:
-            counts.pop(word, None)
-        # most_common sorts stably, and a Counter remembers who came first.
-        return cls(SPECIAL + tuple(word for word, _ in counts.most_common(max(0, size - len(SPECIAL)))))
+        for token in SPECIAL_TOKENS:
+            counts.pop(token, None)
+        # most_common sorts stably, and a Counter keeps the order in which its keys came.
+        most_common = counts.most_common(max(0, vocab_size - len(SPECIAL_TOKENS)))
+        return cls(SPECIAL_TOKENS + tuple(word for word, _ in most_common))
 
     def __len__(self) -> int:
-        """The size of the vocabulary, the special words included."""
-        return len(self.words)
+        """Returns the size of the vocabulary, the special tokens included."""
+        return len(self.index_word)
 
     def encode(self, caption: str, max_length: int | None = None) -> list[int]:
-        """`<start>`, the caption's words (`<unk>` where not in the vocabulary), `<end>`.
+        """Returns the ids of `<start>`, the caption's words and `<end>`; words not in the vocabulary are `<unk>`.
 
-        A longer caption is cut to `max_length` tokens and then has no `<end>`: it does not end there.
+        A caption of more than `max_length` tokens is cut, and then has no `<end>`.
         """
-        ids = [START, *(self.ids.get(word, UNK) for word in split_words(caption)), END]
-        return ids[:max_length]
+        word_ids = [self.word_index.get(word, UNK_ID) for word in split_words(caption)]
+        return [START_ID, *word_ids, END_ID][:max_length]
 
     def decode(self, ids: Iterable[int]) -> str:
-        """The words of ids up to `<end>`, without `<start>` and `<pad>`."""
+        """Returns the words of ids up to `<end>`, without `<start>` and `<pad>`."""
         words = []
         for index in ids:
-            if index == END:
+            if index == END_ID:
                 break
-            if index not in (START, PAD):
-                words.append(self.words[index])
+            if index not in (START_ID, PAD_ID):
+                words.append(self.index_word[index])
         return " ".join(words)
 
     def save(self, path: Path | str) -> None:
-        """Writes the words as JSON, in the order of their ids."""
-        write_json(path, list(self.words))
+        """Writes the words as a JSON list, in the order of their ids."""
+        write_json(path, list(self.index_word))
 
     @classmethod
     def load(cls, path: Path | str) -> "Tokenizer":
@@ -76,9 +88,11 @@ class Tokenizer:
             InputError: the file is missing or is not a vocabulary.
         """
         words = read_json(path)
-        is_words = isinstance(words, list) and all(isinstance(word, str) for word in words)
-        if not is_words or tuple(words[:4]) != SPECIAL or len(set(words)) != len(words):
-            raise InputError(f"{path}: not a vocabulary; expected a JSON list of distinct words that begins {SPECIAL}")
+        is_list_of_str = isinstance(words, list) and all(isinstance(word, str) for word in words)
+        if not is_list_of_str or tuple(words[:4]) != SPECIAL_TOKENS or len(set(words)) != len(words):
+            raise InputError(
+                f"{path}: not a vocabulary; expected a JSON list of distinct words that begins {SPECIAL_TOKENS}"
+            )
         return cls(words)
 
 
@@ -87,11 +101,11 @@ def main(argv: list[str] | None = None) -> None:
     parser = make_parser(__doc__, "[option ...] captions.txt")
     parser.add_argument("captions", help="text file, one caption a line")
     parser.add_argument(
-        "--size",
-        type=at_least(5),
+        "--vocab-size",
+        type=int_at_least(5),
         metavar="N",
         default=5000,
-        help="words to keep, 4 special ones included (default: 5000)",
+        help="words to keep, the 4 special tokens included (default: %(default)s)",
     )
     parser.add_argument("--output", metavar="FILE", help="save the vocabulary as JSON instead of printing it")
     args = parser.parse_args(argv)
@@ -99,12 +113,12 @@ def main(argv: list[str] | None = None) -> None:
         captions = Path(args.captions).read_text(encoding="utf-8").splitlines()
     except (FileNotFoundError, IsADirectoryError, UnicodeDecodeError) as error:
         raise InputError(f"{args.captions}: expected a text file in UTF-8, one caption a line ({error})") from None
-    tokenizer = Tokenizer.fit(captions, args.size)
+    tokenizer = Tokenizer.fit(captions, args.vocab_size)
     if args.output:
         tokenizer.save(args.output)
     else:
-        print("\n".join(tokenizer.words))
+        print("\n".join(tokenizer.index_word))
 
 
 if __name__ == "__main__":
-    run_command(main)
+    run_main(main)

@@ -1,40 +1,42 @@
-"""How fast captions come: batched in the graph against an eager loop, and `python inference.py` as a whole.
+"""Compares the speed of captioning with that of the tutorial's code, and times `python inference.py` as a process.
 
-    python benchmarks/captioning.py
-    python benchmarks/captioning.py --skip-process        # only the captions per second
+    python -m benchmarks.captioning
+    python -m benchmarks.captioning --skip-process                         # only the captions per second
 
-The reference is the tutorial's: one picture at a time, one word at a time, eagerly. Weights are random, so
-captions are cut after 12 words, COCO's mean with <end>. The whole command is timed against a process that
-imports TensorFlow, builds InceptionV3 from the same weights and runs it once on the same picture. The last line
-is JSON.
+The tutorial captions one image at a time, one word at a time, eagerly. The project captions batches of images in a
+graph, by greedy search and by beam search. The weights are random, so captions are cut after 12 words, COCO's mean
+with <end>.
+
+The process is compared with a bare one, which imports TensorFlow, builds InceptionV3 with the same weights and runs it
+once on the same image. The last line is JSON.
 """
 
-import sys
-from pathlib import Path
-
-ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT))
-
-from common import at_least, make_parser, run_command, say  # before TensorFlow
-
+import argparse
+import functools
 import json
-import os
 import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
-import tensorflow as tf
 
 import model
-import search
-import shapes
-from tokenizer import END, START
-from turns import median_rates, rate_of
+import train
+from benchmarks.timing import interleaved_median_rates, items_per_second
+from captioning import shapes
+from captioning.cli import int_at_least, log, make_parser, run_main
+from captioning.config import ModelConfig, add_options
+from captioning.decoding import beam_search, greedy_search
+from captioning.quiet_tensorflow import tf
+from captioning.special_tokens import END_ID, PAD_ID, START_ID
 
-WORDS = 12
-BARE = """
+PROJECT = Path(__file__).resolve().parents[1]
+MAX_WORDS = 12
+BARE_PROCESS = """
 import os, sys
 os.environ["TF_CPP_MIN_LOG_LEVEL"] = "3"
 import numpy as np
@@ -46,110 +48,167 @@ print(cnn(tf.keras.applications.inception_v3.preprocess_input(pixels[None])).sha
 """
 
 
-def tutorial_captions(captioner: model.Captioner, pictures: np.ndarray) -> list[list[int]]:
-    """The tutorial's `evaluate`, one picture after the other."""
+def tutorial_captions(caption_model: model.CaptionModel, features: np.ndarray) -> list[list[int]]:
+    """Captions images with the tutorial's `evaluate`, one image after the other.
+
+    Args:
+        caption_model: the model.
+        features: (images, 64, 2048).
+
+    Returns:
+        The token ids of each caption, with <end>.
+    """
     results = []
-    for picture in pictures:
-        hidden = captioner.decoder.initial_state(1)
-        encoded = captioner.encoder(tf.constant(picture[np.newaxis], tf.float32))
-        word, result = tf.constant([START]), []
-        for _ in range(WORDS):
-            logits, hidden, _ = captioner.decoder(word, encoded, hidden)
-            word = tf.argmax(logits[:, END:], axis=1, output_type=tf.int32) + END
-            result.append(int(word[0]))
-            if result[-1] == END:
+    for image_features in features:
+        hidden = caption_model.decoder.initial_state(1)
+        encoded = caption_model.encoder(tf.constant(image_features[np.newaxis], tf.float32))  # (1, 64, 256)
+        dec_input = tf.constant([START_ID])
+        result: list[int] = []
+        for _ in range(MAX_WORDS):
+            predictions, hidden, _ = caption_model.decoder(dec_input, encoded, hidden)
+            # The most probable word. The special tokens before <end> are not generated, as in the project's searches.
+            dec_input = tf.argmax(predictions[:, END_ID:], axis=1, output_type=tf.int32) + END_ID  # (1,)
+            result.append(int(dec_input[0]))
+            if result[-1] == END_ID:
                 break
         results.append(result)
     return results
 
 
-def suite_captions(
-    captioner: model.Captioner, pictures: np.ndarray, batch_size: int, beam_size: int
+def project_captions(
+    caption_model: model.CaptionModel, features: np.ndarray, batch_size: int, beam_size: int
 ) -> list[list[int]]:
-    """The suite's searches, in batches."""
+    """Captions images with the project's searches, in batches; the arguments and result as `tutorial_captions`."""
     results = []
-    for start in range(0, len(pictures), batch_size):
-        batch = tf.constant(pictures[start : start + batch_size])
+    for start in range(0, len(features), batch_size):
+        batch = tf.constant(features[start : start + batch_size])
         if beam_size == 1:
-            tokens = search.greedy_search(captioner, batch, max_words=WORDS)[0]
+            decoded = greedy_search(caption_model, batch, max_words=MAX_WORDS)
         else:
-            tokens = search.beam_search(captioner, batch, beam_size, max_words=WORDS)[0]
-        results += [[int(i) for i in row if i] for row in tokens.numpy()]
+            decoded = beam_search(caption_model, batch, beam_size, length_penalty=1.0, max_words=MAX_WORDS)
+        results += [[int(token) for token in row if token != PAD_ID] for row in decoded.tokens.numpy()]
     return results
 
 
+class Variant(NamedTuple):
+    """One way to caption."""
+
+    run: Callable[[], list]
+    num_images: int
+
+
+def make_variants(args: argparse.Namespace) -> dict[str, Variant]:
+    """Makes what is compared, with a model with random weights and random features."""
+    caption_model = model.build(ModelConfig(args.vocab_size, args.embedding_dim, args.units))
+    features = np.random.default_rng(0).random((args.images, 64, 2048), np.float32).astype(np.float16)
+    few_features = features[: args.tutorial_images]
+    beam_batch_size = max(1, args.batch_size // args.beam_size)
+    greedy = functools.partial(project_captions, caption_model, features, args.batch_size, 1)
+    beam = functools.partial(project_captions, caption_model, features, beam_batch_size, args.beam_size)
+    tutorial = functools.partial(tutorial_captions, caption_model, few_features)
+    return {
+        "greedy": Variant(greedy, len(features)),
+        f"beam {args.beam_size}": Variant(beam, len(features)),
+        "tutorial": Variant(tutorial, len(few_features)),
+    }
+
+
+def measure_variants(variants: dict[str, Variant], rounds: int) -> dict[str, float]:
+    """Returns the captions per second of each variant, compilation not counted."""
+    for variant in variants.values():
+        variant.run()  # compiles
+    measurements = {name: functools.partial(items_per_second, *variant) for name, variant in variants.items()}
+    rates = interleaved_median_rates(measurements, rounds, "captions")
+    return {name: round(rate, 1) for name, rate in rates.items()}
+
+
+# The whole process.
+
+
+def train_small_run(folder: Path) -> None:
+    """Trains a run on a few shapes, until its captions have the usual length.
+
+    An untrained model generates 50 words, and their plot has 50 panels.
+    """
+    annotations = shapes.draw_dataset(folder / "shapes", num_images=24)
+    data_args = ["--annotations", str(annotations), "--images", str(folder / "shapes")]
+    feature_args = ["--cnn-weights", "random", "--features-dir", str(folder / "features")]
+    train_args = ["--epochs", "25", "--patience", "0", "--batch-size", "8", "--run", str(folder / "run")]
+    train.main([*data_args, *feature_args, *train_args])
+
+
 def time_process(command: list[str], folder: Path) -> float:
-    """The wall time of a process, in seconds."""
+    """Returns the wall time of a Python process, in seconds."""
     start = time.perf_counter()
     subprocess.run([sys.executable, *command], cwd=folder, check=True, capture_output=True)
     return time.perf_counter() - start
 
 
-def time_commands(rounds: int) -> dict[str, float]:
-    """`inference.py` on one picture and the bare process, by turns: the fastest of each, in seconds."""
-    import train
+def time_processes(rounds: int) -> dict[str, float]:
+    """Times inference.py with one image, and the bare process, alternately.
 
-    with tempfile.TemporaryDirectory() as folder:
-        before = os.getcwd()
-        os.chdir(folder)
-        try:
-            shapes.draw_dataset("shapes", pictures=24)
-            data = ["--annotations", "shapes/dataset_shapes.json", "--images", "shapes", "--weights", "random"]
-            # Until captions are of the usual length: an untrained model says 50 words, and plots 50 panels.
-            train.main([*data, "--epochs", "25", "--patience", "0", "--batch-size", "8", "--run", "run"])
-        finally:
-            os.chdir(before)
-        picture = "shapes/images/shapes_00000.png"
+    Returns:
+        The shortest time of each, in seconds.
+    """
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        train_small_run(folder)
+        image = "shapes/images/shapes_00000.png"
         commands = {
-            "inference": [str(ROOT / "inference.py"), "--run", "run", picture],
-            "bare": ["-c", BARE, "run/cnn.weights.h5", picture],
+            "inference": [str(PROJECT / "inference.py"), "--run", "run", image],
+            "bare": ["-c", BARE_PROCESS, "run/cnn.weights.h5", image],
         }
+        first = subprocess.run([sys.executable, *commands["inference"]], cwd=folder, capture_output=True, text=True)
+        log(f"caption: {first.stdout.strip()}")
         times: dict[str, list[float]] = {name: [] for name in commands}
-        done = subprocess.run([sys.executable, *commands["inference"]], cwd=folder, capture_output=True, text=True)
-        say(f"the caption: {done.stdout.strip()}")
         for _ in range(rounds):
             for name, command in commands.items():
-                times[name].append(time_process(command, Path(folder)))
-                say(f"{name}: {times[name][-1]:.2f} s")
-    return {name: round(min(found), 2) for name, found in times.items()}
+                times[name].append(time_process(command, folder))
+                log(f"{name}: {times[name][-1]:.2f} s")
+    return {name: round(min(values), 2) for name, values in times.items()}
+
+
+# The command line.
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Times everything by turns, and prints the ratios."""
-    parser = make_parser(__doc__)
-    parser.add_argument("--pictures", type=at_least(1), default=512, help="for the suite (default: 512)")
-    parser.add_argument("--tutorial-pictures", type=at_least(1), default=16, help="for the tutorial (default: 16)")
-    parser.add_argument("--batch-size", type=at_least(1), default=64)
-    parser.add_argument("--beam-size", type=at_least(2), default=5)
-    parser.add_argument("--vocabulary-size", type=at_least(10), default=5000)
-    parser.add_argument("--units", type=at_least(1), default=512)
-    parser.add_argument("--embedding-dim", type=at_least(1), default=256)
-    parser.add_argument("--rounds", type=at_least(1), default=3, help="turns of each (default: 3)")
-    parser.add_argument("--skip-process", action="store_true", help="leave out the whole command")
+    """Measures everything alternately, and prints the rates and ratios."""
+    parser = make_parser(__doc__, prog="python -m benchmarks.captioning")
+    count = int_at_least(1)
+    parser.add_argument(
+        "--images", type=count, metavar="N", default=512, help="images for the project (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--tutorial-images", type=count, metavar="N", default=16, help="images for the tutorial (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--batch-size", type=count, metavar="N", default=64, help="captions in a batch (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--beam-size",
+        type=int_at_least(2),
+        metavar="N",
+        default=5,
+        help="width of the beam search (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--rounds", type=count, metavar="N", default=3, help="measurements of each (default: %(default)s)"
+    )
+    parser.add_argument("--skip-process", action="store_true", help="do not time inference.py as a process")
+    add_options(parser, ModelConfig, only=("vocab_size", "embedding_dim", "units"))
     args = parser.parse_args(argv)
-    captioner = model.build(model.ModelConfig(args.vocabulary_size, args.embedding_dim, args.units))
-    pictures = np.random.default_rng(0).random((args.pictures, 64, 2048), np.float32).astype(np.float16)
-    few = pictures[: args.tutorial_pictures]
-    runs: dict[str, tuple[Callable[[], list], int]] = {
-        "greedy": (lambda: suite_captions(captioner, pictures, args.batch_size, 1), len(pictures)),
-        f"beam {args.beam_size}": (
-            lambda: suite_captions(captioner, pictures, max(1, args.batch_size // args.beam_size), args.beam_size),
-            len(pictures),
-        ),
-        "tutorial": (lambda: tutorial_captions(captioner, few), len(few)),
+    rates = measure_variants(make_variants(args), args.rounds)
+    result = {
+        "words": MAX_WORDS,
+        "captions_per_second": rates,
+        "ratio": {name: round(rate / rates["tutorial"], 1) for name, rate in rates.items() if name != "tutorial"},
     }
-    for run, _ in runs.values():
-        run()  # compiles
-    ways = {name: lambda run=run: rate_of(*run) for name, run in runs.items()}
-    median = {name: round(rate, 1) for name, rate in median_rates(ways, args.rounds, "captions").items()}
-    result = {"words": WORDS, "captions_per_second": median}
-    result["ratio"] = {name: round(rate / median["tutorial"], 1) for name, rate in median.items() if name != "tutorial"}
     if not args.skip_process:
-        seconds = time_commands(args.rounds)
+        seconds = time_processes(args.rounds)
         result["process_seconds"] = seconds
         result["process_ratio"] = round(seconds["inference"] / seconds["bare"], 2)
     print(json.dumps(result))
 
 
 if __name__ == "__main__":
-    run_command(main)
+    run_main(main)

@@ -1,112 +1,163 @@
-"""How close caching features comes to the speed of InceptionV3 alone, and how far it is from an eager loop.
+"""Compares the speed of caching features with that of InceptionV3 alone, and with the tutorial's loop.
 
-    python benchmarks/features.py
+    python -m benchmarks.features
+    python -m benchmarks.features --images 96 --batch-sizes 16 32
 
-`features.cache_features` decodes JPEGs of 500x375 pixels, runs the CNN and writes the files. It is compared with the
-CNN alone on pixels already in memory, at the best of several batch sizes, and with the tutorial's loop: tf.data
-that decodes, an eager call for each 16 pictures, np.save for each. Weights are random; they do not change the
-speed. The last line is JSON.
+The variants, in images per second:
+
+    project   features.cache_features: decodes JPEGs of 500x375 pixels, runs the CNN and writes the files.
+    cnn       the CNN alone, on pixels that are in memory, with the best of several batch sizes.
+    tutorial  the tutorial's loop: tf.data decodes, the CNN is called eagerly for batches of 16 images, and np.save
+              writes a file for each image.
+
+The weights are random, which does not change the speed. The last line is JSON.
 """
 
-import sys
-from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).parents[1]))
-
-from common import at_least, make_parser, run_command, say  # before TensorFlow
-
+import functools
 import json
 import tempfile
+from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
-import tensorflow as tf
 from PIL import Image
 
-import features as suite
-from turns import median_rates, rate_of
+import features
+from benchmarks.timing import interleaved_median_rates, items_per_second
+from captioning.cli import int_at_least, log, make_parser, run_main
+from captioning.feature_cache import FeatureCache
+from captioning.quiet_tensorflow import tf
+
+BATCH_SIZES = [8, 16, 32, 64]
 
 
-def draw_photos(folder: Path, count: int) -> list[str]:
-    """JPEGs that cost as much to decode as photographs: smooth noise, 500x375, about 60 KB each."""
-    dice, names = np.random.default_rng(0), [f"{i}.jpg" for i in range(count)]
+def draw_photos(folder: Path, num_images: int) -> list[str]:
+    """Writes JPEGs that take as long to decode as photographs: smooth noise, 500x375 pixels, about 60 KB each."""
+    rng = np.random.default_rng(0)
+    names = [f"{i}.jpg" for i in range(num_images)]
     for name in names:
-        coarse = Image.fromarray(dice.integers(0, 256, (47, 63, 3), np.uint8))
-        photo = np.asarray(coarse.resize((500, 375), Image.Resampling.BICUBIC)).astype(np.int16)
-        photo = (photo + dice.normal(0, 6, photo.shape)).clip(0, 255).astype(np.uint8)
-        Image.fromarray(photo).save(folder / name, quality=90)
+        coarse = Image.fromarray(rng.integers(0, 256, (47, 63, 3), np.uint8))
+        pixels = np.asarray(coarse.resize((500, 375), Image.Resampling.BICUBIC)).astype(np.int16)  # (375, 500, 3)
+        pixels = (pixels + rng.normal(0, 6, pixels.shape)).clip(0, 255).astype(np.uint8)
+        Image.fromarray(pixels).save(folder / name, quality=90)
     return names
 
 
-def tutorial_loop(cnn: tf.keras.Model, images: Path, names: list[str], folder: Path) -> None:
-    """The tutorial's: eager, 16 pictures at a time, float32 files."""
+def tutorial_loop(extractor: tf.keras.Model, image_dir: Path, names: list[str], output: Path) -> None:
+    """Caches features as the tutorial does: eagerly, 16 images at a time, in float32."""
 
-    def load(path: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
-        pixels = tf.image.resize(tf.io.decode_jpeg(tf.io.read_file(path), channels=3), (299, 299))
-        return tf.cast(pixels, tf.uint8), path
+    def load_image(path: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
+        image = tf.image.resize(tf.io.decode_jpeg(tf.io.read_file(path), channels=3), (299, 299))
+        return tf.cast(image, tf.uint8), path
 
-    data = tf.data.Dataset.from_tensor_slices([str(images / name) for name in names])
-    for pixels, paths in data.map(load, num_parallel_calls=tf.data.AUTOTUNE).batch(16):
-        for values, path in zip(cnn(pixels, training=False), paths, strict=True):
-            np.save(folder / f"{Path(path.numpy().decode()).name}.npy", values.numpy())
+    dataset = tf.data.Dataset.from_tensor_slices([str(image_dir / name) for name in names])
+    dataset = dataset.map(load_image, num_parallel_calls=tf.data.AUTOTUNE).batch(16)
+    for images, paths in dataset:
+        batch_features = extractor(images, training=False)  # (16, 64, 2048)
+        for image_features, path in zip(batch_features, paths, strict=True):
+            np.save(output / f"{Path(path.numpy().decode()).name}.npy", image_features.numpy())
+
+
+def project_rate(cache: FeatureCache, image_dir: Path, names: list[str]) -> float:
+    """Measures `features.cache_features`, in images per second.
+
+    The time is that from the files of the first batch to the last file, so that building the CNN is not counted.
+    """
+    for path in cache.folder.glob("*.npy"):
+        path.unlink()
+    batch_size = min(32, len(names) // 2)
+    features.cache_features(cache, image_dir, names, batch_size)
+    written = sorted(path.stat().st_mtime_ns for path in cache.folder.glob("*.npy"))
+    return (len(names) - batch_size) / (written[-1] - written[batch_size - 1]) * 1e9
+
+
+def make_cnn_run(extractor: tf.keras.Model, pixels: np.ndarray) -> Callable[[int], None]:
+    """Makes a function that runs the CNN on all pixels (images, 299, 299, 3), in batches of its argument."""
+    extract = tf.function(lambda batch: extractor(batch, training=False), reduce_retracing=True)
+
+    def run(batch_size: int) -> None:
+        for start in range(0, len(pixels), batch_size):
+            batch_features = extract(tf.constant(pixels[start : start + batch_size]))
+        batch_features.numpy()  # waits for the last batch
+
+    return run
+
+
+def find_best_batch_size(run: Callable[[int], None], batch_sizes: list[int], num_images: int) -> int:
+    """Returns the batch size with which the CNN alone is fastest."""
+    for batch_size in batch_sizes:
+        run(batch_size)  # compiles
+    rates = {batch_size: items_per_second(functools.partial(run, batch_size), num_images) for batch_size in batch_sizes}
+    text = ", ".join(f"{batch_size}: {rate:.1f}" for batch_size, rate in rates.items())
+    log(f"the CNN alone, images/s by batch size: {text}")
+    return max(rates, key=lambda batch_size: rates[batch_size])
+
+
+def measure(root: Path, num_images: int, batch_sizes: list[int], rounds: int) -> dict[str, object]:
+    """Measures all variants.
+
+    Args:
+        root: an empty folder.
+        num_images: images in a measurement; the tutorial's loop has a quarter of them.
+        batch_sizes: those to try with the CNN alone.
+        rounds: measurements of each variant.
+
+    Returns:
+        What the benchmark prints.
+    """
+    image_dir, tutorial_dir = root / "images", root / "tutorial"
+    image_dir.mkdir()
+    tutorial_dir.mkdir()
+    names = draw_photos(image_dir, num_images)
+    megabytes = sum((image_dir / name).stat().st_size for name in names) / num_images / 1e6
+    cache = features.open_or_create_cache(root / "cache", image_dir, names, "random", "float16")
+    extractor = features.build_feature_extractor(cache.cnn_weights)
+    run_cnn = make_cnn_run(extractor, np.stack([features.load_image(image_dir / name) for name in names]))
+    best = find_best_batch_size(run_cnn, batch_sizes, num_images)
+    few_names = names[: max(2, num_images // 4)]
+    tutorial = functools.partial(tutorial_loop, extractor, image_dir, few_names, tutorial_dir)
+    variants = {
+        "cnn": functools.partial(items_per_second, functools.partial(run_cnn, best), num_images),
+        "project": functools.partial(project_rate, cache, image_dir, names),
+        "tutorial": functools.partial(items_per_second, tutorial, len(few_names)),
+    }
+    rates = interleaved_median_rates(variants, rounds, "images")
+    rates = {name: round(rate, 2) for name, rate in rates.items()}
+    return {
+        "images": num_images,
+        "megabytes_per_jpeg": round(megabytes, 3),
+        "cnn_batch_size": best,
+        "images_per_second": rates,
+        "share_of_cnn": round(rates["project"] / rates["cnn"], 3),
+        "ratio_to_tutorial": round(rates["project"] / rates["tutorial"], 2),
+    }
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Times everything by turns, and prints the ratios."""
-    parser = make_parser(__doc__)
-    parser.add_argument("--pictures", type=at_least(2), default=192, help="pictures in a turn (default: 192)")
+    """Measures everything alternately, and prints the rates and ratios."""
+    parser = make_parser(__doc__, prog="python -m benchmarks.features")
     parser.add_argument(
-        "--batch-sizes", type=at_least(1), nargs="+", default=[8, 16, 32, 64], help="for the CNN alone (8 16 32 64)"
+        "--images",
+        type=int_at_least(2),
+        metavar="N",
+        default=192,
+        help="images in a measurement (default: %(default)s)",
     )
-    parser.add_argument("--rounds", type=at_least(1), default=3, help="turns of each (default: 3)")
+    parser.add_argument(
+        "--batch-sizes",
+        type=int_at_least(1),
+        nargs="+",
+        metavar="N",
+        default=BATCH_SIZES,
+        help="batch sizes to try with the CNN alone (default: 8 16 32 64)",
+    )
+    parser.add_argument(
+        "--rounds", type=int_at_least(1), metavar="N", default=3, help="measurements of each (default: %(default)s)"
+    )
     args = parser.parse_args(argv)
-    with tempfile.TemporaryDirectory() as name:
-        root = Path(name)
-        images, cached, tutorial = root / "images", root / "cache", root / "tutorial"
-        for folder in (images, tutorial):
-            folder.mkdir()
-        names = draw_photos(images, args.pictures)
-        cache = suite.open_cache(cached, images, names, "random", "float16")
-        cnn = suite.build_cnn(cache.weights)
-        run = tf.function(lambda pixels: cnn(pixels, training=False), reduce_retracing=True)
-        pixels = np.stack([suite.load_image(images / name) for name in names])
-
-        def alone(batch_size: int) -> None:
-            for start in range(0, len(pixels), batch_size):
-                found = run(tf.constant(pixels[start : start + batch_size]))
-            found.numpy()
-
-        def caching() -> float:
-            """The rate from the first batch's files to the last file: building the CNN is not counted."""
-            for path in cached.glob("*.npy"):
-                path.unlink()
-            first = min(32, len(names) // 2)
-            suite.cache_features(cache, images, names, first)
-            written = sorted(path.stat().st_mtime_ns for path in cached.glob("*.npy"))
-            return (len(names) - first) / (written[-1] - written[first - 1]) * 1e9
-
-        for size in args.batch_sizes:
-            alone(size)  # compiles
-        by_size = {size: rate_of(lambda size=size: alone(size), len(names)) for size in args.batch_sizes}
-        best = max(by_size, key=by_size.get)
-        say(f"the CNN alone, pictures/s by batch size: { {size: round(rate, 1) for size, rate in by_size.items()} }")
-        few = names[: max(2, len(names) // 4)]
-        ways = {
-            "cnn": lambda: rate_of(lambda: alone(best), len(names)),
-            "suite": caching,
-            "tutorial": lambda: rate_of(lambda: tutorial_loop(cnn, images, few, tutorial), len(few)),
-        }
-        median = {name: round(rate, 2) for name, rate in median_rates(ways, args.rounds, "pictures").items()}
-        megabytes = sum(path.stat().st_size for path in images.iterdir()) / len(names) / 1e6
-    result = {
-        "pictures": len(names),
-        "megabytes_per_jpeg": round(megabytes, 3),
-        "cnn_batch_size": best,
-        "pictures_per_second": median,
-        "share_of_cnn": round(median["suite"] / median["cnn"], 3),
-        "ratio_to_tutorial": round(median["suite"] / median["tutorial"], 2),
-    }
-    print(json.dumps(result))
+    with tempfile.TemporaryDirectory() as root:
+        print(json.dumps(measure(Path(root), args.images, args.batch_sizes, args.rounds)))
 
 
 if __name__ == "__main__":
-    run_command(main)
+    run_main(main)

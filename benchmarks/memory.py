@@ -1,18 +1,12 @@
-"""How long training on all of COCO takes to start, and how much memory it needs: 82,783 pictures, 414,000 captions.
+"""Measures how long training on all of COCO takes to start, and its memory: 82,783 images, 414,000 captions.
 
-    python benchmarks/memory.py
+    python -m benchmarks.memory
+    python -m benchmarks.memory --steps 20 -- --dropout 0.3                # options of train.py follow --
 
-The annotations are made, and every picture's features are a hard link to one of a few files, so that this needs
-200 MB of disk. It runs train.py itself, and stops it after 50 steps. It also measures how many captions a second the
-reading of batches alone delivers. The last line is JSON.
+The captions are made of random words, and the features of every image are a hard link to one of a few files, so that
+200 MB of disk suffice. The benchmark runs train.py and stops it after 50 steps. Then it measures how many captions per
+second the input pipeline delivers without a model. The last line is JSON.
 """
-
-import sys
-from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).parents[1]))
-
-from common import at_least, make_parser, run_command, write_json  # before TensorFlow
 
 import contextlib
 import json
@@ -20,106 +14,144 @@ import os
 import resource
 import tempfile
 import time
+from pathlib import Path
 
-import features
 import numpy as np
+
+import data_utils
 import train
+from benchmarks.timing import items_per_second
+from benchmarks.training import sample_lengths
+from captioning.cli import int_at_least, make_parser, run_main
+from captioning.config import DataConfig
+from captioning.feature_cache import IMAGE_SIZE, MANIFEST_FILE, NUM_CHANNELS, NUM_LOCATIONS, FeatureCache
+from captioning.files import write_json
+from captioning.input_pipeline import encode_captions, make_dataset, make_epoch_batches
+from tokenizer import Tokenizer
 
-from batches import Captions, make_pipeline, order_batches
-from training import draw_lengths
-from turns import rate_of
-
-FILES = 200  # of features, each linked many times
-
-
-class Enough(Exception):
-    """So many steps are done."""
-
-
-def make_data(folder: Path, pictures: int, captions: int) -> None:
-    """Annotations in COCO's format, a cache of features, and empty files for the pictures, which nobody opens."""
-    dice = np.random.default_rng(0)
-    names = [f"COCO_train2014_{i:012}.jpg" for i in range(pictures)]
-    vocabulary = np.array([f"word{i}" for i in range(20_000)])
-    frequent = 1 / np.arange(1, 20_001)  # as Zipf found
-    lengths = draw_lengths(captions, dice) - 2
-    said = np.split(dice.choice(vocabulary, lengths.sum(), p=frequent / frequent.sum()), np.cumsum(lengths)[:-1])
-    write_json(
-        folder / "captions.json",
-        {
-            "images": [{"id": i, "file_name": name} for i, name in enumerate(names)],
-            "annotations": [{"image_id": i % pictures, "caption": " ".join(words)} for i, words in enumerate(said)],
-        },
-    )
-    (folder / "images").mkdir()
-    (folder / "images/any").touch()
-    settings = {"cnn": "InceptionV3", "weights": "imagenet", "image_size": features.IMAGE_SIZE, "dtype": "float16"}
-    cache = features.FeatureCache(folder / "features", settings | {"images": "../images"})
-    for number, name in enumerate(names):
-        if number < FILES:
-            cache.write(name, dice.random((features.LOCATIONS, features.CHANNELS)))
-        else:
-            os.link(cache.path(names[number % FILES]), cache.path(name))
-        if number % 50_000 == 0:  # a file system allows so many links
-            original = folder / f"images/{name}"
-            original.touch()
-        else:
-            os.link(original, folder / "images" / name)
-    write_json(cache.folder / features.MANIFEST, cache.settings)
+NUM_FEATURE_FILES = 200  # different ones, each linked many times
+MAX_LINKS = 50_000  # to a file; a file system allows no more than some
+NUM_WORDS = 20_000
+BATCH_SIZE = 64
+NUM_READ_BATCHES = 300
 
 
-def start_training(folder: Path, arguments: list[str], steps: int) -> dict[str, float]:
-    """Runs train.py for so many steps: seconds to the first, peak memory, and the rate of reading alone."""
-    times: list[float] = []
-    found: dict[str, float] = {}
-    make_train_step, for_devices = train.make_train_step, train.for_devices
+class StopTraining(Exception):
+    """Ends the training after the last step of the benchmark."""
 
-    def watched(*given):
-        step = make_train_step(*given)
 
-        def run(batch):
-            step(batch)
-            times.append(time.perf_counter())
-            if len(times) == steps:
-                raise Enough
+# The data.
 
-        return run
 
-    def reading(strategy, captions: Captions, batches, cache, static=False):
-        if batches and not found:
-            some = order_batches(captions, 64, 0, 1)[:300]
-            data = iter(make_pipeline(captions, some, cache))
-            next(data)
-            rate = rate_of(lambda: [None for _ in data], 64 * (len(some) - 1))
-            found["reading_captions_per_second"] = round(rate)
-            found["reading_seconds"] = 64 * len(some) / rate
-        return for_devices(strategy, captions, batches, cache, static)
-
-    train.make_train_step, train.for_devices = watched, reading
-    begun = time.perf_counter()
-    where = {"annotations": "captions.json", "images": "images", "features-dir": "features", "run": "run"}
-    with contextlib.suppress(Enough):
-        train.main([*(f"--{option}={folder / name}" for option, name in where.items()), *arguments])
+def make_annotations(image_paths: list[str], num_captions: int, rng: np.random.Generator) -> dict[str, list]:
+    """Makes captions in COCO's format, whose words are as frequent as Zipf's law has it."""
+    vocabulary = np.array([f"word{i}" for i in range(NUM_WORDS)])
+    weights = 1 / np.arange(1, NUM_WORDS + 1)
+    num_words = sample_lengths(num_captions, rng) - 2  # without <start> and <end>
+    words = rng.choice(vocabulary, num_words.sum(), p=weights / weights.sum())
+    captions = [" ".join(caption_words) for caption_words in np.split(words, np.cumsum(num_words)[:-1])]
     return {
-        "seconds_to_first_step": round(times[0] - begun - found.pop("reading_seconds"), 1),
-        "peak_memory_gib": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 2),
-        **found,
+        "images": [{"id": i, "file_name": path} for i, path in enumerate(image_paths)],
+        "annotations": [{"image_id": i % len(image_paths), "caption": text} for i, text in enumerate(captions)],
     }
 
 
+def make_data(folder: Path, num_images: int, num_captions: int) -> None:
+    """Writes annotations, a cache of features, and empty image files, which are never opened."""
+    rng = np.random.default_rng(0)
+    image_paths = [f"COCO_train2014_{i:012}.jpg" for i in range(num_images)]
+    write_json(folder / "captions.json", make_annotations(image_paths, num_captions, rng))
+    image_dir = folder / "images"
+    image_dir.mkdir()
+    manifest = {"cnn": "InceptionV3", "weights": "imagenet", "image_size": IMAGE_SIZE, "dtype": "float16"}
+    cache = FeatureCache(folder / "features", manifest | {"images": "../images"})
+    for number, image_path in enumerate(image_paths):
+        if number < NUM_FEATURE_FILES:
+            cache.write(image_path, rng.random((NUM_LOCATIONS, NUM_CHANNELS)))
+        else:
+            os.link(cache.path(image_paths[number % NUM_FEATURE_FILES]), cache.path(image_path))
+        if number % MAX_LINKS == 0:
+            empty_file = image_dir / image_path
+            empty_file.touch()
+        else:
+            os.link(empty_file, image_dir / image_path)
+    write_json(cache.folder / MANIFEST_FILE, cache.manifest)
+
+
+# The measurements.
+
+
+def measure_training(folder: Path, train_args: list[str], num_steps: int) -> dict[str, float]:
+    """Runs train.py for some steps.
+
+    Returns:
+        The seconds until the first step is done, and the largest memory of the process, in GiB.
+    """
+    step_times: list[float] = []
+
+    def record_step(state: train.TrainState) -> None:
+        state.progress.get("loss_sum")  # waits for the step
+        step_times.append(time.perf_counter())
+        if len(step_times) == num_steps:
+            raise StopTraining
+
+    data_args = [f"--annotations={folder / 'captions.json'}", f"--images={folder / 'images'}"]
+    start = time.perf_counter()
+    with contextlib.suppress(StopTraining):
+        train.main(
+            [*data_args, f"--features-dir={folder / 'features'}", f"--run={folder / 'run'}", *train_args],
+            on_step=record_step,
+        )
+    return {
+        "seconds_to_first_step": round(step_times[0] - start, 1),
+        "peak_memory_gib": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 2),
+    }
+
+
+def measure_reading(folder: Path) -> float:
+    """Reads the batches that train.py reads, without training; returns the captions per second."""
+    config = DataConfig(annotations=str(folder / "captions.json"), images=str(folder / "images"))
+    examples = data_utils.load_dataset(config).split("train")
+    tokenizer = Tokenizer.load(folder / "run/vocabulary.json")
+    cache = FeatureCache(folder / "features", {"weights": "imagenet", "dtype": "float16"})
+    captions = encode_captions(examples, tokenizer.encode, cache.path)
+    batches = make_epoch_batches(captions, BATCH_SIZE, seed=0, epoch=1)[:NUM_READ_BATCHES]
+    dataset = iter(make_dataset(captions, batches, cache.read))
+    next(dataset)  # starts the threads
+
+    def read_the_rest() -> None:
+        for _ in dataset:
+            pass
+
+    return items_per_second(read_the_rest, sum(map(len, batches[1:])))
+
+
 def main(argv: list[str] | None = None) -> None:
-    """Makes the data, starts the training, and prints what it took."""
-    parser = make_parser(__doc__)
-    parser.add_argument("--pictures", type=at_least(10), default=82_783)
-    parser.add_argument("--captions", type=at_least(20), default=414_000)
-    parser.add_argument("--steps", type=at_least(1), default=50, help="of training (default: 50)")
-    parser.add_argument("rest", nargs="*", help="further options for train.py, after --")
+    """Makes the data, runs the training, and prints what it took."""
+    parser = make_parser(__doc__, "[option ...] [-- option of train.py ...]", prog="python -m benchmarks.memory")
+    parser.add_argument(
+        "--images", type=int_at_least(10), metavar="N", default=82_783, help="images to make (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--captions",
+        type=int_at_least(20),
+        metavar="N",
+        default=414_000,
+        help="captions to make (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--steps", type=int_at_least(1), metavar="N", default=50, help="training steps (default: %(default)s)"
+    )
+    parser.add_argument("train_args", nargs="*", metavar="option", help="further options of train.py, after --")
     args = parser.parse_args(argv)
-    with tempfile.TemporaryDirectory() as folder:
-        make_data(Path(folder), args.pictures, args.captions)
-        found = start_training(Path(folder), args.rest, args.steps)
-    print(json.dumps({"pictures": args.pictures, "captions": args.captions, "steps": args.steps, **found}))
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        make_data(folder, args.images, args.captions)
+        result = measure_training(folder, args.train_args, args.steps)
+        reading = round(measure_reading(folder))
+    result = {"images": args.images, "captions": args.captions, "steps": args.steps, **result}
+    print(json.dumps(result | {"reading_captions_per_second": reading}))
 
 
 if __name__ == "__main__":
-    run_command(main)
+    run_main(main)

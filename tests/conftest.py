@@ -1,52 +1,79 @@
-"""What the tests share: small data of their own, made in a temporary folder. No network, no GPU."""
+"""Fixtures of all tests: small data, made in a temporary folder. No network, no GPU."""
 
+import os
 import random
+
+os.environ["CUDA_VISIBLE_DEVICES"] = "-1"  # before TensorFlow: the tests compare numbers exactly, subprocesses too
 
 import numpy as np
 import pytest
 
-import features
-import model
-from data_utils import Dataset, Example
+from captioning.annotations import Example
+from captioning.cli import Verbosity
+from captioning.feature_cache import FeatureCache
+from data_utils import CaptionDataset
 from tokenizer import Tokenizer
 
 COLOURS = ("red", "green", "blue")
 NOUNS = ("dog", "cat", "bird", "horse")
+MANIFEST = {"cnn": "InceptionV3", "weights": "imagenet", "image_size": 299, "dtype": "float16", "images": "../images"}
+
+
+@pytest.fixture(autouse=True)
+def _verbose(monkeypatch):
+    """Undoes --quiet after a test."""
+    monkeypatch.setattr(Verbosity, "quiet", False)
+
+
+@pytest.fixture
+def rng():
+    return np.random.default_rng(0)
 
 
 @pytest.fixture
 def cache(tmp_path):
     """An empty cache of float16 features."""
-    return features.FeatureCache(
-        tmp_path / "cache",
-        {"cnn": "InceptionV3", "weights": "imagenet", "image_size": 299, "dtype": "float16", "images": "../images"},
-    )
+    return FeatureCache(tmp_path / "cache", MANIFEST)
 
 
-@pytest.fixture
-def dataset(tmp_path, cache):
-    """24 pictures with two captions each and cached features: one location tells the colour, another the noun."""
-    dice, noise = random.Random(0), np.random.default_rng(0)
+@pytest.fixture(scope="session")
+def _examples_and_cache(tmp_path_factory):
+    """24 images with two captions each and cached features: one location tells the colour, another the noun."""
+    cache = FeatureCache(tmp_path_factory.mktemp("small"), MANIFEST)
+    choice, noise = random.Random(0), np.random.default_rng(0)
     examples = []
     for number in range(24):
-        colour, noun = dice.randrange(3), dice.randrange(4)
-        name = f"picture_{number:02}.jpg"
-        values = noise.uniform(0, 0.1, (64, 2048))
-        values[10, 100 * colour : 100 * colour + 100] = values[20, 1000 + 100 * noun : 1100 + 100 * noun] = 1
-        cache.write(name, values)
+        colour, noun = choice.randrange(3), choice.randrange(4)
+        name = f"image_{number:02}.jpg"
+        features = noise.uniform(0, 0.1, (64, 2048))
+        features[10, 100 * colour : 100 * colour + 100] = 1
+        features[20, 1000 + 100 * noun : 1100 + 100 * noun] = 1
+        cache.write(name, features)
         captions = (f"a {COLOURS[colour]} {NOUNS[noun]}", f"there is a {COLOURS[colour]} {NOUNS[noun]} in the picture")
         examples.append(Example(name, captions, number, "train" if number < 16 else "val" if number < 20 else "test"))
-    return Dataset("small", tmp_path / "images", tuple(examples))
+    return tuple(examples), cache
 
 
 @pytest.fixture
-def words(dataset):
+def dataset(tmp_path, cache, _examples_and_cache):
+    """The small dataset; its features are in `cache`."""
+    examples, source = _examples_and_cache
+    cache.folder.mkdir()
+    for example in examples:
+        os.link(source.path(example.image_path), cache.path(example.image_path))
+    return CaptionDataset("small", tmp_path / "images", examples)
+
+
+@pytest.fixture
+def tokenizer(dataset):
     return Tokenizer.fit(caption for example in dataset.split("train") for caption in example.captions)
 
 
 @pytest.fixture
-def small_model(words):
-    import tensorflow as tf
+def small_model(tokenizer):
+    import model
+    from captioning.config import ModelConfig
+    from captioning.quiet_tensorflow import tf
 
     tf.keras.utils.set_random_seed(0)
-    return model.build(model.ModelConfig(vocabulary_size=len(words), embedding_dim=8, units=16))
+    return model.build(ModelConfig(vocab_size=len(tokenizer), embedding_dim=8, units=16))

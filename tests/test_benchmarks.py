@@ -1,91 +1,157 @@
 """Every benchmark runs, with tiny sizes, and its last line is JSON. No speed is tested here."""
 
-import importlib.util
 import json
-from pathlib import Path
 
 import numpy as np
 import pytest
-import tensorflow as tf
 
-TINY = ["--batch-size", "2", "--vocabulary-size", "20", "--units", "4", "--embedding-dim", "3"]
+import model
+from benchmarks import captioning, features, memory, training
+from benchmarks.timing import interleaved_median_rates, items_per_second
+from captioning.config import ModelConfig
+from captioning.losses import gather_targets, masked_cross_entropy
+from captioning.quiet_tensorflow import tf
 
-
-@pytest.fixture(autouse=True)
-def beside_each_other(monkeypatch):
-    """A script finds what lies in its own folder."""
-    monkeypatch.syspath_prepend(Path(__file__).parents[1] / "benchmarks")
-
-
-def benchmark(name):
-    spec = importlib.util.spec_from_file_location(name, Path(__file__).parents[1] / f"benchmarks/{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+SMALL_MODEL = ["--vocab-size", "20", "--units", "4", "--embedding-dim", "3"]
+CONFIG = ModelConfig(vocab_size=30, embedding_dim=5, units=6)
 
 
-def test_training(tmp_path, capsys):
+@pytest.fixture(scope="module")
+def caption_model():
+    return model.build(CONFIG)
+
+
+def read_result(capsys):
+    """Returns what a benchmark printed last."""
+    return json.loads(capsys.readouterr().out.splitlines()[-1])
+
+
+def test_items_per_second_divides_by_the_time(monkeypatch):
+    seconds = iter([10.0, 14.0])
+    monkeypatch.setattr("time.perf_counter", lambda: next(seconds))
+    assert items_per_second(lambda: None, 12) == 3
+
+
+def test_interleaved_median_rates_alternates(capsys):
+    order = []
+
+    def make_variant(name, rates):
+        def measure():
+            order.append(name)
+            return rates.pop(0)
+
+        return measure
+
+    variants = {"a": make_variant("a", [1.0, 9.0, 2.0]), "b": make_variant("b", [5.0, 4.0, 6.0])}
+    assert interleaved_median_rates(variants, 3, "captions") == {"a": 2, "b": 5}
+    assert order == ["a", "b"] * 3
+    assert "a: 9.00 captions/s" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_training_main_compares_variants(tmp_path, capsys):
     path = tmp_path / "captions.csv"
-    path.write_text("image,caption\n" + "".join(f"{i}.jpg,a dog runs {'fast ' * (i % 3)}\n" for i in range(12)))
-    arguments = [*TINY, "--annotations", str(path), "--pictures", "10", "--rounds", "1"]
-    benchmark("training").main([*arguments, "--steps", "2", "--tutorial-steps", "1"])
-    found = json.loads(capsys.readouterr().out.splitlines()[-1])
-    rates = found["captions_per_second"]
-    assert found["ratio"] == pytest.approx(rates["suite"] / rates["tutorial"], rel=0.01)
-    assert (found["captions"], found["longest"]) == (10, 7)
+    path.write_text("image,caption\n" + "".join(f"{i}.jpg,dog {'runs ' * (i % 3)}\n" for i in range(12)))
+    sizes = ["--batch-size", "2", "--images", "10", "--rounds", "1", "--steps", "2", "--tutorial-steps", "1"]
+    variants = ["--variants", "tutorial,plain,fused", "--dropout", "0.1"]
+    training.main([*SMALL_MODEL, *sizes, *variants, "--annotations", str(path)])
+    result = read_result(capsys)
+    rates = result["captions_per_second"]
+    assert list(rates) == ["tutorial", "plain", "fused"]
+    assert result["ratio"] == pytest.approx(rates["plain"] / rates["tutorial"], rel=0.01)
+    for name in ("plain", "fused"):
+        assert result["ratios"][name] == pytest.approx(rates[name] / rates["tutorial"], rel=0.01)
+    assert (result["captions"], result["longest"]) == (10, 5)
 
 
-def test_both_ways_of_training_have_the_same_loss():
-    module = benchmark("training")
-    config = module.model.ModelConfig(30, 5, 6)
-    ours, theirs = module.model.build(config), module.Tutorial(config)
-    pictures = np.random.default_rng(0).random((2, 64, 2048), np.float32)
-    tokens = tf.constant([[2, 5, 6, 7, 3], [2, 5, 8, 3, 0], [2, 9, 3, 0, 0]])
-    batch, picture = tf.gather(pictures, [0, 0, 1]), tf.constant([0, 0, 1])
-    theirs(batch, tokens)
+def test_training_parse_compares_the_default_decoder_with_the_tutorial():
+    args = training.parse([])
+    assert (args.variants, args.dropout, args.jit) == (("tutorial", "fused"), 0, "off")
+
+
+@pytest.mark.parametrize(
+    "argv", [["--variants", "tutorial"], ["--variants", "fused,fast"], ["--variants", "plain,plain"], ["--jit", "on"]]
+)
+def test_training_parse_refuses_what_cannot_be_compared(argv, capsys):
+    with pytest.raises(SystemExit) as stop:
+        training.parse(argv)
+    assert stop.value.code == 2
+    assert f"{argv[0]}: expected " in capsys.readouterr().err
+
+
+@pytest.fixture(scope="module")
+def tutorial_model(caption_model):
+    """The tutorial's model with the weights of `caption_model`."""
+    tutorial = training.TutorialModel(CONFIG)
+    tutorial(tf.zeros((1, 64, 2048)), tf.constant([[2, 3]]))  # builds it
+    decoder = caption_model.decoder
     for name in ("W1", "W2", "V"):
-        getattr(theirs.decoder.attention, name).set_weights(getattr(ours.decoder.attention, name).get_weights())
+        getattr(tutorial.decoder.attention, name).set_weights(getattr(decoder.attention, name).get_weights())
     for name in ("embedding", "gru", "fc1", "fc2"):
-        getattr(theirs.decoder, name).set_weights(getattr(ours.decoder, name).get_weights())
-    theirs.encoder.set_weights(ours.encoder.fc.get_weights())
-    taught = ours(pictures, tokens, picture)
-    losses, _ = module.train.word_losses(taught, module.train.next_words(tokens, taught))
-    assert float(theirs(batch, tokens)) == pytest.approx(float(tf.reduce_sum(losses)) / 3, rel=1e-5)
-    assert len(theirs.trainable_variables) == len(ours.trainable_variables)
+        getattr(tutorial.decoder, name).set_weights(getattr(decoder, name).get_weights())
+    tutorial.encoder.set_weights(caption_model.encoder.fc.get_weights())
+    return tutorial
 
 
-def test_lengths_are_like_those_of_coco():
-    lengths = benchmark("training").draw_lengths(100_000, np.random.default_rng(0))
+@pytest.mark.parametrize("fused", [False, True], ids=["plain", "fused"])
+def test_training_variants_have_the_same_loss(caption_model, tutorial_model, fused, rng, monkeypatch):
+    monkeypatch.setattr(caption_model.decoder, "fused", fused)
+    features = rng.random((2, 64, 2048), np.float32)
+    image_index = tf.constant([0, 0, 1])
+    tokens = tf.constant([[2, 5, 6, 7, 3], [2, 5, 8, 3, 0], [2, 9, 3, 0, 0]])
+    outputs = caption_model(features, tokens, image_index)
+    losses, _ = masked_cross_entropy(outputs.logits, gather_targets(tokens, outputs.positions))
+    tutorial_loss = float(tutorial_model(tf.gather(features, image_index), tokens))
+    assert tutorial_loss == pytest.approx(float(tf.reduce_sum(losses)) / 3, rel=1e-5)
+    assert len(tutorial_model.trainable_variables) == len(caption_model.trainable_variables)
+
+
+def test_flop_per_caption_counts_the_products(caption_model):
+    decoder = caption_model.decoder
+    step = [decoder.attention.W2, decoder.fc1, decoder.fc2]
+    step_size = sum(int(np.prod(layer.kernel.shape)) for layer in step)
+    step_size += int(np.prod(decoder.gru.kernel.shape)) + int(np.prod(decoder.gru.recurrent_kernel.shape))
+    image_size = 4 * int(np.prod(caption_model.encoder.fc.kernel.shape))
+    image_size += 6 * int(np.prod(decoder.attention.W1.kernel.shape))
+    assert training.flop_per_caption(CONFIG, 7.5) == 64 * image_size + 6 * 7.5 * step_size
+
+
+def test_sample_lengths_are_those_of_coco(rng):
+    lengths = training.sample_lengths(100_000, rng)
     assert lengths.mean() == pytest.approx(12.5, abs=0.05)
     assert (lengths.min(), lengths.max()) == (10, 49)
 
 
-def test_captioning(capsys):
-    arguments = [*TINY, "--pictures", "3", "--tutorial-pictures", "2", "--rounds", "1", "--skip-process"]
-    benchmark("captioning").main(arguments)
-    found = json.loads(capsys.readouterr().out.splitlines()[-1])
-    rates = found["captions_per_second"]
-    assert found["ratio"]["greedy"] == pytest.approx(rates["greedy"] / rates["tutorial"], abs=0.1)
+@pytest.mark.slow
+def test_captioning_main_compares_searches(capsys):
+    sizes = ["--batch-size", "2", "--images", "3", "--tutorial-images", "2", "--rounds", "1"]
+    captioning.main([*SMALL_MODEL, *sizes, "--skip-process"])
+    result = read_result(capsys)
+    rates = result["captions_per_second"]
+    assert result["ratio"]["greedy"] == pytest.approx(rates["greedy"] / rates["tutorial"], abs=0.1)
     assert set(rates) == {"greedy", "beam 5", "tutorial"}
 
 
-def test_both_ways_of_captioning_say_the_same():
-    module = benchmark("captioning")
-    captioner = module.model.build(module.model.ModelConfig(30, 5, 6))
-    pictures = np.random.default_rng(0).random((5, 64, 2048), np.float32)
-    assert module.suite_captions(captioner, pictures, 2, 1) == module.tutorial_captions(captioner, pictures)
+def test_captioning_variants_have_the_same_captions(caption_model, rng):
+    features = rng.random((3, 64, 2048), np.float32)
+    expected = captioning.tutorial_captions(caption_model, features)
+    assert captioning.project_captions(caption_model, features, batch_size=2, beam_size=1) == expected
 
 
-def test_features(capsys):
-    benchmark("features").main(["--pictures", "4", "--batch-sizes", "2", "--rounds", "1"])
-    found = json.loads(capsys.readouterr().out.splitlines()[-1])
-    rates = found["pictures_per_second"]
-    assert found["share_of_cnn"] == pytest.approx(rates["suite"] / rates["cnn"], abs=0.01)
+@pytest.mark.slow
+def test_features_main_compares_with_the_cnn(capsys):
+    features.main(["--images", "4", "--batch-sizes", "2", "--rounds", "1"])
+    result = read_result(capsys)
+    rates = result["images_per_second"]
+    assert result["share_of_cnn"] == pytest.approx(rates["project"] / rates["cnn"], abs=0.01)
+    assert set(rates) == {"project", "cnn", "tutorial"}
 
 
-def test_memory(capsys):
-    arguments = ["--pictures", "250", "--captions", "1250", "--steps", "2", "--"]
-    benchmark("memory").main([*arguments, "--vocabulary-size", "20", "--units", "4", "--embedding-dim", "3"])
-    found = json.loads(capsys.readouterr().out.splitlines()[-1])
-    assert (found["pictures"], found["captions"], found["steps"]) == (250, 1250, 2)
-    assert found["peak_memory_gib"] > 0.1 and found["reading_captions_per_second"] > 0 < found["seconds_to_first_step"]
+@pytest.mark.slow
+def test_memory_main_stops_after_some_steps(capsys):
+    memory.main(["--images", "250", "--captions", "1250", "--steps", "2", "--", *SMALL_MODEL])
+    result = read_result(capsys)
+    assert (result["images"], result["captions"], result["steps"]) == (250, 1250, 2)
+    assert result["peak_memory_gib"] > 0.1
+    assert result["reading_captions_per_second"] > 0
+    assert result["seconds_to_first_step"] > 0

@@ -3,76 +3,22 @@ import json
 import numpy as np
 import pytest
 
-import demo
 import evaluate
-from common import InputError
-from data_utils import Example
-from inference import Caption
+import inference
+from captioning import metrics
+from captioning.annotations import Example
+from captioning.cli import InputError
+from captioning.config import DataConfig, DecodeConfig, RunConfig, TrainConfig
+from captioning.files import write_json
+from captioning.quiet_tensorflow import tf
+from inference import Caption, Captioner
+from tokenizer import split_words
 
 REFERENCES = [
     ["A dog runs on the grass.", "the brown dog is running"],
     ["A cat sleeps on a bed .", "a sleeping cat"],
     ["two men", "men"],
 ]
-
-
-def test_a_perfect_caption_scores_full_marks():
-    scores = evaluate.score(REFERENCES[:2], ["a dog runs on the grass", "A cat sleeps on a bed"], java=False)
-    assert [scores[f"BLEU-{n}"] for n in (1, 2, 3, 4)] == [100] * 4
-    assert scores["ROUGE-L"] == 100 and scores["CIDEr"] > 100
-    assert "METEOR" not in scores
-
-
-def test_bleu_by_hand():
-    # 3 of 4 words match; of 3 pairs "a dog" and "dog runs"; the reference is 6 words long: exp(1 - 6 / 4).
-    scores = evaluate.score([["a dog runs on the grass"]], ["a dog runs fast"], java=False)
-    brevity = np.exp(1 - 6 / 4)
-    assert scores["BLEU-1"] == pytest.approx(100 * brevity * 3 / 4, abs=0.01)
-    assert scores["BLEU-2"] == pytest.approx(100 * brevity * np.sqrt(3 / 4 * 2 / 3), abs=0.01)
-
-
-def test_wrong_captions_score_less():
-    right = evaluate.score(REFERENCES, ["a dog runs on the grass", "a cat sleeps", "two men"], java=False)
-    wrong = evaluate.score(REFERENCES, ["two men", "a dog runs on the grass", "a cat sleeps"], java=False)
-    assert all(wrong[name] < right[name] for name in right)
-
-
-@pytest.mark.skipif(not evaluate.has_java(), reason="METEOR needs Java")
-def test_meteor_with_java():
-    scores = evaluate.score(REFERENCES, ["a dog runs on the grass", "a cat sleeps", "two men"], java=True)
-    assert 30 < scores["METEOR"] <= 100
-
-
-@pytest.mark.skipif(not evaluate.has_java(), reason="METEOR needs Java")
-def test_meteor_that_cannot_run_is_said_and_hangs_nothing(monkeypatch, tmp_path):
-    from pycocoevalcap.meteor import meteor
-
-    monkeypatch.setattr(meteor, "METEOR_JAR", str(tmp_path / "none.jar"))
-    with pytest.raises(evaluate.JavaError, match="METEOR's Java program failed"):
-        evaluate.meteor({0: ["a dog"]}, {0: ["a dog"]})
-    (tmp_path / "a b").mkdir()
-    monkeypatch.setattr(meteor, "__file__", str(tmp_path / "a b/meteor.py"))
-    with pytest.raises(evaluate.JavaError, match="a folder with a space in its path"):
-        evaluate.meteor({0: ["a dog"]}, {0: ["a dog"]})
-
-
-@pytest.mark.parametrize("broken", [False, True])
-def test_without_java_the_other_scores_and_what_to_do(monkeypatch, capsys, broken):
-    def stopped(*_):
-        raise evaluate.JavaError("METEOR stopped")
-
-    tokenize = evaluate.tokenize
-    monkeypatch.setattr(evaluate, "has_java", lambda: broken)
-    monkeypatch.setattr(evaluate, "meteor", stopped)
-    monkeypatch.setattr(evaluate, "tokenize", lambda texts, java: tokenize(texts, java=False))
-    scores, tokenizer = evaluate.score_anywhere(REFERENCES, ["a dog runs", "a cat sleeps", "two men"])
-    assert tokenizer == ("PTB" if broken else "plain") and "METEOR" not in scores and len(scores) == 6
-    said = capsys.readouterr().err.splitlines()[-1]
-    assert "apt-get install default-jre-headless" in said and ("METEOR stopped" in said) == broken
-
-
-# Results made elsewhere.
-
 EXAMPLES = [Example(f"{i}.jpg", tuple(captions), 100 + i, "val") for i, captions in enumerate(REFERENCES)]
 RESULTS = [
     {"image_id": 102, "caption": "two men"},
@@ -81,25 +27,109 @@ RESULTS = [
 ]
 
 
-def test_results_are_scored_by_their_ids(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(evaluate, "has_java", lambda: False)
-    path = tmp_path / "results.json"
-    others = [
-        {"image_id": "102", "caption": "two\r\nmen"},
-        *RESULTS[1:],
-        {"image_id": 7, "caption": "of another split"},
+@pytest.fixture(autouse=True)
+def _no_java(monkeypatch):
+    """Java takes seconds, and what it computes is tested in test_metrics.py."""
+    monkeypatch.setattr(metrics, "has_java", lambda: False)
+
+
+@pytest.fixture
+def captioner(tmp_path, dataset, cache, tokenizer, small_model):
+    """A run with the untrained small_model."""
+    config = RunConfig(
+        model=small_model.config,
+        train=TrainConfig(),
+        data=DataConfig(),
+        features={**cache.manifest, "folder": str(cache.folder)},
+        unreadable_images=(),
+        data_fingerprint=dataset.fingerprint,
+        vocabulary_sha256="",
+    )
+    write_json(cache.folder / "features.json", cache.manifest)
+    (tmp_path / "run").mkdir()
+    return Captioner(small_model, tokenizer, config, tmp_path / "run")
+
+
+# Captions of a split.
+
+
+def test_generate_captions_equals_captions_of_single_images(small_model, tokenizer, cache, dataset):
+    examples = dataset.split("train")
+    captions = evaluate.generate_captions(small_model, tokenizer, cache, examples, batch_size=5)
+    features = cache.read(tf.constant([str(cache.path(example.image_path)) for example in examples]))
+    expected = [inference.decode_captions(small_model, tokenizer, features[i : i + 1])[0] for i in range(len(examples))]
+    assert [caption.text for caption in captions] == [caption.text for caption in expected]
+
+
+def test_generate_captions_divides_the_batch_by_the_beam(small_model, tokenizer, cache, dataset, monkeypatch):
+    batch_sizes = []
+
+    def decode_captions(model, tokenizer, features, config):
+        batch_sizes.append(len(features))
+        assert config == DecodeConfig(4, 0.5)
+        return []
+
+    monkeypatch.setattr(inference, "decode_captions", decode_captions)
+    evaluate.generate_captions(small_model, tokenizer, cache, dataset.split("train"), 24, DecodeConfig(4, 0.5))
+    assert batch_sizes == [6, 6, 4]
+    evaluate.generate_captions(small_model, tokenizer, cache, dataset.split("val"), 2, DecodeConfig(4, 0.5))
+    assert batch_sizes[3:] == [1] * 4
+
+
+def test_unfinished_ratio_of_collapsed_model():
+    captions = [
+        Caption(("a", "dog"), (1.0, 1.0), np.zeros((2, 64)), finished) for finished in (True, True, True, False)
     ]
-    path.write_text(json.dumps(others))
-    metrics = evaluate.score_file(path, EXAMPLES)
-    expected = evaluate.score(REFERENCES, ["a dog runs on the grass", "a cat sleeps", "two men"], java=False)
-    assert metrics["scores"] == expected and metrics["distinct captions"] == 100
-    assert "1 captions of other pictures are left out" in capsys.readouterr().err
+    assert evaluate.unfinished_ratio(captions) == 25.0
+
+
+# A run.
+
+
+def test_score_run_returns_metrics_and_results(captioner, dataset):
+    examples = dataset.split("val")
+    scored, results = evaluate.score_run(captioner, examples)
+    assert list(scored) == [
+        "run",
+        "beam_size",
+        "length_penalty",
+        "tokenizer",
+        "scores",
+        "distinct captions",
+        "unfinished captions",
+    ]
+    assert (scored["run"], scored["beam_size"], scored["length_penalty"]) == (str(captioner.run), 1, 1.0)
+    assert [row["image_id"] for row in results] == [example.image_id for example in examples]
+    texts, references = [row["caption"] for row in results], [list(example.captions) for example in examples]
+    assert scored["scores"] == metrics.score(references, texts, java=False, split_words=split_words)
+    assert scored["tokenizer"] == "plain"
+
+
+def test_score_run_refuses_missing_features(captioner, dataset, cache):
+    examples = dataset.split("val")
+    cache.path(examples[1].image_path).unlink()
+    with pytest.raises(InputError, match=r"the features of 1 images are missing .*image_17\.jpg.* run features\.py"):
+        evaluate.score_run(captioner, examples)
+
+
+# Results made elsewhere.
+
+
+def test_score_file_matches_captions_by_image_id(tmp_path, capsys):
+    path = tmp_path / "results.json"
+    rows = [{"image_id": "102", "caption": "two\r\nmen"}, *RESULTS[1:], {"image_id": 7, "caption": "of another split"}]
+    path.write_text(json.dumps(rows))
+    scored = evaluate.score_file(path, EXAMPLES)
+    texts = ["a dog runs on the grass", "a cat sleeps", "two men"]
+    assert scored["scores"] == metrics.score(REFERENCES, texts, java=False, split_words=split_words)
+    assert scored["distinct captions"] == 100
+    assert "1 captions of other images are left out" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (RESULTS[:2], "no caption of 1 of the 3 pictures, the first with image_id 101"),
+        (RESULTS[:2], "no caption of 1 of the 3 images, the first with image_id 101"),
         ([*RESULTS, RESULTS[0]], "found two of image_id 102"),
         ([{"image_id": 100, "caption": "half a \ud800"}], "caption of image_id 100 is not Unicode text"),
         ({"annotations": RESULTS}, "not COCO results"),
@@ -107,28 +137,91 @@ def test_results_are_scored_by_their_ids(tmp_path, monkeypatch, capsys):
         ([{"image_id": [1], "caption": "a dog"}], "not COCO results"),
     ],
 )
-def test_bad_results(tmp_path, content, message):
+def test_score_file_refuses_bad_results(tmp_path, content, message):
     path = tmp_path / "results.json"
     path.write_text(json.dumps(content))
     with pytest.raises(InputError, match=message):
         evaluate.score_file(path, EXAMPLES)
 
 
-def test_a_collapsed_model_is_seen():
-    captions = [Caption(("a", "dog"), (1.0, 1.0), np.zeros((2, 64)), ended) for ended in (True, True, True, False)]
-    assert evaluate.distinct([caption.text for caption in captions]) == 25.0
-    assert evaluate.never_ended(captions) == 25.0
+# The command.
 
 
-def test_noun_attention_by_hand():
-    attention = np.zeros((3, 64))
-    attention[2, 0] = 0.75  # the location in the upper left corner
-    attention[2, 63] = 0.25
-    drawn = [
-        {"colour": "red", "noun": "circle", "box": [0, 0, 299 / 8, 299 / 16]},  # the upper half of that location
-        {"colour": "blue", "noun": "circle", "box": [0, 0, 299, 299]},
-    ]
-    caption = Caption(("a", "red", "circle"), (1.0,) * 3, attention, True)
-    assert demo.noun_attention(caption, drawn) == [(pytest.approx(0.75 / 2), pytest.approx(0.5 / 64))]
-    other = Caption(("a", "green", "circle"), (1.0,) * 3, attention, True)
-    assert demo.noun_attention(other, drawn) == [], "a shape that is not there has no box"
+def test_main_writes_captions_and_metrics_of_a_run(captioner, dataset, monkeypatch, capsys):
+    def load(run, config):
+        return Captioner(captioner.model, captioner.tokenizer, captioner.config, run, config)
+
+    monkeypatch.setattr(Captioner, "load", load)
+    monkeypatch.setattr(inference, "load_run_dataset", lambda config, with_images=True: dataset)
+    evaluate.main(["--run", str(captioner.run), "--beam-size", "2", "--length-penalty", "0.5"])
+    written = json.loads((captioner.run / "metrics_val_beam2.json").read_text())
+    assert (written["split"], written["images"], written["beam_size"], written["length_penalty"]) == ("val", 4, 2, 0.5)
+    results = json.loads((captioner.run / "captions_val_beam2.json").read_text())
+    assert [row["image_id"] for row in results] == [16, 17, 18, 19]
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == f"{captioner.run}, val: 4 images"
+    printed = {line[:-6].strip(): float(line[-6:]) for line in lines[1:]}
+    ratios = {name: written[name] for name in ("distinct captions", "unfinished captions")}
+    assert printed == {name: round(value, 1) for name, value in (written["scores"] | ratios).items()}
+    assert list(printed) == [*written["scores"], *ratios]
+    evaluate.main(["--run", str(captioner.run), "--split", "all"])
+    assert len(json.loads((captioner.run / "captions_all.json").read_text())) == 24
+    assert json.loads((captioner.run / "metrics_all.json").read_text())["images"] == 24
+
+
+def test_main_scores_results_against_a_run(captioner, dataset, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(evaluate, "read_config", lambda run: captioner.config)
+    monkeypatch.setattr(inference, "load_run_dataset", lambda config, with_images: dataset)
+    path = tmp_path / "mine.json"
+    rows = [{"image_id": example.image_id, "caption": example.captions[0]} for example in dataset.split("val")]
+    path.write_text(json.dumps(rows))
+    evaluate.main(["--run", str(captioner.run), "--results", str(path)])
+    written = json.loads((tmp_path / "mine_metrics_val.json").read_text())
+    assert written["scores"]["BLEU-3"] == 100 and written["references"] == str(captioner.run)
+    assert (written["results"], written["split"], written["images"]) == (str(path), "val", 4)
+    out = capsys.readouterr().out
+    assert f"{path}, val: 4 images" in out and "distinct captions" in out and "unfinished captions" not in out
+
+
+def test_main_scores_results_against_other_data(tmp_path, monkeypatch):
+    annotations, path = tmp_path / "captions.csv", tmp_path / "mine.json"
+    lines = [f"{i}.jpg,{caption}\n" for i, captions in enumerate(REFERENCES * 4) for caption in captions]
+    annotations.write_text("image,caption\n" + "".join(lines))
+    path.write_text(json.dumps([{"image_id": i, "caption": "a dog"} for i in range(12)]))
+    evaluate.main(["--results", str(path), "--annotations", str(annotations)])
+    written = json.loads((tmp_path / "mine_metrics_all.json").read_text())
+    assert (written["references"], written["split"], written["images"]) == (str(annotations), "all", 12)
+    assert written["distinct captions"] == 8.3
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--annotations", "captions.json"], "data can be named for --results FILE only"),
+        (["--results", "r.json", "--beam-size", "3"], "--results holds captions already"),
+        (["--results", "r.json", "--length-penalty", "0"], "--results holds captions already"),
+        (["--results", "r.json", "--val-fraction", "0.5"], "expected --dataset or --annotations"),
+        (["--results", "r.json", "--dataset", "coco", "--run", "run"], "found both"),
+    ],
+)
+def test_parse_refuses_options_that_contradict(arguments, message):
+    with pytest.raises(InputError, match=message):
+        evaluate.parse(arguments)
+
+
+def test_parse_refuses_negative_length_penalty(capsys):
+    with pytest.raises(SystemExit):
+        evaluate.parse(["--length-penalty", "-1"])
+    assert "expected a number of at least 0, found '-1'" in capsys.readouterr().err
+
+
+def test_parse_chooses_split():
+    assert evaluate.parse([]).split == "val" and evaluate.parse(["--results", "r.json"]).split == "val"
+    assert evaluate.parse(["--results", "r.json", "--dataset", "coco"]).split == "all"
+    assert evaluate.parse(["--results", "r.json", "--dataset", "coco", "--split", "test"]).split == "test"
+
+
+def test_main_without_pycocoevalcap_is_an_error(monkeypatch):
+    monkeypatch.setattr(evaluate, "has_pycocoevalcap", lambda: False)
+    with pytest.raises(InputError, match="pip install pycocoevalcap"):
+        evaluate.main([])

@@ -1,263 +1,402 @@
-import itertools
+import dataclasses
+import functools
+import json
+from pathlib import Path
 
 import numpy as np
 import pytest
-import tensorflow as tf
 from PIL import Image
 
+import data_utils
+import features
 import inference
-import plots
-import search
-from common import InputError
-from model import Encoded
-from tokenizer import END, SPECIAL, START, Tokenizer
-
-WORDS = Tokenizer((*SPECIAL, "a", "dog", "cat", "runs"))
-A, DOG, CAT, RUNS = range(4, 8)
-
-
-class FakeCaptioner:
-    """A model whose captions are known: each word has one most probable next word, which the picture can change.
-
-    Always prefers <unk> to all others, which must never be said.
-    """
-
-    class config:
-        vocabulary_size = 8
-
-    class decoder:
-        @staticmethod
-        def initial_state(batch):
-            return tf.zeros((batch, 1))
-
-    def __init__(self, after):
-        self.after = tf.constant(after)  # (pictures' kinds, vocabulary), the next word
-
-    def encode(self, pictures):
-        return Encoded(pictures, pictures)
-
-    def step(self, token, state, encoded):
-        kind = tf.cast(encoded.features[:, 0, 0], tf.int32)
-        following = tf.gather_nd(self.after, tf.stack([kind, token], axis=1))
-        logits = 3 * tf.one_hot(following, 8) + tf.one_hot([1] * 8, 8)[0] * 9
-        weights = tf.one_hot(tf.cast(state[:, 0], tf.int32), 64)  # looks at location 0, then 1, ...
-        return logits, state + 1, weights
-
-
-def pictures(*kinds):
-    return tf.ones((len(kinds), 64, 4)) * tf.constant(kinds, tf.float32)[:, None, None]
-
-
-AFTER = [
-    [0, 0, A, 0, DOG, END, 0, 0],  # <start> a dog <end>
-    [0, 0, CAT, 0, 0, 0, RUNS, END],  # <start> cat runs <end>
-    [0, 0, RUNS, 0, 0, 0, 0, RUNS],  # runs runs runs ...
-    [0, 0, END, 0, 0, 0, 0, 0],  # <end> at once
-]
-
-
-def test_greedy_captions_known_by_hand():
-    captions = inference.caption_features(FakeCaptioner(AFTER), WORDS, pictures(0, 1, 2, 3, 0))
-    assert [caption.text for caption in captions] == ["a dog", "cat runs", "runs " * 49 + "runs", "", "a dog"]
-    assert [caption.ended for caption in captions] == [True, True, False, True, True]
-    assert all(c.attention.shape == (len(c.words), 64) and len(c.probabilities) == len(c.words) for c in captions)
-    assert captions[0].attention.argmax(1).tolist() == [0, 1], "a word must be shown with its own step's attention"
-    expected = np.exp(3) / (np.exp(3) + 4)  # of the five words that may be said
-    np.testing.assert_allclose(captions[0].probabilities, expected, rtol=1e-5)
-
-
-def test_decoding_stops_when_all_captions_have_ended():
-    tokens, _, _ = search.greedy_search(FakeCaptioner(AFTER), pictures(0, 3))
-    assert tokens.numpy().tolist() == [[A, DOG, END], [END, 0, 0]]
-
-
-class Markov(FakeCaptioner):
-    """A model whose next word depends on the last one alone, with probabilities given by hand."""
-
-    def __init__(self, table):
-        table = np.where(table.sum(axis=1, keepdims=True) > 0, table, 1)  # words that are never said
-        self.table = tf.math.log(tf.constant(table, tf.float32))  # (vocabulary, vocabulary)
-
-    def step(self, token, state, encoded):
-        # Looks at the location whose number is the last word's, so that looks can be told from those of others.
-        return tf.gather(self.table, token), state + 1, tf.one_hot(token, 64)
-
-
-def table(**rows):
-    """Probabilities of the next words: <end>, a, dog, cat, runs."""
-    result = np.zeros((8, 8))
-    for word, row in rows.items():
-        result[START if word == "start" else WORDS.ids[word], END:] = row
-    return result
-
-
-#                                <end>  a    dog  cat  runs
-GARDEN = table(start=[0.0, 0.6, 0.0, 0.4, 0.0], a=[0.1, 0.0, 0.5, 0.4, 0.0], dog=[0.5, 0, 0, 0, 0.5])
-GARDEN += table(cat=[0.9, 0, 0, 0, 0.1], runs=[1.0, 0, 0, 0, 0])
-
-
-def test_beam_search_by_hand():
-    """Greedy says "a dog" (0.6 * 0.5 * 0.5 = 0.15); "cat" (0.4 * 0.9 = 0.36) is more probable."""
-    captions = lambda size, penalty: inference.caption_features(Markov(GARDEN), WORDS, pictures(0, 0), size, penalty)
-    assert captions(1, 0.0)[0].text == "a dog"
-    first, second = captions(2, 0.0)
-    assert first.text == second.text == "cat" and first.ended
-    np.testing.assert_allclose(first.probabilities, [0.4], rtol=1e-5)
-    assert first.attention.argmax(axis=1).tolist() == [START]
-    # With three places, "a cat" (0.6 * 0.4 * 0.9 = 0.216) is followed too. <end> counted, its mean log p is
-    # log 0.216 / 3 = log 0.6, and that of "cat" is log 0.36 / 2 = log 0.6: above a penalty of 1 the longer one wins.
-    longer = captions(3, 1.1)[0]
-    assert longer.text == "a cat"
-    np.testing.assert_allclose(longer.probabilities, [0.6, 0.4], rtol=1e-5)
-    assert longer.attention.argmax(axis=1).tolist() == [START, A], "looks must follow the words to their new places"
-    assert captions(3, 0.9)[0].text == "cat"
-
-
-def test_a_caption_that_has_ended_keeps_its_place():
-    """ "a" (0.3) stays although "a dog cat" and "a dog runs" (0.35) are more probable for a while."""
-    after = table(start=[0, 1, 0, 0, 0], a=[0.3, 0, 0.7, 0, 0], dog=[0, 0, 0, 0.5, 0.5])
-    after += table(cat=[0.2, 0.2, 0.2, 0.2, 0.2], runs=[0.2, 0.2, 0.2, 0.2, 0.2])
-    assert inference.caption_features(Markov(after), WORDS, pictures(0), 2, 0.0)[0].text == "a"
-
-
-def test_places_that_continue_nothing_are_free_again():
-    """Only two words can come first, and six captions go on from them, of which the sixth wins."""
-    after = table(start=[0, 0.6, 0, 0.4, 0], a=[0, 0.3, 0.3, 0.2, 0.2], cat=[0, 0.6, 0.4, 0, 0])
-    after += table(dog=[0.5, 0, 0.5, 0, 0], runs=[1, 0, 0, 0, 0])
-    assert inference.caption_features(Markov(after), WORDS, pictures(0), 6, 0.0)[0].text == "a runs"
-    assert inference.caption_features(Markov(after), WORDS, pictures(0), 5, 0.0)[0].text == "a dog"
-
-
-def exhaustive(probabilities, longest, penalty):
-    """The best of all captions of up to `longest` words, <end> included; those that end come first."""
-    best = (-np.inf, ())
-    for length in range(1, longest + 1):
-        for middle in itertools.product(range(END + 1, 8), repeat=length - 1):
-            path = (START, *middle, END)
-            with np.errstate(divide="ignore"):
-                score = sum(np.log(probabilities[i, j]) for i, j in itertools.pairwise(path)) / length**penalty
-            best = max(best, (score, path[1:]))
-    return best[1]
-
-
-@pytest.mark.parametrize("penalty", [0.0, 0.7, 1.0, 2.0])
-def test_a_beam_wide_enough_finds_the_best_of_all_captions(penalty):
-    dice = np.random.default_rng(7)
-    for _ in range(4):
-        probabilities = np.zeros((8, 8))
-        probabilities[2:, END:] = dice.dirichlet([0.5] * 5, size=6)
-        tokens, _, _ = search.beam_search(Markov(probabilities), pictures(0), 400, penalty, max_words=4)
-        row = tokens.numpy()[0]
-        assert tuple(row[row > 0]) == exhaustive(probabilities, 4, penalty)
+import model
+from captioning.cli import InputError
+from captioning.config import DataConfig, DecodeConfig, RunConfig, TrainConfig
+from captioning.decoding import DecodedBatch, decode
+from captioning.plots import MAX_GRID_IMAGES
+from captioning.quiet_tensorflow import tf
+from captioning.run_folder import init_run_dir, latest_run, read_config
+from captioning.special_tokens import END_ID, SPECIAL_TOKENS
+from inference import Caption, Captioner, ResultWriter, load_run
+from tokenizer import Tokenizer
 
 
 @pytest.fixture
-def lively(small_model, dataset, cache):
-    """Features of all pictures, and small_model with random weights so large that their captions differ."""
-    for variable in small_model.trainable_variables:
-        variable.assign(variable * 4)
-    paths = [str(cache.path(example.image)) for example in dataset.examples]
-    return cache.read(tf.constant(paths))
-
-
-def test_a_beam_of_one_is_greedy(small_model, lively):
-    greedy = search.greedy_search(small_model, lively)
-    beam = search.beam_search(small_model, lively, 1, 0.7)
-    assert len({tuple(row) for row in greedy[0].numpy()}) > 5
-    np.testing.assert_array_equal(greedy[0], beam[0])
-    real = greedy[0].numpy() > 0  # behind <end> nothing counts
-    np.testing.assert_allclose(greedy[1][real], beam[1][real], rtol=1e-4)
-    np.testing.assert_allclose(greedy[2][real], beam[2][real], rtol=1e-4, atol=1e-6)
-
-
-def test_a_wider_beam_is_more_probable_and_the_same_in_any_batch(small_model, lively):
-    log_p = lambda found: np.log(np.where(found[0] > 0, found[1], 1)).sum(axis=1)
-    greedy, beam = search.greedy_search(small_model, lively), search.beam_search(small_model, lively, 5, 0.0)
-    assert log_p(beam).mean() > log_p(greedy).mean() + 0.1
-    alone = search.beam_search(small_model, lively[3:4], 5, 0.0)
-    length = alone[0].shape[1]
-    np.testing.assert_array_equal(alone[0][0], beam[0][3, :length])
-    assert not beam[0].numpy()[3, length:].any()
-
-
-def test_a_beams_probabilities_and_attention_are_those_of_teacher_forcing(small_model, lively):
-    tokens, probabilities, looks = search.beam_search(small_model, lively, 5, 0.7)
-    taught = small_model(lively, tf.pad(tokens, [[0, 0], [1, 0]], constant_values=START))
-    sayable = tf.where(
-        search.never_said(small_model.config.vocabulary_size), -np.inf, tf.gather(taught.logits, taught.beginning)
+def run(tmp_path, dataset, cache, tokenizer, small_model):
+    """The folder of a run with the untrained small_model."""
+    config = RunConfig(
+        model=small_model.config,
+        train=TrainConfig(),
+        data=DataConfig(),
+        features={**cache.manifest, "folder": str(cache.folder)},
+        unreadable_images=(),
+        data_fingerprint=dataset.fingerprint,
+        vocabulary_sha256="",
     )
-    said = lambda values: tf.gather_nd(values, taught.place)
-    expected = tf.gather(tf.nn.softmax(sayable), said(tokens), batch_dims=1)
-    assert len(expected) == np.count_nonzero(tokens)
-    np.testing.assert_allclose(said(probabilities), expected, rtol=1e-3)
-    np.testing.assert_allclose(said(looks), taught.weights, rtol=1e-3, atol=1e-6)
+    run = tmp_path / "runs/small"
+    init_run_dir(run, config, tokenizer.save, "imagenet")
+    tf.train.CheckpointManager(tf.train.Checkpoint(model=small_model), str(run / "checkpoints/best"), 1).save()
+    return run
 
 
-def test_a_beam_that_never_ends_gives_its_best_so_far():
-    endless = table(start=[0, 0.4, 0.6, 0, 0], a=[0, 1, 0, 0, 0], dog=[0, 0, 0.4, 0.6, 0], cat=[0, 0, 1, 0, 0])
-    caption = inference.caption_features(Markov(endless), WORDS, pictures(0), 3)[0]
-    assert len(caption.words) == search.MAX_WORDS and not caption.ended
-    assert caption.words[:3] == ("a", "a", "a"), (
-        "0.4 in all; greedy says dog, after which every way grows less and less probable"
+def extract_mean(pixels, training=False):
+    """Stands for InceptionV3: the mean brightness of an image, in all its features."""
+    mean = tf.reduce_mean(tf.cast(pixels, tf.float32), axis=(1, 2, 3))
+    return tf.ones((tf.shape(pixels)[0], 64, 2048)) * mean[:, tf.newaxis, tf.newaxis] / 255
+
+
+build_once = functools.cache(model.build)  # of one size, so that its decoding is compiled once
+
+
+def decode_three_words(model, image_features, config):
+    """Decodes with the real model, and cuts its captions: an untrained model goes on to 50 words, slow to plot."""
+    return DecodedBatch(*(tensor[:, :3] for tensor in decode(model, image_features, config)))
+
+
+@pytest.fixture
+def fast_run(run, monkeypatch):
+    """The run, with short captions and without InceptionV3."""
+    monkeypatch.setattr(features, "build_feature_extractor", lambda cnn_weights: extract_mean)
+    monkeypatch.setattr(model, "build", build_once)
+    monkeypatch.setattr(inference, "decode", decode_three_words)
+    return run
+
+
+@pytest.fixture
+def captioner(fast_run):
+    return Captioner.load(fast_run)
+
+
+@pytest.fixture
+def photo(tmp_path):
+    path = tmp_path / "photo.jpg"
+    Image.new("RGB", (50, 30), "red").save(path)
+    return path
+
+
+# Captions.
+
+
+def test_to_captions_ends_at_end_token():
+    tokenizer = Tokenizer((*SPECIAL_TOKENS, "a", "dog"))
+    decoded = DecodedBatch(
+        tokens=tf.constant([[4, 5, END_ID, 0], [END_ID, 0, 0, 0], [5, 5, 5, 5]]),
+        probabilities=tf.reshape(tf.range(12.0), (3, 4)),
+        attention=tf.reshape(tf.range(12.0 * 64), (3, 4, 64)),
     )
-    ends = table(start=[0.001, 0.999, 0, 0, 0], a=[0, 1, 0, 0, 0])
-    caption = inference.caption_features(Markov(ends), WORDS, pictures(0), 2)[0]
-    assert caption.words == () and caption.ended, "a caption that has ended comes before one that has not"
+    captions = inference.to_captions(decoded, tokenizer)
+    assert [caption.words for caption in captions] == [("a", "dog"), (), ("dog",) * 4]
+    assert [caption.text for caption in captions] == ["a dog", "", "dog dog dog dog"]
+    assert [caption.finished for caption in captions] == [True, True, False]
+    assert [caption.probabilities for caption in captions] == [(0, 1), (), (8, 9, 10, 11)]
+    assert [caption.attention.shape for caption in captions] == [(2, 64), (0, 64), (4, 64)]
+    np.testing.assert_array_equal(captions[2].attention, decoded.attention[2])
 
 
-def test_batches_and_single_pictures_agree(small_model, words, dataset, cache):
-    paths = [str(cache.path(example.image)) for example in dataset.examples[:6]]
-    values = cache.read(tf.constant(paths))
-    together = inference.caption_features(small_model, words, values)
-    alone = [inference.caption_features(small_model, words, values[i : i + 1])[0] for i in range(6)]
-    assert [caption.text for caption in together] == [caption.text for caption in alone]
+def test_decode_captions_uses_the_beam_of_its_settings(small_model, tokenizer, rng, monkeypatch):
+    image_features = tf.constant(rng.uniform(size=(3, 64, 2048)), tf.float32)
+    greedy = inference.decode_captions(small_model, tokenizer, image_features)
+    one_beam = inference.decode_captions(small_model, tokenizer, image_features, DecodeConfig(beam_size=1))
+    assert [caption.text for caption in greedy] == [caption.text for caption in one_beam]
+    calls = []
+
+    def beam_search(model, image_features, beam_size, length_penalty):
+        calls.append((beam_size, length_penalty))
+        return DecodedBatch(*[tf.zeros((0, 0))] * 3)
+
+    monkeypatch.setattr("captioning.decoding.beam_search", beam_search)
+    inference.decode_captions(small_model, tokenizer, image_features, DecodeConfig(3, 0.5))
+    assert calls == [(3, 0.5)]
 
 
-def test_enlarging_keeps_the_place_and_is_smooth():
-    weights = np.zeros(64)
-    weights[8 * 2 + 5] = 1  # row 2, column 5
-    large = plots.enlarge(weights, (160, 80))
-    assert large.shape == (80, 160)
-    y, x = np.unravel_index(large.argmax(), large.shape)
-    assert abs(y - 25) <= 2 and abs(x - 110) <= 2
-    assert np.abs(np.diff(large, axis=1)).max() < 0.2 and large.min() >= 0, "8x8 blocks, or less than nothing"
+# Loading a run.
 
 
-@pytest.mark.parametrize(("size", "count"), [((300, 200), 3), ((40, 400), 1), ((800, 60), 20), ((100, 100), 0)])
-def test_attention_plot_of_any_picture_and_caption(tmp_path, size, count):
-    caption = inference.Caption(tuple("word" for _ in range(count)), (1.0,) * count, np.full((count, 64), 1 / 64), True)
-    path = tmp_path / "new folder/a_attention.png"
-    plots.plot_attention(Image.new("RGBA", size, "red"), caption, path)
-    with Image.open(path) as plot:
-        assert plot.format == "PNG" and min(plot.size) > 100
+def test_load_run_restores_what_was_saved(run, small_model, tokenizer):
+    caption_model, loaded_tokenizer, config = load_run(run)
+    assert loaded_tokenizer.index_word == tokenizer.index_word and config == read_config(run)
+    for variable, expected in zip(caption_model.trainable_variables, small_model.trainable_variables, strict=True):
+        np.testing.assert_array_equal(variable, expected)
 
 
-@pytest.mark.parametrize(("kind", "start"), [("png", b"\x89PNG"), ("svg", b"<?xml"), ("pdf", b"%PDF")])
-def test_plots_in_three_formats(tmp_path, kind, start):
-    caption = search.Caption(("a", "$5 dog"), (0.9, 0.001), np.full((2, 64), 1 / 64), True)
-    plots.plot_attention(Image.new("RGB", (60, 40)), caption, tmp_path / f"attention.{kind}")
-    plots.plot_overview([(plots.thumbnail(Image.new("L", (9, 300))), "a dog " * 30)] * 7, tmp_path / f"grid.{kind}")
-    for name in ("attention", "grid"):
-        assert (tmp_path / f"{name}.{kind}").read_bytes().startswith(start)
+def test_load_run_refuses_folder_without_checkpoint(tmp_path, run):
+    with pytest.raises(InputError, match="not a run folder"):
+        load_run(tmp_path)
+    for path in (run / "checkpoints").rglob("checkpoint"):
+        path.unlink()
+    with pytest.raises(InputError, match="no checkpoint"):
+        load_run(run)
+    with pytest.raises(InputError, match="no run with a checkpoint"):
+        latest_run(tmp_path / "runs")
 
 
-def test_the_loss_plot_marks_the_best_epoch(tmp_path):
-    columns = ("epoch", "train_loss", "val_loss", "bleu4", "cider")
-    rows = [
-        dict(zip(columns, row, strict=True)) for row in ((1, 4, 3, 5, 20), (2, 3, 2.5, 9, 31.4), (3, 2, 2.6, 8, 30))
-    ]
-    figure = plots.plot_history(rows, tmp_path / "loss.png")
-    losses, scores = figure.axes
-    assert losses.get_title() == "best: epoch 2, with CIDEr 31.4, BLEU-4 9.0"
-    assert [line.get_label() for line in losses.lines[:2]] == ["training loss", "validation loss"]
-    assert scores.lines[-1].get_xydata().tolist() == [[2, 31.4]]
+def test_load_run_refuses_vocabulary_of_other_weights(run):
+    path = run / "vocabulary.json"
+    words = json.loads(path.read_text())
+    words[-1], words[-2] = words[-2], words[-1]
+    path.write_text(json.dumps(words))
+    with pytest.raises(InputError, match="not the vocabulary these weights were trained with"):
+        load_run(run)
 
 
-def test_a_folder_names_its_pictures_but_not_their_plots(tmp_path):
+def test_load_run_refuses_settings_of_other_weights(run):
+    path = run / "config.json"
+    config = json.loads(path.read_text())
+    path.write_text(json.dumps(config | {"model": config["model"] | {"units": 20}}))
+    with pytest.raises(InputError, match=r"damaged, or not the weights of this config\.json"):
+        load_run(run)
+    path.write_text(json.dumps({"format": 2, "model": {}}))
+    with pytest.raises(InputError, match=r"not the config\.json of a run"):
+        load_run(run)
+
+
+def test_load_run_refuses_run_of_an_earlier_version(run):
+    path = run / "config.json"
+    config = json.loads(path.read_text())
+    del config["format"]
+    path.write_text(json.dumps(config))
+    with pytest.raises(InputError, match="made by an earlier version"):
+        load_run(run)
+
+
+def test_load_run_refuses_damaged_checkpoint(run):
+    for path in (run / "checkpoints").rglob("*.data-*"):
+        path.write_bytes(path.read_bytes()[:1000])
+    with pytest.raises(InputError, match="damaged"):
+        load_run(run)
+
+
+# The captioner.
+
+
+def test_captioner_caption_equals_caption_of_its_features(captioner, photo):
+    caption = captioner.caption(photo)
+    pixels = features.load_image(photo)[np.newaxis]
+    for other in (
+        captioner.caption_pixels(pixels)[0],
+        captioner.caption_features(captioner.extract_features(pixels))[0],
+    ):
+        assert (caption.words, caption.probabilities) == (other.words, other.probabilities)
+        np.testing.assert_array_equal(caption.attention, other.attention)
+    assert len(caption.words) == len(caption.probabilities) == len(caption.attention) > 0
+    with pytest.raises(InputError, match=r"none\.jpg: no such image"):
+        captioner.caption("none.jpg")
+
+
+def test_captioner_rounds_features_as_the_cache(captioner, photo):
+    values = captioner.extract_features(features.load_image(photo)[np.newaxis])
+    assert values.dtype == tf.float16 and values.shape == (1, 64, 2048)
+
+
+def test_captioner_extractor_prefers_weights_in_the_run_folder(run, monkeypatch):
+    used = []
+    monkeypatch.setattr(features, "build_feature_extractor", used.append)
+    assert Captioner.load(run).extractor is None
+    (run / "cnn.h5").write_text("weights")
+    captioner = Captioner.load(run)
+    assert captioner.extractor is None and captioner.extractor is None
+    assert used == ["imagenet", str(run / "cnn.h5")], "it is built once"
+
+
+def test_captioner_extractor_refuses_other_weights(run, captioner):
+    (run / "cnn.h5").write_text("other weights")
+    config = dataclasses.replace(captioner.config, features={**captioner.config.features, "sha256": "0123"})
+    captioner = Captioner(captioner.model, captioner.tokenizer, config, run)
+    with pytest.raises(InputError, match="not the weights of the CNN that computed the features"):
+        _ = captioner.extractor
+
+
+def test_caption_and_plot_names_the_plot_after_the_image(captioner, photo, tmp_path):
+    caption, plot_path = inference.caption_and_plot(captioner, photo, tmp_path / "plots")
+    assert plot_path == tmp_path / "plots/photo_attention.png" and plot_path.stat().st_size > 1000
+    assert caption.text == captioner.caption(photo).text
+    _, plot_path = inference.caption_and_plot(captioner, photo, tmp_path, "other", "svg")
+    assert plot_path == tmp_path / "other_attention.svg" and plot_path.stat().st_size > 1000
+
+
+# The images of the command line.
+
+
+def test_expand_image_args_lists_images_of_folders_but_not_their_plots(tmp_path):
     for name in ("b.JPG", "a.png", "a_attention.png", "notes.txt"):
         (tmp_path / name).touch()
-    assert inference.pictures_of(str(tmp_path)) == [str(tmp_path / "a.png"), str(tmp_path / "b.JPG")]
-    assert inference.pictures_of("https://example.com/photos/") == ["https://example.com/photos/"]
+    url, file = "https://example.com/photos/", str(tmp_path / "notes.txt")
+    assert inference.expand_image_args([str(tmp_path)]) == [str(tmp_path / "a.png"), str(tmp_path / "b.JPG")]
+    assert inference.expand_image_args([url]) == [url]
+    assert inference.expand_image_args([file, str(tmp_path)])[:2] == [file, str(tmp_path / "a.png")]
     (tmp_path / "empty").mkdir()
-    with pytest.raises(InputError, match="empty: expected a folder with pictures"):
-        inference.pictures_of(str(tmp_path / "empty"))
+    with pytest.raises(InputError, match="empty: expected a folder with images, found none in it"):
+        inference.expand_image_args([str(tmp_path / "empty")])
+    with pytest.raises(InputError, match=r"none\.jpg: no such image"):
+        inference.expand_image_args(["none.jpg"])
+
+
+@pytest.mark.parametrize(
+    ("url", "name"),
+    [("https://example.com/a/dog.jpg?x=1", "dog.jpg"), ("https://example.com/", "image"), ("https://x/..", "image")],
+)
+def test_download_image_is_limited_and_named_after_the_url(monkeypatch, tmp_path, url, name):
+    calls = []
+
+    def download(url, path, **options):
+        calls.append((url, path, options))
+        return path
+
+    monkeypatch.setattr(inference, "download", download)
+    assert inference.is_url(url) and inference.download_image(url, tmp_path) == tmp_path / name
+    assert calls == [(url, tmp_path / name, {"quiet": True, "max_bytes": 50_000_000})]
+
+
+def make_caption():
+    return Caption(("a", "dog"), (0.123456, 0.5), np.full((2, 64), 1 / 64), True)
+
+
+def test_result_writer_prints_text_or_json(capsys, photo):
+    caption, plot_path = make_caption(), Path("plot.png")
+    ResultWriter(False, None).write("label", photo, caption, plot_path, "some text")
+    assert capsys.readouterr().out == "some text\n"
+    ResultWriter(True, None).write("label", photo, caption, plot_path, "some text", references=("one", "two"))
+    assert json.loads(capsys.readouterr().out) == {
+        "image": "label",
+        "caption": "a dog",
+        "words": [{"word": "a", "probability": 0.1235}, {"word": "dog", "probability": 0.5}],
+        "plot": "plot.png",
+        "references": ["one", "two"],
+    }
+
+
+def test_result_writer_writes_grid_of_the_first_images(capsys, photo, tmp_path):
+    writer = ResultWriter(False, tmp_path / "grid.png")
+    writer.write_grid()
+    assert not (tmp_path / "grid.png").exists(), "there are no images yet"
+    for _ in range(MAX_GRID_IMAGES + 1):
+        writer.write("label", photo, make_caption(), Path("plot.png"), "")
+    assert len(writer.images_and_captions) == MAX_GRID_IMAGES
+    del writer.images_and_captions[2:]
+    writer.write_grid()
+    assert (tmp_path / "grid.png").stat().st_size > 1000
+    assert "grid.png" in capsys.readouterr().err
+
+
+def test_caption_images_gives_equal_names_different_plots(captioner, tmp_path, capsys):
+    paths = [tmp_path / "a/dog.jpg", tmp_path / "b/dog.jpg"]
+    for path in paths:
+        path.parent.mkdir()
+        Image.new("RGB", (9, 9)).save(path)
+    assert inference.caption_images(captioner, [*map(str, paths)], tmp_path / "plots", ResultWriter(False, None)) == 0
+    assert {path.name for path in (tmp_path / "plots").iterdir()} == {"dog_attention.png", "dog__attention.png"}
+    printed = capsys.readouterr()
+    assert [line.split("\t")[0] for line in printed.out.splitlines()] == [*map(str, paths)]
+    assert printed.err.count("attention: ") == 2
+
+
+def test_caption_images_continues_after_a_bad_image(captioner, photo, tmp_path, capsys):
+    bad = tmp_path / "bad.jpg"
+    bad.write_text("not an image")
+    writer = ResultWriter(False, None)
+    assert inference.caption_images(captioner, [str(bad), str(photo)], tmp_path, writer) == 1
+    printed = capsys.readouterr()
+    assert "photo.jpg\t" in printed.out and f"inference.py: {bad}" in printed.err
+    with pytest.raises(InputError, match=r"bad\.jpg: not an image that can be read"):
+        inference.caption_images(captioner, [str(bad)], tmp_path, writer)
+
+
+def test_caption_images_hides_secrets_of_urls(captioner, photo, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(inference, "download_image", lambda url, folder: photo)
+    urls = ["https://example.com/photo.jpg?key=secret"] * 2
+    inference.caption_images(captioner, urls, tmp_path, ResultWriter(False, None))
+    assert capsys.readouterr().out.startswith("https://example.com/photo.jpg\t")
+
+
+# The dataset of the run.
+
+
+@pytest.fixture
+def saved_dataset(dataset, monkeypatch):
+    """The dataset with images, which the run finds when it loads its dataset."""
+    dataset.image_dir.mkdir()
+    for example in dataset.examples:
+        Image.new("RGB", (8, 8), "blue").save(dataset.image_dir / example.image_path)
+    monkeypatch.setattr(data_utils, "load_dataset", lambda config, with_images=True: dataset)
+    return dataset
+
+
+def test_load_run_dataset_excludes_unreadable_images(run, saved_dataset):
+    config = read_config(run)
+    assert inference.load_run_dataset(config).examples == saved_dataset.examples
+    unreadable = saved_dataset.examples[0].image_path
+    smaller = saved_dataset.exclude({unreadable})
+    config = dataclasses.replace(config, unreadable_images=(unreadable,), data_fingerprint=smaller.fingerprint)
+    assert inference.load_run_dataset(config).examples == saved_dataset.examples[1:]
+
+
+def test_load_run_dataset_refuses_changed_data(run, saved_dataset, monkeypatch):
+    config = read_config(run)
+    with pytest.raises(InputError, match="the data have changed since this run was trained"):
+        inference.load_run_dataset(dataclasses.replace(config, data_fingerprint="0123"))
+
+    def fail(*_):
+        raise InputError("no such file")
+
+    monkeypatch.setattr(data_utils, "load_dataset", fail)
+    with pytest.raises(InputError, match=r"the data of the run's config\.json: no such file"):
+        inference.load_run_dataset(config)
+
+
+def test_caption_test_images_shows_references_and_prediction(captioner, saved_dataset, capsys):
+    inference.caption_test_images(captioner, 2, 0, ResultWriter(False, None))
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 2 * 5 and all(line.startswith("  reference: ") for line in (*lines[1:3], *lines[6:8]))
+    assert lines[3].startswith("  predicted: ") and lines[4].startswith("  attention: ")
+    test_images = {str(saved_dataset.image_dir / example.image_path) for example in saved_dataset.split("test")}
+    assert {lines[0], lines[5]} <= test_images and lines[0] != lines[5]
+    assert len(list((captioner.run / "attention").iterdir())) == 2
+    inference.caption_test_images(captioner, 99, None, ResultWriter(True, None))
+    results = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert {result["image"] for result in results} == test_images and all(len(r["references"]) == 2 for r in results)
+
+
+def test_caption_test_images_skips_unreadable_images(captioner, saved_dataset, capsys):
+    for example in saved_dataset.split("test"):
+        (saved_dataset.image_dir / example.image_path).write_text("not an image")
+    inference.caption_test_images(captioner, 1, 0, ResultWriter(False, None))
+    printed = capsys.readouterr()
+    assert printed.out == "" and printed.err.startswith("skipped ")
+
+
+# The command.
+
+
+def test_main_captions_images_of_the_command_line(fast_run, photo, tmp_path, capsys):
+    arguments = ["--run", str(fast_run), "--output-dir", str(tmp_path / "plots"), "--beam-size", "2"]
+    inference.main([str(photo), *arguments])
+    printed = capsys.readouterr()
+    assert len(printed.out.splitlines()) == 1, "one caption, and nothing else, on standard output"
+    assert f"run: {fast_run}" in printed.err
+    inference.main(
+        [str(photo), *arguments, "--json", "--format", "svg", "--grid", str(tmp_path / "all.png"), "--quiet"]
+    )
+    printed = capsys.readouterr()
+    assert json.loads(printed.out)["image"] == str(photo) and printed.err == ""
+    assert {path.name for path in (tmp_path / "plots").iterdir()} == {"photo_attention.png", "photo_attention.svg"}
+    assert (tmp_path / "all.png").stat().st_size > 1000
+
+
+def test_main_captions_test_images_of_the_latest_run(fast_run, saved_dataset, monkeypatch, capsys):
+    monkeypatch.chdir(fast_run.parents[1])
+    inference.main(["--num-images", "1"])
+    out = capsys.readouterr().out
+    assert out.count("reference:") == 2 and out.count("predicted:") == 1
+
+
+def test_main_fails_if_an_image_cannot_be_captioned(fast_run, photo, tmp_path):
+    bad = tmp_path / "bad.jpg"
+    bad.write_text("not an image")
+    with pytest.raises(InputError, match="1 of 2 images could not be captioned"):
+        inference.main([str(bad), str(photo), "--run", str(fast_run), "--output-dir", str(tmp_path)])
+
+
+def test_main_refuses_grid_of_unknown_format(run):
+    with pytest.raises(InputError, match=r"--grid all\.gif: expected a file that ends in \.png, \.svg, \.pdf"):
+        inference.main(["--run", str(run), "--grid", "all.gif"])

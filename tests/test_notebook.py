@@ -1,4 +1,4 @@
-"""The notebook as it is committed: whole, without outputs, and in a form whose changes can be read. CI executes it."""
+"""The notebook as it is committed: complete, without outputs, and in a form whose changes can be read. CI runs it."""
 
 import ast
 import io
@@ -8,42 +8,56 @@ import sys
 from pathlib import Path
 
 import nbformat
+import pytest
 
-from common import progress_bar
+from captioning.cli import progress_bar
 
-PATH = Path(__file__).parents[1] / "notebooks/image_captioning.ipynb"
-TEXT = PATH.read_text(encoding="utf-8")
-CELLS = json.loads(TEXT)["cells"]
-CODE = {cell["id"]: "".join(cell["source"]) for cell in CELLS if cell["cell_type"] == "code"}
+PROJECT = Path(__file__).parents[1]
 
 
-def test_it_is_a_notebook_written_to_be_compared():
-    notebook = json.loads(TEXT)
+@pytest.fixture(scope="module")
+def text():
+    return (PROJECT / "notebooks/image_captioning.ipynb").read_text(encoding="utf-8")
+
+
+@pytest.fixture(scope="module")
+def cells(text):
+    return json.loads(text)["cells"]
+
+
+@pytest.fixture(scope="module")
+def code(cells):
+    """The source of every code cell, by the cell's id."""
+    return {cell["id"]: "".join(cell["source"]) for cell in cells if cell["cell_type"] == "code"}
+
+
+def test_notebook_has_canonical_form(text):
+    notebook = json.loads(text)
     nbformat.validate(notebook)
     assert (notebook["nbformat"], notebook["nbformat_minor"]) == (4, 5), "cells have ids from 4.5 on"
-    assert json.dumps(notebook, indent=1, ensure_ascii=False) + "\n" == TEXT, "as Jupyter writes it"
+    assert json.dumps(notebook, indent=1, ensure_ascii=False) + "\n" == text, "as Jupyter writes it"
 
 
-def test_it_has_no_outputs():
-    for cell in CELLS:
+def test_notebook_has_no_outputs(cells):
+    for cell in cells:
         if cell["cell_type"] == "code":
             assert (cell["outputs"], cell["execution_count"]) == ([], None), f"clear the outputs of {cell['id']}"
 
 
-def test_every_cell_is_python_without_definitions_that_the_scripts_have():
-    theirs = {
+def test_notebook_defines_nothing_that_the_project_has(code):
+    project_names = {
         node.name
-        for script in PATH.parents[1].glob("*.py")
-        for node in ast.walk(ast.parse(script.read_text(encoding="utf-8")))
+        for path in [*PROJECT.glob("*.py"), *PROJECT.glob("captioning/*.py")]
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
         if isinstance(node, ast.FunctionDef | ast.ClassDef)
     }
-    for name, source in CODE.items():
-        own = {node.name for node in ast.walk(ast.parse(source, name)) if isinstance(node, ast.FunctionDef)}
-        assert not own & theirs, f"the cell {name} should call {own & theirs}"
+    for cell_id, source in code.items():
+        defined = {node.name for node in ast.walk(ast.parse(source, cell_id)) if isinstance(node, ast.FunctionDef)}
+        assert not defined & project_names, f"the cell {cell_id} should call {defined & project_names}"
 
 
-def test_the_form_has_every_choice_and_gives_nothing_away():
-    fields = dict(re.findall(r"^(\w+) = (.*?)  # @param", "\n".join(CODE.values()), re.MULTILINE))
+def test_notebook_form_has_defaults_that_run_anywhere(code):
+    fields = dict(re.findall(r"^(\w+) = (.*?)  # @param", "\n".join(code.values()), re.MULTILINE))
     assert fields == {
         "repository": '""',
         "dataset_name": '"shapes"',
@@ -57,12 +71,12 @@ def test_the_form_has_every_choice_and_gives_nothing_away():
         "copy_to_drive": "False",
         "more_epochs": "1",
     }, "the defaults must run anywhere from top to bottom"
-    assert next(iter(CODE)) == "setup" and CODE["setup"].startswith("repository ="), "the first thing to fill in"
+    assert next(iter(code)) == "setup" and code["setup"].startswith("repository ="), "the first field to fill in"
 
 
-def test_progress_is_live_in_a_notebook(monkeypatch):
+def test_progress_bar_is_live_in_a_notebook(monkeypatch):
     stream = type("OutStream", (io.StringIO,), {"__module__": "ipykernel.iostream"})
-    for error, live in ((stream(), True), (io.StringIO(), False)):
+    for error, is_live in ((stream(), True), (io.StringIO(), False)):
         monkeypatch.setattr(sys, "stderr", error)
         with progress_bar(total=1) as bar:
-            assert (bar.mininterval < 1) == live
+            assert (bar.mininterval < 1) == is_live

@@ -1,5 +1,6 @@
-"""The commands as a person runs them, from drawn pictures to a caption, with the real InceptionV3 (random weights)."""
+"""The commands as a person runs them, from drawn images to a caption, with the real InceptionV3 (random weights)."""
 
+import functools
 import http.server
 import json
 import os
@@ -13,91 +14,119 @@ import numpy as np
 import pytest
 from PIL import Image
 
-import common
+import data_utils
 import evaluate
 import features
 import inference
-import shapes
+import model
+import tokenizer
 import train
-from common import InputError, exclusive
+from captioning import shapes
+from captioning.cli import InputError, Verbosity, run_main
+from captioning.config import RECIPES
+from captioning.files import file_sha256, lock_folder
 
 ROOT = Path(__file__).parents[1]
+DATA = ["--annotations", "shapes/dataset_shapes.json", "--images", "shapes"]
+SIZES = ["--embedding-dim", "8", "--units", "16"]
+SMALL = ["--cnn-weights", "random", "--epochs", "1", *SIZES]
+
+pytestmark = pytest.mark.slow
+
+
+def build_once(build):
+    """Wraps build_feature_extractor so that the same weights are built only once; random ones are drawn every time."""
+    extractors = {}
+
+    def build_cached(cnn_weights="imagenet"):
+        if cnn_weights in ("imagenet", "random"):
+            return build(cnn_weights)
+        features.check_cnn_weights(cnn_weights)
+        key = file_sha256(cnn_weights)
+        if key not in extractors:
+            extractors[key] = build(cnn_weights)
+        return extractors[key]
+
+    return build_cached
 
 
 @pytest.fixture(scope="module")
-def workplace(tmp_path_factory):
-    """A folder with 24 drawn pictures, one of them unreadable, and a run trained on them for one epoch."""
-    folder = tmp_path_factory.mktemp("work place")  # a space, as people have
-    before = os.getcwd()
-    os.chdir(folder)
-    annotations = shapes.draw_dataset("shapes", pictures=24)
-    name = json.loads(annotations.read_text())["images"][-1]["filename"]
-    (folder / "shapes/images" / name).write_text("not a picture")
-    train.main(
-        [*DATA, "--weights", "random", "--epochs", "1", "--batch-size", "8", "--embedding-dim", "8", "--units", "16"]
-    )
-    yield folder
-    os.chdir(before)
+def trained_run(tmp_path_factory):
+    """A folder with 24 drawn images, one of them unreadable, and a run trained on them for one epoch."""
+    with pytest.MonkeyPatch.context() as patch:
+        folder = tmp_path_factory.mktemp("work place")  # a space, as people have
+        patch.chdir(folder)
+        patch.setattr(features, "build_feature_extractor", build_once(features.build_feature_extractor))
+        patch.setattr(model, "build", functools.cache(model.build))  # so that decoding is traced once
+        annotations = shapes.draw_dataset("shapes", num_images=24)
+        name = json.loads(annotations.read_text())["images"][-1]["filename"]
+        (folder / "shapes/images" / name).write_text("not an image")
+        train.main([*DATA, *SMALL, "--batch-size", "8"])
+        yield folder
 
 
-DATA = ["--annotations", "shapes/dataset_shapes.json", "--images", "shapes"]
-
-
-def test_the_whole_pipeline(workplace, capsys, monkeypatch):
-    cached = sorted((workplace / "features/shapes/images").iterdir())
-    assert len(cached) == 23, "every readable picture has its features, the unreadable one has none"
+def test_pipeline_leaves_features_and_a_complete_run(trained_run, capsys):
+    cached = sorted((trained_run / "features/shapes/images").iterdir())
+    assert len(cached) == 23, "every readable image has its features, the unreadable one has none"
     values = np.load(cached[0], allow_pickle=False)
     assert (values.shape, values.dtype) == ((64, 2048), np.float16)
-    run = workplace / "runs/shapes"
+    run = trained_run / "runs/shapes"
     for name in ("config.json", "vocabulary.json", "history.csv", "loss.png", "cnn.weights.h5"):
         assert (run / name).stat().st_size > 0
-    assert json.loads((run / "config.json").read_text())["data"]["unreadable"] == ["images/shapes_00023.png"]
+    assert json.loads((run / "config.json").read_text())["unreadable_images"] == ["images/shapes_00023.png"]
 
-    features.main([*DATA, "--weights", "random"])
-    assert "23 pictures have their features" in capsys.readouterr().out
+    features.main([*DATA, "--cnn-weights", "random"])
+    assert "23 images have their features" in capsys.readouterr().out
 
+
+def test_inference_captions_images_in_all_forms_of_output(trained_run, capsys):
     inference.main(["shapes/images/shapes_00000.png", "--run", "runs/shapes"])
     out = capsys.readouterr().out
     assert len(out.splitlines()) == 1, "one caption, and nothing else, on standard output"
     assert Path("shapes_00000_attention.png").stat().st_size > 1000
 
-    monkeypatch.setattr(common.Talk, "wanted", True)  # which --quiet changes
-    pictures = [f"shapes/images/shapes_0000{i}.png" for i in (1, 2)]
-    inference.main([*pictures, "--json", "--format", "svg", "--grid", "all.png", "--output-dir", "more", "--quiet"])
-    found = capsys.readouterr()
-    assert [json.loads(line)["picture"] for line in found.out.splitlines()] == pictures and found.err == ""
-    assert {path.name for path in Path("more").iterdir()} == {f"{Path(p).stem}_attention.svg" for p in pictures}
+    images = [f"shapes/images/shapes_0000{i}.png" for i in (1, 2)]
+    inference.main([*images, "--json", "--format", "svg", "--grid", "all.png", "--output-dir", "more", "--quiet"])
+    printed = capsys.readouterr()
+    assert [json.loads(line)["image"] for line in printed.out.splitlines()] == images
+    assert printed.err == ""
+    assert {path.name for path in Path("more").iterdir()} == {f"{Path(image).stem}_attention.svg" for image in images}
     assert Path("all.png").stat().st_size > 1000
-    monkeypatch.setattr(common.Talk, "wanted", True)
+    Verbosity.quiet = False
 
     inference.main([])
-    assert "real:" in (out := capsys.readouterr().out) and "predicted:" in out
+    out = capsys.readouterr().out
+    assert "reference:" in out
+    assert "predicted:" in out
 
+
+def test_evaluate_writes_scores_and_coco_results(trained_run, capsys):
     evaluate.main(["--split", "test"])
     assert "BLEU-4" in capsys.readouterr().out
-    results = json.loads((run / "captions_test.json").read_text())
-    assert {type(row["image_id"]) for row in results} == {int} and all("caption" in row for row in results)
+    results = json.loads(Path("runs/shapes/captions_test.json").read_text())
+    assert {type(row["image_id"]) for row in results} == {int}
+    assert all("caption" in row for row in results)
 
 
-def test_a_beam_captions_plots_and_is_scored(workplace, capsys):
+def test_beam_search_captions_plots_and_is_scored(trained_run, capsys):
     inference.main(["shapes/images/shapes_00000.png", "--beam-size", "3", "--output-dir", "beam"])
     assert Path("beam/shapes_00000_attention.png").stat().st_size > 1000
     evaluate.main(["--beam-size", "3", "--length-penalty", "0.5"])
     metrics = json.loads(Path("runs/shapes/metrics_val_beam3.json").read_text())
     assert (metrics["split"], metrics["beam_size"], metrics["length_penalty"]) == ("val", 3, 0.5)
     printed = capsys.readouterr().out
-    for name in ("BLEU-1", "BLEU-4", "ROUGE-L", "CIDEr", "distinct captions", "never ended"):
+    for name in ("BLEU-1", "BLEU-4", "ROUGE-L", "CIDEr", "distinct captions", "unfinished captions"):
         value = (metrics["scores"] | metrics)[name]
         assert re.search(rf"^{name} +{value:.1f}$", printed, re.MULTILINE)
-    # The captions it wrote, scored as if they had been made elsewhere, with and without the run.
+    # The captions it wrote, scored as if another program had made them, with and without the run.
     for named in ([], ["--annotations", "shapes/dataset_shapes.json", "--split", "val"]):
         evaluate.main(["--results", "runs/shapes/captions_val_beam3.json", *named])
         scored = json.loads(Path("runs/shapes/captions_val_beam3_metrics_val.json").read_text())
         assert scored["scores"] == metrics["scores"]
 
 
-def test_karpathys_split_of_coco_with_two_commands(tmp_path, monkeypatch):
-    """The layout of dataset_coco.json and of COCO's pictures."""
+def test_karpathy_split_of_coco_takes_two_commands(trained_run, tmp_path, monkeypatch):
+    """The layout of dataset_coco.json and of COCO's images."""
     monkeypatch.chdir(tmp_path)
     images = []
     for number in range(12):
@@ -113,32 +142,31 @@ def test_karpathys_split_of_coco_with_two_commands(tmp_path, monkeypatch):
             {"filepath": folder, "filename": name, "cocoid": 1000 + number, "split": split, "sentences": sentences}
         )
     Path("dataset_coco.json").write_text(json.dumps({"images": images, "dataset": "coco"}))
-    small = ["--weights", "random", "--epochs", "1", "--embedding-dim", "8", "--units", "16"]
-    train.main(["--recipe", "best", "--annotations", "dataset_coco.json", "--images", "coco/", *small])
+    train.main(["--recipe", "best", "--annotations", "dataset_coco.json", "--images", "coco/", *SMALL])
     config = json.loads(Path("runs/coco/config.json").read_text())
-    assert config["training"]["recipe"] == "best"
-    found = config["training"] | config["model"]
-    assert {name: found[name] for name in train.RECIPES["best"]} == train.RECIPES["best"]
+    assert config["train"]["recipe"] == "best"
+    settings = config["train"] | config["model"]
+    assert {name: settings[name] for name in RECIPES["best"]} == RECIPES["best"]
     evaluate.main(["--run", "runs/coco", "--split", "test", "--beam-size", "5"])
     results = json.loads(Path("runs/coco/captions_test_beam5.json").read_text())
     assert [row["image_id"] for row in results] == [1003, 1007, 1011]
     assert len(list(Path("features/coco/val2014").iterdir())) == 9
 
 
-def test_results_of_a_run_whose_pictures_lie_in_one_folder(workplace):
-    """The annotations name folders that are not there; the run knows its pictures by their bare names."""
-    flat, small = ["--annotations", DATA[1], "--images", "shapes/images"], ["--embedding-dim", "8", "--units", "16"]
-    train.main([*flat, *small, "--weights", "random", "--epochs", "1", "--run", "flat", "--features-dir", "flat_cache"])
+def test_results_of_a_run_whose_images_lie_in_one_folder(trained_run):
+    """The annotations name folders that do not exist; the run knows its images by their bare names."""
+    flat = ["--annotations", DATA[1], "--images", "shapes/images"]
+    train.main([*flat, *SMALL, "--run", "flat", "--features-dir", "flat_cache"])
     evaluate.main(["--run", "flat"])
     evaluate.main(["--run", "flat", "--results", "flat/captions_val.json"])
     assert Path("flat/captions_val_metrics_val.json").exists()
 
 
-def test_captioning_a_file_equals_captioning_its_cached_features(workplace):
-    captioning = inference.Captioning.load("runs/shapes")
-    from_file = captioning.caption("shapes/images/shapes_00001.png")
+def test_caption_of_a_file_equals_that_of_its_cached_features(trained_run):
+    captioner = inference.Captioner.load("runs/shapes")
+    from_file = captioner.caption("shapes/images/shapes_00001.png")
     cached = np.load("features/shapes/images/shapes_00001.png.npy")[np.newaxis]
-    from_cache = captioning.caption_features(cached)[0]
+    from_cache = captioner.caption_features(cached)[0]
     assert from_file.text == from_cache.text
     np.testing.assert_allclose(from_file.attention, from_cache.attention, atol=1e-4)
 
@@ -146,124 +174,114 @@ def test_captioning_a_file_equals_captioning_its_cached_features(workplace):
 @pytest.mark.parametrize(
     ("mode", "suffix"), [("RGBA", "png"), ("L", "jpg"), ("CMYK", "jpg"), ("P", "gif"), ("I;16", "png")]
 )
-def test_pictures_of_all_kinds_are_captioned_and_plotted(workplace, mode, suffix):
-    name = f"kind_{mode.replace(';', '')}"
-    picture = Image.new(mode, (50, 30)) if mode == "I;16" else Image.new("RGB", (50, 30), "red").convert(mode)
-    picture.save(f"{name}.{suffix}")
+def test_images_of_all_modes_are_captioned_and_plotted(trained_run, mode, suffix):
+    name = f"mode_{mode.replace(';', '')}"
+    image = Image.new(mode, (50, 30)) if mode == "I;16" else Image.new("RGB", (50, 30), "red").convert(mode)
+    image.save(f"{name}.{suffix}")
     inference.main([f"{name}.{suffix}"])
     assert Path(f"{name}_attention.png").stat().st_size > 1000
 
 
-def test_a_bad_picture_among_good_ones(workplace, capsys):
+def test_bad_image_among_good_ones_is_named(trained_run, capsys):
     bad = "shapes/images/shapes_00023.png"
-    with pytest.raises(InputError, match="1 of 2 pictures"):
+    with pytest.raises(InputError, match="1 of 2 images"):
         inference.main([bad, "shapes/images/shapes_00002.png"])
     printed = capsys.readouterr()
-    assert "shapes_00002.png\t" in printed.out and bad in printed.err
+    assert "shapes_00002.png\t" in printed.out
+    assert bad in printed.err
 
 
-def test_changed_data_are_noticed(workplace):
-    path = workplace / "shapes/dataset_shapes.json"
-    whole = path.read_text()
-    path.write_text(whole.replace('"split": "test"', '"split": "train"', 1))
+def test_changed_data_are_refused(trained_run):
+    path = trained_run / "shapes/dataset_shapes.json"
+    text = path.read_text()
+    path.write_text(text.replace('"split": "test"', '"split": "train"', 1))
     try:
         with pytest.raises(InputError, match="the data have changed"):
             evaluate.main([])
         with pytest.raises(InputError, match="fingerprint"):
-            train.main([*DATA, "--weights", "random", "--batch-size", "8", "--embedding-dim", "8", "--units", "16"])
+            train.main([*DATA, *SMALL, "--batch-size", "8"])
     finally:
-        path.write_text(whole)
+        path.write_text(text)
 
 
-def test_pictures_on_the_web(workplace, capsys, monkeypatch):
+def test_images_are_captioned_from_http_addresses(trained_run, capsys, monkeypatch):
     class Handler(http.server.SimpleHTTPRequestHandler):
         def log_message(self, *args):
             pass
 
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as httpd:
         threading.Thread(target=httpd.serve_forever, daemon=True).start()
-        address = f"http://127.0.0.1:{httpd.server_port}/shapes/images/shapes_00003.png"
+        url = f"http://127.0.0.1:{httpd.server_port}/shapes/images/shapes_00003.png"
         inference.main(["shapes/images/shapes_00003.png", "--run", "runs/shapes", "--output-dir", "web"])
         expected = capsys.readouterr().out
-        inference.main([address, "--run", "runs/shapes", "--output-dir", "web"])
+        inference.main([url, "--run", "runs/shapes", "--output-dir", "web"])
         assert capsys.readouterr().out == expected
         assert Path("web/shapes_00003_attention.png").stat().st_size > 1000
-        monkeypatch.setattr(inference, "MAX_DOWNLOAD", 100)
-        for bad, message in ((address, "at most 100 bytes"), ("file:///etc/passwd", "begins with http")):
+        monkeypatch.setattr(inference, "MAX_IMAGE_BYTES", 100)
+        for bad, message in ((url, "at most 100 bytes"), ("file:///etc/passwd", "begins with http")):
             with pytest.raises(InputError, match=message):
                 inference.main([bad, "--run", "runs/shapes"])
         httpd.shutdown()
 
 
-def test_a_run_in_use_is_refused(workplace):
-    arguments = [*DATA, "--weights", "random", "--batch-size", "8", "--embedding-dim", "8", "--units", "16"]
-    before = sorted((path, path.stat().st_mtime_ns) for path in Path("runs/shapes").rglob("*"))
-    with exclusive(Path("runs/shapes")), pytest.raises(InputError, match="runs/shapes is in use by another process"):
-        train.main([*arguments, "--epochs", "2"])
-    assert before == sorted((path, path.stat().st_mtime_ns) for path in Path("runs/shapes").rglob("*"))
-    train.main([*arguments, "--epochs", "1"])  # free again
+def test_run_in_use_is_refused(trained_run):
+    def snapshot():
+        return sorted((path, path.stat().st_mtime_ns) for path in Path("runs/shapes").rglob("*"))
+
+    args = [*DATA, "--cnn-weights", "random", *SIZES, "--batch-size", "8"]
+    before = snapshot()
+    with lock_folder(Path("runs/shapes")), pytest.raises(InputError, match="runs/shapes is in use by another process"):
+        train.main([*args, "--epochs", "2"])
+    assert before == snapshot()
+    train.main([*args, "--epochs", "1"])  # free again
 
 
-@pytest.mark.parametrize(
-    ("command", "message"),
-    [
-        ("inference.py none.jpg", "none.jpg: no such picture"),
-        ("inference.py --run nowhere shapes/images/shapes_00000.png", "not a run folder"),
-        ("inference.py shapes/dataset_shapes.json", "not a picture that can be read"),
-        ("train.py --annotations shapes/dataset_shapes.json", "needs --images"),
-        ("features.py --annotations none.csv --images shapes", "no such annotation file"),
-        ("features.py --cnn-batch-size 0", "expected a whole number of at least 1, found '0'"),
-        ("features.py --annotations features/shapes/features.json --images shapes", "JSON without captions"),
-        (
-            "features.py --annotations shapes/dataset_shapes.json --images shapes",
-            "holds features made with weights random",
-        ),
-        ("tokenizer.py nothing.txt", "nothing.txt"),
-        ("train.py --dropout 1.5", "dropout: expected at least 0 and less than 1, found 1.5"),
-        ("evaluate.py --length-penalty -1", "expected a number of at least 0, found '-1'"),
-        ("evaluate.py --annotations shapes/dataset_shapes.json", "data can be named for --results FILE only"),
-        ("evaluate.py --results captions.json", "captions.json: no such file"),
-        ("evaluate.py --results captions.json --beam-size 3", "--results holds captions already"),
-        ("evaluate.py --results captions.json --val-fraction 0.5", "expected --dataset or --annotations"),
-    ],
-)
-def test_a_mistake_gets_one_line_and_exit_code_2(workplace, command, message):
-    script, *arguments = command.split()
-    done = subprocess.run(
-        [sys.executable, ROOT / script, *arguments], cwd=workplace, capture_output=True, text=True, timeout=120
-    )
-    assert done.returncode == 2, done.stderr
-    assert message in done.stderr and "Traceback" not in done.stderr
-    assert done.stdout == ""
-    assert done.stderr.splitlines()[-1].startswith(script), "the last line is the mistake"
+MISTAKES = [
+    ("inference.py none.jpg", "none.jpg: no such image"),
+    ("inference.py --run nowhere shapes/images/shapes_00000.png", "not a run folder"),
+    ("inference.py shapes/dataset_shapes.json", "not an image that can be read"),
+    ("train.py --annotations shapes/dataset_shapes.json", "needs --images"),
+    ("features.py --annotations none.csv --images shapes", "no such annotation file"),
+    ("features.py --cnn-batch-size 0", "expected a whole number of at least 1, found '0'"),
+    ("features.py --annotations features/shapes/features.json --images shapes", "JSON without captions"),
+    ("features.py --annotations shapes/dataset_shapes.json --images shapes", "holds features made with weights random"),
+    ("tokenizer.py nothing.txt", "nothing.txt"),
+    ("train.py --dropout 1.5", "dropout: expected a number of at least 0 and below 1, found '1.5'"),
+    ("evaluate.py --length-penalty -1", "expected a number of at least 0, found '-1'"),
+    ("evaluate.py --annotations shapes/dataset_shapes.json", "data can be named for --results FILE only"),
+    ("evaluate.py --results captions.json", "captions.json: no such file"),
+    ("evaluate.py --results captions.json --beam-size 3", "--results holds captions already"),
+    ("evaluate.py --results captions.json --val-fraction 0.5", "expected --dataset or --annotations"),
+]
+SCRIPTS = {script.__name__: script for script in (data_utils, evaluate, features, inference, tokenizer, train)}
 
 
-@pytest.mark.parametrize(
-    "script", ["data_utils", "demo", "evaluate", "features", "inference", "model", "shapes", "tokenizer", "train"]
-)
-def test_every_command_explains_itself(script, capsys):
-    module = __import__(script)
+def check_mistake(script, message, code, out, err):
+    assert code == 2, err
+    assert message in err
+    assert "Traceback" not in err
+    assert out == ""
+    assert err.splitlines()[-1].startswith(script), "the last line is the mistake"
+
+
+@pytest.mark.parametrize(("command", "message"), MISTAKES)
+def test_mistake_gets_one_line_and_exit_code_2(trained_run, command, message, capsys, monkeypatch):
+    script, *args = command.split()
+    monkeypatch.setattr(sys, "argv", [script])
     with pytest.raises(SystemExit) as end:
-        module.main(["--help"])
-    assert end.value.code == 0
-    assert f"python {script}.py" in capsys.readouterr().out
+        run_main(lambda: SCRIPTS[script.removesuffix(".py")].main(args))
+    check_mistake(script, message, end.value.code, *capsys.readouterr())
 
 
-def test_shapes_are_drawn_as_described(tmp_path):
-    annotations = json.loads(shapes.draw_dataset(tmp_path, pictures=12).read_text())
-    for image in annotations["images"]:
-        with Image.open(tmp_path / image["filepath"] / image["filename"]) as picture:
-            for shape in image["shapes"]:
-                left, top, right, bottom = shape["box"]
-                assert 0 <= left < right <= shapes.SIZE and 0 <= top < bottom <= shapes.SIZE
-                # The middle of a shape's lower half has its colour, whatever the noun.
-                found = picture.getpixel(((left + right) // 2, (top + 3 * bottom) // 4))
-                assert found == shapes.COLOURS[shape["colour"]]
-        if len(image["shapes"]) == 2:
-            first, second = image["shapes"]
-            caption = image["sentences"][0]["raw"]
-            assert caption.startswith(f"a {first['colour']} {first['noun']}")
-            axis = 1 if "above" in caption else 0
-            assert first["box"][axis + 2] <= second["box"][axis] + 20, "the relation must be plain to see"
-    with pytest.raises(InputError, match="drawn with"):
-        shapes.draw_dataset(tmp_path, pictures=16)
+@pytest.mark.parametrize(("command", "message"), [MISTAKES[0], MISTAKES[3]])
+def test_mistake_in_a_process_of_its_own(trained_run, command, message):
+    script, *args = command.split()
+    done = subprocess.run(
+        [sys.executable, ROOT / script, *args],
+        cwd=trained_run,
+        env=os.environ,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    check_mistake(script, message, done.returncode, done.stdout, done.stderr)

@@ -1,72 +1,102 @@
+"""The vocabulary, against Keras's tokenizer and by hand."""
+
 import random
 
 import pytest
 
-from common import InputError
-from tokenizer import END, PAD, SPECIAL, START, UNK, Tokenizer
+import tokenizer as tokenizer_script
+from captioning.cli import InputError
+from tokenizer import END_ID, PAD_ID, SPECIAL_TOKENS, START_ID, UNK_ID, Tokenizer, split_words
 
 
-def many_captions(count=2000):
+@pytest.fixture(scope="module")
+def long_tail_captions():
     """Captions with a long tail of rare words, equal counts, capitals, digits and all of the tutorial's punctuation."""
-    dice = random.Random(7)
-    names = [f"{a}{b}{c}" for a in "bdfgklmprst" for b in "aeiou" for c in ("n", "s", "ld", "'s", "-x", "ing")]
-    weights = [1 / (rank + 1) for rank in range(len(names))]
+    word_rng = random.Random(7)
+    words = [f"{a}{b}{c}" for a in "bdfgklmprst" for b in "aeiou" for c in ("n", "s", "ld", "'s", "-x", "ing")]
+    weights = [1 / (rank + 1) for rank in range(len(words))]
     ends = [".", " .", "!", "?", ' "', ";", " (two)", " & co", ", 3 of them", " A", ""]
-    return [
-        " ".join(dice.choices(names, weights, k=dice.randint(1, 14))).capitalize() + dice.choice(ends)
-        for _ in range(count)
-    ]
+    captions = []
+    for _ in range(2000):
+        text = " ".join(word_rng.choices(words, weights, k=word_rng.randint(1, 14))).capitalize()
+        captions.append(text + word_rng.choice(ends))
+    return captions
 
 
-@pytest.mark.parametrize("size", [20, 200, 5000])
-def test_chooses_the_words_that_keras_chooses(size):
+@pytest.mark.parametrize("vocab_size", [20, 200, 5000])
+def test_fit_keeps_the_words_that_keras_keeps(long_tail_captions, vocab_size):
     import tensorflow as tf
 
-    captions = many_captions()
     filters = '!"#$%&()*+.,-/:;=?@[\\]^_`{|}~ '  # as the tutorial gives them
-    keras = tf.keras.preprocessing.text.Tokenizer(num_words=size, oov_token="<unk>", filters=filters)
-    keras.fit_on_texts(f"<start> {caption} <end>" for caption in captions)
-    expected = {word for word, index in keras.word_index.items() if index < size} | {"<pad>"}
-    ours = Tokenizer.fit(captions, size)
-    assert set(ours.words) == expected, "the tutorial would have kept other words"
-    if size == 200:  # the words of a caption, and what of it is unknown, agree as well
-        for caption in captions[:50]:
-            theirs = keras.sequences_to_texts(keras.texts_to_sequences([f"<start> {caption} <end>"]))[0].split()
-            assert [ours.words[i] for i in ours.encode(caption)] == theirs
+    keras = tf.keras.preprocessing.text.Tokenizer(num_words=vocab_size, oov_token="<unk>", filters=filters)
+    keras.fit_on_texts(f"<start> {caption} <end>" for caption in long_tail_captions)
+    expected = {word for word, index in keras.word_index.items() if index < vocab_size} | {"<pad>"}
+    tokenizer = Tokenizer.fit(long_tail_captions, vocab_size)
+    assert set(tokenizer.index_word) == expected, "the tutorial would have kept other words"
+    if vocab_size == 200:  # the words of a caption, and which of them are unknown, agree as well
+        for caption in long_tail_captions[:50]:
+            sequences = keras.texts_to_sequences([f"<start> {caption} <end>"])
+            expected_words = keras.sequences_to_texts(sequences)[0].split()
+            assert [tokenizer.index_word[index] for index in tokenizer.encode(caption)] == expected_words
 
 
-def test_special_words_have_fixed_ids():
-    assert (PAD, UNK, START, END) == (0, 1, 2, 3)
-    assert Tokenizer.fit(["a dog"]).words == (*SPECIAL, "a", "dog")
+def test_fit_counts_the_special_tokens():
+    tokenizer = Tokenizer.fit(["c b b a a"], vocab_size=6)
+    assert len(tokenizer) == 6
+    assert tokenizer.index_word == (*SPECIAL_TOKENS, "b", "a"), "of equals the first one stays"
+
+
+def test_special_tokens_have_fixed_ids():
+    assert (PAD_ID, UNK_ID, START_ID, END_ID) == (0, 1, 2, 3)
+    assert Tokenizer.fit(["a dog"]).index_word == (*SPECIAL_TOKENS, "a", "dog")
+
+
+def test_split_words_filters_punctuation():
+    assert split_words('  A "man\'s" dog, <running>-fast!') == ["a", "man's", "dog", "<running>", "fast"]
 
 
 def test_encode_and_decode():
-    words = Tokenizer.fit(["A dog, a dog!", "a man's cat"])
-    ids = words.encode("A  man's zebra.")
-    assert ids == [START, words.ids["a"], words.ids["man's"], UNK, END]
-    assert words.decode([*ids, words.ids["dog"], PAD]) == "a man's <unk>", "decoding must stop at <end>"
+    tokenizer = Tokenizer.fit(["A dog, a dog!", "a man's cat"])
+    word_index = tokenizer.word_index
+    ids = tokenizer.encode("A  man's zebra.")
+    assert ids == [START_ID, word_index["a"], word_index["man's"], UNK_ID, END_ID]
+    assert tokenizer.decode([*ids, word_index["dog"], PAD_ID]) == "a man's <unk>", "decoding must stop at <end>"
 
 
-def test_a_caption_cannot_say_end():
-    words = Tokenizer.fit(["the <end> is <start> near <pad>"])
-    assert END not in words.encode("the <end> is near")[1:-1]
+def test_encode_treats_special_tokens_in_a_caption_as_unknown():
+    tokenizer = Tokenizer.fit(["the <end> is <start> near <pad>"])
+    assert END_ID not in tokenizer.encode("the <end> is near")[1:-1]
+    assert not set(SPECIAL_TOKENS) & tokenizer.word_index.keys()
 
 
-def test_a_cut_caption_does_not_end():
-    words = Tokenizer.fit(["a b c d"])
-    assert words.encode("a b c d", max_length=4) == [START, *(words.ids[w] for w in "abc")]
+def test_encode_cuts_without_end():
+    tokenizer = Tokenizer.fit(["a b c d"])
+    expected = [START_ID, *(tokenizer.word_index[word] for word in "abc")]
+    assert tokenizer.encode("a b c d", max_length=4) == expected
 
 
 def test_save_and_load(tmp_path):
-    words = Tokenizer.fit(["ein Äpfel 🍎 dog"])
-    words.save(tmp_path / "v.json")
-    assert Tokenizer.load(tmp_path / "v.json").words == words.words
+    tokenizer = Tokenizer.fit(["ein Äpfel 🍎 dog"])
+    tokenizer.save(tmp_path / "v.json")
+    assert Tokenizer.load(tmp_path / "v.json").index_word == tokenizer.index_word
 
 
 @pytest.mark.parametrize(
     "content", ["{}", "[1, 2]", '["a", "b"]', '["<pad>", "<unk>", "<start>", "<end>", "a", "a"]', "[", ""]
 )
-def test_damaged_vocabulary_is_refused(tmp_path, content):
+def test_load_refuses_damaged_vocabularies(tmp_path, content):
     (tmp_path / "v.json").write_text(content)
     with pytest.raises(InputError, match=r"v\.json"):
         Tokenizer.load(tmp_path / "v.json")
+
+
+def test_main_prints_or_saves_the_vocabulary(tmp_path, capsys):
+    (tmp_path / "captions.txt").write_text("a dog\na cat\na dog\n")
+    arguments = [str(tmp_path / "captions.txt"), "--vocab-size", "6"]
+    tokenizer_script.main(arguments)
+    assert capsys.readouterr().out.split() == [*SPECIAL_TOKENS, "a", "dog"]
+    tokenizer_script.main([*arguments, "--output", str(tmp_path / "v.json")])
+    assert capsys.readouterr().out == ""
+    assert Tokenizer.load(tmp_path / "v.json").index_word == (*SPECIAL_TOKENS, "a", "dog")
+    with pytest.raises(InputError, match=r"none\.txt: expected a text file"):
+        tokenizer_script.main([str(tmp_path / "none.txt")])

@@ -1,0 +1,33 @@
+"""What the benchmarks share: rates of several variants of the same work, measured alternately."""
+
+import statistics
+import time
+from collections.abc import Callable, Mapping
+
+from captioning.cli import log
+
+
+def items_per_second(run: Callable[[], object], num_items: int) -> float:
+    """Calls a function that processes `num_items` items, and returns its rate."""
+    start = time.perf_counter()
+    run()
+    return num_items / (time.perf_counter() - start)
+
+
+def interleaved_median_rates(variants: Mapping[str, Callable[[], float]], rounds: int, unit: str) -> dict[str, float]:
+    """Measures variants alternately, so that what slows the machine for a while slows all of them.
+
+    Args:
+        variants: by name, a function that does the work once and returns its rate, in items per second.
+        rounds: how often each variant is measured.
+        unit: what the items are, for the messages.
+
+    Returns:
+        The median rate of each variant.
+    """
+    rates: dict[str, list[float]] = {name: [] for name in variants}
+    for _ in range(rounds):
+        for name, measure in variants.items():
+            rates[name].append(measure())
+            log(f"{name}: {rates[name][-1]:.2f} {unit}/s")
+    return {name: statistics.median(values) for name, values in rates.items()}

@@ -1,0 +1,109 @@
+"""What a stopped run needs to resume, saved so that neither a full disk nor `kill -9` loses the checkpoint before."""
+
+import math
+from pathlib import Path
+from typing import Any
+
+from captioning.cli import InputError
+from captioning.optimizer import WeightEMA
+from captioning.quiet_tensorflow import tf
+from captioning.run_folder import latest_checkpoint
+
+
+class TrainProgress(tf.Module):
+    """The position in the training, and its running sums. Saved with the weights, so that a run resumes exactly."""
+
+    def __init__(self):
+        super().__init__()
+        self.epoch = tf.Variable(0, dtype=tf.int64)  # complete epochs
+        self.step = tf.Variable(0, dtype=tf.int64)  # complete batches of the current epoch
+        self.loss_sum = tf.Variable(0.0, dtype=tf.float64)  # over the words of the current epoch, in nats
+        self.token_count = tf.Variable(0.0, dtype=tf.float64)
+        self.seconds = tf.Variable(0.0, dtype=tf.float64)  # of training in the current epoch
+        self.baseline = tf.Variable(0.0)  # moving average of a word's log p, for REINFORCE
+        self.best_score = tf.Variable(-math.inf, dtype=tf.float64)
+        self.best_epoch = tf.Variable(0, dtype=tf.int64)
+
+    def get(self, name: str) -> Any:
+        """Returns the value of a variable as a Python number."""
+        return getattr(self, name).numpy().item()
+
+    def mean_loss(self) -> float:
+        """Returns the mean loss of the current epoch so far, in nats per word."""
+        return self.get("loss_sum") / self.get("token_count")
+
+    def reset_epoch(self) -> None:
+        """Sets the counters and sums of the current epoch to 0."""
+        for variable in (self.step, self.loss_sum, self.token_count, self.seconds):
+            variable.assign(tf.zeros_like(variable))
+
+
+class Checkpoints:
+    """A run's checkpoints: `last` holds everything needed to resume, `best` the weights with the best score."""
+
+    def __init__(
+        self,
+        run: Path,
+        model: tf.keras.Model,
+        optimizer: tf.keras.optimizers.Optimizer,
+        ema: WeightEMA,
+        progress: TrainProgress,
+        is_writer: bool = True,
+    ):
+        train_state = tf.train.Checkpoint(
+            model=model,
+            optimizer=optimizer,
+            ema=ema,
+            progress=progress,
+            # Keras keeps the random state of dropout where tf.train.Checkpoint does not look for it.
+            rng_state=list(model.non_trainable_variables),
+        )
+        weights = tf.train.Checkpoint(model=model)
+        for name in ("last", "best"):
+            latest_checkpoint(run / "checkpoints" / name)  # raises an InputError if it is damaged
+        # One of each is kept. The old one is deleted when the new one is complete.
+        self.last = tf.train.CheckpointManager(train_state, str(run / "checkpoints/last"), max_to_keep=1)
+        self.best = tf.train.CheckpointManager(weights, str(run / "checkpoints/best"), max_to_keep=1)
+        self.progress = progress
+        self.is_writer = is_writer  # of several machines one writes
+
+    def restore(self) -> bool:
+        """Restores the last checkpoint; returns False if there is none.
+
+        Raises:
+            InputError: it is damaged, or of another model.
+        """
+        if not self.last.latest_checkpoint:
+            return False
+        try:
+            self.last.checkpoint.restore(self.last.latest_checkpoint).assert_consumed()
+        except (tf.errors.OpError, ValueError, IndexError, AssertionError) as error:
+            reason = str(error).strip().split("\n")[0][:200]
+            raise InputError(
+                f"{self.last.latest_checkpoint}: damaged, or of another model ({reason}); delete the run folder to "
+                "start again"
+            ) from None
+        return True
+
+    def save(self) -> None:
+        """Saves the state of the training, unless its loss is not finite."""
+        if math.isfinite(self.progress.get("loss_sum")):
+            self._write(self.last)
+
+    def save_best(self) -> None:
+        """Saves the current weights as the best."""
+        self._write(self.best)
+
+    def _write(self, manager: tf.train.CheckpointManager) -> None:
+        """Saves under the number after the newest one; raises InputError if the disk is full."""
+        if not self.is_writer:
+            return
+        number = int(manager.latest_checkpoint.rsplit("-", 1)[1]) + 1 if manager.latest_checkpoint else 1
+        try:
+            manager.save(checkpoint_number=number)
+        except tf.errors.OpError as error:  # TensorFlow does not report a full disk as an OSError
+            reason = str(error).strip().split("\n")[0][:200]
+            raise InputError(
+                f"cannot save a checkpoint into {manager.directory} ({reason}); the previous one is kept: free some "
+                "space and run the same command again"
+            ) from None

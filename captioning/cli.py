@@ -1,0 +1,164 @@
+"""What a script needs to be a command: parser, messages, progress bars, and failures in one line."""
+
+import argparse
+import contextlib
+import errno
+import io
+import math
+import os
+import signal
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+
+class InputError(Exception):
+    """A mistake in the user's input, as one line: what was expected, what was found, and what to do about it."""
+
+
+class Verbosity:
+    """How much the scripts print; `--quiet` sets it."""
+
+    quiet = False
+
+
+def log(message: str, error: bool = False) -> None:
+    """Prints a message to standard error, so that standard output holds only results; `--quiet` leaves only errors."""
+    if error or not Verbosity.quiet:
+        print(message, file=sys.stderr, flush=True)
+
+
+# The command line.
+
+
+def make_parser(description: str | None, usage: str = "[option ...]", **kwargs: Any) -> argparse.ArgumentParser:
+    """Makes a parser whose --help shows a script's docstring, with its examples, and the options in groups."""
+    return argparse.ArgumentParser(
+        description=description,
+        usage=f"%(prog)s {usage}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,  # an option that is added later would change what an abbreviation means
+        **kwargs,
+    )
+
+
+def add_quiet_option(parser: argparse._ActionsContainer) -> None:
+    """Adds the option `--quiet`."""
+
+    class Quiet(argparse.Action):
+        def __call__(self, *_):
+            Verbosity.quiet = True
+
+    parser.add_argument("--quiet", action=Quiet, nargs=0, help="print only results and errors")
+
+
+def int_at_least(minimum: int) -> Callable[[str], int]:
+    """Returns an argparse type: a whole number that is not less than `minimum`."""
+
+    def parse(text: str) -> int:
+        if not text.lstrip("-").isdecimal() or int(text) < minimum:
+            raise argparse.ArgumentTypeError(f"expected a whole number of at least {minimum}, found {text!r}")
+        return int(text)
+
+    return parse
+
+
+def run_main(main: Callable[[], None]) -> None:
+    """Runs a script's main and turns its failures into one line and an exit code.
+
+    Exit codes: 2 for bad input, a missing file or a full disk; 130 for Ctrl-C; 0 otherwise.
+    """
+    name = Path(sys.argv[0]).name
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # an image's name need not be Unicode
+    try:
+        main()
+    except InputError as error:
+        log(f"{name}: {' '.join(str(error).splitlines())}", error=True)  # what was found may hold line ends
+        sys.exit(2)
+    except BrokenPipeError:  # `python inference.py *.jpg | head` is no error
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(0)
+    except OSError as error:
+        hint = "; free some space and run the same command again, it continues" * (error.errno == errno.ENOSPC)
+        where = f"{error.filename}: " if error.filename else ""
+        log(f"{name}: {where}{error.strerror or error}{hint}", error=True)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        log(f"\n{name}: stopped; run the same command again to continue", error=True)
+        sys.exit(130)
+
+
+@contextlib.contextmanager
+def defer_interrupts() -> Iterator[None]:
+    """Delays Ctrl-C and SIGTERM to the end of the block, so that what belongs together is saved together."""
+    received: list[int] = []
+    signals = (signal.SIGINT, signal.SIGTERM)
+    handlers = {number: signal.signal(number, lambda number, _: received.append(number)) for number in signals}
+    try:
+        yield
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+    if received:
+        raise KeyboardInterrupt
+
+
+# Progress.
+
+
+class LineStream:
+    """Standard error for a progress bar in a pipe or a file: a line now and then, without control characters."""
+
+    def write(self, text: str) -> None:
+        """Writes a state of the bar as a line."""
+        if line := text.strip("\r\n "):
+            sys.stderr.write(f"{line}\n")
+
+    def flush(self) -> None:
+        """Flushes standard error."""
+        sys.stderr.flush()
+
+
+def progress_bar(*args: Any, disable: bool = False, **kwargs: Any) -> tqdm:
+    """Makes a tqdm bar on standard error; in a pipe or a file it prints one line every half minute."""
+    is_live = sys.stderr.isatty() or type(sys.stderr).__module__.startswith("ipykernel")  # Jupyter and Colab
+    interval = 0.1 if sys.stderr.isatty() else 0.5 if is_live else 30.0
+    kwargs |= {"mininterval": interval, "maxinterval": interval, "dynamic_ncols": is_live}
+    if not is_live:
+        kwargs |= {"file": LineStream(), "ascii": True, "ncols": 100}
+    return tqdm(*args, disable=disable or Verbosity.quiet, **kwargs)
+
+
+@contextlib.contextmanager
+def suppress_stderr() -> Iterator[None]:
+    """Holds back what is written to standard error, unless the block fails.
+
+    TensorFlow's libraries write to the file descriptor while they load, before any of its settings for logging
+    takes effect; and so do the Java programs of pycocoevalcap.
+    """
+    if os.environ.get("TF_CPP_MIN_LOG_LEVEL") != "3":
+        yield
+        return
+    sys.stderr.flush()
+    original = os.dup(2)
+    with tempfile.TemporaryFile() as held_back:
+        os.dup2(held_back.fileno(), 2)
+        try:
+            yield
+        except BaseException:
+            held_back.seek(0)
+            os.write(original, held_back.read())
+            raise
+        finally:
+            os.dup2(original, 2)
+            os.close(original)
+
+
+def format_bytes(size: float) -> str:
+    """Formats a number of bytes for people: `1.6 GB` or `25 MB`."""
+    return f"{size / 1e9:.1f} GB" if size >= 1e8 else f"{math.ceil(size / 1e6)} MB"

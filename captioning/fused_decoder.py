@@ -1,0 +1,200 @@
+"""Teacher forcing of soft attention with a hand-written backward pass, faster on a CPU than the plain loop in model.py.
+
+`RNNDecoder.step` is the definition; train.py compares the two before it trains. What makes this faster
+(docs/performance.md): a caption that has ended takes no part in the steps after it; the words' part of the GRU's input
+is computed once for all; a kernel's gradient is one product after the loop; of a step's large tensors only e is kept.
+
+At a step, n captions are active. L locations, C channels, U units; N is the sum of n over all T steps.
+
+    q = h W2                               query                (n, U)       b2 is added to the keys beforehand
+    e = tanh(keys + q)                     attention hidden     (n, L, U)
+    a = softmax(e v)                       attention weights    (n, L)       v's bias cancels in the softmax
+    c = sum_l a_l f_l                      context vector       (n, C)
+    x = token_input + c Wc                 input part           (n, 3U)      of the gates z, r and g, in Keras's order
+    u = h Wh                               recurrent part       (n, 3U)      the biases of z and r are in token_input
+    z = sigmoid(x_z + u_z)   r = sigmoid(x_r + u_r)   p = u_g + b_g   g = tanh(x_g + r p)
+    h' = z h + (1 - z) g                   new state            (n, U)
+"""
+
+from typing import NamedTuple
+
+from captioning.quiet_tensorflow import tf
+
+
+class Residuals(NamedTuple):
+    """What the forward step keeps for the backward step, besides e."""
+
+    prev_state: tf.Tensor  # (n, U): h
+    attention_weights: tf.Tensor  # (n, L): a
+    context: tf.Tensor  # (n, C): c
+    update: tf.Tensor  # (n, U): z
+    reset: tf.Tensor  # (n, U): r
+    candidate: tf.Tensor  # (n, U): g
+    recurrent_candidate: tf.Tensor  # (n, U): p
+
+
+def forward_step(state, token_input, features, keys, weights) -> tuple[tf.Tensor, tf.Tensor, Residuals]:
+    """Computes h', e and the rest from state (n, U), token_input (3, n, U), features (n, L, C) and keys (n, L, U).
+
+    The weights are Wh of z, r and g with W2, (4, U, U); Wc of z, r and g, (3, C, U); v, (U, 1); and b_g, (U,). They
+    are stacked so that the parts of a product need not be copied out of it.
+    """
+    state_kernels, context_kernels, score_kernel, candidate_bias = weights
+    num_locations, units = keys.shape[1:]
+    recurrent = tf.matmul(state[tf.newaxis], state_kernels)  # (4, n, U): u_z, u_r, u_g, q
+    hidden = tf.tanh(keys + recurrent[3, :, tf.newaxis])  # (n, L, U)
+    scores = tf.matmul(tf.reshape(hidden, (-1, units)), score_kernel)  # (n L, 1)
+    attention_weights = tf.nn.softmax(tf.reshape(scores, (-1, num_locations)))  # (n, L)
+    context = tf.squeeze(tf.matmul(attention_weights[:, tf.newaxis], features), 1)  # (n, C)
+    inputs = token_input + tf.matmul(context[tf.newaxis], context_kernels)  # (3, n, U): x_z, x_r, x_g
+    gates = tf.sigmoid(inputs[:2] + recurrent[:2])  # (2, n, U)
+    update, reset = gates[0], gates[1]  # (n, U)
+    recurrent_candidate = recurrent[2] + candidate_bias  # (n, U)
+    candidate = tf.tanh(inputs[2] + reset * recurrent_candidate)  # (n, U)
+    new_state = update * state + (1 - update) * candidate  # (n, U)
+    return (
+        new_state,
+        hidden,
+        Residuals(state, attention_weights, context, update, reset, candidate, recurrent_candidate),
+    )
+
+
+def gate_slopes(res: Residuals) -> tf.Tensor:
+    """Computes dh' by the pre-activations of z, r and g, by u_g, and by h directly, of all steps at once: (N, 5, U)."""
+    d_g = (1 - res.update) * (1 - res.candidate**2)  # (N, U)
+    d_z = (res.prev_state - res.candidate) * res.update * (1 - res.update)  # (N, U)
+    d_r = d_g * res.recurrent_candidate * res.reset * (1 - res.reset)  # (N, U)
+    return tf.stack([d_z, d_r, d_g, d_g * res.reset, res.update], 1)  # (N, 5, U)
+
+
+def backward_step(d_state, d_attention, slopes, attention_weights, hidden, features, kernels):
+    """Applies the chain rule to `forward_step`, from the bottom to the top.
+
+    Takes the gradients of h' (n, U) and of a (n, L), the latter from outside such as that of a penalty on it, and the
+    transposed kernels: Wc (3U, C), Wh with W2 (4U, U), v (U,). Returns the gradients that are summed over the steps, of
+    h, of the keys before the multiplication with tanh' and v, and of v; and those of x, u with q, the scores, and c.
+    """
+    units = hidden.shape[2]
+    context_kernel, state_kernel, score_kernel = kernels
+    d_gates = tf.reshape(d_state[:, tf.newaxis] * slopes, (-1, 5 * units))  # (n, 5U)
+    d_inputs = d_gates[:, : 3 * units]  # (n, 3U)
+    d_context = tf.matmul(d_inputs, context_kernel)  # (n, C)
+    d_weights = tf.matmul(d_context[:, tf.newaxis], features, transpose_b=True)  # (n, 1, L)
+    d_weights = tf.squeeze(d_weights, 1) + d_attention  # (n, L)
+    mean = tf.reduce_sum(attention_weights * d_weights, 1, keepdims=True)  # (n, 1)
+    d_scores = attention_weights * (d_weights - mean)  # (n, L), through the softmax
+    d_score_kernel = tf.matmul(tf.reshape(d_scores, (1, -1)), tf.reshape(hidden, (-1, units)))  # (1, U)
+    # tanh' = 1 - e^2. Only the e^2 of it is multiplied out; the sum of the ones costs next to nothing.
+    squared = tf.square(hidden)  # (n, L, U)
+    from_squares = tf.squeeze(tf.matmul(d_scores[:, tf.newaxis], squared), 1)  # (n, U)
+    d_query = (tf.reduce_sum(d_scores, 1, keepdims=True) - from_squares) * score_kernel  # (n, U)
+    d_recurrent = tf.concat([d_gates[:, : 2 * units], d_gates[:, 3 * units : 4 * units], d_query], 1)  # (n, 4U)
+    d_prev_state = d_gates[:, 4 * units :] + tf.matmul(d_recurrent, state_kernel)  # (n, U)
+    d_keys = d_scores[:, :, tf.newaxis] * squared  # (n, L, U)
+    return (d_prev_state, d_keys, d_score_kernel), (d_inputs, d_recurrent, d_scores, d_context)
+
+
+def loop(body, num_steps, carry, shapes, reverse=False):
+    """Calls body(t, *carry) -> carry, values for every step; returns the last carry, and a TensorArray per value."""
+    settings = {"size": num_steps, "infer_shape": False, "clear_after_read": False}
+    arrays = [tf.TensorArray(carry[0].dtype, element_shape=(None, *shape), **settings) for shape in shapes]
+
+    def iterate(i, carry, arrays):
+        t = num_steps - 1 - i if reverse else i
+        carry, values = body(t, *carry)
+        return i + 1, carry, [array.write(t, value) for array, value in zip(arrays, values, strict=True)]
+
+    # The number of active captions changes, and with it the shapes. A step needs the last one: one iteration at a time.
+    free = [tf.TensorShape((None, *tensor.shape[1:])) for tensor in carry]
+    shapes = (tf.TensorShape(()), free, [tf.TensorShape(None)] * len(arrays))
+    return tf.while_loop(lambda i, *_: i < num_steps, iterate, (0, carry, arrays), shapes, parallel_iterations=1)[1:]
+
+
+def forward_loop(token_inputs, features, keys, num_active, weights):
+    """Runs all steps; returns the new states (N, U), e as a TensorArray, since a copy would cost, and Residuals."""
+    (num_locations, units), offsets = keys.shape[1:], tf.cumsum(num_active, exclusive=True)
+
+    def body(t, state):
+        n, start = num_active[t], offsets[t]
+        inputs = token_inputs[:, start : start + n], features[:n], keys[:n]
+        new_state, hidden, res = forward_step(state[:n], *inputs, weights)
+        return [new_state], (hidden, new_state, *res)
+
+    shapes = [(num_locations, units), *[(units,)] * 2, (num_locations,), (features.shape[2],), *[(units,)] * 4]
+    zeros = tf.zeros((num_active[0], units), keys.dtype)
+    hidden, *arrays = loop(body, tf.size(num_active), [zeros], shapes)[1]
+    states, *residuals = [array.concat() for array in arrays]  # (N, ...)
+    return states, hidden, Residuals(*residuals)
+
+
+def backward_loop(d_states, d_attention, hidden, res, features, num_active, kernels):
+    """Runs `backward_step` from the last step to the first; returns its sums but that of h, and its other gradients."""
+    units, num_locations, offsets = res.update.shape[1], d_attention.shape[1], tf.cumsum(num_active, exclusive=True)
+    slopes = gate_slopes(res)
+
+    def body(t, d_state, d_keys, d_score_kernel):
+        n = num_active[t]
+        rows = slice(offsets[t], offsets[t] + n)
+        ending = [[0, n - tf.shape(d_state)[0]], [0, 0]]  # captions that have no later step
+        d_state = tf.pad(d_state, ending) + d_states[rows]  # (n, U)
+        inputs = d_attention[rows], slopes[rows], res.attention_weights[rows], hidden.read(t), features[:n]
+        sums, others = backward_step(d_state, *inputs, kernels)
+        return [sums[0], tf.pad(d_keys, [*ending, [0, 0]]) + sums[1], d_score_kernel + sums[2]], others
+
+    zeros = [tf.zeros(shape, d_states.dtype) for shape in ((0, units), (0, num_locations, units), (1, units))]
+    shapes = [(3 * units,), (4 * units,), (num_locations,), (features.shape[2],)]
+    (_, d_keys, d_score_kernel), arrays = loop(body, tf.size(num_active), zeros, shapes, reverse=True)
+    return d_keys, d_score_kernel, *[array.concat() for array in arrays]
+
+
+@tf.custom_gradient
+def unroll(token_inputs, features, keys, num_active, query_kernel, score_kernel, context_kernel, kernel, bias):
+    """Runs all steps; its gradient has one product for each kernel. See `run` for shapes and results."""
+    units = keys.shape[2]
+    state_kernels = tf.stack([*tf.split(kernel, 3, 1), query_kernel])  # (4, U, U)
+    weights = state_kernels, tf.stack(tf.split(context_kernel, 3, 1)), score_kernel, bias
+    token_inputs = tf.stack(tf.split(token_inputs, 3, 1))  # (3, N, U)
+    states, hidden, res = forward_loop(token_inputs, features, keys, num_active, weights)
+
+    def gradient(d_states, d_attention):
+        state_kernel = tf.concat([tf.transpose(kernel), tf.transpose(query_kernel)], 0)  # (4U, U)
+        kernels = tf.transpose(context_kernel), state_kernel, score_kernel[:, 0]
+        grads = backward_loop(d_states, d_attention, hidden, res, features, num_active, kernels)
+        squares, d_score_kernel, d_inputs, d_recurrent, d_scores, d_context = grads
+        batch = tf.shape(keys)[0]
+        place = tf.cast(tf.where(tf.range(batch) < num_active[:, tf.newaxis]), tf.int32)[
+            :, ::-1
+        ]  # (N, 2): caption, step
+
+        def unpack(rows):  # (N, D) -> (B, T, D)
+            return tf.scatter_nd(place, rows, (batch, tf.size(num_active), rows.shape[1]))
+
+        d_features = tf.matmul(unpack(res.attention_weights), unpack(d_context), transpose_a=True)  # (B, L, C)
+        d_keys = (tf.reduce_sum(unpack(d_scores), 1)[:, :, tf.newaxis] - squares) * score_kernel[:, 0]  # (B, L, U)
+        d_state = tf.matmul(res.prev_state, d_recurrent, transpose_a=True)  # (U, 4U): of Wh, and of W2
+        d_context_kernel = tf.matmul(res.context, d_inputs, transpose_a=True)  # (C, 3U)
+        d_bias = tf.reduce_sum(d_recurrent[:, 2 * units : 3 * units], 0)  # (U,)
+        d_kernels = d_state[:, 3 * units :], tf.transpose(d_score_kernel), d_context_kernel, d_state[:, : 3 * units]
+        return d_inputs, d_features, d_keys, None, *d_kernels, d_bias
+
+    return (states, res.attention_weights), gradient
+
+
+def run(dec_input, images, num_active, attention, gru) -> tuple[tf.Tensor, tf.Tensor]:
+    """Runs all steps from a state of zeros; returns the new states (N, U) and the attention weights (N, L).
+
+    Args:
+        dec_input: (N, E), the embedded input words, packed: step after step, in each the active captions in order.
+        images: features (B, L, C) and keys (B, L, U) of every caption's image, longest caption first.
+        num_active: (T,) int32, how many captions are active at each step; it never increases.
+        attention: the `BahdanauAttention`.
+        gru: the `GRUCell`; the first C rows of its kernel belong to the context.
+    """
+    units, channels, dtype = images.keys.shape[2], images.features.shape[2], images.keys.dtype
+    variables = attention.W2.kernel, attention.W2.bias, attention.V.kernel, *gru.trainable_variables
+    query_kernel, query_bias, score_kernel, kernel, state_kernel, bias = (tf.cast(v, dtype) for v in variables)
+    # The biases of z and r are added with the words; that of g is multiplied by r, so it stays in the loop.
+    token_bias = bias[0] + tf.pad(bias[1, : 2 * units], [[0, units]])  # (3U,)
+    token_inputs = tf.matmul(dec_input, kernel[channels:]) + token_bias  # (N, 3U)
+    weights = query_kernel, score_kernel, kernel[:channels], state_kernel, bias[1, 2 * units :]
+    return unroll(token_inputs, images.features, images.keys + query_bias, num_active, *weights)

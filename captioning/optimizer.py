@@ -1,0 +1,80 @@
+"""Adam with fewer passes over the weights than Keras's, and the moving average of the weights."""
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+from captioning.quiet_tensorflow import tf
+
+
+class FusedAdam(tf.keras.optimizers.Adam):
+    """Keras's Adam with its arithmetic in TensorFlow's one operation for it: one pass over the weights, not ten."""
+
+    def update_step(self, gradient: tf.Tensor, variable: Any, learning_rate: tf.Tensor) -> None:
+        """Updates one variable and its two moments."""
+        index = self._get_variable_index(variable)
+        step = tf.cast(self.iterations + 1, variable.dtype)
+        tf.raw_ops.ResourceApplyAdam(
+            var=variable.handle,
+            m=self._momentums[index].handle,
+            v=self._velocities[index].handle,
+            beta1_power=self.beta_1**step,
+            beta2_power=self.beta_2**step,
+            lr=tf.cast(learning_rate, variable.dtype),
+            beta1=self.beta_1,
+            beta2=self.beta_2,
+            epsilon=self.epsilon,
+            grad=gradient,
+        )
+
+    def _clip_gradients(self, gradients: list[tf.Tensor]) -> list[tf.Tensor]:
+        """Clips as Keras does, without storing squares, and without a copy where there is nothing to clip."""
+        norm = tf.linalg.global_norm(gradients)
+
+        def clip() -> list[tf.Tensor]:
+            return tf.clip_by_global_norm(gradients, self.global_clipnorm, norm)[0]
+
+        return tf.cond(norm <= self.global_clipnorm, lambda: gradients, clip)
+
+    def _all_reduce_sum_gradients(self, grads_and_vars: list[tuple]) -> list[tuple]:
+        """Returns the gradients as they are: train_step has summed them over the replicas, before they are clipped."""
+        return grads_and_vars
+
+
+def make_optimizer(learning_rate: float, clip_norm: float, mixed_precision: bool) -> tf.keras.optimizers.Optimizer:
+    """Makes Adam; in mixed precision it scales the loss, so that small gradients are not lost in float16."""
+    adam = FusedAdam(learning_rate, global_clipnorm=clip_norm)
+    return tf.keras.optimizers.LossScaleOptimizer(adam) if mixed_precision else adam
+
+
+class WeightEMA(tf.Module):
+    """An exponential moving average of the weights (Polyak and Juditsky 1992).
+
+    Its captions and scores change less from epoch to epoch than those of the weights of any one step.
+    """
+
+    def __init__(self, variables: list[tf.Variable], decay: float):
+        super().__init__()
+        self.decay = decay
+        self.variables_to_average = variables if decay else []  # without a decay there is no average
+        self.shadow = [tf.Variable(variable, trainable=False) for variable in self.variables_to_average]
+        self.num_updates = tf.Variable(0.0)
+
+    def update(self) -> None:
+        """Moves the average towards the weights; quickly at first, so that the random start is soon forgotten."""
+        self.num_updates.assign_add(1.0)
+        decay = tf.minimum(self.decay, (1.0 + self.num_updates) / (10.0 + self.num_updates))
+        for shadow, variable in zip(self.shadow, self.variables_to_average, strict=True):
+            shadow.assign_add((1.0 - decay) * (variable - shadow))
+
+    @contextlib.contextmanager
+    def applied(self) -> Iterator[None]:
+        """Puts the average in the place of the weights while the block runs."""
+        weights = [variable.numpy() for variable in self.variables_to_average]
+        try:
+            for shadow, variable in zip(self.shadow, self.variables_to_average, strict=True):
+                variable.assign(shadow)
+            yield
+        finally:  # also at Ctrl-C, which saves the weights
+            for value, variable in zip(weights, self.variables_to_average, strict=True):
+                variable.assign(value)

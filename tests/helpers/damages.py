@@ -1,0 +1,191 @@
+"""Damages files: cuts them, flips their bits, recodes text, and replaces every field of JSON. All is seeded."""
+
+import copy
+import functools
+import io
+import json
+import math
+import re
+import zlib
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from PIL import Image
+
+WRONG_VALUES = (None, True, -1, 10**30, 0.5, math.nan, "text", [], ["text"], {"text": 1})
+WORDLESS = ("", " ", ".", "?!?", "___", "🐶", "☃ ☃", "\x00", "\u200b", "\u00a0", "-- --")
+ODD = (
+    "dog",
+    "word " * 500,
+    "a" * 5000,
+    "🐶 dog",
+    "犬",
+    "<end> <start>",
+    "café",
+    "NULL",
+    "a\x00b",
+    "=1+1",
+    "\u202eright",
+)
+CSV_LINES = {  # of the image X, and whether they can be read
+    'X,"a dog\n': True,
+    '"X","a ""big"" dog"\n': True,
+    'X,a "big" dog\n': True,
+    'X,"a "big" dog"\n': True,
+    "X,a dog,,,,\n": True,
+    '"X,a dog\n': False,
+    'X,"a dog\nX,a cat\nX,"a bird"\n': False,
+    'X,"a dog\n\n\n\n\n running"\n': False,
+    "X;a dog\n": False,
+    "X\ta dog\n": False,
+    "'X','a dog, running'\n": False,
+    "X\n": False,
+    ",a dog\n": False,
+    '"",""\n': False,
+    'X,"' + "a dog " * 30_000 + '"\n': False,
+    "../X,a dog\n": False,
+    "images\\X,a dog\n": False,
+    "X\x00,a dog\n": False,
+    "X" * 5000 + ",a dog\n": False,
+}
+
+
+class Damage(NamedTuple):
+    """A damaged file."""
+
+    description: str
+    content: bytes
+    plausible: bool = False  # whether it may pass for good: a bit of a caption, or a number that could be
+
+
+# Files of any kind.
+
+
+def cut_and_flip(content, count, is_text=False):
+    """Yields nothing, beginnings of a file, and the file with some bits flipped.
+
+    The beginning of a text file may pass for good, since it can end with a line.
+    """
+    rng = np.random.default_rng(0)
+    yield Damage("empty", b"")
+    for _ in range(count):
+        size = int(rng.integers(1, len(content) - 2))
+        yield Damage(f"cut to {size} bytes", content[:size], plausible=is_text)
+        flipped = bytearray(content)
+        bits = rng.integers(0, 8 * len(content), rng.integers(1, 5)).tolist()
+        for bit in bits:
+            flipped[bit // 8] ^= 1 << bit % 8
+        yield Damage(f"bits {bits} flipped", bytes(flipped), plausible=True)
+
+
+# Text and JSON.
+
+
+def recode(content):
+    """Yields a text file in other encodings, and what is no text of this format."""
+    for encoding in ("utf-16", "utf-16-le", "utf-32", "cp037"):
+        yield Damage(encoding, content.decode().encode(encoding))
+    yield Damage("Latin-1", content + "café".encode("latin-1"))
+    yield Damage("brackets", b"[" * 100_000)
+    yield Damage("zeros", bytes(1000))
+
+
+def damage_text(path, count=5, is_text=False):
+    """Returns all damages of a text file."""
+    content = Path(path).read_bytes()
+    return [*cut_and_flip(content, count, is_text), *recode(content)]
+
+
+def field_paths(content, path=()):
+    """Yields the keys that lead to every field of JSON; of a list, to its first item."""
+    if isinstance(content, dict | list) and content:
+        for key in content if isinstance(content, dict) else [0]:
+            yield (*path, key)
+            yield from field_paths(content[key], (*path, key))
+
+
+def edit_json(path, values=WRONG_VALUES):
+    """Yields JSON with each of its fields replaced by each wrong value, and deleted."""
+    content = json.loads(Path(path).read_text())
+    for *parents, last in field_paths(content):
+        name = ".".join(map(str, (*parents, last)))
+        for value in (*values, "deleted"):
+            edited = copy.deepcopy(content)
+            parent = functools.reduce(lambda inner, key: inner[key], parents, edited)
+            plausible = type(value) is type(parent[last]) in (int, str)
+            if value == "deleted":
+                del parent[last]
+                plausible = last == 0  # one row fewer
+            else:
+                parent[last] = value
+            yield Damage(f"{name} {str(value)[:10]}", json.dumps(edited).encode(), plausible)
+
+
+# Images.
+
+
+def damage_images():
+    """Yields damaged JPEGs and PNGs, with their names."""
+    rng = np.random.default_rng(0)
+    image = Image.fromarray(rng.integers(0, 256, (48, 64, 3), dtype=np.uint8))
+    for name, (mode, settings) in {
+        "a.jpg": ("RGB", {}),
+        "progressive.jpg": ("RGB", {"progressive": True}),
+        "b.png": ("RGB", {}),
+        "palette.png": ("P", {}),
+    }.items():
+        file = io.BytesIO()
+        image.convert(mode).save(file, "JPEG" if "jpg" in name else "PNG", **settings)
+        content = file.getvalue()
+        for number, damage in enumerate(cut_and_flip(content, 10)):
+            yield f"{number}_{name}", damage.content
+        for number in range(5):  # in the header, which holds the size and the mode
+            flipped = bytearray(content)
+            flipped[int(rng.integers(8, 40))] ^= 1 << int(rng.integers(8))
+            yield f"header_{number}_{name}", bytes(flipped)
+        yield from claim_sizes(name, content)
+    yield "text.jpg", b"no image"
+    yield "page.png", b"<html>404</html>"
+    yield "program.png", b"\x7fELF" + bytes(99)
+
+
+def claim_sizes(name, content):
+    """Yields an image whose header claims other sizes, with names; the CRC of a PNG fits."""
+    if name.endswith(".jpg"):
+        position = re.search(b"\xff[\xc0\xc2]\x00\x11\x08", content).end()
+        yield f"size_65535_{name}", content[:position] + b"\xff" * 4 + content[position + 4 :]
+        return
+    for size in (70_000, 2**31 - 1, 0):
+        header = content[12:16] + size.to_bytes(4) * 2 + content[24:29]
+        yield f"size_{size}_{name}", content[:12] + header + zlib.crc32(header).to_bytes(4) + content[33:]
+
+
+# Features.
+
+
+def damage_features(path):
+    """Yields files that are not the features of an image, some of them of the same size."""
+    content = path.read_bytes()
+    yield from (damage for damage in cut_and_flip(content, 5) if "flipped" not in damage.description)
+    for position in range(0, 128, 16):  # in the header
+        flipped = content[:position] + bytes([content[position] ^ 1]) + content[position + 1 :]
+        yield Damage(f"byte {position} flipped", flipped)
+    features = np.load(path)
+    for description, array in {
+        "transposed": features.T,
+        "of another type": features.view(np.int16),
+        "a batch": features[np.newaxis],
+        "half as many": features[:32].astype(np.float32),
+        "in Fortran order": np.asfortranarray(features),
+        "big-endian": features.astype(">f2"),
+        "complex": features[:, :512].astype(np.complex64),
+        "pickled": np.array([["pickled"] * 4] * 4, object),
+        "pickled, as large": np.array([["p" * (len(content) - 325)]], object),
+        "a number": np.array(1.0),
+        "none": features[:0],
+    }.items():
+        file = io.BytesIO()
+        np.save(file, array)
+        yield Damage(description, file.getvalue())
+    yield Damage("zeros", bytes(len(content)))

@@ -1,0 +1,96 @@
+"""Runs of the training on the small dataset, and what they leave."""
+
+import csv
+import dataclasses
+
+import numpy as np
+
+import train
+from captioning.config import DataConfig, ModelConfig, RunConfig, TrainConfig
+from captioning.quiet_tensorflow import tf
+from captioning.run_folder import init_run_dir
+
+# Times and counters of files, which differ between runs that are otherwise the same.
+UNEQUAL_KEYS = ("seconds", "save_counter", "_CHECKPOINTABLE_OBJECT_GRAPH")
+MODEL_SETTINGS = {field.name for field in dataclasses.fields(ModelConfig)}
+
+
+class SimulatedKill(Exception):
+    """Stands for a kill: nothing is saved when it is raised."""
+
+
+def make_config(dataset, cache, tokenizer, **settings):
+    """Makes the settings of a small model; those of the model and of the training may be given."""
+    defaults = {"embedding_dim": 8, "units": 32, "epochs": 3, "batch_size": 5, "learning_rate": 1e-2, "patience": 0}
+    settings = defaults | settings
+    model_settings = {name: value for name, value in settings.items() if name in MODEL_SETTINGS}
+    train_settings = {name: value for name, value in settings.items() if name not in MODEL_SETTINGS}
+    return RunConfig(
+        model=ModelConfig(vocab_size=len(tokenizer), **model_settings),
+        train=TrainConfig(**train_settings),
+        data=DataConfig(),
+        features=cache.manifest | {"folder": str(cache.folder)},
+        unreadable_images=(),
+        data_fingerprint=dataset.fingerprint,
+        vocabulary_sha256="",
+    )
+
+
+def stop_after(num_steps, error):
+    """Returns an `on_step` that raises an error after so many steps."""
+    steps = iter(range(1, num_steps + 1))
+
+    def on_step(_):
+        if next(steps) == num_steps:
+            raise error
+
+    return on_step
+
+
+class LossRecorder:
+    """An `on_step` that records the mean loss and the learning rate of every step."""
+
+    def __init__(self):
+        self.losses, self.learning_rates = [], []
+        self._sums = (0.0, 0.0)
+
+    def __call__(self, state):
+        progress = state.progress
+        loss_sum, token_count = progress.get("loss_sum"), progress.get("token_count")
+        if progress.get("step") == 1:  # the sums are those of an epoch
+            self._sums = (0.0, 0.0)
+        self.losses.append((loss_sum - self._sums[0]) / (token_count - self._sums[1]))
+        self.learning_rates.append(float(tf.convert_to_tensor(state.optimizer.learning_rate)))
+        self._sums = (loss_sum, token_count)
+
+
+def read_checkpoint(run, name="last"):
+    """Returns all values of a checkpoint by key."""
+    reader = tf.train.load_checkpoint(tf.train.latest_checkpoint(run / "checkpoints" / name))
+    return {
+        key: reader.get_tensor(key)
+        for key in reader.get_variable_to_shape_map()
+        if not any(part in key for part in UNEQUAL_KEYS)
+    }
+
+
+def assert_same_checkpoint(actual, expected):
+    """Compares two results of `read_checkpoint` bit by bit."""
+    assert actual.keys() == expected.keys()
+    for key, value in expected.items():
+        np.testing.assert_array_equal(actual[key], value, err_msg=key)
+
+
+def read_history(run):
+    """Returns the rows of history.csv, without times."""
+    rows = csv.DictReader((run / "history.csv").read_text(encoding="utf-8").splitlines())
+    return [{name: value for name, value in row.items() if name != "train_seconds"} for row in rows]
+
+
+def run_training(run, data, on_step=None, **settings):
+    """Starts, or resumes, a run on (dataset, cache, tokenizer)."""
+    dataset, cache, tokenizer = data
+    config = make_config(*data, **settings)
+    init_run_dir(run, config, tokenizer.save, cache.cnn_weights)
+    train.train(run, dataset, cache, config, tokenizer, tf.distribute.get_strategy(), on_step)
+    return run

@@ -1,0 +1,73 @@
+"""The README and the documents keep their promises: what they name exists."""
+
+import ast
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+DOCUMENTS = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")])
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def defined_names(path):
+    """Functions and classes of a file; a method as Class.method."""
+    names = set()
+    for node in ast.parse(path.read_text(encoding="utf-8")).body:
+        if isinstance(node, ast.FunctionDef | ast.ClassDef):
+            names.add(node.name)
+        if isinstance(node, ast.ClassDef):
+            names |= {f"{node.name}.{child.name}" for child in node.body if isinstance(child, ast.FunctionDef)}
+    return names
+
+
+def named_places(text):
+    """Yields (file, name) of every `file.py`: `name`, `name` in a text."""
+    for file, names in re.findall(r"`([\w/]+\.py)`: ((?:`[\w.]+`(?:, )?)+)", text):
+        for name in re.findall(r"`([\w.]+)`", names):
+            yield file, name
+
+
+def test_tutorial_map_names_functions_that_exist():
+    section = README.split("## Where to find each part of the tutorial")[1].split("\n## ")[0]
+    rows = [line for line in section.splitlines() if line.startswith("| ")][1:]
+    places = list(named_places(section))
+    assert len(rows) >= 15
+    assert all(list(named_places(row)) for row in rows if not row.startswith("| ---")), "a row names no place"
+    for file, name in places:
+        assert name in defined_names(ROOT / file), f"{file} has no {name}"
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)
+def test_documents_link_to_files_that_exist(path):
+    text = path.read_text(encoding="utf-8")
+    links = re.findall(r"\]\(([^)#]+)[^)]*\)", text) + re.findall(r'src="([^"]+)"', text)
+    for link in links:
+        if not link.startswith("http"):
+            assert (path.parent / link).exists(), f"{path.name} links to {link}"
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)
+def test_documents_name_files_that_exist(path):
+    for name in re.findall(r"`([\w/]+/[\w/]+\.(?:py|md|yml|json|ipynb))`", path.read_text(encoding="utf-8")):
+        if not name.startswith(("runs/", "features/", "data/")):
+            assert (ROOT / name).exists(), f"{path.name} names {name}"
+
+
+def test_readme_is_a_front_page():
+    lines = README.splitlines()
+    assert len(lines) <= 160
+    assert README.index("has not been run") < README.index("## Quick start"), "what was not run is said early"
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)
+def test_documented_options_exist(path):
+    options = set(re.findall(r"(?<![\w-])--([a-z][a-z-]+)", path.read_text(encoding="utf-8")))
+    sources = "".join(file.read_text(encoding="utf-8") for file in [*ROOT.glob("*.py"), *ROOT.glob("*/*.py")])
+    foreign = {"logdir", "allow-pickle", "quiet"}  # other programs', and one that is an action
+    if path.name == "CHANGELOG.md":
+        return  # it also names options that are gone
+    for option in options - foreign:
+        name = option.removeprefix("no-").replace("-", "_")
+        assert f"--{option}" in sources or re.search(rf"^    {name}: .* = option\(", sources, re.MULTILINE), option
