@@ -36,7 +36,7 @@ import inference
 import model
 import tokenizer
 import train
-from captioning import metrics, shapes
+from captioning import metrics, plots, shapes
 from captioning.cli import run_main
 from captioning.files import file_sha256
 from captioning.quiet_tensorflow import tf
@@ -83,6 +83,12 @@ def mean_brightness_extractor(cnn_weights):
     return extractor
 
 
+def write_empty_plot(image, words, attention, probabilities, path):
+    """Stands for plot_attention, which takes longer than all the rest."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.touch()
+
+
 @pytest.fixture(scope="module", autouse=True)
 def run_dir(tmp_path_factory):
     """The run folder, in a folder with 12 images and their captions; it is trained on them for one epoch."""
@@ -90,6 +96,8 @@ def run_dir(tmp_path_factory):
         patch.chdir(tmp_path_factory.mktemp("damaged"))
         patch.setattr(features, "build_feature_extractor", mean_brightness_extractor)
         patch.setattr(model, "build", functools.cache(model.build))  # so that decoding is traced once
+        patch.setattr(model, "fused_decoder_matches", functools.cache(model.fused_decoder_matches))
+        patch.setattr(inference, "plot_attention", write_empty_plot)
         patch.setattr(metrics, "has_java", lambda: False)
         write_captions()
         Path("weights.h5").write_text("stands for weights")
@@ -229,7 +237,8 @@ def test_tokenizer_input_damaged(check_damages):
 # Images.
 
 
-def test_images_damaged_are_skipped_by_features_and_refused_by_inference(run_command):
+def test_images_damaged_are_skipped_by_features_and_refused_by_inference(run_command, monkeypatch):
+    monkeypatch.setattr(inference, "plot_attention", plots.plot_attention)
     Path("photos").mkdir()
     bad = dict(damage_images())
     for name, content in bad.items():

@@ -21,15 +21,17 @@ import inference
 import model
 import tokenizer
 import train
-from captioning import shapes
+from captioning import metrics, shapes
 from captioning.cli import InputError, Verbosity, run_main
 from captioning.config import RECIPES
 from captioning.files import file_sha256, lock_folder
+from captioning.quiet_tensorflow import tf
 
 ROOT = Path(__file__).parents[1]
 DATA = ["--annotations", "shapes/dataset_shapes.json", "--images", "shapes"]
 SIZES = ["--embedding-dim", "8", "--units", "16"]
-SMALL = ["--cnn-weights", "random", "--epochs", "1", *SIZES]
+# As few epochs as give captions of a few words: an untrained model generates 50, and their plots take long.
+TRAIN = ["--cnn-weights", "random", *SIZES, "--batch-size", "8", "--learning-rate", "0.02", "--epochs", "8"]
 
 pytestmark = pytest.mark.slow
 
@@ -52,17 +54,41 @@ def build_once(build):
 
 @pytest.fixture(scope="module")
 def trained_run(tmp_path_factory):
-    """A folder with 24 drawn images, one of them unreadable, and a run trained on them for one epoch."""
+    """A folder with 24 drawn images, one of them unreadable, and a run trained on them."""
     with pytest.MonkeyPatch.context() as patch:
         folder = tmp_path_factory.mktemp("work place")  # a space, as people have
         patch.chdir(folder)
         patch.setattr(features, "build_feature_extractor", build_once(features.build_feature_extractor))
         patch.setattr(model, "build", functools.cache(model.build))  # so that decoding is traced once
+        patch.setattr(model, "fused_decoder_matches", functools.cache(model.fused_decoder_matches))
         annotations = shapes.draw_dataset("shapes", num_images=24)
         name = json.loads(annotations.read_text())["images"][-1]["filename"]
         (folder / "shapes/images" / name).write_text("not an image")
-        train.main([*DATA, *SMALL, "--batch-size", "8"])
+        train.main([*DATA, *TRAIN])
         yield folder
+
+
+@pytest.fixture
+def _no_java(monkeypatch):
+    """Leaves out METEOR, whose Java program takes seconds to start."""
+    monkeypatch.setattr(metrics, "has_java", lambda: False)
+
+
+@pytest.fixture
+def small_cnn(monkeypatch, tmp_path):
+    """Replaces InceptionV3 by an image's mean brightness; returns the options that choose it."""
+
+    def build(cnn_weights):
+        def extractor(pixels, training):
+            mean = tf.reduce_mean(tf.cast(pixels, tf.float32), axis=(1, 2, 3)) / 255  # (B,)
+            return tf.ones((tf.shape(pixels)[0], 64, 2048)) * mean[:, tf.newaxis, tf.newaxis]
+
+        return extractor
+
+    monkeypatch.setattr(features, "build_feature_extractor", build)
+    path = tmp_path / "cnn.h5"
+    path.write_text("stands for weights")
+    return ["--cnn-weights", str(path)]
 
 
 def test_pipeline_leaves_features_and_a_complete_run(trained_run, capsys):
@@ -108,7 +134,7 @@ def test_evaluate_writes_scores_and_coco_results(trained_run, capsys):
     assert all("caption" in row for row in results)
 
 
-def test_beam_search_captions_plots_and_is_scored(trained_run, capsys):
+def test_beam_search_captions_plots_and_is_scored(trained_run, _no_java, capsys):
     inference.main(["shapes/images/shapes_00000.png", "--beam-size", "3", "--output-dir", "beam"])
     assert Path("beam/shapes_00000_attention.png").stat().st_size > 1000
     evaluate.main(["--beam-size", "3", "--length-penalty", "0.5"])
@@ -125,7 +151,7 @@ def test_beam_search_captions_plots_and_is_scored(trained_run, capsys):
         assert scored["scores"] == metrics["scores"]
 
 
-def test_karpathy_split_of_coco_takes_two_commands(trained_run, tmp_path, monkeypatch):
+def test_karpathy_split_of_coco_takes_two_commands(small_cnn, _no_java, tmp_path, monkeypatch):
     """The layout of dataset_coco.json and of COCO's images."""
     monkeypatch.chdir(tmp_path)
     images = []
@@ -142,7 +168,8 @@ def test_karpathy_split_of_coco_takes_two_commands(trained_run, tmp_path, monkey
             {"filepath": folder, "filename": name, "cocoid": 1000 + number, "split": split, "sentences": sentences}
         )
     Path("dataset_coco.json").write_text(json.dumps({"images": images, "dataset": "coco"}))
-    train.main(["--recipe", "best", "--annotations", "dataset_coco.json", "--images", "coco/", *SMALL])
+    data = ["--annotations", "dataset_coco.json", "--images", "coco/"]
+    train.main(["--recipe", "best", *data, *small_cnn, *SIZES, "--epochs", "1"])
     config = json.loads(Path("runs/coco/config.json").read_text())
     assert config["train"]["recipe"] == "best"
     settings = config["train"] | config["model"]
@@ -153,10 +180,10 @@ def test_karpathy_split_of_coco_takes_two_commands(trained_run, tmp_path, monkey
     assert len(list(Path("features/coco/val2014").iterdir())) == 9
 
 
-def test_results_of_a_run_whose_images_lie_in_one_folder(trained_run):
+def test_results_of_a_run_whose_images_lie_in_one_folder(trained_run, small_cnn, _no_java):
     """The annotations name folders that do not exist; the run knows its images by their bare names."""
     flat = ["--annotations", DATA[1], "--images", "shapes/images"]
-    train.main([*flat, *SMALL, "--run", "flat", "--features-dir", "flat_cache"])
+    train.main([*flat, *small_cnn, *SIZES, "--epochs", "1", "--run", "flat", "--features-dir", "flat_cache"])
     evaluate.main(["--run", "flat"])
     evaluate.main(["--run", "flat", "--results", "flat/captions_val.json"])
     assert Path("flat/captions_val_metrics_val.json").exists()
@@ -199,7 +226,7 @@ def test_changed_data_are_refused(trained_run):
         with pytest.raises(InputError, match="the data have changed"):
             evaluate.main([])
         with pytest.raises(InputError, match="fingerprint"):
-            train.main([*DATA, *SMALL, "--batch-size", "8"])
+            train.main([*DATA, *TRAIN])
     finally:
         path.write_text(text)
 
@@ -228,12 +255,11 @@ def test_run_in_use_is_refused(trained_run):
     def snapshot():
         return sorted((path, path.stat().st_mtime_ns) for path in Path("runs/shapes").rglob("*"))
 
-    args = [*DATA, "--cnn-weights", "random", *SIZES, "--batch-size", "8"]
     before = snapshot()
     with lock_folder(Path("runs/shapes")), pytest.raises(InputError, match="runs/shapes is in use by another process"):
-        train.main([*args, "--epochs", "2"])
+        train.main([*DATA, *TRAIN, "--epochs", "9"])
     assert before == snapshot()
-    train.main([*args, "--epochs", "1"])  # free again
+    train.main([*DATA, *TRAIN])  # free again
 
 
 MISTAKES = [
