@@ -14,10 +14,10 @@ demo: .venv/ready  ## run the whole pipeline on drawn shapes: about 5 minutes on
 	$(BIN)/python demo.py
 
 test: .venv/ready  ## run all tests
-	$(BIN)/python -m pytest -q tests
+	$(BIN)/python -m pytest -q -n 2 --dist loadfile tests
 
 test-fast: .venv/ready  ## run the tests that are not marked slow
-	$(BIN)/python -m pytest -q -m "not slow" tests
+	$(BIN)/python -m pytest -q -n 2 --dist loadfile -m "not slow" tests
 
 lint: .venv/ready  ## check style, format and types
 	$(BIN)/ruff check .

@@ -46,7 +46,7 @@ from captioning.validation import Validator
 from tokenizer import Tokenizer, split_words
 
 SPEED_SETTINGS = ("fused", "mixed_precision", "jit", "strategy")
-BASELINE_DECAY = 0.9  # of REINFORCE's baseline, as in the code of Xu et al.
+BASELINE_DECAY = 0.9  # of the baseline of REINFORCE (Xu et al. 2015, section 4.1)
 
 
 class TrainState(NamedTuple):

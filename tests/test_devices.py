@@ -1,4 +1,4 @@
-"""Training on several devices and several machines, in processes of their own: devices are set up once in each."""
+"""Training on several devices and several machines: in processes, since devices are set up once in a process."""
 
 import json
 import os
@@ -10,57 +10,70 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-import train
 from captioning import devices, shapes
 from captioning.cli import InputError
 from captioning.quiet_tensorflow import tf
 
 TESTS = Path(__file__).parent
-SCRIPT = TESTS / "helpers/train_on_devices.py"
 DATA_ARGS = ["--annotations", "shapes/dataset_shapes.json", "--images", "shapes", "--cnn-weights", "cnn.h5"]
 MODEL_ARGS = ["--units", "16", "--embedding-dim", "8"]
-TRAIN_ARGS = ["--batch-size", "7", "--clip-norm", "0.3", "--patience", "0", "--epochs", "2", "--ema-decay", "0.9"]
+TRAIN_ARGS = ["--batch-size", "7", "--clip-norm", "0.3", "--patience", "0", "--ema-decay", "0.9"]
+
+needs_fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+
+
+def make_job(run, num_devices=1, name=None, epochs=2, strategy="none", tf_config=None):
+    """Returns a job for train_on_devices.py; runs have caches of their own, since they train at the same time."""
+    args = ["--run", run, "--features-dir", f"features_{run}", "--epochs", str(epochs), "--strategy", strategy]
+    args = [*DATA_ARGS, *MODEL_ARGS, *TRAIN_ARGS, *args]
+    return {"name": name or run, "num_devices": num_devices, "args": args, "tf_config": tf_config}
+
+
+def free_port():
+    with socket.socket() as server:
+        server.bind(("localhost", 0))
+        return server.getsockname()[1]
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """48 images of shapes, and `one`, a run on a single device; features are shared by all runs."""
+    """Runs on 48 images of shapes: of one device, of two devices, and of two workers."""
     folder = tmp_path_factory.mktemp("devices")
     shapes.draw_dataset(folder / "shapes", num_images=48)
     (folder / "cnn.h5").write_text("stands for weights")
-    wait_for(start_training(folder, "one", 1, "--run", "one"))
+    workers = [f"localhost:{free_port()}" for _ in range(2)]
+    roles = [{"cluster": {"worker": workers}, "task": {"type": "worker", "index": index}} for index in (0, 1)]
+    worker_jobs = [
+        make_job("workers", name=f"worker_{i}", strategy="multiworker", tf_config=role) for i, role in enumerate(roles)
+    ]
+    groups = [
+        [make_job("one"), make_job("two", num_devices=2, strategy="mirrored")],
+        worker_jobs,
+        [make_job("one", num_devices=2, name="resumed", epochs=3, strategy="mirrored")],
+    ]
+    (folder / "groups.json").write_text(json.dumps(groups))
+    done = subprocess.run(
+        [sys.executable, TESTS / "helpers/train_on_devices.py", "groups.json"],
+        cwd=folder,
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(map(str, (TESTS.parent, TESTS)))},
+        stderr=subprocess.PIPE,
+        text=True,
+        timeout=240,
+    )
+    logs = "".join(f"{path.name}:\n{path.read_text()}\n" for path in sorted(folder.glob("*.log")))
+    assert done.returncode == 0, done.stderr + logs
     return folder
 
 
-def start_training(folder, name, num_devices, *args, **environment):
-    """Starts a process that trains."""
-    path = os.pathsep.join(map(str, (TESTS.parent, TESTS)))
-    return subprocess.Popen(
-        [sys.executable, SCRIPT, str(num_devices), f"{name}.npz", *DATA_ARGS, *MODEL_ARGS, *TRAIN_ARGS, *args],
-        cwd=folder,
-        env=os.environ | {"PYTHONPATH": path} | environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-
-
-def wait_for(process):
-    """Waits for the end of a process; returns what it wrote to standard error."""
-    _, log = process.communicate(timeout=240)
-    assert process.returncode == 0, log
-    return log
-
-
 def read_result(folder, name):
-    """Returns the losses and the weights of a process."""
+    """Returns the losses of all steps and the weights at the end."""
     result = np.load(folder / f"{name}.npz", allow_pickle=False)
     return result["losses"], [result[f"arr_{i}"] for i in range(len(result.files) - 1)]
 
 
 @pytest.mark.slow
+@needs_fork
 def test_mirrored_strategy_trains_as_one_device(folder):
-    wait_for(start_training(folder, "two", 2, "--run", "two", "--strategy", "mirrored"))
     (losses, weights), (losses_of_two, weights_of_two) = read_result(folder, "one"), read_result(folder, "two")
     assert len(losses) > 10
     np.testing.assert_allclose(losses_of_two, losses, rtol=1e-4)
@@ -69,39 +82,58 @@ def test_mirrored_strategy_trains_as_one_device(folder):
 
 
 @pytest.mark.slow
-def test_multiworker_strategy_trains_as_one_device_and_the_chief_writes(folder):
-    workers = [f"localhost:{free_port()}" for _ in range(2)]
-    roles = [
-        json.dumps({"cluster": {"worker": workers}, "task": {"type": "worker", "index": index}}) for index in (0, 1)
-    ]
-    processes = [
-        start_training(folder, f"worker{i}", 1, "--run", "both", "--strategy", "multiworker", TF_CONFIG=role)
-        for i, role in enumerate(roles)
-    ]
-    logs = [wait_for(process) for process in processes]
+@needs_fork
+def test_run_resumes_on_other_devices(folder):
     losses, _ = read_result(folder, "one")
-    for name in ("worker0", "worker1"):
-        np.testing.assert_allclose(read_result(folder, name)[0], losses, rtol=1e-4)
-    for first, second in zip(read_result(folder, "worker0")[1], read_result(folder, "worker1")[1], strict=True):
-        np.testing.assert_array_equal(first, second)
-    assert "val_loss" in logs[0]
-    assert "val_loss" not in logs[1]
-    assert len((folder / "both/history.csv").read_text().splitlines()) == 3
-    assert tf.train.latest_checkpoint(folder / "both/checkpoints/last").endswith("ckpt-4"), "written twice an epoch"
+    assert len(read_result(folder, "resumed")[0]) == len(losses) / 2, "one epoch of three is left"
+    assert "resuming" in (folder / "resumed.log").read_text()
 
 
 @pytest.mark.slow
-def test_run_resumes_on_other_devices(folder):
+@needs_fork
+def test_multiworker_strategy_trains_as_one_device_and_the_chief_writes(folder):
     losses, _ = read_result(folder, "one")
-    resumed = ["--run", "one", "--strategy", "mirrored", "--epochs", "3"]
-    wait_for(start_training(folder, "resumed", 2, *resumed))
-    assert len(read_result(folder, "resumed")[0]) == len(losses) / 2
+    names = ("worker_0", "worker_1")
+    for name in names:
+        np.testing.assert_allclose(read_result(folder, name)[0], losses, rtol=1e-4)
+    for first, second in zip(*(read_result(folder, name)[1] for name in names), strict=True):
+        np.testing.assert_array_equal(first, second)
+    logs = [(folder / f"{name}.log").read_text() for name in names]
+    assert "val_loss" in logs[0]
+    assert "val_loss" not in logs[1]
+    assert len((folder / "workers/history.csv").read_text().splitlines()) == 3
+    latest = tf.train.latest_checkpoint(folder / "workers/checkpoints/last")
+    assert latest.endswith("ckpt-4"), "written twice an epoch"
 
 
-def free_port():
-    with socket.socket() as server:
-        server.bind(("localhost", 0))
-        return server.getsockname()[1]
+def test_is_chief_is_the_first_worker_or_the_chief():
+    class Strategy:
+        def __init__(self, jobs, task_type, task_id):
+            cluster = {job: ["localhost:1", "localhost:2"] for job in jobs}
+            self.cluster_resolver = tf.distribute.cluster_resolver.SimpleClusterResolver(
+                tf.train.ClusterSpec(cluster), task_type=task_type, task_id=task_id
+            )
+
+    assert devices.is_chief(tf.distribute.get_strategy())
+    assert devices.is_chief(Strategy(["worker"], "worker", 0))
+    assert not devices.is_chief(Strategy(["worker"], "worker", 1))
+    assert devices.is_chief(Strategy(["chief", "worker"], "chief", 0))
+    assert not devices.is_chief(Strategy(["chief", "worker"], "worker", 0))
+
+
+def test_resolve_jit_takes_auto_as_off_without_a_gpu(monkeypatch):
+    monkeypatch.setattr(tf.config, "list_physical_devices", lambda kind: [])
+    assert [devices.resolve_jit(choice) for choice in ("on", "off", "auto")] == [True, False, False]
+
+
+def test_resolve_jit_trains_without_xla_where_it_fails(monkeypatch, capsys):
+    def fail(*_, **__):
+        raise tf.errors.InternalError(None, None, "no libdevice\nsecond line")
+
+    monkeypatch.setattr(tf.config, "list_physical_devices", lambda kind: ["GPU:0"])
+    monkeypatch.setattr(tf, "function", fail)
+    assert not devices.resolve_jit("auto")
+    assert capsys.readouterr().err == "XLA cannot be used on this GPU (no libdevice): training without it\n"
 
 
 def test_warn_if_gpu_unused(tmp_path, monkeypatch, capsys):
@@ -121,12 +153,3 @@ def test_multiworker_without_tf_config_is_rejected(text, monkeypatch):
         monkeypatch.setenv("TF_CONFIG", text)
     with pytest.raises(InputError, match="expected TF_CONFIG to be set on every machine"):
         devices.make_strategy("multiworker")
-
-
-def test_batch_smaller_than_the_number_of_devices_is_rejected(monkeypatch):
-    class ThreeReplicas:
-        num_replicas_in_sync = 3
-
-    monkeypatch.setattr(devices, "make_strategy", lambda name: ThreeReplicas())
-    with pytest.raises(InputError, match="--batch-size: expected at least 3, the number of devices, found 2"):
-        train.main(["--batch-size", "2"])

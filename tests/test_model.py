@@ -56,7 +56,7 @@ def test_build_gives_the_tutorials_architecture(rng):
         tf.zeros((16, 1), tf.int32), encoded, caption_model.initial_state(16)
     )
     assert (logits.shape, state.shape, weights.shape) == ((16, 5000), (16, 512), (16, 64))
-    assert caption_model(features, tf.ones((16, 8), tf.int32)).logits.shape == (16 * 7, 5000)
+    assert caption_model(features, tf.ones((16, 4), tf.int32)).logits.shape == (16 * 3, 5000)
     shapes = [tuple(variable.shape) for variable in caption_model.trainable_variables]
     for expected in ((2048, 256), (5000, 256), (512, 1536), (512, 512), (512, 5000), (256, 512), (512, 1)):
         assert expected in shapes, "the tutorial's architecture has changed"

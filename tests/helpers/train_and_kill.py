@@ -1,8 +1,9 @@
-"""Trains in a child process that is killed at random moments, again and again, and at last left alone.
+"""Trains in child processes that are killed at random moments, until the last one is left alone.
 
-    python tests/helpers/train_and_kill.py FOLDER NUM_KILLS
+    python tests/helpers/train_and_kill.py FOLDER
 
-FOLDER holds shapes/. Prints in which stages the kills fell. TensorFlow is imported once: the children are forks.
+FOLDER holds shapes/. Trains without a kill in FOLDER/whole, and with kills in FOLDER/killed. Prints in which stage each
+kill fell. TensorFlow is imported once: the children are forks.
 """
 
 import os
@@ -16,25 +17,38 @@ import features
 import train
 from captioning.quiet_tensorflow import tf
 
-DATA_ARGS = ["--annotations", "shapes/dataset_shapes.json", "--images", "shapes", "--cnn-weights", "cnn.h5"]
+DATA_ARGS = ["--annotations", "../shapes/dataset_shapes.json", "--images", "../shapes", "--cnn-weights", "../cnn.h5"]
 MODEL_ARGS = ["--units", "16", "--embedding-dim", "8", "--dropout", "0.2"]
 TRAIN_ARGS = ["--run", "run", "--epochs", "4", "--batch-size", "8", "--patience", "0", "--ema-decay", "0.9"]
-ARGS = [*DATA_ARGS, *MODEL_ARGS, *TRAIN_ARGS, "--cnn-batch-size", "4", "--checkpoint-minutes", "0.001"]
+SPEED_ARGS = ["--cnn-batch-size", "4", "--checkpoint-minutes", "0.002", "--no-fused"]
+# In each stage these files are written. A child that is to be killed in a stage has written at least one of them.
+STAGE_FILES = {"features": "features/**/*.npy", "training": "run/checkpoints/*/ckpt-*.index"}
+STAGES = ("start", "features", "features", "features", "start", *["training"] * 5)  # of the kills
 
 
 def build_small_cnn(cnn_weights: str):
     """Stands for InceptionV3: an image's mean colours on an 8x8 grid, repeated."""
 
     def cnn(pixels, training):
-        tf.numpy_function(lambda: time.sleep(0.1), [], [])  # so that there is time to be killed in
         colours = tf.image.resize(tf.cast(pixels, tf.float32) / 255, (8, 8), method="area")
         return tf.repeat(tf.reshape(colours, (-1, 64, 3)), 683, axis=2)[:, :, :2048]
 
     return cnn
 
 
+def build_slow_cnn(cnn_weights: str):
+    """The same, with time to be killed in."""
+    small_cnn = build_small_cnn(cnn_weights)
+
+    def cnn(pixels, training):
+        tf.numpy_function(lambda: time.sleep(0.1), [], [])
+        return small_cnn(pixels, training)
+
+    return cnn
+
+
 def start_child() -> int:
-    """Forks a child that trains; returns its process id."""
+    """Forks a child that trains in the current folder; returns its process id."""
     if child := os.fork():
         return child
     status = 1
@@ -42,33 +56,50 @@ def start_child() -> int:
         log = os.open("log", os.O_CREAT | os.O_APPEND | os.O_WRONLY)
         os.dup2(log, 1)
         os.dup2(log, 2)
-        features.build_feature_extractor = build_small_cnn
-        train.main(ARGS)
+        features.build_feature_extractor = build_slow_cnn
+        train.main([*DATA_ARGS, *MODEL_ARGS, *TRAIN_ARGS, *SPEED_ARGS])
         status = 0
     finally:
         os._exit(status)
 
 
+def has_ended(child: int) -> bool:
+    """Tells whether a child has ended; raises RuntimeError if it failed."""
+    pid, status = os.waitpid(child, os.WNOHANG)
+    if pid and status:
+        raise RuntimeError("a child failed by itself; see the log")
+    return bool(pid)
+
+
+def kill_in_stage(stage: str, rng: random.Random) -> str:
+    """Starts a child and kills it at a random moment of a stage; returns `end` if it ended before."""
+    before = set(Path().glob(STAGE_FILES[stage])) if stage in STAGE_FILES else set()
+    child = start_child()
+    while stage in STAGE_FILES and set(Path().glob(STAGE_FILES[stage])) <= before:
+        if has_ended(child):
+            return "end"
+        time.sleep(0.01)
+    time.sleep(rng.uniform(0, 0.3 if stage in STAGE_FILES else 1.0))
+    if has_ended(child):
+        return "end"
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    return stage
+
+
 def main() -> None:
-    """Kills the children one after the other, then waits for the last."""
-    folder, num_kills = sys.argv[1:]
-    os.chdir(folder)
-    Path("cnn.h5").write_text("stands for weights")
-    rng, stages = random.Random(7), []
-    for _ in range(int(num_kills)):
-        child = start_child()
-        time.sleep(rng.uniform(0.1, 2.5))
-        ended, status = os.waitpid(child, os.WNOHANG)
-        if ended:
-            assert status == 0, "a child failed by itself; see the log"
-            stages.append("after the end")
-            continue
-        os.kill(child, signal.SIGKILL)
-        os.waitpid(child, 0)
-        stages.append("training" if Path("run/config.json").exists() else "features")
-    _, status = os.waitpid(start_child(), 0)
-    print(*stages, sep="\n")
-    sys.exit(bool(status))
+    """Trains without kills, and with them."""
+    root = Path(sys.argv[1])
+    (root / "cnn.h5").write_text("stands for weights")
+    rng = random.Random(7)
+    for name, stages in (("whole", ()), ("killed", STAGES)):
+        (root / name).mkdir()
+        os.chdir(root / name)
+        for stage in stages:
+            print(kill_in_stage(stage, rng))
+        _, status = os.waitpid(start_child(), 0)
+        if status:
+            sys.exit(1)
 
 
 if __name__ == "__main__":

@@ -1,9 +1,22 @@
-"""Trains on a number of CPU devices, and saves the loss of every step and the weights at the end.
+"""Trains on several CPU devices, or in several processes that stand for machines.
 
-python tests/helpers/train_on_devices.py NUM_DEVICES FILE.npz ARGS...    # the arguments are train.py's
+    python tests/helpers/train_on_devices.py GROUPS.json
+
+GROUPS.json is a list of groups of jobs; the jobs of a group run at the same time. A job has these fields:
+
+    name         of its files: NAME.log, and NAME.npz with the loss of every step and the weights at the end
+    num_devices  CPU devices of its process
+    args         the arguments of train.py
+    tf_config    TF_CONFIG, or null
+
+TensorFlow is imported once: the jobs are forks.
 """
 
+import json
+import os
 import sys
+import traceback
+from typing import Any
 
 import numpy as np
 from helpers.runs import LossRecorder
@@ -11,14 +24,14 @@ from helpers.train_and_kill import build_small_cnn
 
 import features
 import train
-from captioning.cli import run_main
 from captioning.quiet_tensorflow import tf
 
 
-def main() -> None:
+def run_job(name: str, num_devices: int, args: list[str], tf_config: dict[str, Any] | None) -> None:
     """Sets up the devices, before anything else uses TensorFlow, and trains."""
-    num_devices, file, *args = sys.argv[1:]
-    cpus = [tf.config.LogicalDeviceConfiguration()] * int(num_devices)
+    if tf_config:
+        os.environ["TF_CONFIG"] = json.dumps(tf_config)
+    cpus = [tf.config.LogicalDeviceConfiguration()] * num_devices
     tf.config.set_logical_device_configuration(tf.config.list_physical_devices("CPU")[0], cpus)
     features.build_feature_extractor = build_small_cnn
     recorder, states = LossRecorder(), []
@@ -29,8 +42,37 @@ def main() -> None:
 
     train.main(args, on_step=on_step)
     weights = [variable.numpy() for variable in states[0].model.trainable_variables]
-    np.savez(file, *weights, losses=recorder.losses)
+    np.savez(f"{name}.npz", *weights, losses=recorder.losses)
+
+
+def start_job(job: dict[str, Any]) -> int:
+    """Forks a child that runs a job; returns its process id."""
+    if child := os.fork():
+        return child
+    status = 1
+    try:
+        log = os.open(f"{job['name']}.log", os.O_CREAT | os.O_WRONLY)
+        os.dup2(log, 1)
+        os.dup2(log, 2)
+        run_job(**job)
+        status = 0
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stderr.flush()
+        os._exit(status)
+
+
+def main() -> None:
+    """Runs the groups, one after the other."""
+    with open(sys.argv[1], encoding="utf-8") as file:
+        groups = json.load(file)
+    for jobs in groups:
+        children = [start_job(job) for job in jobs]
+        statuses = [os.waitpid(child, 0)[1] for child in children]
+        if any(statuses):
+            sys.exit(1)
 
 
 if __name__ == "__main__":
-    run_main(main)
+    main()
