@@ -12,9 +12,9 @@ from captioning.quiet_tensorflow import tf
 class TrainedModel:
     """A small model with everything that a checkpoint holds; each seed gives other values."""
 
-    def __init__(self, seed, units=200):
+    def __init__(self, seed, units=200, more_layers=()):
         tf.keras.utils.set_random_seed(seed)
-        layers = [tf.keras.layers.Dense(units), tf.keras.layers.Dropout(0.5), tf.keras.layers.Dense(100)]
+        layers = [tf.keras.layers.Dense(units), tf.keras.layers.Dropout(0.5), tf.keras.layers.Dense(100), *more_layers]
         self.model = tf.keras.Sequential(layers)
         self.model.build((None, 100))
         self.variables = self.model.trainable_variables
@@ -59,7 +59,12 @@ def test_train_progress_counts_an_epoch():
     progress = TrainProgress()
     progress.epoch.assign(2)
     progress.best_score.assign(7.5)
-    for variable, value in ((progress.step, 3), (progress.loss_sum, 6.0), (progress.token_count, 4.0)):
+    for variable, value in (
+        (progress.step, 3),
+        (progress.loss_sum, 6.0),
+        (progress.token_count, 4.0),
+        (progress.seconds, 5.0),
+    ):
         variable.assign(value)
     assert progress.mean_loss() == 1.5
     progress.reset_epoch()
@@ -119,10 +124,13 @@ def test_checkpoints_refuse_damaged_files(tmp_path, trained, damage):
         trained.checkpoints(tmp_path).restore()
 
 
-def test_checkpoints_refuse_another_model(tmp_path, trained):
-    trained.checkpoints(tmp_path).save()
+@pytest.mark.parametrize(
+    "difference", [{"units": 201}, {"more_layers": [tf.keras.layers.Dense(3)]}], ids=["size", "layer"]
+)
+def test_checkpoints_refuse_another_model(tmp_path, difference):
+    TrainedModel(seed=0, **difference).checkpoints(tmp_path).save()
     with pytest.raises(InputError, match=r"damaged, or of another model .* delete the run folder to start again"):
-        TrainedModel(seed=0, units=201).checkpoints(tmp_path).restore()
+        TrainedModel(seed=0).checkpoints(tmp_path).restore()
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="needs a limit on the size of files")

@@ -122,7 +122,7 @@ def test_is_chief_is_the_first_worker_or_the_chief():
 
 
 def test_resolve_jit_takes_auto_as_off_without_a_gpu(monkeypatch):
-    monkeypatch.setattr(tf.config, "list_physical_devices", lambda kind: [])
+    monkeypatch.setattr(tf.config, "list_physical_devices", lambda device_type: [])
     assert [devices.resolve_jit(choice) for choice in ("on", "off", "auto")] == [True, False, False]
 
 
@@ -130,14 +130,14 @@ def test_resolve_jit_trains_without_xla_where_it_fails(monkeypatch, capsys):
     def fail(*_, **__):
         raise tf.errors.InternalError(None, None, "no libdevice\nsecond line")
 
-    monkeypatch.setattr(tf.config, "list_physical_devices", lambda kind: ["GPU:0"])
+    monkeypatch.setattr(tf.config, "list_physical_devices", lambda device_type: ["GPU:0"])
     monkeypatch.setattr(tf, "function", fail)
     assert not devices.resolve_jit("auto")
     assert capsys.readouterr().err == "XLA cannot be used on this GPU (no libdevice): training without it\n"
 
 
 def test_warn_if_gpu_unused(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(tf.config, "list_physical_devices", lambda kind: [])
+    monkeypatch.setattr(tf.config, "list_physical_devices", lambda device_type: [])
     monkeypatch.setattr(devices, "NVIDIA_DRIVER_FILE", tmp_path / "version")
     devices.warn_if_gpu_unused()
     assert capsys.readouterr().err == ""

@@ -33,14 +33,14 @@ def test_killed_caching_and_training_end_with_the_same_files(tmp_path):
     assert stages.count("features") >= 2 and stages.count("training") >= 3, f"the kills missed a stage: {stages}"
     assert len(stages) == 10
 
-    whole, killed = tmp_path / "whole", tmp_path / "killed"
-    assert len(feature_files(whole)) == NUM_IMAGES
-    assert feature_files(whole) == feature_files(killed)
-    for name in feature_files(whole):
-        assert (whole / name).read_bytes() == (killed / name).read_bytes(), f"{name} differs"
+    uninterrupted, killed = tmp_path / "uninterrupted", tmp_path / "killed"
+    assert len(feature_files(uninterrupted)) == NUM_IMAGES
+    assert feature_files(uninterrupted) == feature_files(killed)
+    for name in feature_files(uninterrupted):
+        assert (uninterrupted / name).read_bytes() == (killed / name).read_bytes(), f"{name} differs"
     for name in ("last", "best"):
-        assert_same_checkpoint(read_checkpoint(killed / "run", name), read_checkpoint(whole / "run", name))
-    assert len(read_history(whole / "run")) == 4
-    assert read_history(whole / "run") == read_history(killed / "run")
+        assert_same_checkpoint(read_checkpoint(killed / "run", name), read_checkpoint(uninterrupted / "run", name))
+    assert len(read_history(uninterrupted / "run")) == 4
+    assert read_history(uninterrupted / "run") == read_history(killed / "run")
     partial = [path.name for path in killed.rglob("*") if path.name.endswith(".part")]
     assert len(partial) <= len(stages), "a kill may leave at most what was being written"

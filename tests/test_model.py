@@ -85,6 +85,7 @@ def test_build_restores_the_dtype_policy(rng):
     features, tokens = make_features(rng), tf.zeros(3, tf.int32)
     outputs = mixed_model.step(tokens, mixed_model.encode(features), mixed_model.initial_state(3))
     assert {output.dtype for output in outputs} == {tf.float32}
+    assert tf.keras.config.dtype_policy().name == "float32"
     assert model.build(ModelConfig(20, 4, 6)).compute_dtype == "float32"
 
 

@@ -2,8 +2,8 @@
 
     python tests/helpers/train_and_kill.py FOLDER
 
-FOLDER holds shapes/. Trains without a kill in FOLDER/whole, and with kills in FOLDER/killed. Prints in which stage each
-kill fell. TensorFlow is imported once: the children are forks.
+FOLDER holds shapes/. Trains without a kill in FOLDER/uninterrupted, and with kills in FOLDER/killed. Prints in which
+stage each kill fell. TensorFlow is imported once: the children are forks.
 """
 
 import os
@@ -92,7 +92,7 @@ def main() -> None:
     root = Path(sys.argv[1])
     (root / "cnn.h5").write_text("stands for weights")
     rng = random.Random(7)
-    for name, stages in (("whole", ()), ("killed", STAGES)):
+    for name, stages in (("uninterrupted", ()), ("killed", STAGES)):
         (root / name).mkdir()
         os.chdir(root / name)
         for stage in stages:
