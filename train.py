@@ -313,6 +313,8 @@ def train(
         f"{len(tokenizer):,} words, {state.model.count_params():,} weights; validation on "
         f"{len(validator.references):,} images; at most {settings.epochs} epochs"
     )
+    if not validator.has_scores and progress.get("best_score") >= 0:
+        log("the best epoch so far was chosen by CIDEr, which cannot be computed now: it stays the best")
     batch_spec = make_distributed_dataset(strategy, captions, [], cache.read).element_spec
     train_step = make_train_step(state, settings, strategy, batch_spec)
     try:

@@ -1,7 +1,12 @@
+import json
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 
 import demo
+from captioning.annotations import Example
+from data_utils import CaptionDataset
 from inference import Caption
 
 
@@ -21,3 +26,45 @@ def test_attention_on_object_ignores_shapes_that_do_not_exist():
     shapes = [{"colour": "red", "noun": "circle", "box": [0, 0, 10, 10]}]
     caption = Caption(("a", "green", "circle"), (1.0,) * 3, np.zeros((3, 64)), True)
     assert demo.attention_on_object(caption, shapes) == []
+
+
+def test_evaluate_demo_measures_exact_matches_and_attention(tmp_path, monkeypatch):
+    box = [0, 0, 299 / 2, 299 / 2]  # a quarter of the image
+    rows = [
+        {"filepath": "images", "filename": f"{i}.png", "shapes": [{"colour": "red", "noun": "circle", "box": box}]}
+        for i in range(2)
+    ]
+    (tmp_path / demo.shapes.ANNOTATIONS).write_text(json.dumps({"images": rows}))
+    examples = [Example(f"images/{i}.png", ("a red circle", "one red circle"), i, "test") for i in range(2)]
+    others = [Example(f"images/{i}.png", ("a red square",), i, "train") for i in (2, 3)]
+    attention = np.zeros((3, 64))
+    attention[2, 0] = 0.8  # inside the box
+    attention[2, 63] = 0.2
+    captions = [
+        Caption(("one", "red", "circle"), (1.0,) * 3, attention, True),
+        Caption(("a", "blue", "circle"), (1.0,) * 3, attention, True),
+    ]
+    captioner = SimpleNamespace(model="model", tokenizer="tokenizer", config=SimpleNamespace(features="manifest"))
+    monkeypatch.setattr(demo.inference.Captioner, "load", lambda run: captioner)
+    dataset = CaptionDataset("shapes", tmp_path, (*examples, *others))
+    monkeypatch.setattr(demo.inference, "load_run_dataset", lambda config: dataset)
+    monkeypatch.setattr(demo, "open_run_cache", lambda manifest: f"cache of {manifest}")
+
+    def generate_captions(*args):
+        assert args == ("model", "tokenizer", "cache of manifest", examples)
+        return captions
+
+    monkeypatch.setattr(demo.evaluate, "generate_captions", generate_captions)
+    expected = {
+        "images": 2,
+        "exact match": 50,  # only the first; it equals the second of its reference captions
+        "attention on the named object": pytest.approx(80),
+        "uniform attention": pytest.approx(25),
+    }
+    assert demo.evaluate_demo(tmp_path) == expected
+    captions[:] = captions[1:] * 2  # no noun names a shape
+    assert demo.evaluate_demo(tmp_path) == expected | {
+        "exact match": 0,
+        "attention on the named object": 0,
+        "uniform attention": 0,
+    }
