@@ -123,7 +123,7 @@ def forward_loop(token_inputs, features, keys, num_active, weights):
     shapes = [(num_locations, units), *[(units,)] * 2, (num_locations,), (features.shape[2],), *[(units,)] * 4]
     zeros = tf.zeros((num_active[0], units), keys.dtype)
     hidden, *arrays = loop(body, tf.size(num_active), [zeros], shapes)[1]
-    states, *residuals = [array.concat() for array in arrays]  # (N, ...)
+    states, *residuals = (array.concat() for array in arrays)  # (N, ...)
     return states, hidden, Residuals(*residuals)
 
 
@@ -162,12 +162,10 @@ def unroll(token_inputs, features, keys, num_active, query_kernel, score_kernel,
         grads = backward_loop(d_states, d_attention, hidden, res, features, num_active, kernels)
         squares, d_score_kernel, d_inputs, d_recurrent, d_scores, d_context = grads
         batch = tf.shape(keys)[0]
-        place = tf.cast(tf.where(tf.range(batch) < num_active[:, tf.newaxis]), tf.int32)[
-            :, ::-1
-        ]  # (N, 2): caption, step
+        step_caption = tf.cast(tf.where(tf.range(batch) < num_active[:, tf.newaxis]), tf.int32)  # (N, 2)
 
         def unpack(rows):  # (N, D) -> (B, T, D)
-            return tf.scatter_nd(place, rows, (batch, tf.size(num_active), rows.shape[1]))
+            return tf.scatter_nd(step_caption[:, ::-1], rows, (batch, tf.size(num_active), rows.shape[1]))
 
         d_features = tf.matmul(unpack(res.attention_weights), unpack(d_context), transpose_a=True)  # (B, L, C)
         d_keys = (tf.reduce_sum(unpack(d_scores), 1)[:, :, tf.newaxis] - squares) * score_kernel[:, 0]  # (B, L, U)
