@@ -1,5 +1,6 @@
 """Devices that train: one, all of a machine, or those of several machines (tf.distribute); and XLA."""
 
+import functools
 import json
 import os
 from pathlib import Path
@@ -71,8 +72,12 @@ def resolve_jit(choice: str) -> bool:
     """Decides whether XLA compiles; `auto`: on a GPU where XLA works, and not on a CPU, where it is slower."""
     if choice != "auto":
         return choice == "on"
-    if not tf.config.list_physical_devices("GPU"):
-        return False
+    return bool(tf.config.list_physical_devices("GPU")) and xla_works()
+
+
+@functools.cache  # train.py asks in every epoch, and the trial compiles a function
+def xla_works() -> bool:
+    """Tries XLA on a small function; prints a line if it fails."""
     try:
         tf.function(lambda x: tf.tanh(x) + 1.0, jit_compile=True)(tf.zeros(8))
     except tf.errors.OpError as error:

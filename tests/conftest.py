@@ -77,3 +77,19 @@ def small_model(tokenizer):
 
     tf.keras.utils.set_random_seed(0)
     return model.build(ModelConfig(vocab_size=len(tokenizer), embedding_dim=8, units=16))
+
+
+@pytest.fixture
+def run_config(small_model, dataset, cache):
+    """The settings of a run with small_model on the small dataset."""
+    from captioning.config import DataConfig, RunConfig, TrainConfig
+
+    return RunConfig(
+        model=small_model.config,
+        train=TrainConfig(),
+        data=DataConfig(),
+        features={**cache.manifest, "folder": str(cache.folder)},
+        unreadable_images=(),
+        data_fingerprint=dataset.fingerprint,
+        vocabulary_sha256="",
+    )

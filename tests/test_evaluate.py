@@ -8,7 +8,7 @@ import inference
 from captioning import metrics
 from captioning.annotations import Example
 from captioning.cli import InputError
-from captioning.config import DataConfig, DecodeConfig, RunConfig, TrainConfig
+from captioning.config import DecodeConfig
 from captioning.files import write_json
 from captioning.quiet_tensorflow import tf
 from inference import Caption, Captioner
@@ -34,20 +34,11 @@ def _no_java(monkeypatch):
 
 
 @pytest.fixture
-def captioner(tmp_path, dataset, cache, tokenizer, small_model):
+def captioner(tmp_path, cache, tokenizer, small_model, run_config):
     """A run with the untrained small_model."""
-    config = RunConfig(
-        model=small_model.config,
-        train=TrainConfig(),
-        data=DataConfig(),
-        features={**cache.manifest, "folder": str(cache.folder)},
-        unreadable_images=(),
-        data_fingerprint=dataset.fingerprint,
-        vocabulary_sha256="",
-    )
     write_json(cache.folder / "features.json", cache.manifest)
     (tmp_path / "run").mkdir()
-    return Captioner(small_model, tokenizer, config, tmp_path / "run")
+    return Captioner(small_model, tokenizer, run_config, tmp_path / "run")
 
 
 # Captions of a split.

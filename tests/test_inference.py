@@ -12,7 +12,7 @@ import features
 import inference
 import model
 from captioning.cli import InputError
-from captioning.config import DataConfig, DecodeConfig, RunConfig, TrainConfig
+from captioning.config import DecodeConfig
 from captioning.decoding import DecodedBatch, decode
 from captioning.plots import MAX_GRID_IMAGES
 from captioning.quiet_tensorflow import tf
@@ -23,19 +23,10 @@ from tokenizer import Tokenizer
 
 
 @pytest.fixture
-def run(tmp_path, dataset, cache, tokenizer, small_model):
+def run(tmp_path, tokenizer, small_model, run_config):
     """The folder of a run with the untrained small_model."""
-    config = RunConfig(
-        model=small_model.config,
-        train=TrainConfig(),
-        data=DataConfig(),
-        features={**cache.manifest, "folder": str(cache.folder)},
-        unreadable_images=(),
-        data_fingerprint=dataset.fingerprint,
-        vocabulary_sha256="",
-    )
     run = tmp_path / "runs/small"
-    init_run_dir(run, config, tokenizer.save, "imagenet")
+    init_run_dir(run, run_config, tokenizer.save, "imagenet")
     tf.train.CheckpointManager(tf.train.Checkpoint(model=small_model), str(run / "checkpoints/best"), 1).save()
     return run
 
