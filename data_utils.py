@@ -23,9 +23,10 @@ from typing import ClassVar
 from captioning import shapes
 from captioning.annotations import SPLITS, Example, read_annotations
 from captioning.cli import InputError, add_quiet_option, format_bytes, log, make_parser, progress_bar, run_main
-from captioning.config import DataConfig, add_options
+from captioning.config import DataConfig
 from captioning.downloads import Archive, download, fetch_archive
 from captioning.files import check_disk_space
+from captioning.settings import add_options
 
 
 @dataclasses.dataclass(frozen=True)
@@ -272,7 +273,7 @@ def find_source(config: DataConfig, with_images: bool) -> DatasetSource:
         raise InputError("--images needs --annotations FILE, the captions of its images")
     if config.dataset is None:
         raise InputError("expected --dataset or --annotations, found neither")
-    return DATASETS[config.dataset](Path(config.data_dir) / config.dataset)
+    return DATASETS[config.dataset](Path(config.data_dir or "data") / config.dataset)
 
 
 # Limiting and splitting.

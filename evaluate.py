@@ -19,13 +19,14 @@ import data_utils
 import inference
 from captioning.annotations import SPLITS, Example
 from captioning.cli import InputError, add_quiet_option, log, make_parser, run_main
-from captioning.config import DataConfig, DecodeConfig, add_options
+from captioning.config import DataConfig, DecodeConfig
 from captioning.decoding import StepModel
 from captioning.feature_cache import FeatureCache, map_prefetch, open_run_cache
 from captioning.files import read_json, write_json
 from captioning.metrics import distinct_ratio, has_pycocoevalcap, score_with_fallback
 from captioning.quiet_tensorflow import tf
 from captioning.run_folder import latest_run, read_config
+from captioning.settings import add_options
 from tokenizer import Tokenizer, split_words
 
 NO_DATA = DataConfig(dataset=None)  # the data options if none is given

@@ -29,7 +29,7 @@ from tqdm import tqdm
 
 import data_utils
 from captioning.cli import InputError, add_quiet_option, format_bytes, log, make_parser, progress_bar, run_main
-from captioning.config import DataConfig, FeatureConfig, add_options
+from captioning.config import DataConfig, FeatureConfig
 from captioning.feature_cache import (
     CNN_FILE,
     IMAGE_SIZE,
@@ -45,6 +45,7 @@ from captioning.feature_cache import (
 from captioning.files import check_disk_space, file_sha256, write_json
 from captioning.images import map_threads, to_rgb
 from captioning.quiet_tensorflow import tf
+from captioning.settings import add_options
 
 CPU_IMAGES_PER_SECOND = 22  # measured on two cores of a Xeon
 NUM_CALIBRATION_IMAGES = 64

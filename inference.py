@@ -29,7 +29,7 @@ import data_utils
 import features
 import model
 from captioning.cli import InputError, add_quiet_option, int_at_least, log, make_parser, run_main
-from captioning.config import DecodeConfig, RunConfig, add_options
+from captioning.config import DecodeConfig, RunConfig
 from captioning.decoding import DecodedBatch, StepModel, decode
 from captioning.downloads import download, redact_url
 from captioning.feature_cache import check_cnn_weights, find_cnn_weights
@@ -37,6 +37,7 @@ from captioning.files import file_sha256
 from captioning.plots import FORMATS, MAX_GRID_IMAGES, plot_attention, plot_caption_grid, thumbnail
 from captioning.quiet_tensorflow import tf
 from captioning.run_folder import VOCABULARY_FILE, best_checkpoint, latest_run, read_config, restore_model
+from captioning.settings import add_options
 from captioning.special_tokens import END_ID
 from tokenizer import Tokenizer
 

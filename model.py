@@ -15,8 +15,9 @@ import numpy as np
 
 from captioning import fused_decoder
 from captioning.cli import make_parser, run_main
-from captioning.config import ModelConfig, add_options
+from captioning.config import ModelConfig
 from captioning.quiet_tensorflow import tf
+from captioning.settings import add_options
 
 layers = tf.keras.layers
 

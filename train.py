@@ -28,7 +28,7 @@ from captioning import devices, losses
 from captioning.annotations import Example
 from captioning.checkpoints import Checkpoints, TrainProgress
 from captioning.cli import InputError, add_quiet_option, defer_interrupts, log, make_parser, progress_bar, run_main
-from captioning.config import RECIPES, DataConfig, FeatureConfig, ModelConfig, RunConfig, TrainConfig, add_options
+from captioning.config import RECIPES, DataConfig, FeatureConfig, ModelConfig, RunConfig, TrainConfig
 from captioning.feature_cache import FeatureCache
 from captioning.files import lock_folder
 from captioning.input_pipeline import (
@@ -41,6 +41,7 @@ from captioning.input_pipeline import (
 from captioning.optimizer import WeightEMA, make_optimizer
 from captioning.quiet_tensorflow import tf
 from captioning.run_folder import init_run_dir
+from captioning.settings import add_options
 from captioning.training_log import TrainingLog
 from captioning.validation import Validator
 from tokenizer import Tokenizer, split_words

@@ -29,9 +29,10 @@ import train
 from benchmarks.timing import interleaved_median_rates, items_per_second
 from captioning import shapes
 from captioning.cli import int_at_least, log, make_parser, run_main
-from captioning.config import ModelConfig, add_options
+from captioning.config import ModelConfig
 from captioning.decoding import beam_search, greedy_search
 from captioning.quiet_tensorflow import tf
+from captioning.settings import add_options
 from captioning.special_tokens import END_ID, PAD_ID, START_ID
 
 PROJECT = Path(__file__).resolve().parents[1]

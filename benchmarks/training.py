@@ -34,11 +34,12 @@ from captioning import devices
 from captioning.annotations import Example, read_annotations
 from captioning.checkpoints import TrainProgress
 from captioning.cli import int_at_least, log, make_parser, run_main
-from captioning.config import ModelConfig, TrainConfig, add_options
+from captioning.config import ModelConfig, TrainConfig
 from captioning.feature_cache import NUM_CHANNELS, NUM_LOCATIONS, FeatureCache
 from captioning.input_pipeline import Batch, EncodedCaptions, encode_captions, make_dataset, make_epoch_batches
 from captioning.optimizer import WeightEMA, make_optimizer
 from captioning.quiet_tensorflow import tf
+from captioning.settings import add_options
 from tokenizer import START_ID, Tokenizer
 
 layers = tf.keras.layers

@@ -1,220 +1,76 @@
 """The settings of the project: each with its default, its help text and its bounds, in one place.
 
-A setting is a field of one of the frozen dataclasses below. From the field come the option of the command line
-(`add_options`), the checks of its value (`Settings`), and those of a run's config.json (`from_json`).
+A setting is a field of one of the frozen dataclasses below; `captioning.settings` makes options and checks from it.
 """
 
-import argparse
 import dataclasses
-import math
-import types
-import typing
-from collections.abc import Mapping
-from typing import Any, Self
+from typing import Any
 
-from captioning.cli import InputError
+from captioning.settings import Settings, option
 
 SEED_LIMIT = 2**32  # NumPy's seeds are smaller
-
-
-def option(
-    default: Any,
-    help: str,
-    *,
-    minimum: float = -math.inf,
-    above: float = -math.inf,
-    maximum: float = math.inf,
-    below: float = math.inf,
-    choices: tuple[str, ...] | None = None,
-    metavar: str | None = None,
-    words: Mapping[str, Any] | None = None,
-    may_change: bool = False,
-) -> Any:
-    """Declares a setting as a dataclass field.
-
-    Args:
-        default: its value if nothing is said.
-        help: what it does, for `--help`.
-        minimum: the smallest value.
-        above: values must be larger than this.
-        maximum: the largest value.
-        below: values must be smaller than this.
-        choices: the values there are, of a setting that is a word.
-        metavar: what `--help` calls the value; N for whole numbers and X for others if not given.
-        words: words of the command line that stand for a value, such as `all`.
-        may_change: whether a run may be resumed with another value.
-    """
-    return dataclasses.field(
-        default=default,
-        metadata={
-            "help": help,
-            "minimum": minimum,
-            "above": above,
-            "maximum": maximum,
-            "below": below,
-            "choices": choices,
-            "metavar": metavar,
-            "words": words or {},
-            "may_change": may_change,
-        },
-    )
-
-
-class Settings:
-    """Checks the values of the dataclasses below when they are made, from a command line, a file or code alike."""
-
-    def __post_init__(self) -> None:
-        for field in dataclasses.fields(self):  # type: ignore[arg-type]  # every subclass is a dataclass
-            value = getattr(self, field.name)
-            if not is_valid(field, value):
-                raise InputError(f"{field.name}: expected {describe(field)}, found {str(value)[:60]!r}")
-
-    def to_json(self) -> dict[str, Any]:
-        """Returns the values by name."""
-        return dataclasses.asdict(self)  # type: ignore[call-overload]
-
-    @classmethod
-    def from_json(cls, values: Any) -> Self:
-        """Makes the settings from what `to_json` returned.
-
-        Raises:
-            InputError: a value is missing, unknown, or not what its field allows.
-        """
-        names = [field.name for field in dataclasses.fields(cls)]  # type: ignore[arg-type]
-        if not isinstance(values, dict) or (missing := [name for name in names if name not in values]):
-            raise InputError(f"{missing[0]} is missing" if isinstance(values, dict) else f"expected {', '.join(names)}")
-        if unknown := [name for name in values if name not in names]:
-            raise InputError(f"{unknown[0]} is not a setting")
-        return cls(**values)
-
-    @classmethod
-    def from_args(cls, args: argparse.Namespace) -> Self:
-        """Makes the settings from a parsed command line that has the options of `add_options`."""
-        return cls(**{field.name: getattr(args, field.name) for field in dataclasses.fields(cls)})  # type: ignore[arg-type]
-
-
-def value_type(field: dataclasses.Field) -> type:
-    """Returns a field's type: int, float, bool or str, also where None is allowed."""
-    if isinstance(field.type, types.UnionType):
-        return next(kind for kind in typing.get_args(field.type) if kind is not types.NoneType)
-    return typing.cast(type, field.type)
-
-
-def is_valid(field: dataclasses.Field, value: Any) -> bool:
-    """Tells whether a field may have a value: one of its type (a float may be whole), within its bounds."""
-    bounds = field.metadata
-    if value is None:
-        return isinstance(field.type, types.UnionType)
-    kind = value_type(field)
-    if isinstance(value, bool) != (kind is bool) or not isinstance(value, int | float if kind is float else kind):
-        return False
-    if bounds["choices"] is not None and value not in bounds["choices"]:
-        return False
-    if kind not in (int, float):
-        return True
-    # A number that is not finite is never above -inf and below inf.
-    return bounds["minimum"] <= value <= bounds["maximum"] and bounds["above"] < value < bounds["below"]
-
-
-def describe(field: dataclasses.Field) -> str:
-    """Says which values a field may have: `a whole number of at least 1`."""
-    bounds, kind = field.metadata, value_type(field)
-    if bounds["choices"]:
-        return " or ".join(bounds["choices"])
-    if kind in (bool, str):
-        return "true or false" if kind is bool else "text"
-    texts = {"minimum": "of at least", "above": "above", "maximum": "of at most", "below": "below"}
-    limits = [f"{text} {bounds[name]:g}" for name, text in texts.items() if math.isfinite(bounds[name])]
-    words = "".join(f", or {word}" for word in bounds["words"])
-    return " ".join(["a whole number" if kind is int else "a number", " and ".join(limits)]).strip() + words
-
-
-# The command line.
-
-
-def add_options(
-    parser: argparse._ActionsContainer,
-    settings: type[Settings],
-    defaults: Mapping[str, Any] | None = None,
-    only: tuple[str, ...] | None = None,
-    skip: tuple[str, ...] = (),
-) -> None:
-    """Adds an option for every field of a settings class.
-
-    Args:
-        parser: a parser, or a group of one.
-        settings: the class.
-        defaults: values that take the place of the fields' own defaults.
-        only: the names of the fields to add; None for all.
-        skip: the names of fields to leave out.
-    """
-    for field in dataclasses.fields(settings):  # type: ignore[arg-type]
-        if (only is not None and field.name not in only) or field.name in skip:
-            continue
-        default = (defaults or {}).get(field.name, field.default)
-        text, kind = field.metadata["help"], value_type(field)
-        if default is not None and kind is not bool:
-            text += " (default: %(default)s)"
-        keywords: dict[str, Any] = {"dest": field.name, "default": default, "help": text}
-        if kind is bool:
-            keywords["action"] = argparse.BooleanOptionalAction
-        elif field.metadata["choices"]:
-            keywords["choices"] = field.metadata["choices"]
-        else:
-            letter = {int: "N", float: "X"}.get(kind, "TEXT")
-            keywords |= {"type": _parser_of(field), "metavar": field.metadata["metavar"] or letter}
-        parser.add_argument(f"--{field.name.replace('_', '-')}", **keywords)
-
-
-def _parser_of(field: dataclasses.Field) -> typing.Callable[[str], Any]:
-    """Returns an argparse type that reads a field's value and names what is allowed."""
-
-    def parse(text: str) -> Any:
-        if text in field.metadata["words"]:
-            return field.metadata["words"][text]
-        try:
-            value = value_type(field)(text)
-        except ValueError:
-            value = math.nan
-        if not is_valid(field, value) or value in field.metadata["words"].values():
-            raise argparse.ArgumentTypeError(f"expected {describe(field)}, found {text!r}")
-        return value
-
-    return parse
-
-
-# The settings.
+MAX_MEGAPIXELS = 179  # Pillow's own limit against decompression bombs
 
 
 @dataclasses.dataclass(frozen=True)
 class DataConfig(Settings):
     """Which images and captions are used; saved with a run, so that the same split can be made again."""
 
-    dataset: str | None = option("coco", "a known dataset", choices=("coco", "flickr8k", "shapes"))
+    dataset: str | None = option(
+        "coco", "a known dataset", choices=("coco", "coco2017", "flickr8k", "flickr30k", "shapes")
+    )
     annotations: str | None = option(
         None,
-        "your own captions instead: COCO JSON, Karpathy's JSON, CSV with the header image,caption, or lines of "
-        "name#0<TAB>caption",
-        metavar="FILE",
-        may_change=True,
+        "your own captions instead: a file, or a folder of images with their captions",
+        metavar="PATH",
+        is_path=True,
     )
     images: str | None = option(
-        None, "the folder of the images that --annotations names", metavar="DIR", may_change=True
+        None,
+        "the folder of the images that --annotations names (default: the folder of the annotations)",
+        metavar="DIR",
+        is_path=True,
+    )
+    val_annotations: str | None = option(None, "captions for validation", metavar="PATH", is_path=True)
+    val_images: str | None = option(None, "the folder of their images (default: --images)", metavar="DIR", is_path=True)
+    test_annotations: str | None = option(None, "captions for testing", metavar="PATH", is_path=True)
+    test_images: str | None = option(
+        None, "the folder of their images (default: --images)", metavar="DIR", is_path=True
+    )
+    official_val: bool = option(
+        False, "of coco and coco2017: validate and test on the official validation images, and train on all others"
     )
     num_captions: int | None = option(
         None,
-        "captions to use, of whole images chosen at random (default: 30000 of coco, all of the others)",
+        "captions to use, of whole images chosen at random (default: 30000 of coco and coco2017, all of the others)",
         minimum=0,
         words={"all": 0},
         metavar="N|all",
     )
-    train_list: str | None = option(None, "names of the training images, one a line", metavar="FILE")
-    val_list: str | None = option(None, "names of the validation images, one a line", metavar="FILE")
-    test_list: str | None = option(None, "names of the test images, one a line", metavar="FILE")
-    val_fraction: float = option(0.1, "fraction of the images for validation, if no lists are given")
-    test_fraction: float = option(0.1, "fraction of the images for testing, if no lists are given")
+    train_list: str | None = option(None, "names of the training images, one a line", metavar="FILE", is_path=True)
+    val_list: str | None = option(None, "names of the validation images, one a line", metavar="FILE", is_path=True)
+    test_list: str | None = option(None, "names of the test images, one a line", metavar="FILE", is_path=True)
+    val_fraction: float = option(0.1, "fraction of the images for validation, if no lists or files are given")
+    test_fraction: float = option(0.1, "fraction of the images for testing, if no lists or files are given")
     split_seed: int = option(0, "seed of the split and of the choice of captions", minimum=0, below=SEED_LIMIT)
-    data_dir: str = option("data", "folder for downloaded datasets", metavar="DIR", may_change=True)
+    data_dir: str | None = option(None, "folder for downloaded datasets (default: data)", metavar="DIR", is_path=True)
+    image_column: str | None = option(
+        None, "the column or field with the images' names, if it has none of the usual names", metavar="NAME"
+    )
+    caption_column: str | None = option(
+        None, "the column or field with the captions, if it has none of the usual names", metavar="NAME"
+    )
+    separator: str | None = option(
+        None, "what separates the columns: a character, or `tab` (default: comma, tab, semicolon or bar, as found)"
+    )
+    encoding: str | None = option(
+        None, "of the annotations, such as windows-1252 (default: UTF-8, or UTF-16 by its mark)", metavar="NAME"
+    )
+    words: str = option(
+        "spaces",
+        "what a word is: what stands between spaces, or every character of scripts without spaces, such as Chinese",
+        choices=("spaces", "characters"),
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -233,6 +89,11 @@ class FeatureConfig(Settings):
         "float16", "number format of the stored features: 256 or 512 KB an image", choices=("float16", "float32")
     )
     cnn_batch_size: int = option(32, "images in a batch of the CNN", minimum=1)
+    max_megapixels: int = option(
+        MAX_MEGAPIXELS,
+        "largest image that is read, in millions of pixels, which take 3 bytes of memory each",
+        minimum=1,
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -341,7 +202,7 @@ class DecodeConfig(Settings):
 # The file that a run is saved with.
 
 
-FORMAT = 2  # of config.json and of the checkpoints; changed whenever their names change
+FORMAT = 3  # of config.json and of the checkpoints; changed whenever their names change
 
 
 @dataclasses.dataclass(frozen=True)

@@ -15,10 +15,9 @@ from captioning.config import (
     FeatureConfig,
     ModelConfig,
     RunConfig,
-    Settings,
     TrainConfig,
-    add_options,
 )
+from captioning.settings import Settings, add_options
 
 CLASSES = [DataConfig, FeatureConfig, ModelConfig, TrainConfig, DecodeConfig]
 

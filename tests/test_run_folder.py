@@ -151,7 +151,7 @@ def test_restore_model_refuses_damaged_checkpoint(run):
 
 def test_read_config_returns_what_write_config_wrote(run):
     assert read_config(run) == CONFIG
-    assert json.loads((run / "config.json").read_text())["format"] == FORMAT == 2
+    assert json.loads((run / "config.json").read_text())["format"] == FORMAT == 3
 
 
 def edit_config(run, **changes):
