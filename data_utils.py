@@ -10,23 +10,27 @@ The result is a `CaptionDataset`. An image belongs to one split with all its cap
 train on the validation images.
 """
 
+import argparse
 import dataclasses
 import functools
 import hashlib
 import json
 import random
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Mapping, Sequence
 from pathlib import Path, PurePosixPath
-from typing import ClassVar
+from types import MappingProxyType
+from typing import Any
 
-from captioning import shapes
-from captioning.annotations import SPLITS, Example, read_annotations
-from captioning.cli import InputError, add_quiet_option, format_bytes, log, make_parser, progress_bar, run_main
-from captioning.config import DataConfig
-from captioning.downloads import Archive, download, fetch_archive
-from captioning.files import check_disk_space
+from captioning.annotations import SPLITS, Example
+from captioning.caption_rows import ReadOptions, read_text
+from captioning.cli import InputError, add_quiet_option, log, make_parser, run_main
+from captioning.config import DATA_PATHS, DataConfig, RunConfig
+from captioning.datasets import FLICKR8K_SPLIT_FILES, find_source
+from captioning.image_names import clean_name
 from captioning.settings import add_options
+from captioning.text import describe_unspaced
+
+FORMAT_SETTINGS = ("image_column", "caption_column", "separator", "encoding", "words")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,205 +79,51 @@ def load_dataset(config: DataConfig, with_images: bool = True) -> CaptionDataset
     """
     source = find_source(config, with_images)
     source.fetch_annotations()
-    split_files = find_split_files(config, source.annotations.parent)
-    examples = source.resolve_image_paths(read_annotations(source.annotations))
-    examples = assign_splits(examples, config, split_files)
+    first_file = source.parts[0].path
+    split_files = find_split_files(config, first_file if first_file.is_dir() else first_file.parent)
+    options = ReadOptions(config.image_column, config.caption_column, config.separator, config.encoding)
+    examples = source.read_examples(options)
     num_captions = source.default_num_captions if config.num_captions is None else config.num_captions
-    if num_captions:
-        examples = subsample(examples, num_captions, config.split_seed)
+    if config.official_val:
+        examples = split_official(examples, config, num_captions)
+    else:
+        examples = assign_splits(examples, config, split_files)
+        if num_captions:
+            examples = subsample(examples, num_captions, config.split_seed)
     if not examples:
-        raise InputError(f"{source.annotations}: none of its images is in the split lists")
+        raise InputError(f"{first_file}: none of its images is in the split lists")
+    if config.words == "spaces" and (hint := describe_unspaced(text for e in examples for text in e.captions)):
+        log(hint)
     if with_images:
         source.fetch_images(examples)
     return CaptionDataset(source.name, source.image_dir, tuple(examples))
 
 
-# Archives and where they are.
+def load_run_dataset(
+    config: RunConfig, with_images: bool = True, locations: Mapping[str, Any] = MappingProxyType({})
+) -> CaptionDataset:
+    """Loads the dataset that a run was trained on, from where its config.json says; see `load_dataset`.
 
-# Plain http, since the host has no valid certificate: the sizes and MD5s of its archives are checked.
-COCO_URL = "http://images.cocodataset.org"
-FLICKR8K_URL = "https://github.com/jbrownlee/Datasets/releases/download/Flickr8k"
+    Args:
+        config: the settings of the run.
+        with_images: whether the images are needed, or only their captions.
+        locations: where the data are instead, see `locations_from_args`.
 
-COCO_CAPTIONS = Archive(
-    "annotations_trainval2014.zip",
-    f"{COCO_URL}/annotations/annotations_trainval2014.zip",
-    num_bytes=252_872_794,
-    md5="0a379cfc70b0e71301e0f377548639bd",
-)
-COCO_IMAGES = Archive(
-    "train2014.zip",
-    f"{COCO_URL}/zips/train2014.zip",
-    num_bytes=13_510_573_713,
-    md5="0da8c0bd3d6becc4dcb32757491aca88",
-)
-FLICKR8K_TEXT = Archive("Flickr8k_text.zip", f"{FLICKR8K_URL}/Flickr8k_text.zip")
-FLICKR8K_IMAGES = Archive("Flickr8k_Dataset.zip", f"{FLICKR8K_URL}/Flickr8k_Dataset.zip")
-FLICKR8K_SPLIT_FILES = {
-    "train": "Flickr_8k.trainImages.txt",
-    "val": "Flickr_8k.devImages.txt",
-    "test": "Flickr_8k.testImages.txt",
-}
-COCO_IMAGE_BYTES = 165e3  # on average
-ARCHIVE_THRESHOLD = 20_000  # missing COCO images from which the archive of 13 GB is faster than single files
-NUM_DOWNLOADS = 16  # at the same time
-
-
-# The datasets.
-
-
-@dataclasses.dataclass
-class DatasetSource:
-    """The files of a dataset, and how they are downloaded."""
-
-    default_num_captions: ClassVar[int] = 0  # captions to use unless the user asks for another number; 0: all
-
-    name: str  # also of the dataset's features and its run
-    image_dir: Path  # the folder that image paths begin in
-    annotations: Path
-
-    def fetch_annotations(self) -> None:
-        """Makes sure that the annotation file and the split lists exist."""
-
-    def resolve_image_paths(self, examples: list[Example]) -> list[Example]:
-        """Returns the examples with their image paths as they are inside `image_dir`."""
-        return examples
-
-    def fetch_images(self, examples: list[Example]) -> None:
-        """Makes sure that the images of the examples exist."""
-
-
-class Coco(DatasetSource):
-    """MS-COCO 2014: the training images and their captions, as in the tutorial."""
-
-    default_num_captions = 30_000  # the tutorial's subset
-
-    def __init__(self, folder: Path):
-        super().__init__("coco", folder, folder / "annotations/captions_train2014.json")
-
-    def fetch_annotations(self) -> None:
-        """Downloads the annotation file."""
-        if not self.annotations.exists():
-            fetch_archive(COCO_CAPTIONS, self.image_dir, ("captions_train2014.json",))
-
-    def resolve_image_paths(self, examples: list[Example]) -> list[Example]:
-        """Adds the folder train2014/, which the annotation file does not name."""
-        return [dataclasses.replace(example, image_path=f"train2014/{example.image_path}") for example in examples]
-
-    def fetch_images(self, examples: list[Example]) -> None:
-        """Downloads the images into train2014/: a few as single files, many as the archive."""
-        folder = self.image_dir
-        missing = [example.image_path for example in examples if not (folder / example.image_path).exists()]
-        if len(missing) >= ARCHIVE_THRESHOLD:
-            self._fetch_all_images(len(missing))
-            missing = [image_path for image_path in missing if not (folder / image_path).exists()]
-        elif missing:
-            num_bytes = len(missing) * COCO_IMAGE_BYTES
-            check_disk_space(folder, num_bytes, "these images of COCO", "use a smaller --num-captions or --data-dir")
-            log(
-                f"COCO: {len(examples) - len(missing):,} of {len(examples):,} images are in {folder}/, downloading "
-                f"{len(missing):,} one by one (about {format_bytes(num_bytes)})"
-            )
-        if missing:
-            self._fetch_single_images(missing)
-
-    def _fetch_all_images(self, num_missing: int) -> None:
-        """Downloads and unpacks the archive of all training images."""
-        num_bytes = num_missing * COCO_IMAGE_BYTES
-        if not (self.image_dir / COCO_IMAGES.name).exists():
-            num_bytes += COCO_IMAGES.num_bytes or 0
-        hint = "use --num-captions 30000 (about 1 GB) or --data-dir"
-        check_disk_space(self.image_dir, num_bytes, "all of COCO", hint)
-        fetch_archive(COCO_IMAGES, self.image_dir, (".jpg",))
-
-    def _fetch_single_images(self, image_paths: list[str]) -> None:
-        """Downloads images as single files, many at the same time."""
-
-        def fetch(image_path: str) -> Path:
-            return download(f"{COCO_URL}/{image_path}", self.image_dir / image_path, quiet=True)
-
-        pool = ThreadPoolExecutor(NUM_DOWNLOADS)
-        try:
-            downloads = pool.map(fetch, image_paths)
-            for _ in progress_bar(downloads, total=len(image_paths), unit="image", desc="COCO images"):
-                pass
-        finally:
-            pool.shutdown(cancel_futures=True)  # do not wait for the rest after an error or Ctrl-C
-
-
-class Flickr8k(DatasetSource):
-    """Flickr8k: 8,000 images with five captions each, and the lists of its usual split."""
-
-    def __init__(self, folder: Path):
-        super().__init__("flickr8k", folder / "Flicker8k_Dataset", folder / "Flickr8k.token.txt")
-        self.folder = folder
-
-    def fetch_annotations(self) -> None:
-        """Downloads the captions and the split lists."""
-        names = (self.annotations.name, *FLICKR8K_SPLIT_FILES.values())
-        if not all((self.folder / name).exists() for name in names):
-            fetch_archive(FLICKR8K_TEXT, self.folder, (".token.txt", "Images.txt"))
-
-    def fetch_images(self, examples: list[Example]) -> None:
-        """Downloads all images, unless those of the examples exist."""
-        if not all((self.image_dir / example.image_path).exists() for example in examples):
-            fetch_archive(FLICKR8K_IMAGES, self.folder, (".jpg",))
-
-
-class Shapes(DatasetSource):
-    """The toy dataset, which is drawn instead of downloaded."""
-
-    def __init__(self, folder: Path):
-        super().__init__("shapes", folder, folder / shapes.ANNOTATIONS)
-
-    def fetch_annotations(self) -> None:
-        """Draws the images and writes the annotation file."""
-        shapes.draw_dataset(self.image_dir)
-
-
-class UserFiles(DatasetSource):
-    """The user's own annotation file and image folder; without a folder, the one of the annotation file."""
-
-    def __init__(self, annotations: Path, image_dir: Path | None):
-        self.has_image_dir = image_dir is not None
-        image_dir = image_dir or annotations.parent
-        super().__init__(image_dir.resolve().name, image_dir, annotations)
-        if not image_dir.is_dir():
-            raise InputError(f"{image_dir}: no such image folder")
-
-    def resolve_image_paths(self, examples: list[Example]) -> list[Example]:
-        """Removes the folders of image paths if the image folder has none of them.
-
-        Karpathy's COCO names train2014/ and val2014/, but the images may lie in one folder. Raises InputError if two
-        images have the same name without their folders.
-        """
-        folders = {PurePosixPath(example.image_path).parent for example in examples}
-        if not self.has_image_dir or any((self.image_dir / folder).is_dir() for folder in folders):
-            return examples
-        examples = [
-            dataclasses.replace(example, image_path=PurePosixPath(example.image_path).name) for example in examples
-        ]
-        if len({example.image_path for example in examples}) < len(examples):
-            raise InputError(
-                f"{self.image_dir}: has none of the folders that {self.annotations} names, and without them its "
-                "names clash"
-            )
-        return examples
-
-
-DATASETS: dict[str, Callable[[Path], DatasetSource]] = {"coco": Coco, "flickr8k": Flickr8k, "shapes": Shapes}
-
-
-def find_source(config: DataConfig, with_images: bool) -> DatasetSource:
-    """Returns the source that the settings name; raises InputError if they do not fit together."""
-    if config.annotations:
-        if with_images and not config.images:
-            raise InputError("--annotations needs --images DIR, the folder its images are in")
-        return UserFiles(Path(config.annotations), Path(config.images) if config.images else None)
-    if config.images:
-        raise InputError("--images needs --annotations FILE, the captions of its images")
-    if config.dataset is None:
-        raise InputError("expected --dataset or --annotations, found neither")
-    return DATASETS[config.dataset](Path(config.data_dir or "data") / config.dataset)
+    Raises:
+        InputError: it is not there, or has changed: the model may have been trained on its test images.
+    """
+    try:
+        data_config = dataclasses.replace(config.data, **locations)
+        dataset = load_dataset(data_config, with_images).exclude(set(config.unreadable_images))
+    except InputError as error:
+        advice = "" if locations else "; if the data were moved, name them with --annotations, --images or --data-dir"
+        raise InputError(f"the data of the run's config.json: {error}{advice}") from None
+    if dataset.fingerprint != config.data_fingerprint:
+        raise InputError(
+            "the data have changed since this run was trained: their fingerprint is not that of its config.json, and "
+            "the split may be another; restore them, or train again"
+        )
+    return dataset
 
 
 # Limiting and splitting.
@@ -296,7 +146,10 @@ def find_split_files(config: DataConfig, folder: Path) -> dict[str, Path]:
     """Returns the lists of image names that define the split: those of the settings, else Flickr8k's in a folder."""
     given = {"train": config.train_list, "val": config.val_list, "test": config.test_list}
     split_files = {split: Path(path) for split, path in given.items() if path}
-    if split_files:
+    has_split_annotations = bool(config.val_annotations or config.test_annotations or config.official_val)
+    if split_files and has_split_annotations:
+        raise InputError("expected lists of names or annotations for each split, found both")
+    if split_files or has_split_annotations:
         return split_files
     default_files = {split: folder / name for split, name in FLICKR8K_SPLIT_FILES.items()}
     if not (default_files["train"].exists() and default_files["val"].exists()):
@@ -309,7 +162,8 @@ def find_split_files(config: DataConfig, folder: Path) -> dict[str, Path]:
 def assign_splits(examples: Sequence[Example], config: DataConfig, split_files: dict[str, Path]) -> list[Example]:
     """Assigns every image to a split: by the lists, else as the annotations have it, else at random.
 
-    Images that no list names are left out. `split_files` has the lists by split, and is empty without lists.
+    Images that no list names are left out. Annotations that have a file for testing but none for validation are split
+    at random into training and validation. `split_files` has the lists by split, and is empty without lists.
 
     Raises:
         InputError: a list is missing, unreadable or empty, or names an image of another list; the fractions are not
@@ -317,22 +171,68 @@ def assign_splits(examples: Sequence[Example], config: DataConfig, split_files: 
     """
     if split_files:
         return _split_by_lists(examples, split_files)
-    if any(example.split for example in examples):
-        return [example for example in examples if example.split in SPLITS]
-    return _split_at_random(examples, config)
+    splits = {example.split for example in examples if example.split in SPLITS}
+    if len(splits) < 2 and not config.test_annotations:
+        if splits:
+            log(f"split: at random, since all images of the annotations are of the {splits.pop()} split")
+        return _split_at_random(examples, config)
+    if "val" not in splits:
+        test = [example for example in examples if example.split == "test"]
+        rest = [example for example in examples if example.split != "test"]
+        return _split_at_random(rest, dataclasses.replace(config, test_fraction=0.0)) + test
+    decided = [example for example in examples if example.split in SPLITS]
+    if num_undecided := len(examples) - len(decided):
+        log(f"split: {num_undecided:,} images are left out, since the annotations name no split of theirs")
+    return decided
+
+
+def split_official(examples: Sequence[Example], config: DataConfig, num_captions: int) -> list[Example]:
+    """Splits COCO's official validation images into validation and testing, in the ratio of their fractions.
+
+    Args:
+        examples: the official training images, and the official validation images as val.
+        config: the fractions, and the seed.
+        num_captions: captions to use in all; 0: all. Of a subset, the splits have the sizes that a random split of so
+            many captions would have.
+
+    Raises:
+        InputError: the fractions are not valid, or leave nothing for validation.
+    """
+    shares = {"val": config.val_fraction, "test": config.test_fraction}
+    if not (shares["val"] > 0 and shares["test"] >= 0 and sum(shares.values()) < 1):
+        raise InputError(f"expected a --val-fraction above 0, and fractions that sum to less than 1, found {shares}")
+    held_out = [example for example in examples if example.split == "val"]
+    num_test = round(len(held_out) * shares["test"] / sum(shares.values()))
+    test = set(random.Random(config.split_seed).sample([example.image_path for example in held_out], num_test))
+    examples = [dataclasses.replace(e, split="test") if e.image_path in test else e for e in examples]
+    if not num_captions:
+        return examples
+    shares = {"train": 1 - sum(shares.values())} | shares
+    parts = {split: [example for example in examples if example.split == split] for split in SPLITS}
+    return [
+        example
+        for split, share in shares.items()
+        for example in subsample(parts[split], round(num_captions * share), config.split_seed)
+    ]
 
 
 def _split_at_random(examples: Sequence[Example], config: DataConfig) -> list[Example]:
-    """Splits by the fractions and the seed of the settings."""
+    """Splits by the fractions and the seed of the settings; of two images none is for testing."""
     from sklearn.model_selection import train_test_split  # slow to import, and often not needed
 
     fractions = {"test": config.test_fraction, "val": config.val_fraction}
     if not (min(fractions.values()) >= 0 and sum(fractions.values()) < 1):
         raise InputError(f"the fractions of val and test must be at least 0 and sum to less than 1, found {fractions}")
+    if len(examples) < 2 and any(fractions.values()):
+        raise InputError(f"expected at least 2 images (training and validation need one each), found {len(examples)}")
+    sizes = {split: max(1, round(fraction * len(examples))) if fraction else 0 for split, fraction in fractions.items()}
+    if len(examples) == 2:
+        if sizes["test"]:
+            log("split: 2 images are too few to keep one for testing: there is no test image")
+        sizes = {"test": 0, "val": min(1, sizes["val"])}
     split_of: dict[str, str] = {}
     rest = [example.image_path for example in examples]
-    for split, fraction in fractions.items():
-        size = max(1, round(fraction * len(examples))) if fraction else 0
+    for split, size in sizes.items():
         if size >= len(rest):
             raise InputError(f"{len(examples)} images are too few to split into train, val and test")
         if size:
@@ -364,27 +264,45 @@ def _split_by_lists(examples: Sequence[Example], split_files: dict[str, Path]) -
     return result
 
 
-def _names_of(example: Example) -> tuple[str, str]:
+def _names_of(example: Example) -> tuple[str, str, str]:
     """Returns the names that a list may give an image, the one that decides first."""
-    return example.image_path, PurePosixPath(example.image_path).name
+    path = PurePosixPath(example.image_path)
+    return example.image_path, path.name, path.stem
 
 
 def _read_split_file(path: Path, split: str) -> list[str]:
     """Returns the image names of a list, one a line; raises InputError if it is unreadable or empty."""
     try:
-        lines = path.read_text(encoding="utf-8-sig").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{path}: cannot read the {split} list ({error})") from None
-    names = [line.strip() for line in lines if line.strip()]
+        text, _ = read_text(path)
+    except InputError as error:
+        raise InputError(f"cannot read the {split} list: {error}") from None
+    names = [clean_name(line) for line in text.split("\n") if line.strip()]
     if not names:
         raise InputError(f"{path}: the {split} list is empty; expected names of images, one a line")
     return names
 
 
+def add_data_options(parser: argparse.ArgumentParser, title: str = "data", **defaults: Any) -> None:
+    """Adds the options of every script that reads a dataset, in a group for the data and one for their format."""
+    add_options(parser.add_argument_group(title), DataConfig, defaults, skip=FORMAT_SETTINGS)
+    add_options(parser.add_argument_group("format of your own data"), DataConfig, defaults, only=FORMAT_SETTINGS)
+
+
+def add_location_options(parser: argparse.ArgumentParser) -> None:
+    """Adds the options that say where the data of a run are now."""
+    group = parser.add_argument_group("the data of the run, if they were moved")
+    add_options(group, DataConfig, only=DATA_PATHS)
+
+
+def locations_from_args(args: argparse.Namespace) -> dict[str, Any]:
+    """Returns where the command line says that the data of a run are, by the name of the setting."""
+    return {name: path for name in DATA_PATHS if (path := getattr(args, name)) is not None}
+
+
 def main(argv: list[str] | None = None) -> None:
     """Downloads and reads a dataset, and prints the sizes of its splits and an example."""
     parser = make_parser(__doc__)
-    add_options(parser.add_argument_group("data"), DataConfig)
+    add_data_options(parser)
     add_quiet_option(parser)
     dataset = load_dataset(DataConfig.from_args(parser.parse_args(argv)))
     for split in SPLITS:

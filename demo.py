@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+import data_utils
 import evaluate
 import inference
 import train
@@ -59,7 +60,7 @@ def attention_on_object(caption: inference.Caption, shapes_in_image: list[dict[s
 def evaluate_demo(run: Path) -> dict[str, float]:
     """Captions the test images; returns their number, and in percent what the demo prints."""
     captioner = inference.Captioner.load(run)
-    dataset = inference.load_run_dataset(captioner.config)
+    dataset = data_utils.load_run_dataset(captioner.config)
     examples = dataset.split("test")
     cache = open_run_cache(captioner.config.features)
     captions = evaluate.generate_captions(captioner.model, captioner.tokenizer, cache, examples)
@@ -94,7 +95,7 @@ def main(argv: list[str] | None = None) -> None:
     results = evaluate_demo(args.run)
 
     captioner = inference.Captioner.load(args.run)
-    dataset = inference.load_run_dataset(captioner.config)
+    dataset = data_utils.load_run_dataset(captioner.config)
     example = next(e for e in dataset.split("test") if len(e.captions) > 1)  # two shapes
     image_path = dataset.image_dir / example.image_path
     caption, plot = inference.caption_and_plot(captioner, image_path, args.run / "attention")

@@ -13,11 +13,11 @@ does not repeat 5.7 billion multiplications. The command can be stopped at any t
 """
 
 import argparse
+import errno
 import itertools
 import math
 import os
 import re
-import sys
 import warnings
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -39,17 +39,22 @@ from captioning.feature_cache import (
     FeatureCache,
     check_cnn_weights,
     find_difference,
+    find_outdated,
     make_manifest,
     read_manifest,
 )
 from captioning.files import check_disk_space, file_sha256, write_json
-from captioning.images import map_threads, to_rgb
+from captioning.image_records import ImageRecords
+from captioning.images import map_threads, read_image, set_max_megapixels
 from captioning.quiet_tensorflow import tf
+from captioning.random_cnn import apply_gaussian_window, calibrate_batch_norm
 from captioning.settings import add_options
 
 CPU_IMAGES_PER_SECOND = 22  # measured on two cores of a Xeon
 NUM_CALIBRATION_IMAGES = 64
 NUM_WRITERS = 4  # threads
+NAME_ERRORS = (errno.ENAMETOOLONG, errno.EINVAL, errno.EILSEQ, errno.EISDIR, errno.ENOTDIR)  # of one file, not of all
+NOT_WRITTEN = "its features cannot be written"
 DECODE_BUFFER = 256  # largest number of decoded images that wait for the CNN: 69 MB
 IMAGENET_FILE = "inception_v3_weights_tf_dim_ordering_tf_kernels_notop.h5"
 
@@ -60,23 +65,17 @@ IMAGENET_FILE = "inception_v3_weights_tf_dim_ordering_tf_kernels_notop.h5"
 def load_image(path: Path | str) -> np.ndarray:
     """Reads an image of any format that Pillow knows as the pixels that the CNN takes.
 
-    The image is converted to upright RGB (`captioning.images.to_rgb`). As in the tutorial, it is squeezed to a square
-    and not cropped. The feature extractor scales the pixels (`preprocess_input` in the tutorial).
+    The image is converted to upright RGB (`captioning.images.read_image`). As in the tutorial, it is squeezed to a
+    square and not cropped. The feature extractor scales the pixels (`preprocess_input` in the tutorial).
 
     Returns:
         (299, 299, 3) uint8.
 
     Raises:
-        InputError: the file does not exist, or is not an image that can be read.
+        InputError: see `read_image`.
     """
-    try:
-        with Image.open(path) as image:
-            return np.asarray(to_rgb(image).resize((IMAGE_SIZE, IMAGE_SIZE), Image.Resampling.BILINEAR))
-    except FileNotFoundError:
-        raise InputError(f"{path}: no such image") from None
-    except Exception as error:  # Pillow raises many types for a damaged file, struct.error and TypeError among them
-        reason = "no format that Pillow knows" if isinstance(error, Image.UnidentifiedImageError) else repr(error)
-        raise InputError(f"{path}: not an image that can be read ({reason})") from None
+    size = (IMAGE_SIZE, IMAGE_SIZE)
+    return np.asarray(read_image(path).resize(size, Image.Resampling.BILINEAR))
 
 
 # Initialize InceptionV3 and load the pretrained ImageNet weights.
@@ -89,7 +88,7 @@ def build_feature_extractor(cnn_weights: str = "imagenet") -> tf.keras.Model:
     InceptionV3 by 0.4 %. Storing features in float16 changes them by 0.02 %.
 
     Args:
-        cnn_weights: `imagenet` (downloaded on first use), `random` (see `calibrate_batch_norm`), or a file of weights.
+        cnn_weights: `imagenet` (downloaded on first use), `random` (see `captioning.random_cnn`), or a file of weights.
 
     Returns:
         A model from (B, 299, 299, 3) uint8 to (B, 64, 2048) float32.
@@ -100,7 +99,7 @@ def build_feature_extractor(cnn_weights: str = "imagenet") -> tf.keras.Model:
     check_cnn_weights(cnn_weights)
     cnn = load_inception(cnn_weights)
     if cnn_weights == "random":
-        _apply_gaussian_window(cnn)
+        apply_gaussian_window(cnn)
     pixels = tf.keras.Input((IMAGE_SIZE, IMAGE_SIZE, 3), dtype="uint8")
     x = tf.keras.layers.Rescaling(1 / 127.5, offset=-1.0)(pixels)  # the same as inception_v3.preprocess_input
     x = cnn(x)  # (B, 8, 8, 2048)
@@ -136,47 +135,12 @@ def load_inception(cnn_weights: str) -> tf.keras.Model:
         if cnn_weights == "imagenet":
             raise InputError(
                 f"InceptionV3's ImageNet weights cannot be downloaded ({reason}); put the file {IMAGENET_FILE} into "
-                f"{Path.home() / '.keras/models'}/, or give --cnn-weights FILE, or try the pipeline with "
-                "--cnn-weights random"
+                f"{Path.home() / '.keras/models'}/"
             ) from None
         raise InputError(f"{cnn_weights}: not the weights of InceptionV3 without its top ({reason})") from None
     finally:
         tf.keras.config.set_dtype_policy(policy)
     return cnn
-
-
-def _apply_gaussian_window(cnn: tf.keras.Model, sigma: float = 0.7) -> None:
-    """Multiplies the kernels of a random CNN by a Gaussian around their centres; `sigma` is in pixels.
-
-    Without it, every location of the 8x8 grid depends almost equally on the whole image, and attention cannot tell the
-    locations apart. Training makes the kernels of a real CNN local.
-    """
-    for layer in cnn.layers:
-        if isinstance(layer, tf.keras.layers.Conv2D):
-            height, width = layer.kernel.shape[:2]
-            y = np.arange(height) - (height - 1) / 2
-            x = np.arange(width) - (width - 1) / 2
-            window = np.exp(-(y[:, np.newaxis] ** 2 + x**2) / (2 * sigma**2))  # (height, width)
-            layer.kernel.assign(layer.kernel * window[:, :, np.newaxis, np.newaxis])
-
-
-def calibrate_batch_norm(extractor: tf.keras.Model, images: np.ndarray) -> None:
-    """Sets the batch-normalisation statistics of a random CNN to those of some images.
-
-    Without it, the activations of random weights vanish on their way through 94 layers.
-
-    Args:
-        extractor: a model of `build_feature_extractor`, which is changed.
-        images: (B, 299, 299, 3) uint8.
-    """
-    layers = extractor.get_layer("inception_v3").layers
-    norms = [layer for layer in layers if isinstance(layer, tf.keras.layers.BatchNormalization)]
-    momenta = [layer.momentum for layer in norms]
-    for layer in norms:
-        layer.momentum = 0.0  # the moving statistics become those of this batch
-    extractor(images, training=True)
-    for layer, momentum in zip(norms, momenta, strict=True):
-        layer.momentum = momentum
 
 
 # Caching the features extracted from InceptionV3.
@@ -208,6 +172,9 @@ def open_or_create_cache(
             expected["sha256"] = _save_random_weights(folder, image_dir, image_paths)
         write_json(folder / MANIFEST_FILE, expected)
     manifest = read_manifest(folder)
+    if not (folder / manifest["images"]).exists():  # they were moved; those with another content are computed again
+        manifest["images"] = expected["images"]
+        write_json(folder / MANIFEST_FILE, manifest)
     keys = [key for key in expected if key != "weights" or "sha256" not in expected]  # a file may have another name
     if key := find_difference(manifest, expected, keys):
         raise InputError(
@@ -263,9 +230,6 @@ def announce_extraction(cache: FeatureCache, missing: list[str], num_images: int
         f"computing {len(missing):,} ({cost})"
     )
     check_disk_space(cache.folder, num_bytes, "caching them", "use --features-dir on a larger disk, or fewer images")
-    for image_path in missing:
-        if os.path.exists(path := cache.path(image_path)):
-            log(f"features: {path} is damaged and will be computed again")
 
 
 def compute_features(
@@ -286,47 +250,77 @@ def compute_features(
         yield [image_path for image_path, _ in batch], extract(pixels).numpy()
 
 
-def write_features(cache: FeatureCache, batches: Iterable[tuple[list[str], np.ndarray]], progress: tqdm) -> None:
-    """Stores batches of features with several threads, while the CNN computes the next batch (the tutorial's loop)."""
+def write_features(
+    cache: FeatureCache,
+    records: ImageRecords,
+    batches: Iterable[tuple[list[str], np.ndarray]],
+    progress: tqdm,
+    unreadable: dict[str, str],
+) -> None:
+    """Stores batches of features with several threads, while the CNN computes the next batch (the tutorial's loop).
+
+    Images whose features cannot be written because of their name are added to `unreadable`, with the reason.
+    """
+
+    def store(image_path: str, features: np.ndarray) -> None:
+        cache.write(image_path, features)  # np.save of one image's features, (64, 2048)
+        records.add([image_path])
+
+    def finish(pending: dict[str, Future]) -> None:
+        for image_path, future in pending.items():
+            try:
+                future.result()
+            except OSError as error:
+                if error.errno not in NAME_ERRORS:  # such as a full disk, which concerns all images
+                    raise
+                unreadable[image_path] = f"{records.image_dir / image_path}: {NOT_WRITTEN} ({error.strerror})"
+                log(f"skipped {unreadable[image_path]}", error=True)
+
     with ThreadPoolExecutor(NUM_WRITERS) as pool:
-        pending: list[Future] = []
+        pending: dict[str, Future] = {}
         for image_paths, features in batches:
-            for future in pending:
-                future.result()  # raises the disk's errors
-            pending = [
-                pool.submit(cache.write, image_path, image_features)  # np.save of one image's features, (64, 2048)
-                for image_path, image_features in zip(image_paths, features, strict=True)
-            ]
+            finish(pending)
+            pending = {path: pool.submit(store, path, x) for path, x in zip(image_paths, features, strict=True)}
             progress.update(len(image_paths))
-        for future in pending:
-            future.result()
+        finish(pending)
 
 
 def cache_features(cache: FeatureCache, image_dir: Path, image_paths: list[str], batch_size: int) -> dict[str, str]:
     """Computes and stores the features that a cache lacks. If it is stopped at any moment, the next call continues.
 
     Returns:
-        The images that cannot be read, each with the reason.
+        The images that cannot be read, or whose features cannot be written, each with the reason.
 
     Raises:
         InputError: none of the images can be read, the CNN's weights are missing, or the disk is too small.
     """
     image_paths = list(dict.fromkeys(image_paths))  # without duplicates
-    missing = cache.missing(image_paths)
+    records = ImageRecords(cache.folder, image_dir)
+    missing = find_outdated(cache, records, image_paths)
     if not missing:
         return {}
     announce_extraction(cache, missing, len(image_paths))
     check_cnn_weights(cache.cnn_weights, cache.manifest.get("sha256"))
-    extractor = build_feature_extractor(cache.cnn_weights)
+    extractor = _build_extractor_of(cache.cnn_weights)
     unreadable: dict[str, str] = {}
     with progress_bar(total=len(missing), unit="image", desc="features") as progress:
         images = _skip_unreadable(load_images(image_dir, missing), unreadable)
-        write_features(cache, compute_features(extractor, images, batch_size), progress)
-        progress.update(len(unreadable))
+        write_features(cache, records, compute_features(extractor, images, batch_size), progress, unreadable)
+        progress.update(len(missing) - progress.n)  # those that cannot be read
     if len(unreadable) == len(image_paths):
         first = next(iter(unreadable.values()))
         raise InputError(f"{image_dir}: none of the {len(image_paths):,} images can be read; the first: {first}")
     return unreadable
+
+
+def _build_extractor_of(cnn_weights: str) -> tf.keras.Model:
+    """Builds the feature extractor for commands that have the option --cnn-weights; raises InputError that names it."""
+    try:
+        return build_feature_extractor(cnn_weights)
+    except InputError as error:
+        if cnn_weights != "imagenet":
+            raise
+        raise InputError(f"{error}, or give --cnn-weights FILE, or try it with --cnn-weights random") from None
 
 
 def _skip_unreadable(
@@ -336,7 +330,7 @@ def _skip_unreadable(
     for image_path, image in images:
         if isinstance(image, InputError):
             unreadable[image_path] = str(image)
-            tqdm.write(f"skipped {image}", file=sys.stderr)
+            log(f"skipped {image}", error=True)
         else:
             yield image_path, image
 
@@ -354,6 +348,7 @@ def extract_features(
     Returns:
         The cache, and the dataset without the images that cannot be read.
     """
+    set_max_megapixels(config.max_megapixels)
     folder = config.features_dir or f"features/{dataset.name}"
     image_paths = [example.image_path for example in dataset.examples]
     cache = open_or_create_cache(folder, dataset.image_dir, image_paths, config.cnn_weights, config.dtype)
@@ -378,7 +373,7 @@ def parse_shard(text: str) -> slice:
 def main(argv: list[str] | None = None) -> None:
     """Caches the features of a dataset."""
     parser = make_parser(__doc__)
-    add_options(parser.add_argument_group("data"), DataConfig)
+    data_utils.add_data_options(parser)
     add_options(parser.add_argument_group("features"), FeatureConfig)
     parser.add_argument(
         "--shard",

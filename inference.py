@@ -13,6 +13,7 @@ From Python: `Captioner.load("runs/coco").caption("photo.jpg").text`.
 
 import argparse
 import dataclasses
+import errno
 import functools
 import json
 import random
@@ -29,11 +30,12 @@ import data_utils
 import features
 import model
 from captioning.cli import InputError, add_quiet_option, int_at_least, log, make_parser, run_main
-from captioning.config import DecodeConfig, RunConfig
+from captioning.config import DecodeConfig, FeatureConfig, RunConfig
 from captioning.decoding import DecodedBatch, StepModel, decode
 from captioning.downloads import download, redact_url
 from captioning.feature_cache import check_cnn_weights, find_cnn_weights
 from captioning.files import file_sha256
+from captioning.images import is_image_file, read_image, set_max_megapixels
 from captioning.plots import FORMATS, MAX_GRID_IMAGES, plot_attention, plot_caption_grid, thumbnail
 from captioning.quiet_tensorflow import tf
 from captioning.run_folder import VOCABULARY_FILE, best_checkpoint, latest_run, read_config, restore_model
@@ -52,15 +54,11 @@ GREEDY = DecodeConfig()  # the default: the most probable word at every step
 class Caption:
     """A generated caption of T words, without <start> and <end>."""
 
+    text: str  # the words in one line, as the tokenizer joins them
     words: tuple[str, ...]
     probabilities: tuple[float, ...]  # of each word, given those before it
     attention: np.ndarray  # (T, 64), the attention weights of each word, which sum to 1
     finished: bool  # whether the model predicted <end>; otherwise the caption is cut
-
-    @property
-    def text(self) -> str:
-        """The words in one line."""
-        return " ".join(self.words)
 
 
 def to_captions(decoded: DecodedBatch, tokenizer: Tokenizer) -> list[Caption]:
@@ -70,7 +68,8 @@ def to_captions(decoded: DecodedBatch, tokenizer: Tokenizer) -> list[Caption]:
         ends = np.flatnonzero(ids == END_ID)
         length = ends[0] if len(ends) else len(ids)
         words = tuple(tokenizer.index_word[i] for i in ids[:length])
-        captions.append(Caption(words, tuple(probabilities[:length].tolist()), attention[:length], len(ends) > 0))
+        word_probabilities = tuple(probabilities[:length].tolist())
+        captions.append(Caption(tokenizer.join(words), words, word_probabilities, attention[:length], len(ends) > 0))
     return captions
 
 
@@ -90,7 +89,7 @@ def load_run(run: Path | str) -> tuple[model.CaptionModel, Tokenizer, RunConfig]
     run = Path(run)
     prefix = best_checkpoint(run)
     config = read_config(run)
-    tokenizer = Tokenizer.load(run / VOCABULARY_FILE)
+    tokenizer = Tokenizer.load(run / VOCABULARY_FILE, config.data.words)
     sha256 = file_sha256(run / VOCABULARY_FILE)
     if sha256 != config.vocabulary_sha256 or len(tokenizer) != config.model.vocab_size:
         raise InputError(
@@ -163,21 +162,28 @@ class Captioner:
 
 def caption_and_plot(
     captioner: Captioner, path: Path, folder: Path, name: str | None = None, image_format: str = "png"
-) -> tuple[Caption, Path]:
+) -> tuple[Caption, Path | None]:
     """Captions an image, and plots the attention into `<folder>/<name>_attention.<image_format>`.
 
     The name is that of the image, if none is given.
 
     Returns:
-        The caption, and the path of the plot.
+        The caption, and the path of the plot; None if it cannot be written there, which is logged.
 
     Raises:
         InputError: the image cannot be read.
+        OSError: the disk is full.
     """
     caption = captioner.caption(path)
     plot_path = folder / f"{name or path.stem}_attention.{image_format}"
-    with Image.open(path) as image:
-        plot_attention(image, caption.words, caption.attention, caption.probabilities, plot_path)
+    image = read_image(path)
+    try:
+        plot_attention(image, caption.words, caption.attention, caption.probabilities, plot_path, caption.text)
+    except OSError as error:  # the name is too long, or nothing may be written into the folder
+        if error.errno == errno.ENOSPC:
+            raise
+        log(f"{plot_path}: the plot cannot be written ({error.strerror})", error=True)
+        return caption, None
     return caption, plot_path
 
 
@@ -206,7 +212,6 @@ def expand_image_args(args: Sequence[str]) -> list[str]:
     Raises:
         InputError: a file or folder does not exist, or a folder has no images.
     """
-    extensions = set(Image.registered_extensions())
     images = []
     for arg in args:
         if is_url(arg) or Path(arg).is_file():
@@ -214,7 +219,7 @@ def expand_image_args(args: Sequence[str]) -> list[str]:
             continue
         if not Path(arg).is_dir():
             raise InputError(f"{arg}: no such image")
-        paths = sorted(path for path in Path(arg).iterdir() if path.suffix.lower() in extensions)
+        paths = sorted(path for path in Path(arg).iterdir() if is_image_file(path))
         images_in_folder = [str(path) for path in paths if not path.stem.endswith("_attention")]
         if not images_in_folder:
             raise InputError(f"{arg}: expected a folder with images, found none in it")
@@ -229,14 +234,14 @@ class ResultWriter:
         self.as_json, self.grid = as_json, grid
         self.images_and_captions: list[tuple[Image.Image, str]] = []
 
-    def write(self, label: str, path: Path, caption: Caption, plot_path: Path, text: str, **fields: Any) -> None:
+    def write(self, label: str, path: Path, caption: Caption, plot_path: Path | None, text: str, **fields: Any) -> None:
         """Prints one result.
 
         Args:
             label: the name of the image in JSON.
             path: the image.
             caption: its caption.
-            plot_path: its attention plot.
+            plot_path: its attention plot; None without one.
             text: what is printed without --json.
             **fields: further fields of the JSON object.
         """
@@ -245,12 +250,12 @@ class ResultWriter:
                 {"word": word, "probability": round(probability, 4)}
                 for word, probability in zip(caption.words, caption.probabilities, strict=True)
             ]
-            result = {"image": label, "caption": caption.text, "words": words, "plot": str(plot_path), **fields}
+            plot = plot_path and str(plot_path)
+            result = {"image": label, "caption": caption.text, "words": words, "plot": plot, **fields}
             text = json.dumps(result)
         print(text, flush=True)
         if self.grid and len(self.images_and_captions) < MAX_GRID_IMAGES:
-            with Image.open(path) as image:
-                self.images_and_captions.append((thumbnail(image), caption.text))
+            self.images_and_captions.append((thumbnail(read_image(path)), caption.text))
 
     def write_grid(self) -> None:
         """Writes the grid, if it was asked for and there are images."""
@@ -291,40 +296,27 @@ def caption_images(
                 continue
             text = caption.text if len(images) == 1 else f"{label}\t{caption.text}"
             writer.write(label, path, caption, plot_path, text)
-        log(f"attention: {plot_path}")
+        if plot_path:
+            log(f"attention: {plot_path}")
     return num_failed
 
 
 # The test images of the run.
 
 
-def load_run_dataset(config: RunConfig, with_images: bool = True) -> data_utils.CaptionDataset:
-    """Loads the dataset that a run was trained on, from where its config.json says; see `data_utils.load_dataset`.
-
-    Raises:
-        InputError: it is not there, or has changed: the model may have been trained on its test images.
-    """
-    try:
-        dataset = data_utils.load_dataset(config.data, with_images).exclude(set(config.unreadable_images))
-    except InputError as error:
-        raise InputError(f"the data of the run's config.json: {error}") from None
-    if dataset.fingerprint != config.data_fingerprint:
-        raise InputError(
-            "the data have changed since this run was trained: their fingerprint is not that of its config.json, and "
-            "the split may be another; restore them, or train again"
-        )
-    return dataset
-
-
 def caption_test_images(
-    captioner: Captioner, num_images: int, seed: int | None, writer: ResultWriter, image_format: str = "png"
+    captioner: Captioner,
+    dataset: data_utils.CaptionDataset,
+    num_images: int,
+    seed: int | None,
+    writer: ResultWriter,
+    image_format: str = "png",
 ) -> None:
     """Captions random test images of the run's dataset, next to their reference captions, as the tutorial does.
 
     A dataset without test images gives validation images. The plots are written into the run folder.
     """
     plot_dir = captioner.run / "attention"
-    dataset = load_run_dataset(captioner.config)
     candidates = [example for example in dataset.examples if example.split == "test"] or dataset.split("val")
     for example in random.Random(seed).sample(candidates, min(num_images, len(candidates))):
         path = dataset.image_dir / example.image_path
@@ -358,6 +350,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     group = parser.add_argument_group("test images, if no images are given")
     group.add_argument("--num-images", type=int_at_least(1), metavar="N", default=3, help="how many (default: 3)")
     group.add_argument("--seed", type=int, metavar="N", help="seed of the choice (default: other images each time)")
+    data_utils.add_location_options(parser)
     group = parser.add_argument_group("output")
     group.add_argument(
         "--output-dir",
@@ -371,6 +364,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     group.add_argument("--grid", type=Path, metavar="FILE", help=text)
     text = "print a JSON object per image, one a line: image, caption, words with probabilities, plot"
     group.add_argument("--json", action="store_true", help=text)
+    add_options(group, FeatureConfig, only=("max_megapixels",))
     add_quiet_option(group)
     args = parser.parse_args(argv)
     if args.grid and args.grid.suffix[1:].lower() not in FORMATS:
@@ -381,6 +375,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> None:
     """Captions the images of the command line, or a few test images."""
     args = parse(argv)
+    set_max_megapixels(args.max_megapixels)
     images = expand_image_args(args.images)
     captioner = Captioner.load(args.run or latest_run(), DecodeConfig.from_args(args))
     log(f"run: {captioner.run}")
@@ -389,7 +384,8 @@ def main(argv: list[str] | None = None) -> None:
     if images:
         num_failed = caption_images(captioner, images, args.output_dir, writer, args.format)
     else:
-        caption_test_images(captioner, args.num_images, args.seed, writer, args.format)
+        dataset = data_utils.load_run_dataset(captioner.config, locations=data_utils.locations_from_args(args))
+        caption_test_images(captioner, dataset, args.num_images, args.seed, writer, args.format)
     writer.write_grid()
     if num_failed:
         raise InputError(f"{num_failed} of {len(images)} images could not be captioned")

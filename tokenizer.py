@@ -4,6 +4,7 @@ Tutorial section: "Preprocess and tokenize the captions".
 
     python tokenizer.py captions.txt                                              # print a file's vocabulary
     python tokenizer.py captions.txt --vocab-size 1000 --output vocabulary.json   # save a smaller one
+    python tokenizer.py captions.txt --words characters                           # Chinese, Japanese, Thai, ...
 
 It keeps the words that the tutorial's tf.keras.preprocessing.text.Tokenizer(num_words=5000, oov_token="<unk>")
 keeps, without TensorFlow. The vocabulary is saved as JSON with every run, since ids mean nothing without it.
@@ -14,86 +15,100 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from captioning.cli import InputError, int_at_least, make_parser, run_main
+from captioning.config import DataConfig
 from captioning.files import read_json, write_json
+from captioning.settings import add_options
 from captioning.special_tokens import END_ID, PAD_ID, SPECIAL_TOKENS, START_ID, UNK_ID
+from captioning.text import join_words, normalize_text, punctuation_to_spaces, split_characters
 
 FILTERS = '!"#$%&()*+.,-/:;=?@[\\]^_`{|}~'  # the tutorial's; the apostrophe stays, so "man's" is one word
 _TO_SPACES = str.maketrans(dict.fromkeys(FILTERS, " "))
 
 
-def split_words(caption: str) -> list[str]:
-    """Splits a caption into words, in lower case and without the characters of `FILTERS`."""
-    return caption.lower().translate(_TO_SPACES).split()
+def split_words(caption: str, words: str = "spaces") -> list[str]:
+    """Splits a caption into words, in lower case and without punctuation: `FILTERS`, and that of other scripts.
+
+    Args:
+        caption: the text, which is brought to one form first (`captioning.text.normalize_text`).
+        words: what a word is. `spaces`: what stands between spaces; `characters`: the same, but of scripts without
+            spaces every character.
+    """
+    if not caption.isascii() or "&" in caption:  # plain ASCII has this form already, and most captions are that
+        caption = punctuation_to_spaces(normalize_text(caption))
+    parts = caption.lower().translate(_TO_SPACES).split()
+    return [character for part in parts for character in split_characters(part)] if words == "characters" else parts
 
 
 class Tokenizer:
     """A vocabulary: `index_word[id]` is the word of an id, and `word_index[word]` the id of a word.
 
     The first four ids are the special tokens. They are not in `word_index`: a caption that contains "<end>" does not
-    end there.
+    end there. `words` is what a word is, see `split_words`.
     """
 
-    def __init__(self, index_word: Sequence[str]):
-        self.index_word = tuple(index_word)
+    def __init__(self, index_word: Sequence[str], words: str = "spaces"):
+        self.index_word, self.words = tuple(index_word), words
         self.word_index = {word: index for index, word in enumerate(self.index_word)}
         for token in SPECIAL_TOKENS:
             del self.word_index[token]
 
     @classmethod
-    def fit(cls, captions: Iterable[str], vocab_size: int = 5000) -> "Tokenizer":
+    def fit(cls, captions: Iterable[str], vocab_size: int = 5000, words: str = "spaces") -> "Tokenizer":
         """Makes a vocabulary of the most frequent words; of equally frequent ones the first in the captions wins.
 
         Args:
             captions: the texts.
             vocab_size: the number of words to keep, the special tokens included, as Keras counts it.
+            words: what a word is, see `split_words`.
         """
-        counts = Counter(word for caption in captions for word in split_words(caption))
+        counts = Counter(word for caption in captions for word in split_words(caption, words))
         for token in SPECIAL_TOKENS:
             counts.pop(token, None)
         # most_common sorts stably, and a Counter keeps the order in which its keys came.
         most_common = counts.most_common(max(0, vocab_size - len(SPECIAL_TOKENS)))
-        return cls(SPECIAL_TOKENS + tuple(word for word, _ in most_common))
+        return cls(SPECIAL_TOKENS + tuple(word for word, _ in most_common), words)
 
     def __len__(self) -> int:
         """Returns the size of the vocabulary, the special tokens included."""
         return len(self.index_word)
 
-    def encode(self, caption: str, max_length: int | None = None) -> list[int]:
-        """Returns the ids of `<start>`, the caption's words and `<end>`; words not in the vocabulary are `<unk>`.
-
-        A caption of more than `max_length` tokens is cut, and then has no `<end>`.
-        """
-        word_ids = [self.word_index.get(word, UNK_ID) for word in split_words(caption)]
-        return [START_ID, *word_ids, END_ID][:max_length]
+    def encode(self, caption: str) -> list[int]:
+        """Returns the ids of `<start>`, the caption's words and `<end>`; words not in the vocabulary are `<unk>`."""
+        word_ids = [self.word_index.get(word, UNK_ID) for word in split_words(caption, self.words)]
+        return [START_ID, *word_ids, END_ID]
 
     def decode(self, ids: Iterable[int]) -> str:
-        """Returns the words of ids up to `<end>`, without `<start>` and `<pad>`."""
+        """Returns the words of ids up to `<end>`, without `<start>` and `<pad>`, as a text."""
         words = []
         for index in ids:
             if index == END_ID:
                 break
             if index not in (START_ID, PAD_ID):
                 words.append(self.index_word[index])
-        return " ".join(words)
+        return self.join(words)
+
+    def join(self, words: Iterable[str]) -> str:
+        """Joins words to a text: with spaces, but not between characters that are written without."""
+        return join_words(words) if self.words == "characters" else " ".join(words)
 
     def save(self, path: Path | str) -> None:
         """Writes the words as a JSON list, in the order of their ids."""
         write_json(path, list(self.index_word))
 
     @classmethod
-    def load(cls, path: Path | str) -> "Tokenizer":
-        """Reads what `save` wrote.
+    def load(cls, path: Path | str, words: str = "spaces") -> "Tokenizer":
+        """Reads what `save` wrote; `words` is what a word was, see `split_words`: the file does not say it.
 
         Raises:
             InputError: the file is missing or is not a vocabulary.
         """
-        words = read_json(path)
-        is_list_of_str = isinstance(words, list) and all(isinstance(word, str) for word in words)
-        if not is_list_of_str or tuple(words[:4]) != SPECIAL_TOKENS or len(set(words)) != len(words):
+        index_word = read_json(path)
+        is_list_of_str = isinstance(index_word, list) and all(isinstance(word, str) for word in index_word)
+        if not is_list_of_str or tuple(index_word[:4]) != SPECIAL_TOKENS or len(set(index_word)) != len(index_word):
             raise InputError(
                 f"{path}: not a vocabulary; expected a JSON list of distinct words that begins {SPECIAL_TOKENS}"
             )
-        return cls(words)
+        return cls(index_word, words)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -107,13 +122,14 @@ def main(argv: list[str] | None = None) -> None:
         default=5000,
         help="words to keep, the 4 special tokens included (default: %(default)s)",
     )
+    add_options(parser, DataConfig, only=("words",))
     parser.add_argument("--output", metavar="FILE", help="save the vocabulary as JSON instead of printing it")
     args = parser.parse_args(argv)
     try:
-        captions = Path(args.captions).read_text(encoding="utf-8").splitlines()
+        captions = Path(args.captions).read_text(encoding="utf-8-sig").splitlines()
     except (FileNotFoundError, IsADirectoryError, UnicodeDecodeError) as error:
         raise InputError(f"{args.captions}: expected a text file in UTF-8, one caption a line ({error})") from None
-    tokenizer = Tokenizer.fit(captions, args.vocab_size)
+    tokenizer = Tokenizer.fit(captions, args.vocab_size, args.words)
     if args.output:
         tokenizer.save(args.output)
     else:

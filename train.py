@@ -34,16 +34,17 @@ from captioning.files import lock_folder
 from captioning.input_pipeline import (
     Batch,
     EncodedCaptions,
+    describe_cut,
     encode_captions,
     make_distributed_dataset,
     make_epoch_batches,
 )
 from captioning.optimizer import WeightEMA, make_optimizer
 from captioning.quiet_tensorflow import tf
-from captioning.run_folder import init_run_dir
+from captioning.run_folder import fill_locations, init_run_dir
 from captioning.settings import add_options
 from captioning.training_log import TrainingLog
-from captioning.validation import Validator
+from captioning.validation import EpochScore, Validator
 from tokenizer import Tokenizer, split_words
 
 SPEED_SETTINGS = ("fused", "mixed_precision", "jit", "strategy")
@@ -232,39 +233,36 @@ def make_validator(
 
     return Validator(
         caption_model,
-        encode_captions(examples, functools.partial(tokenizer.encode, max_length=config.max_length), cache.path),
+        encode_captions(examples, tokenizer.encode, cache.path, config.max_length),
         [list(example.captions) for example in examples],
         cache.read,
         generate_captions,
-        split_words,
+        functools.partial(split_words, words=tokenizer.words),
         config.batch_size,
     )
 
 
 def validate_and_log(
-    validator: Validator, state: TrainState, checkpoints: Checkpoints, training_log: TrainingLog
-) -> float:
-    """Validates after an epoch, saves the weights if they are the best so far, and writes the epoch down.
-
-    Returns:
-        The score that decides which epoch is best: CIDEr, or the negative validation loss where there is no CIDEr.
-    """
+    validator: Validator, state: TrainState, checkpoints: Checkpoints, training_log: TrainingLog, best_score: EpochScore
+) -> EpochScore:
+    """Validates an epoch, saves the weights if it is the best so far, and writes it down; returns its score."""
     progress = state.progress
+    epoch, best_epoch = progress.get("epoch") + 1, progress.get("best_epoch")
     with state.ema.applied():
-        scores, sample = validator.evaluate()
-        best_by = -scores["val_loss"] if scores["cider"] is None else scores["cider"]
-        if best_by > progress.get("best_score"):
+        validation = validator.evaluate()
+        if validation.score > best_score:
+            best_score, best_epoch = validation.score, epoch
             checkpoints.save_best()
     row = {
-        "epoch": progress.get("epoch") + 1,
+        "epoch": epoch,
         "train_loss": round(progress.mean_loss(), 4),
-        **scores,
+        **validation.row,
         "train_seconds": round(progress.get("seconds"), 1),
     }
-    training_log.add(row)
+    training_log.add(row, best_epoch, best_score.column)
     log("  ".join(f"{name} {value}" for name, value in row.items() if value is not None))
-    log(f"  {sample}")
-    return best_by
+    log(f"  {validation.sample or '(no words)'}")
+    return validation.score
 
 
 # A run.
@@ -306,16 +304,17 @@ def train(
     state, checkpoints = build_train_state(run, config, strategy)
     progress = state.progress
     training_log = TrainingLog(run, progress.get("epoch")) if devices.is_chief(strategy) else None
-    encode = functools.partial(tokenizer.encode, max_length=settings.max_length)
-    captions = encode_captions(dataset.split("train"), encode, cache.path)
+    captions = encode_captions(dataset.split("train"), tokenizer.encode, cache.path, settings.max_length)
+    if cut := describe_cut(captions):
+        log(cut)
     validator = make_validator(state.model, tokenizer, cache, dataset.split("val"), settings)
     log(
         f"{run}: {len(captions.lengths):,} captions of {len(captions.feature_paths):,} images, "
         f"{len(tokenizer):,} words, {state.model.count_params():,} weights; validation on "
         f"{len(validator.references):,} images; at most {settings.epochs} epochs"
     )
-    if not validator.has_scores and progress.get("best_score") >= 0:
-        log("the best epoch so far was chosen by CIDEr, which cannot be computed now: it stays the best")
+    best_score = EpochScore(*progress.get("best_score"))
+    validator.log_best_so_far(best_score)
     batch_spec = make_distributed_dataset(strategy, captions, [], cache.read).element_spec
     train_step = make_train_step(state, settings, strategy, batch_spec)
     try:
@@ -325,10 +324,13 @@ def train(
                 break
             state.optimizer.learning_rate.assign(settings.learning_rate * settings.learning_rate_decay**epoch)
             train_epoch(train_step, captions, cache, state, checkpoints, settings, strategy, on_step)
-            score = validate_and_log(validator, state, checkpoints, training_log) if training_log else 0.0
-            score = devices.broadcast_from_chief(strategy, score)  # so that all machines stop at the same epoch
+            score = EpochScore()
+            if training_log:
+                score = validate_and_log(validator, state, checkpoints, training_log, best_score)
+            score = EpochScore(*devices.broadcast_from_chief(strategy, score))  # all machines stop at the same epoch
             with defer_interrupts():
-                if score > progress.get("best_score"):
+                if score > best_score:
+                    best_score = score
                     progress.best_score.assign(score)
                     progress.best_epoch.assign(epoch + 1)
                 progress.epoch.assign(epoch + 1)
@@ -337,7 +339,7 @@ def train(
     except KeyboardInterrupt:
         checkpoints.save()
         raise
-    log(f"best: epoch {progress.get('best_epoch')}, score {progress.get('best_score'):.1f}; see {run / 'loss.png'}")
+    log(f"best: epoch {progress.get('best_epoch')}, {best_score}; see {run / 'loss.png'}")
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
@@ -348,7 +350,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser = make_parser(__doc__, parents=[recipe_parser])
     parser.add_argument("--run", type=Path, metavar="DIR", help="run folder (default: runs/<name of the dataset>)")
     add_quiet_option(parser)
-    add_options(parser.add_argument_group("data"), DataConfig)
+    data_utils.add_data_options(parser)
     add_options(parser.add_argument_group("features"), FeatureConfig)
     add_options(parser.add_argument_group("model"), ModelConfig, recipe)
     add_options(parser.add_argument_group("training"), TrainConfig, recipe, skip=("recipe", *SPEED_SETTINGS))
@@ -368,14 +370,14 @@ def main(argv: list[str] | None = None, on_step: Callable[[TrainState], None] | 
             f"--batch-size: expected at least {strategy.num_replicas_in_sync}, the number of devices, found "
             f"{train_config.batch_size}"
         )
-    data_config = DataConfig.from_args(args)
+    data_config, feature_config = fill_locations(args.run, DataConfig.from_args(args), FeatureConfig.from_args(args))
     dataset = data_utils.load_dataset(data_config)
     all_images = {example.image_path for example in dataset.examples}
     for split in ("train", "val"):
         dataset.split(split)  # an empty split is an error before hours of features, not after
-    cache, dataset = features.extract_features(dataset, FeatureConfig.from_args(args))
+    cache, dataset = features.extract_features(dataset, feature_config)
     train_captions = (text for example in dataset.split("train") for text in example.captions)
-    tokenizer = Tokenizer.fit(train_captions, model_config.vocab_size)
+    tokenizer = Tokenizer.fit(train_captions, model_config.vocab_size, data_config.words)
     config = RunConfig(
         model=dataclasses.replace(model_config, vocab_size=len(tokenizer)),
         train=train_config,

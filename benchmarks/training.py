@@ -353,8 +353,7 @@ def main(argv: list[str] | None = None) -> None:
     config = ModelConfig(len(tokenizer), args.embedding_dim, args.units, args.dropout)
     with tempfile.TemporaryDirectory() as folder:
         cache = write_random_features(folder, examples)
-        encode = functools.partial(tokenizer.encode, max_length=MAX_LENGTH)
-        captions = encode_captions(examples, encode, cache.path)
+        captions = encode_captions(examples, tokenizer.encode, cache.path, MAX_LENGTH)
         variants = {name: make_variant(name, args, config, captions, cache) for name in args.variants}
         rates, first_step = measure_variants(variants, args.batch_size, args.rounds)
     project_rates = {name: rate for name, rate in rates.items() if name in PROJECT_VARIANTS}

@@ -21,12 +21,13 @@ class TrainProgress(tf.Module):
         self.token_count = tf.Variable(0.0, dtype=tf.float64)
         self.seconds = tf.Variable(0.0, dtype=tf.float64)  # of training in the current epoch
         self.baseline = tf.Variable(0.0)  # moving average of a word's log p, for REINFORCE
-        self.best_score = tf.Variable(-math.inf, dtype=tf.float64)
+        # That of captioning.validation.EpochScore.
+        self.best_score = tf.Variable([-math.inf] * 3, dtype=tf.float64)
         self.best_epoch = tf.Variable(0, dtype=tf.int64)
 
     def get(self, name: str) -> Any:
-        """Returns the value of a variable as a Python number."""
-        return getattr(self, name).numpy().item()
+        """Returns the value of a variable as a Python number; that of a vector as a list."""
+        return getattr(self, name).numpy().tolist()
 
     def mean_loss(self) -> float:
         """Returns the mean loss of the current epoch so far, in nats per word."""

@@ -29,7 +29,8 @@ class Verbosity:
 def log(message: str, error: bool = False) -> None:
     """Prints a message to standard error, so that standard output holds only results; `--quiet` leaves only errors."""
     if error or not Verbosity.quiet:
-        print(message, file=sys.stderr, flush=True)
+        tqdm.write(message, file=sys.stderr)  # above a progress bar, if there is one
+        sys.stderr.flush()
 
 
 # The command line.

@@ -73,6 +73,9 @@ class DataConfig(Settings):
     )
 
 
+DATA_PATHS = tuple(field.name for field in dataclasses.fields(DataConfig) if field.metadata["is_path"])
+
+
 @dataclasses.dataclass(frozen=True)
 class FeatureConfig(Settings):
     """How the features of the images are computed and stored."""
@@ -146,7 +149,10 @@ class TrainConfig(Settings):
     reinforce_weight: float = option(0.1, "weight of the REINFORCE term of hard attention", minimum=0)
     entropy_weight: float = option(0.002, "weight of the attention's entropy in hard attention", minimum=0)
     patience: int = option(
-        3, "epochs without a better CIDEr before training stops; 0: never stop early", minimum=0, may_change=True
+        3,
+        "epochs that are not better than the best one, before training stops; 0: never stop early",
+        minimum=0,
+        may_change=True,
     )
     max_length: int = option(
         50, "longest caption in tokens, <start> and <end> included; longer ones are cut", minimum=3

@@ -3,6 +3,7 @@
 import functools
 import json
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 from captioning.cli import InputError, log
@@ -54,18 +55,19 @@ def is_chief(strategy: tf.distribute.Strategy) -> bool:
     return (cluster.task_type, cluster.task_id) == (chief_type, 0)
 
 
-def broadcast_from_chief(strategy: tf.distribute.Strategy, value: float) -> float:
-    """Returns the chief's number on every machine; all must call this at the same time."""
+def broadcast_from_chief(strategy: tf.distribute.Strategy, values: Sequence[float]) -> list[float]:
+    """Returns the chief's numbers on every machine; all must call this at the same time, with as many numbers."""
     if strategy.cluster_resolver is None or not strategy.cluster_resolver.task_type:
-        return value
+        return list(values)
     num_local_devices = len(strategy.extended.worker_devices)
-    share = tf.constant(value / num_local_devices if is_chief(strategy) else 0.0, tf.float64)
+    shares = [value / num_local_devices if is_chief(strategy) else 0.0 for value in values]
+    share = tf.constant(shares, tf.float64)
 
     @tf.function
     def total() -> tf.Tensor:
         return strategy.run(lambda: tf.distribute.get_replica_context().all_reduce(tf.distribute.ReduceOp.SUM, share))
 
-    return float(strategy.experimental_local_results(total())[0])
+    return strategy.experimental_local_results(total())[0].numpy().tolist()
 
 
 def resolve_jit(choice: str) -> bool:

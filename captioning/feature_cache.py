@@ -12,8 +12,9 @@ from typing import Any
 
 import numpy as np
 
-from captioning.cli import InputError
+from captioning.cli import InputError, log
 from captioning.files import atomic_write, check_schema, file_sha256, read_json
+from captioning.image_records import ImageRecords
 from captioning.quiet_tensorflow import tf
 
 IMAGE_SIZE = 299  # pixels, InceptionV3's input
@@ -121,6 +122,18 @@ def map_prefetch(dataset: tf.data.Dataset, fn: Callable) -> tf.data.Dataset:
     options = tf.data.Options()
     options.autotune.enabled = False
     return dataset.map(fn, num_parallel_calls=NUM_READERS).prefetch(NUM_READERS).with_options(options)
+
+
+def find_outdated(cache: FeatureCache, records: ImageRecords, image_paths: list[str]) -> list[str]:
+    """Returns the images that have no features, damaged ones, or those of another file of the same name."""
+    missing = set(cache.missing(image_paths))
+    for image_path in image_paths:
+        if image_path in missing and os.path.exists(path := cache.path(image_path)):
+            log(f"features: {path} is damaged and will be computed again")
+    changed = records.find_changed({image: cache.path(image) for image in image_paths if image not in missing})
+    if changed:
+        log(f"features: {len(changed):,} images have changed and will be computed again, the first: {changed[0]}")
+    return [image_path for image_path in image_paths if image_path in missing.union(changed)]
 
 
 # The manifest.

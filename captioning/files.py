@@ -12,6 +12,8 @@ from typing import IO, Any
 
 from captioning.cli import InputError, format_bytes, log
 
+MAX_PARTIAL_NAME = 200  # bytes of a file's name that is part of the name of its unfinished copy
+
 
 def check_disk_space(folder: Path, num_bytes: float, purpose: str, hint: str) -> None:
     """Checks before a long job that the disk has room for what it writes.
@@ -73,7 +75,10 @@ def atomic_write(path: Path | str, mode: str = "w") -> Iterator[IO[Any]]:
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.part")
+    name = path.name
+    if len(os.fsencode(name)) > MAX_PARTIAL_NAME:  # a file system allows 255 bytes
+        name = hashlib.sha256(os.fsencode(name)).hexdigest()
+    partial = path.with_name(f".{name}.{os.getpid()}.part")
     try:
         with open(
             partial, mode, encoding=None if "b" in mode else "utf-8", newline=None if "b" in mode else ""
@@ -96,13 +101,13 @@ def write_json(path: Path | str, value: Any) -> None:
 
 
 def read_json(path: Path | str) -> Any:
-    """Reads JSON.
+    """Reads JSON, which may begin with a byte order mark, as programs on Windows write it.
 
     Raises:
         InputError: the file is missing, is not UTF-8, or is not JSON.
     """
     try:
-        return parse_json(path, Path(path).read_text(encoding="utf-8"))
+        return parse_json(path, Path(path).read_text(encoding="utf-8-sig"))
     except FileNotFoundError:
         raise InputError(f"{path}: no such file") from None
     except UnicodeDecodeError as error:

@@ -1,34 +1,212 @@
-"""Converts the images that Pillow can open to plain RGB, and reads many images with several threads."""
+"""Reads the images that Pillow can open as plain RGB, and many of them with several threads."""
 
+import contextlib
+import functools
+import importlib.util
+import math
 import os
+import re
+import warnings
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
 from typing import TypeVar
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image
+
+from captioning.cli import InputError, log
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 
-def to_rgb(image: Image.Image) -> Image.Image:
-    """Converts any image to upright RGB.
+# Pillow's number of each orientation that a camera stores (EXIF tag 274), and what makes it upright.
+ORIENTATION_TAG = 0x0112
+TRANSPOSITIONS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+MIN_ROWS_SHARE = 0.5  # of a truncated JPEG's rows, of which more must be there
+HEIC_BRANDS = (b"heic", b"heix", b"hevc", b"heim", b"heis", b"mif1", b"msf1")
+HEIC_SUFFIXES = (".heic", ".heif")
 
-    The orientation that a camera stored (EXIF) is applied. Images of 16 bits and more are scaled so that their
-    brightest pixel becomes white. Transparent pixels become white.
+
+# Reading.
+
+
+def read_image(path: Path | str) -> Image.Image:
+    """Reads an image of any format that Pillow knows as upright RGB, see `to_rgb`.
+
+    A JPEG that is cut off is used without the rows that it lacks, if they are less than half, and that is logged.
+
+    Raises:
+        InputError: the file does not exist, or is not an image that can be read.
     """
-    image = ImageOps.exif_transpose(image)
+    _ignore_warnings()
+    try:
+        with _open(path) as image:
+            return to_rgb(_load(path, image))
+    except InputError:
+        raise
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such image") from None
+    except Image.DecompressionBombError as error:
+        megapixels = math.ceil(int(re.findall(r"\d+", str(error))[0]) / 1e6)
+        limit = round(2 * (Image.MAX_IMAGE_PIXELS or 0) / 1e6)
+        raise InputError(
+            f"{path}: {megapixels:,} megapixels, expected at most {limit:,}; if you trust it, use --max-megapixels "
+            f"{megapixels}"
+        ) from None
+    except Exception as error:  # Pillow raises many types for a damaged file, struct.error and TypeError among them
+        reason = _describe_unknown(path) if isinstance(error, Image.UnidentifiedImageError) else repr(error)
+        raise InputError(f"{path}: not an image that can be read ({reason})") from None
+
+
+def set_max_megapixels(limit: int) -> None:
+    """Sets the largest image that is read, in millions of pixels. Pillow has a limit against decompression bombs."""
+    Image.MAX_IMAGE_PIXELS = math.ceil(limit * 1e6 / 2)  # Pillow refuses images of more than twice as many pixels
+
+
+@functools.cache
+def _ignore_warnings() -> None:
+    """Hides what Pillow says about odd metadata, which is not used, and about large images below the limit."""
+    warnings.filterwarnings("ignore", module=r"PIL\.")
+    warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
+
+
+def _open(path: Path | str) -> Image.Image:
+    """Opens an image; HEIC too, if the package for it is installed."""
+    try:
+        return Image.open(path)
+    except Image.UnidentifiedImageError:
+        if not (_is_heic(path) and _register_heic()):
+            raise
+        return Image.open(path)
+
+
+def _is_heic(path: Path | str) -> bool:
+    """Tells by the first bytes whether a file is HEIC, as iPhones write it."""
+    with open(path, "rb") as file:
+        header = file.read(12)
+    return header[4:8] == b"ftyp" and header[8:] in HEIC_BRANDS
+
+
+@functools.cache
+def _register_heic() -> bool:
+    """Makes Pillow read HEIC; returns False if the package for it is not installed."""
+    if importlib.util.find_spec("pillow_heif") is None:
+        return False
+    import pillow_heif
+
+    pillow_heif.register_heif_opener()
+    return True
+
+
+def _describe_unknown(path: Path | str) -> str:
+    """Says why Pillow does not know a file's format."""
+    if _is_heic(path) and not _register_heic():
+        return "HEIC, which needs `pip install pillow-heif`"
+    return "no format that Pillow knows"
+
+
+def _load(path: Path | str, image: Image.Image) -> Image.Image:
+    """Decodes an image that was opened; of a JPEG that is cut off, the rows that are there."""
+    try:
+        image.load()
+        return image
+    except OSError:
+        if image.format not in ("JPEG", "MPO"):
+            raise
+        with Image.open(path) as again:
+            num_rows = _load_rows(again)
+            if num_rows <= MIN_ROWS_SHARE * again.height:
+                found = f"truncated: {num_rows} of its {again.height} rows are there"
+                raise InputError(f"{path}: not an image that can be read ({found})") from None
+            _log_once(f"{path}: truncated, its first {num_rows} of {again.height} rows are used")
+            return again.crop((0, 0, again.width, num_rows))
+
+
+def _load_rows(image: Image.Image) -> int:
+    """Decodes a JPEG as far as it goes, and returns the number of rows that were decoded."""
+    # What is not decoded keeps the colour that the image is filled with before.
+    colour = tuple(range(1, 255, 63))[: len(image.getbands())]
+    image.load_prepare()  # type: ignore[attr-defined]
+    image.im = Image.new(image.mode, image.size, colour if len(colour) > 1 else colour[0]).im
+    with contextlib.suppress(OSError):
+        image.load()
+    image.tile = []  # type: ignore[attr-defined]  # otherwise Pillow would decode again
+    is_decoded = (np.asarray(image).reshape(image.height, image.width, -1) != colour).any(axis=(1, 2))
+    return int(np.flatnonzero(is_decoded).max(initial=-1)) + 1
+
+
+@functools.cache
+def _log_once(message: str) -> None:
+    """Logs a message that was not logged before: an image may be read for its features and for its plot."""
+    log(message)
+
+
+# Converting.
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """Converts any image to upright RGB, without metadata.
+
+    The orientation that a camera stored (EXIF) is applied; all other metadata are ignored, and cannot spoil the image.
+    Images of 16 bits and more, and of floats, are scaled so that their smallest and largest values become black and
+    white. Transparent pixels become white.
+    """
+    image = _turn_upright(image)
     if image.mode.startswith(("I", "F")):  # 16 bits and more: Pillow would clip them to white
-        values = np.asarray(image, np.float32)
-        values = 255 * values / max(values.max(), 1e-6)
-        image = Image.fromarray(values.clip(0, 255).astype(np.uint8))
+        image = Image.fromarray(_scale_to_bytes(np.asarray(image, np.float64)))
     if image.has_transparency_data:
         image = image.convert("RGBA")
         background = Image.new("RGBA", image.size, "white")
         image = Image.alpha_composite(background, image)
-    return image.convert("RGB")
+    image = image.convert("RGB")
+    image.info = {}  # or the orientation would be applied again
+    return image
+
+
+def _turn_upright(image: Image.Image) -> Image.Image:
+    """Applies the orientation that a camera stored, if it can be read."""
+    try:
+        orientation = image.getexif().get(ORIENTATION_TAG)
+    except Exception:  # Pillow raises many types for damaged metadata
+        return image
+    transposition = TRANSPOSITIONS.get(orientation) if isinstance(orientation, int) else None
+    return image if transposition is None else image.transpose(transposition)
+
+
+def _scale_to_bytes(values: np.ndarray) -> np.ndarray:
+    """Scales values (height, width) by the range of those that are finite to uint8; what is no number becomes 0."""
+    finite = values[np.isfinite(values)]
+    low, high = (finite.min(), finite.max()) if finite.size else (0.0, 0.0)
+    values = np.nan_to_num(values, nan=low, posinf=high, neginf=low)
+    return np.rint(255 * (values - low) / max(high - low, 1e-300)).clip(0, 255).astype(np.uint8)
+
+
+# Files and threads.
+
+
+def is_image_file(path: Path | str) -> bool:
+    """Tells by its name whether a file is an image; a Mac's ._photo.jpg and Windows' Thumbs.db are none."""
+    path = Path(path)
+    is_hidden = path.name.startswith(".") or "__MACOSX" in path.parts
+    return not is_hidden and path.suffix.lower() in _image_suffixes()
+
+
+@functools.cache
+def _image_suffixes() -> frozenset[str]:
+    """Returns the endings of the formats that Pillow reads."""
+    readable = (suffix for suffix, name in Image.registered_extensions().items() if name in Image.OPEN)
+    return frozenset([*readable, *HEIC_SUFFIXES]) - {".pdf", ".mpg", ".mpeg"}
 
 
 def count_cores() -> int:

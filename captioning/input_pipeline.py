@@ -23,6 +23,7 @@ class EncodedCaptions(NamedTuple):
     image_index: np.ndarray  # (captions,) int32, the image of each caption
     tokens: np.ndarray  # (captions, longest) int32, padded with <pad>
     lengths: np.ndarray  # (captions,) int32, in tokens
+    full_lengths: np.ndarray  # (captions,) int32, before they were cut
 
 
 class Batch(NamedTuple):
@@ -34,7 +35,10 @@ class Batch(NamedTuple):
 
 
 def encode_captions(
-    examples: list[Example], encode: Callable[[str], list[int]], feature_path: Callable[[str], object]
+    examples: list[Example],
+    encode: Callable[[str], list[int]],
+    feature_path: Callable[[str], object],
+    max_length: int | None = None,
 ) -> EncodedCaptions:
     """Turns the captions of a split into arrays, padded to the longest of them (the tutorial's `pad_sequences`).
 
@@ -42,16 +46,39 @@ def encode_captions(
         examples: the images and their captions.
         encode: maps a caption to its token ids.
         feature_path: maps an image's path to the file of its features.
+        max_length: captions of more tokens are cut, and then have no <end>; None to cut none.
     """
     sequences = [(i, encode(caption)) for i, example in enumerate(examples) for caption in example.captions]
-    tokens = np.zeros((len(sequences), max(len(ids) for _, ids in sequences)), np.int32)  # <pad> is 0
-    for row, (_, ids) in zip(tokens, sequences, strict=True):
-        row[: len(ids)] = ids
+    full_lengths = np.array([len(ids) for _, ids in sequences], np.int32)
+    lengths = full_lengths if max_length is None else np.minimum(full_lengths, max_length).astype(np.int32)
+    tokens = np.zeros((len(sequences), lengths.max()), np.int32)  # <pad> is 0
+    for row, length, (_, ids) in zip(tokens, lengths, sequences, strict=True):
+        row[:length] = ids[:length]
     return EncodedCaptions(
         feature_paths=np.array([str(feature_path(example.image_path)) for example in examples]),
         image_index=np.array([i for i, _ in sequences], np.int32),
         tokens=tokens,
-        lengths=np.array([len(ids) for _, ids in sequences], np.int32),
+        lengths=lengths,
+        full_lengths=full_lengths,
+    )
+
+
+def describe_cut(captions: EncodedCaptions) -> str | None:
+    """Says in one line how many captions are cut, and what the model cannot learn from them; None if none is."""
+    num_captions, longest = len(captions.lengths), captions.full_lengths.max()
+    num_cut = np.count_nonzero(captions.lengths < captions.full_lengths)
+    if not num_cut:
+        return None
+    limit = f"more than {captions.lengths.max()} tokens (--max-length)"
+    if num_cut == num_captions:
+        return (
+            f"all {num_captions:,} captions have {limit} and are cut: none teaches <end>, so that no caption of the "
+            f"model will end; raise --max-length, the longest has {longest} tokens"
+        )
+    verbs = ("has", "is") if num_cut == 1 else ("have", "are")
+    return (
+        f"{num_cut:,} of {num_captions:,} captions {verbs[0]} {limit} and {verbs[1]} cut: a cut caption does not teach "
+        f"<end>; the longest has {longest} tokens"
     )
 
 

@@ -5,6 +5,7 @@ The scores are computed by pycocoevalcap, the code of the COCO challenge. METEOR
 """
 
 import contextlib
+import functools
 import importlib.util
 import io
 import shutil
@@ -125,26 +126,32 @@ def score(references: list[list[str]], captions: list[str], java: bool, split_wo
 
 
 def score_with_fallback(
-    references: list[list[str]], captions: list[str], split_words: SplitWords
+    references: list[list[str]], captions: list[str], split_words: Callable[..., list[str]], words: str
 ) -> tuple[dict[str, float], str]:
     """Computes all scores that this machine can compute, and logs which it cannot.
 
     Args:
         references: see `score`.
         captions: see `score`.
-        split_words: see `score`; used if Java does not work.
+        split_words: splits a caption into words, of the kind that its second argument names; used if Java does not
+            work, and for characters.
+        words: what a word is, `spaces` or `characters`, as in `DataConfig`.
 
     Returns:
-        The scores, see `score`; and the name of the tokenizer: `PTB`, or `plain` for `split_words`.
+        The scores, see `score`; and the name of the tokenizer: `PTB`, or for `split_words` `plain` or `characters`.
     """
+    split = functools.partial(split_words, words=words)
+    if words == "characters":
+        log("METEOR and the PTB tokenizer know English words only: they are left out, and scores are of characters")
+        return score(references, captions, java=False, split_words=split), "characters"
     reason = "there is no Java"
     if has_java():
         try:
-            return score(references, captions, java=True, split_words=split_words), "PTB"
+            return score(references, captions, java=True, split_words=split), "PTB"
         except JavaError as error:
             reason = str(error)
     log(f"METEOR is left out, and words are split as for the vocabulary: {reason}; {NEED_JAVA}")
-    return score(references, captions, java=False, split_words=split_words), "plain"
+    return score(references, captions, java=False, split_words=split), "plain"
 
 
 def distinct_ratio(texts: list[str]) -> float:

@@ -9,19 +9,22 @@ no figure to close.
 
 import io
 import math
-import textwrap
+import unicodedata
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.backend_bases import RendererBase
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from PIL import Image
 
 from captioning.files import atomic_write
+from captioning.fonts import font_families, hide_font_warnings
 from captioning.images import to_rgb
+from captioning.text import split_characters
 
 FORMATS = ("png", "svg", "pdf")
 TARGET_ASPECT = 16 / 9  # width / height that a figure should come near to: that of a slide
@@ -63,7 +66,14 @@ class NotebookFigure(Figure):
         figure_width, figure_height = self.get_size_inches()
         x, y = left / figure_width, 1 - top / figure_height
         # Without parse_math, a "$" in a caption would begin a formula.
-        self.text(x, y, text, fontsize=points, ha="center", va=va, color=color, parse_math=False)
+        self.text(
+            x, y, text, fontsize=points, family=font_families(text), ha="center", va=va, color=color, parse_math=False
+        )
+
+    def draw(self, renderer: RendererBase) -> None:
+        """Draws the figure, in any format; what `font_families` has said is not said again."""
+        with hide_font_warnings():
+            super().draw(renderer)
 
     def save(self, path: Path | str) -> None:
         """Writes the figure in the format that the path ends in."""
@@ -93,16 +103,46 @@ def thumbnail(image: Image.Image) -> Image.Image:
     return image.resize(display_size(image), Image.Resampling.BICUBIC)
 
 
+def count_cells(text: str) -> int:
+    """Estimates the width of text in Latin letters: wide characters, such as Chinese ones, count twice, marks not."""
+    visible = [char for char in text if unicodedata.category(char) not in ("Mn", "Me", "Cf")]
+    return len(visible) + sum(unicodedata.east_asian_width(char) in "WF" for char in visible)
+
+
 def truncate_text(text: str, width: float, points: float) -> str:
-    """Cuts text to a width, which is estimated: a character is about 0.6 times as wide as its font is high."""
-    max_chars = max(1, int(width * POINTS_PER_INCH / (0.6 * points)))
-    return text if len(text) <= max_chars else text[: max_chars - 1] + "…"
+    """Cuts text to a width, which is estimated: a letter is about 0.6 times as wide as its font is high."""
+    max_cells = max(1, int(width * POINTS_PER_INCH / (0.6 * points)))
+    return text if count_cells(text) <= max_cells else _cut_text(text, max_cells - 1) + "…"
+
+
+def _cut_text(text: str, max_cells: int) -> str:
+    """Returns the beginning of a text that has at most so many cells."""
+    cells = 0
+    for position, char in enumerate(text):
+        cells += count_cells(char)
+        if cells > max_cells:
+            return text[:position]
+    return text
 
 
 def wrap_text(text: str, width: float, points: float, max_lines: int = 9) -> list[str]:
-    """Breaks text into lines of a width, which is estimated."""
-    max_chars = max(8, int(width * POINTS_PER_INCH / (0.55 * points)))
-    return textwrap.wrap(text, max_chars, max_lines=max_lines, placeholder=" …")
+    """Breaks text into lines of a width, which is estimated: at spaces, and between characters written without."""
+    max_cells = max(8, int(width * POINTS_PER_INCH / (0.55 * points)))
+    lines: list[str] = []
+    for word in text.split():
+        separator = " "
+        for part in split_characters(word):
+            if lines and count_cells(lines[-1] + separator + part) <= max_cells:
+                lines[-1] += separator + part
+            else:
+                while count_cells(part) > max_cells:  # too long for any line
+                    lines.append(_cut_text(part, max_cells))
+                    part = part[len(lines[-1]) :]
+                lines.append(part)
+            separator = ""
+    if len(lines) > max_lines:
+        lines = [*lines[: max_lines - 1], _cut_text(lines[max_lines - 1], max_cells - 2).rstrip() + " …"]
+    return lines
 
 
 # The attention plot.
@@ -133,6 +173,7 @@ def plot_attention(
     attention: np.ndarray,
     probabilities: Sequence[float] | None = None,
     path: Path | str | None = None,
+    text: str | None = None,
 ) -> NotebookFigure:
     """Plots an image, and for each word the image lit where the model attended to.
 
@@ -142,6 +183,7 @@ def plot_attention(
         attention: (T, 64), the attention weights of each word.
         probabilities: of each word, for its title; None to leave them out.
         path: the file to write, .png, .svg or .pdf; None to write none.
+        text: the caption, where it is not its words with spaces between them.
     """
     image = thumbnail(image)
     aspect = image.width / image.height
@@ -149,7 +191,7 @@ def plot_attention(
     cell_width, title_height, gap = max(width, 1.3), 0.48, 0.12
     rows, columns = best_grid(len(words) + 1, (cell_width + gap) / (height + title_height))
     figure_width = max(3.6, columns * (cell_width + gap) + gap)
-    caption = wrap_text(" ".join(words) or NO_WORDS, figure_width - 0.2, 15)
+    caption = wrap_text(text or " ".join(words) or NO_WORDS, figure_width - 0.2, 15)
     caption_height = 0.15 + 0.28 * len(caption)
     figure_height = caption_height + rows * (height + title_height) + gap
     figure = NotebookFigure(figsize=(figure_width, figure_height), dpi=DPI)
@@ -165,7 +207,7 @@ def plot_attention(
         if index == 0:
             continue  # the image itself has no title
         word, center = words[index - 1], left + cell_width / 2
-        points = max(8.0, min(13.0, cell_width * POINTS_PER_INCH / (0.6 * len(word))))
+        points = max(8.0, min(13.0, cell_width * POINTS_PER_INCH / (0.6 * max(1, count_cells(word)))))
         figure.add_text(center, top - 0.2, truncate_text(word, cell_width, points), points, va="bottom")
         if probabilities is not None:
             percent = format_percent(probabilities[index - 1])
@@ -214,12 +256,16 @@ def plot_caption_grid(
 # The loss plot.
 
 
-def plot_history(rows: Sequence[dict[str, Any]], path: Path | str | None = None) -> NotebookFigure:
+def plot_history(
+    rows: Sequence[dict[str, Any]], best_epoch: int, best_by: str, path: Path | str | None = None
+) -> NotebookFigure:
     """Plots training and validation loss and CIDEr by epoch, and marks the best epoch.
 
     Args:
-        rows: the rows of history.csv, one for each epoch. Without any CIDEr the epoch with the lowest validation loss
-            is the best one.
+        rows: the rows of history.csv, one for each epoch. An epoch without CIDEr has None or an empty field.
+        best_epoch: the epoch whose weights are kept. If it has no row, or its row no value, it is named but not
+            marked.
+        best_by: the column by which it is the best, `cider` or `val_loss`.
         path: the file to write, .png, .svg or .pdf; None to write none.
     """
     epochs = [int(row["epoch"]) for row in rows]
@@ -231,17 +277,19 @@ def plot_history(rows: Sequence[dict[str, Any]], path: Path | str | None = None)
     losses.xaxis.set_major_locator(MaxNLocator(integer=True))
     losses.grid(alpha=0.25)
 
-    scored = [row for row in rows if row["cider"] not in (None, "")]  # no value, or an empty field of history.csv
-    if scored:
-        best = max(scored, key=lambda row: float(row["cider"]))
-        title = f"with CIDEr {float(best['cider']):.1f}, BLEU-4 {float(best['bleu4']):.1f}"
-        _plot_scores(losses.twinx(), scored, best)
-    else:
-        best = min(rows, key=lambda row: float(row["val_loss"]))
-        title = f"with a validation loss of {float(best['val_loss']):.2f}"
-        _mark_best(losses, best, "val_loss")
-    losses.axvline(int(best["epoch"]), color="grey", linestyle=":", linewidth=1)
-    losses.set_title(f"best: epoch {best['epoch']}, {title}", fontsize=11, pad=26)
+    axes_of = {"val_loss": losses}
+    if scored := [row for row in rows if row["cider"] not in (None, "")]:
+        axes_of["cider"] = _plot_scores(losses.twinx(), scored)
+    title = f"best: epoch {best_epoch}"
+    best = next((row for row in rows if int(row["epoch"]) == best_epoch), None)
+    if best and best[best_by] not in (None, ""):
+        if best_by == "cider":
+            title += f", with CIDEr {float(best['cider']):.1f}, BLEU-4 {float(best['bleu4']):.1f}"
+        else:
+            title += f", with a validation loss of {float(best['val_loss']):.2f}"
+        _mark_best(axes_of[best_by], best, best_by)
+        losses.axvline(best_epoch, color="grey", linestyle=":", linewidth=1)
+    losses.set_title(title, fontsize=11, pad=26)
     handles = [handle for axes in figure.axes for handle in axes.get_legend_handles_labels()[0]]
     losses.legend(handles=handles, loc="lower center", bbox_to_anchor=(0.5, 1), ncols=4, frameon=False, fontsize=9)
     if path:
@@ -249,14 +297,14 @@ def plot_history(rows: Sequence[dict[str, Any]], path: Path | str | None = None)
     return figure
 
 
-def _plot_scores(axes: Axes, scored: Sequence[dict[str, Any]], best: dict[str, Any]) -> None:
-    """Plots the CIDEr of the epochs that have one, and marks the best of them."""
+def _plot_scores(axes: Axes, scored: Sequence[dict[str, Any]]) -> Axes:
+    """Plots the CIDEr of the epochs that have one; returns the axes."""
     epochs, ciders = [int(row["epoch"]) for row in scored], [float(row["cider"]) for row in scored]
     axes.plot(epochs, ciders, color="tab:green", marker="s", markersize=3.5, label="CIDEr")
     axes.set_ylabel("CIDEr of captions of validation images", color="tab:green")
     axes.tick_params(axis="y", colors="tab:green")
-    _mark_best(axes, best, "cider")
-    axes.set_ylim(0, 1.08 * max(float(best["cider"]), 1e-3))
+    axes.set_ylim(0, 1.08 * max(*ciders, 1e-3))
+    return axes
 
 
 def _mark_best(axes: Axes, best: dict[str, Any], name: str) -> None:

@@ -4,6 +4,9 @@ runs/coco/config.json                        the settings of the run (`captionin
 runs/coco/vocabulary.json                    the tokenizer
 runs/coco/cnn*.h5                            the CNN's weights, unless they are ImageNet's
 runs/coco/checkpoints/last, checkpoints/best the state of the training, and the weights with the best score
+
+Paths in config.json are absolute, or relative to the run folder: the run is found from any folder, and can be moved
+together with its data.
 """
 
 import dataclasses
@@ -11,9 +14,10 @@ import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from captioning.cli import InputError, log
-from captioning.config import FORMAT, DataConfig, ModelConfig, RunConfig, TrainConfig
+from captioning.config import DATA_PATHS, FORMAT, DataConfig, FeatureConfig, ModelConfig, RunConfig, TrainConfig
 from captioning.feature_cache import check_manifest, find_cnn_weights
 from captioning.files import atomic_write, check_schema, file_sha256, read_json, write_json
 from captioning.quiet_tensorflow import tf
@@ -113,11 +117,32 @@ def restore_model(prefix: str, config: ModelConfig, build: Callable[[ModelConfig
 
 def write_config(run: Path, config: RunConfig) -> None:
     """Writes a run's config.json."""
-    write_json(run / CONFIG_FILE, config.to_json())
+    write_json(run / CONFIG_FILE, _map_paths(config.to_json(), lambda path: relocate(path, Path(), run)))
+
+
+def relocate(path: str, old_folder: Path, new_folder: Path) -> str:
+    """Returns a path that is relative to one folder as it is relative to another; an absolute one stays."""
+    if not path or os.path.isabs(path):
+        return path
+    absolute = os.path.join(os.path.realpath(old_folder), path)
+    try:
+        return Path(os.path.relpath(absolute, os.path.realpath(new_folder))).as_posix()
+    except ValueError:  # another drive of Windows
+        return Path(absolute).as_posix()
+
+
+def _map_paths(values: dict[str, Any], change: Callable[[str], str]) -> dict[str, Any]:
+    """Returns the content of a config.json with its paths changed."""
+    data, manifest = dict(values["data"]), dict(values["features"])
+    for section, names in ((data, DATA_PATHS), (manifest, ("folder", "weights"))):
+        for name in names:
+            if isinstance(section.get(name), str) and section[name] not in ("imagenet", "random"):
+                section[name] = change(section[name])
+    return {**values, "data": data, "features": manifest}
 
 
 def read_config(run: Path) -> RunConfig:
-    """Reads a run's config.json and checks every value.
+    """Reads a run's config.json and checks every value; its paths are then relative to the current folder.
 
     Raises:
         InputError: the run was made by another version; or the file is missing, or is not a run's config.json.
@@ -133,6 +158,7 @@ def read_config(run: Path) -> RunConfig:
         )
     try:
         check_schema(values, CONFIG_SCHEMA)
+        values = _map_paths(values, lambda path: relocate(path, run, Path()))
         check_manifest(values["features"])
         check_schema(values["features"], {"folder": str})
         if not all(isinstance(name, str) for name in values["unreadable_images"]):
@@ -148,6 +174,20 @@ def read_config(run: Path) -> RunConfig:
         )
     except InputError as error:
         raise InputError(f"{path}: not the config.json of a run ({error})") from None
+
+
+def fill_locations(run: Path | None, data: DataConfig, features: FeatureConfig) -> tuple[DataConfig, FeatureConfig]:
+    """Fills in where downloads and features are, if it is not said: as in the run that is resumed, else the default.
+
+    Raises:
+        InputError: as `read_config`.
+    """
+    saved = read_config(run) if run and (run / CONFIG_FILE).exists() else None
+    if data.data_dir is None:
+        data = dataclasses.replace(data, data_dir=(saved and saved.data.data_dir) or "data")
+    if features.features_dir is None and saved:
+        features = dataclasses.replace(features, features_dir=saved.features["folder"])
+    return data, features
 
 
 def init_run_dir(run: Path, config: RunConfig, save_vocabulary: Callable[[Path], None], cnn_weights: str) -> None:

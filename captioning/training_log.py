@@ -52,14 +52,20 @@ class TrainingLog:
         else:
             log("no TensorBoard events are written: `pip install tensorboard` adds them")
 
-    def add(self, row: dict[str, Any]) -> None:
-        """Adds an epoch and writes the files again; a score of None is left empty."""
+    def add(self, row: dict[str, Any], best_epoch: int, best_by: str) -> None:
+        """Adds an epoch and writes the files again; a score of None is left empty.
+
+        Args:
+            row: the epoch, with the values of `COLUMNS`.
+            best_epoch: the best epoch so far, this one included.
+            best_by: the column by which it is the best, `cider` or `val_loss`.
+        """
         self.rows.append(row)
         with atomic_write(self.run / "history.csv") as file:
             writer = csv.DictWriter(file, COLUMNS)
             writer.writeheader()
             writer.writerows(self.rows)
-        plot_history(self.rows, self.run / "loss.png")
+        plot_history(self.rows, best_epoch, best_by, self.run / "loss.png")
         if self.events is None:
             return
         with self.events.as_default(step=int(row["epoch"])):

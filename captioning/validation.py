@@ -1,13 +1,49 @@
-"""Validation: the loss with teacher forcing, and the scores of generated captions."""
+"""Validation: the loss with teacher forcing, the scores of generated captions, and which epoch is the best."""
 
+import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 from captioning import metrics
 from captioning.cli import log
 from captioning.input_pipeline import Batch, EncodedCaptions, make_dataset, make_epoch_batches
 from captioning.losses import gather_targets, masked_cross_entropy
 from captioning.quiet_tensorflow import tf
+
+# Validation images from which CIDEr chooses the best epoch. CIDEr weighs an n-gram by log(images / images that have
+# it): of one image all weights are log 1, and CIDEr is 0 whatever the caption is. With a few, it is the mean of so few
+# captions that one of them decides; of 20, a caption is 5 % of the mean.
+MIN_CIDER_IMAGES = 20
+
+
+class EpochScore(NamedTuple):
+    """How good an epoch is. Of two epochs the one with the larger tuple is better; the default is worse than any.
+
+    CIDEr decides. Where two have the same, fewer empty captions are better, and then the lower validation loss. CIDEr
+    is 0 for all epochs where it cannot be computed or the images are fewer than `MIN_CIDER_IMAGES`, so that the others
+    decide. An epoch whose CIDEr is above 0 is therefore better than one without, if a run is resumed where
+    pycocoevalcap was installed, or removed, in between.
+    """
+
+    cider: float = -math.inf
+    negative_num_empty: float = -math.inf
+    negative_val_loss: float = -math.inf
+
+    @property
+    def column(self) -> str:
+        """The column of history.csv that decided, `cider` or `val_loss`."""
+        return "cider" if self.cider > 0 else "val_loss"
+
+    def __str__(self) -> str:
+        return f"CIDEr {self.cider:.1f}" if self.cider > 0 else f"validation loss {-self.negative_val_loss:.2f}"
+
+
+class Validation(NamedTuple):
+    """What the validation after an epoch found."""
+
+    row: dict[str, Any]  # the columns of history.csv that it fills; scores that cannot be computed are None
+    score: EpochScore
+    sample: str  # the first image's caption
 
 
 class Validator:
@@ -36,11 +72,8 @@ class Validator:
         self.captions, self.references, self.batch_size = captions, references, batch_size
         self.read_features, self.generate_captions, self.split_words = read_features, generate_captions, split_words
         self.has_scores = metrics.has_pycocoevalcap()
-        if not self.has_scores:
-            log(
-                "BLEU-4 and CIDEr are left out, and the best epoch is chosen by the validation loss: they need "
-                "`pip install pycocoevalcap`"
-            )
+        self.cider_decides = self.has_scores and len(references) >= MIN_CIDER_IMAGES
+        self._log_what_decides()
 
         @tf.function(input_signature=[make_dataset(captions, [], read_features).element_spec])
         def val_step(batch: Batch) -> tuple[tf.Tensor, tf.Tensor]:
@@ -56,21 +89,41 @@ class Validator:
         sums = [self._val_step(batch) for batch in make_dataset(self.captions, batches, self.read_features)]
         return float(sum(loss for loss, _ in sums) / sum(num_tokens for _, num_tokens in sums))
 
-    def evaluate(self) -> tuple[dict[str, Any], str]:
-        """Computes the scores of an epoch.
-
-        Returns:
-            A row of history.csv, in which scores that cannot be computed are None; and the first image's caption.
-        """
+    def evaluate(self) -> Validation:
+        """Computes the scores of an epoch."""
         texts = self.generate_captions()
         scores = {}
         if self.has_scores:
             # Without Java, so that a run chooses the same epoch on every machine.
             scores = metrics.score(self.references, texts, java=False, split_words=self.split_words)
+        val_loss = round(self.loss(), 4)
         row = {
-            "val_loss": round(self.loss(), 4),
+            "val_loss": val_loss,
             "bleu4": scores.get("BLEU-4"),
             "cider": scores.get("CIDEr"),
             "distinct_ratio": metrics.distinct_ratio(texts),
         }
-        return row, texts[0]
+        num_empty = sum(not text.strip() for text in texts)
+        cider = scores["CIDEr"] if self.cider_decides else 0.0
+        return Validation(row, EpochScore(cider, -num_empty, -val_loss), texts[0])
+
+    def log_best_so_far(self, best: EpochScore) -> None:
+        """Says where a resumed run compares epochs by something else than before."""
+        if best.cider > 0 and not self.cider_decides:
+            log("the best epoch so far was chosen by CIDEr, which cannot be computed now: it stays the best")
+        if best.cider == 0 and self.cider_decides:
+            log("the best epoch so far was chosen without CIDEr: the next one with a CIDEr above 0 is taken as better")
+
+    def _log_what_decides(self) -> None:
+        """Says what is left out, and what chooses the best epoch if not CIDEr."""
+        num_images, chooser = len(self.references), ""
+        if num_images < MIN_CIDER_IMAGES:
+            images = "1 validation image is" if num_images == 1 else f"{num_images} validation images are"
+            log(
+                f"{images} too few for CIDEr to choose the best epoch (expected at least {MIN_CIDER_IMAGES}): the "
+                "validation loss chooses it"
+            )
+        else:
+            chooser = ", and the best epoch is chosen by the validation loss"
+        if not self.has_scores:
+            log(f"BLEU-4 and CIDEr are left out{chooser}: they need `pip install pycocoevalcap`")

@@ -7,6 +7,7 @@ from captioning.checkpoints import Checkpoints, TrainProgress
 from captioning.cli import InputError
 from captioning.optimizer import WeightEMA, make_optimizer
 from captioning.quiet_tensorflow import tf
+from captioning.validation import EpochScore
 
 
 class TrainedModel:
@@ -30,6 +31,7 @@ class TrainedModel:
         self.ema.update()
         self.progress.step.assign_add(1)
         self.progress.loss_sum.assign_add(float(output))
+        self.progress.best_score.assign([0.0, -1.0, -float(output)])
 
     def checkpoints(self, run, is_writer=True):
         return Checkpoints(run, self.model, self.optimizer, self.ema, self.progress, is_writer)
@@ -58,7 +60,7 @@ def list_files(folder):
 def test_train_progress_counts_an_epoch():
     progress = TrainProgress()
     progress.epoch.assign(2)
-    progress.best_score.assign(7.5)
+    progress.best_score.assign([7.5, -1, -2.5])
     for variable, value in (
         (progress.step, 3),
         (progress.loss_sum, 6.0),
@@ -69,7 +71,11 @@ def test_train_progress_counts_an_epoch():
     assert progress.mean_loss() == 1.5
     progress.reset_epoch()
     names = ("step", "loss_sum", "token_count", "seconds", "epoch", "best_score")
-    assert [progress.get(name) for name in names] == [0, 0, 0, 0, 2, 7.5]
+    assert [progress.get(name) for name in names] == [0, 0, 0, 0, 2, [7.5, -1, -2.5]]
+
+
+def test_train_progress_begins_with_a_score_that_every_epoch_exceeds():
+    assert tuple(TrainProgress().get("best_score")) == EpochScore()
 
 
 def test_checkpoints_restore_everything_that_training_changes(tmp_path, trained):

@@ -84,7 +84,7 @@ def mean_brightness_extractor(cnn_weights):
     return extractor
 
 
-def write_empty_plot(image, words, attention, probabilities, path):
+def write_empty_plot(image, words, attention, probabilities, path, text):
     """Stands for plot_attention, which takes longer than all the rest."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.touch()

@@ -99,8 +99,10 @@ def test_assign_splits_refuses_impossible_fractions(fractions):
 
 
 def test_assign_splits_refuses_too_few_images():
-    with pytest.raises(InputError, match="2 images are too few"):
-        assign_splits(EXAMPLES[:2], DataConfig(), {})
+    with pytest.raises(InputError, match="at least 2 images"):
+        assign_splits(EXAMPLES[:1], DataConfig(), {})
+    with pytest.raises(InputError, match="3 images are too few"):
+        assign_splits(EXAMPLES[:3], DataConfig(val_fraction=0.7), {})
 
 
 def test_caption_dataset_exclude_and_fingerprint():

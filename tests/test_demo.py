@@ -18,13 +18,13 @@ def test_attention_on_object_matches_hand_computed_values():
         {"colour": "red", "noun": "circle", "box": [0, 0, 299 / 8, 299 / 16]},  # the upper half of that location
         {"colour": "blue", "noun": "circle", "box": [0, 0, 299, 299]},
     ]
-    caption = Caption(("a", "red", "circle"), (1.0,) * 3, attention, True)
+    caption = Caption("a red circle", ("a", "red", "circle"), (1.0,) * 3, attention, True)
     assert demo.attention_on_object(caption, shapes) == [(pytest.approx(0.75 / 2), pytest.approx(0.5 / 64))]
 
 
 def test_attention_on_object_ignores_shapes_that_do_not_exist():
     shapes = [{"colour": "red", "noun": "circle", "box": [0, 0, 10, 10]}]
-    caption = Caption(("a", "green", "circle"), (1.0,) * 3, np.zeros((3, 64)), True)
+    caption = Caption("a green circle", ("a", "green", "circle"), (1.0,) * 3, np.zeros((3, 64)), True)
     assert demo.attention_on_object(caption, shapes) == []
 
 
@@ -41,13 +41,13 @@ def test_evaluate_demo_measures_exact_matches_and_attention(tmp_path, monkeypatc
     attention[2, 0] = 0.8  # inside the box
     attention[2, 63] = 0.2
     captions = [
-        Caption(("one", "red", "circle"), (1.0,) * 3, attention, True),
-        Caption(("a", "blue", "circle"), (1.0,) * 3, attention, True),
+        Caption("one red circle", ("one", "red", "circle"), (1.0,) * 3, attention, True),
+        Caption("a blue circle", ("a", "blue", "circle"), (1.0,) * 3, attention, True),
     ]
     captioner = SimpleNamespace(model="model", tokenizer="tokenizer", config=SimpleNamespace(features="manifest"))
     monkeypatch.setattr(demo.inference.Captioner, "load", lambda run: captioner)
     dataset = CaptionDataset("shapes", tmp_path, (*examples, *others))
-    monkeypatch.setattr(demo.inference, "load_run_dataset", lambda config: dataset)
+    monkeypatch.setattr(demo.data_utils, "load_run_dataset", lambda config: dataset)
     monkeypatch.setattr(demo, "open_run_cache", lambda manifest: f"cache of {manifest}")
 
     def generate_captions(*args):

@@ -12,7 +12,7 @@ from captioning.config import DecodeConfig
 from captioning.files import write_json
 from captioning.quiet_tensorflow import tf
 from inference import Caption, Captioner
-from tokenizer import split_words
+from tokenizer import Tokenizer, split_words
 
 REFERENCES = [
     ["A dog runs on the grass.", "the brown dog is running"],
@@ -69,7 +69,8 @@ def test_generate_captions_divides_the_batch_by_the_beam(small_model, tokenizer,
 
 def test_unfinished_ratio_of_collapsed_model():
     captions = [
-        Caption(("a", "dog"), (1.0, 1.0), np.zeros((2, 64)), finished) for finished in (True, True, True, False)
+        Caption("a dog", ("a", "dog"), (1.0, 1.0), np.zeros((2, 64)), finished)
+        for finished in (True, True, True, False)
     ]
     assert evaluate.unfinished_ratio(captions) == 25.0
 
@@ -77,9 +78,9 @@ def test_unfinished_ratio_of_collapsed_model():
 # A run.
 
 
-def test_score_run_returns_metrics_and_results(captioner, dataset):
+def test_score_run_returns_metrics_and_results(captioner, dataset, cache):
     examples = dataset.split("val")
-    scored, results = evaluate.score_run(captioner, examples)
+    scored, results = evaluate.score_run(captioner, cache, examples)
     assert list(scored) == [
         "run",
         "beam_size",
@@ -96,11 +97,25 @@ def test_score_run_returns_metrics_and_results(captioner, dataset):
     assert scored["tokenizer"] == "plain"
 
 
-def test_score_run_refuses_missing_features(captioner, dataset, cache):
+def test_score_run_splits_words_as_the_run_does(captioner, dataset, cache):
+    captioner.tokenizer = Tokenizer(captioner.tokenizer.index_word, "characters")
+    assert evaluate.score_run(captioner, cache, dataset.split("val"))[0]["tokenizer"] == "characters"
+
+
+def test_check_features_refuses_missing_ones(dataset, cache):
     examples = dataset.split("val")
     cache.path(examples[1].image_path).unlink()
     with pytest.raises(InputError, match=r"the features of 1 images are missing .*image_17\.jpg.* run features\.py"):
-        evaluate.score_run(captioner, examples)
+        evaluate.check_features(cache, dataset.image_dir, examples)
+
+
+def test_check_features_refuses_those_of_another_image(dataset, cache):
+    examples = dataset.split("val")
+    evaluate.check_features(cache, dataset.image_dir, examples)  # images that are gone have not changed
+    dataset.image_dir.mkdir()
+    (dataset.image_dir / "image_17.jpg").write_text("newer than its features")
+    with pytest.raises(InputError, match=r"1 images have changed .*image_17\.jpg\); run features\.py"):
+        evaluate.check_features(cache, dataset.image_dir, examples)
 
 
 # Results made elsewhere.
@@ -109,19 +124,94 @@ def test_score_run_refuses_missing_features(captioner, dataset, cache):
 def test_score_file_matches_captions_by_image_id(tmp_path, capsys):
     path = tmp_path / "results.json"
     rows = [{"image_id": "102", "caption": "two\r\nmen"}, *RESULTS[1:], {"image_id": 7, "caption": "of another split"}]
-    path.write_text(json.dumps(rows))
-    scored = evaluate.score_file(path, EXAMPLES)
+    path.write_text(json.dumps([*rows, {"image_id": "8.jpg", "caption": "of nothing"}]))
+    scored = evaluate.score_file(path, EXAMPLES, [*EXAMPLES, Example("7.jpg", ("a hat",), 7, "test")])
     texts = ["a dog runs on the grass", "a cat sleeps", "two men"]
     assert scored["scores"] == metrics.score(REFERENCES, texts, java=False, split_words=split_words)
     assert scored["distinct captions"] == 100
-    assert "1 captions of other images are left out" in capsys.readouterr().err
+    log = capsys.readouterr().err
+    assert f"{path}: 1 captions of images of other splits are left out" in log
+    no_image = "1 of its 5 captions belong to no image of the data, the first with image_id '8.jpg'; left out"
+    assert f"{path}: {no_image}" in log
+
+
+def test_score_file_of_characters(tmp_path, capsys):
+    path = tmp_path / "results.json"
+    path.write_text(json.dumps([{"image_id": 1, "caption": "一只狗在跑步"}, {"image_id": 2, "caption": "猫"}]))
+    examples = [Example("1.jpg", ("一只狗在爬山。",), 1, "val"), Example("2.jpg", ("猫",), 2, "val")]
+    scored = evaluate.score_file(path, examples, words="characters")
+    assert scored["scores"]["BLEU-1"] == pytest.approx(100 * 5 / 7, abs=0.01)
+    assert scored["tokenizer"] == "characters" and "of characters" in capsys.readouterr().err
+    assert evaluate.score_file(path, examples)["scores"]["BLEU-1"] == pytest.approx(50, abs=0.01)
+
+
+FOLDERS = [
+    Example("val/COCO_val2014_000000000391.jpg", ("a dog",), 391),
+    Example("val/b.jpg", ("a cat",), 7),
+    Example("c.jpg.png", ("a hat",), "x7"),
+    Example("other/b.jpg", ("a car",), 50),
+    Example("c.jpg", ("a bus",), 51),
+    Example("50.jpg", ("a pen",), 0),
+]
+
+
+@pytest.mark.parametrize(
+    ("image_id", "expected"),
+    [
+        (391, 0),
+        ("391", 0),
+        ("000000000391", 0),
+        ("val/COCO_val2014_000000000391.jpg", 0),
+        ("COCO_val2014_000000000391.jpg", 0),
+        ("COCO_val2014_000000000391", 0),
+        ("other/b.jpg", 3),
+        ("x7", 2),
+        ("c.jpg", 4),  # a name comes before a stem
+        ("c.jpg.png", 2),
+        ("0000", 5),
+        (50, 3),  # a number is an id
+        (8, None),
+        ("²", None),
+        ("", None),
+    ],
+)
+def test_image_index_finds_images_by_id_path_name_and_stem(image_id, expected):
+    found = evaluate.ImageIndex(FOLDERS).find(image_id)
+    assert found == (None if expected is None else FOLDERS[expected])
+
+
+@pytest.mark.parametrize(
+    ("image_id", "first", "second"),
+    [
+        ("b.jpg", r"other/b\.jpg \(id 50\)", r"val/b\.jpg \(id 7\)"),
+        ("50", r"50\.jpg \(id 0\)", r"other/b\.jpg \(id 50\)"),
+    ],
+)
+def test_image_index_refuses_what_means_two_images(image_id, first, second):
+    with pytest.raises(InputError, match=f"image_id '{image_id}' means 2 images, such as {first} and {second}"):
+        evaluate.ImageIndex(FOLDERS).find(image_id)
+
+
+def test_score_file_reads_names_and_a_byte_order_mark(tmp_path):
+    path = tmp_path / "results.json"
+    by_id = {row["image_id"]: row["caption"] for row in RESULTS}
+    rows = [{"image_id": f"{number - 100}.jpg", "caption": caption} for number, caption in by_id.items()]
+    path.write_text(json.dumps(RESULTS))
+    expected = evaluate.score_file(path, EXAMPLES)
+    path.write_text(json.dumps(rows), encoding="utf-8-sig")
+    assert evaluate.score_file(path, EXAMPLES) == expected
 
 
 @pytest.mark.parametrize(
     ("content", "message"),
     [
         (RESULTS[:2], "no caption of 1 of the 3 images, the first with image_id 101"),
+        (
+            [*RESULTS[:2], {"image_id": "a.jpg", "caption": "a dog"}],
+            "1 of its 3 captions belong to no image of the data",
+        ),
         ([*RESULTS, RESULTS[0]], "found two of image_id 102"),
+        ([*RESULTS, {"image_id": "2", "caption": "men"}], r"found two of image_id 102 \(2\.jpg\), the second as '2'"),
         ([{"image_id": 100, "caption": "half a \ud800"}], "caption of image_id 100 is not Unicode text"),
         ({"annotations": RESULTS}, "not COCO results"),
         ([{"image_id": 1}], "not COCO results"),
@@ -143,7 +233,7 @@ def test_main_writes_captions_and_metrics_of_a_run(captioner, dataset, monkeypat
         return Captioner(captioner.model, captioner.tokenizer, captioner.config, run, config)
 
     monkeypatch.setattr(Captioner, "load", load)
-    monkeypatch.setattr(inference, "load_run_dataset", lambda config, with_images=True: dataset)
+    monkeypatch.setattr(evaluate.data_utils, "load_run_dataset", lambda config, locations: dataset)
     evaluate.main(["--run", str(captioner.run), "--beam-size", "2", "--length-penalty", "0.5"])
     written = json.loads((captioner.run / "metrics_val_beam2.json").read_text())
     assert (written["split"], written["images"], written["beam_size"], written["length_penalty"]) == ("val", 4, 2, 0.5)
@@ -162,7 +252,7 @@ def test_main_writes_captions_and_metrics_of_a_run(captioner, dataset, monkeypat
 
 def test_main_scores_results_against_a_run(captioner, dataset, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(evaluate, "read_config", lambda run: captioner.config)
-    monkeypatch.setattr(inference, "load_run_dataset", lambda config, with_images: dataset)
+    monkeypatch.setattr(evaluate.data_utils, "load_run_dataset", lambda config, with_images, locations: dataset)
     path = tmp_path / "mine.json"
     rows = [{"image_id": example.image_id, "caption": example.captions[0]} for example in dataset.split("val")]
     path.write_text(json.dumps(rows))
@@ -188,11 +278,12 @@ def test_main_scores_results_against_other_data(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--annotations", "captions.json"], "data can be named for --results FILE only"),
+        (["--dataset", "coco"], "only where they are can be named"),
+        (["--num-captions", "10"], "only where they are can be named"),
         (["--results", "r.json", "--beam-size", "3"], "--results holds captions already"),
         (["--results", "r.json", "--length-penalty", "0"], "--results holds captions already"),
         (["--results", "r.json", "--val-fraction", "0.5"], "expected --dataset or --annotations"),
-        (["--results", "r.json", "--dataset", "coco", "--run", "run"], "found both"),
+        (["--results", "r.json", "--dataset", "coco", "--run", "run"], "only where they are can be named"),
     ],
 )
 def test_parse_refuses_options_that_contradict(arguments, message):

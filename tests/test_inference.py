@@ -14,7 +14,7 @@ import model
 from captioning.cli import InputError
 from captioning.config import DecodeConfig
 from captioning.decoding import DecodedBatch, decode
-from captioning.plots import MAX_GRID_IMAGES
+from captioning.plots import MAX_GRID_IMAGES, plot_attention
 from captioning.quiet_tensorflow import tf
 from captioning.run_folder import init_run_dir, latest_run, read_config
 from captioning.special_tokens import END_ID, SPECIAL_TOKENS
@@ -85,6 +85,13 @@ def test_to_captions_ends_at_end_token():
     np.testing.assert_array_equal(captions[2].attention, decoded.attention[2])
 
 
+def test_to_captions_of_characters_has_no_spaces_between_them():
+    decoded = DecodedBatch(tf.constant([[4, 5, 6, END_ID]]), tf.ones((1, 4)), tf.ones((1, 4, 64)))
+    for words, text in (("spaces", "一 只 dog"), ("characters", "一只 dog")):
+        (caption,) = inference.to_captions(decoded, Tokenizer((*SPECIAL_TOKENS, "一", "只", "dog"), words))
+        assert (caption.text, caption.words) == (text, ("一", "只", "dog"))
+
+
 def test_decode_captions_uses_the_beam_of_its_settings(small_model, tokenizer, rng, monkeypatch):
     image_features = tf.constant(rng.uniform(size=(3, 64, 2048)), tf.float32)
     greedy = inference.decode_captions(small_model, tokenizer, image_features)
@@ -107,8 +114,15 @@ def test_decode_captions_uses_the_beam_of_its_settings(small_model, tokenizer, r
 def test_load_run_restores_what_was_saved(run, small_model, tokenizer):
     caption_model, loaded_tokenizer, config = load_run(run)
     assert loaded_tokenizer.index_word == tokenizer.index_word and config == read_config(run)
+    assert loaded_tokenizer.words == "spaces"
     for variable, expected in zip(caption_model.trainable_variables, small_model.trainable_variables, strict=True):
         np.testing.assert_array_equal(variable, expected)
+
+
+def test_load_run_knows_what_a_word_is(run):
+    config = json.loads((run / "config.json").read_text())
+    (run / "config.json").write_text(json.dumps(config | {"data": config["data"] | {"words": "characters"}}))
+    assert load_run(run)[1].words == "characters"
 
 
 def test_load_run_refuses_folder_without_checkpoint(tmp_path, run):
@@ -206,6 +220,15 @@ def test_caption_and_plot_names_the_plot_after_the_image(captioner, photo, tmp_p
     assert plot_path == tmp_path / "other_attention.svg" and plot_path.stat().st_size > 1000
 
 
+def test_caption_and_plot_writes_the_text_as_the_tokenizer_joins_it(captioner, photo, tmp_path, monkeypatch):
+    caption = Caption("一只", ("一", "只"), (0.5, 0.5), np.full((2, 64), 1 / 64), True)
+    monkeypatch.setattr(captioner, "caption", lambda path: caption)
+    figures = []
+    monkeypatch.setattr(inference, "plot_attention", lambda *args: figures.append(plot_attention(*args)))
+    inference.caption_and_plot(captioner, photo, tmp_path)
+    assert [text.get_text() for text in figures[0].texts] == ["一只", "一", "50 %", "只", "50 %"]
+
+
 # The images of the command line.
 
 
@@ -240,7 +263,7 @@ def test_download_image_is_limited_and_named_after_the_url(monkeypatch, tmp_path
 
 
 def make_caption():
-    return Caption(("a", "dog"), (0.123456, 0.5), np.full((2, 64), 1 / 64), True)
+    return Caption("a dog", ("a", "dog"), (0.123456, 0.5), np.full((2, 64), 1 / 64), True)
 
 
 def test_result_writer_prints_text_or_json(capsys, photo):
@@ -315,24 +338,24 @@ def saved_dataset(dataset, monkeypatch):
 
 def test_load_run_dataset_excludes_unreadable_images(run, saved_dataset):
     config = read_config(run)
-    assert inference.load_run_dataset(config).examples == saved_dataset.examples
+    assert data_utils.load_run_dataset(config).examples == saved_dataset.examples
     unreadable = saved_dataset.examples[0].image_path
     smaller = saved_dataset.exclude({unreadable})
     config = dataclasses.replace(config, unreadable_images=(unreadable,), data_fingerprint=smaller.fingerprint)
-    assert inference.load_run_dataset(config).examples == saved_dataset.examples[1:]
+    assert data_utils.load_run_dataset(config).examples == saved_dataset.examples[1:]
 
 
 def test_load_run_dataset_refuses_changed_data(run, saved_dataset, monkeypatch):
     config = read_config(run)
     with pytest.raises(InputError, match="the data have changed since this run was trained"):
-        inference.load_run_dataset(dataclasses.replace(config, data_fingerprint="0123"))
+        data_utils.load_run_dataset(dataclasses.replace(config, data_fingerprint="0123"))
 
     def fail(*_):
         raise InputError("no such file")
 
     monkeypatch.setattr(data_utils, "load_dataset", fail)
     with pytest.raises(InputError, match=r"the data of the run's config\.json: no such file"):
-        inference.load_run_dataset(config)
+        data_utils.load_run_dataset(config)
 
 
 def test_caption_test_images_shows_references_and_prediction(captioner, saved_dataset, capsys):

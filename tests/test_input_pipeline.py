@@ -1,10 +1,10 @@
-import functools
-
 import numpy as np
 import pytest
 
+from captioning.annotations import Example
 from captioning.input_pipeline import (
     EncodedCaptions,
+    describe_cut,
     encode_captions,
     make_dataset,
     make_distributed_dataset,
@@ -21,13 +21,12 @@ def make_captions(num_captions):
     image_index = np.arange(num_captions, dtype=np.int32) // 5
     lengths = np.random.default_rng(0).integers(5, 50, num_captions)
     paths = np.array([f"{i}.npy" for i in range(image_index[-1] + 1)])
-    return EncodedCaptions(paths, image_index, np.zeros((num_captions, 50)), lengths)
+    return EncodedCaptions(paths, image_index, np.zeros((num_captions, 50)), lengths, lengths)
 
 
 @pytest.fixture
 def captions(dataset, tokenizer, cache):
-    encode = functools.partial(tokenizer.encode, max_length=50)
-    return encode_captions(dataset.split("train"), encode, cache.path)
+    return encode_captions(dataset.split("train"), tokenizer.encode, cache.path)
 
 
 def count_images(captions, batches):
@@ -47,9 +46,32 @@ def test_encode_captions_gives_each_its_image(dataset, tokenizer, cache, caption
 
 
 def test_encode_captions_cuts_long_captions(dataset, tokenizer, cache):
-    encode = functools.partial(tokenizer.encode, max_length=4)
-    captions = encode_captions(dataset.split("train"), encode, cache.path)
-    assert captions.lengths.max() == 4 == captions.tokens.shape[1]
+    full = encode_captions(dataset.split("train"), tokenizer.encode, cache.path)
+    captions = encode_captions(dataset.split("train"), tokenizer.encode, cache.path, max_length=4)
+    np.testing.assert_array_equal(captions.tokens, full.tokens[:, :4])
+    np.testing.assert_array_equal(captions.lengths, np.minimum(full.lengths, 4))
+    np.testing.assert_array_equal(captions.full_lengths, full.lengths)
+    assert [array.dtype for array in captions[1:]] == [np.int32] * 4
+    assert describe_cut(full) is None
+
+
+def test_describe_cut_says_what_cannot_be_learned():
+    def encode(max_length, *lengths):
+        examples = [Example("a.jpg", tuple("a" * length for length in lengths), 0)]
+        return encode_captions(examples, lambda text: [4] * len(text), str, max_length)
+
+    assert describe_cut(encode(5, 5, 3)) is None
+    assert describe_cut(encode(5, 5, 3, *[6] * 1203, 9)) == (
+        "1,204 of 1,206 captions have more than 5 tokens (--max-length) and are cut: a cut caption does not teach "
+        "<end>; the longest has 9 tokens"
+    )
+    assert describe_cut(encode(5, 5, 3, 7)).startswith(
+        "1 of 3 captions has more than 5 tokens (--max-length) and is cut:"
+    )
+    assert describe_cut(encode(3, 4, 7)) == (
+        "all 2 captions have more than 3 tokens (--max-length) and are cut: none teaches <end>, so that no caption of "
+        "the model will end; raise --max-length, the longest has 7 tokens"
+    )
 
 
 # The batches of an epoch.

@@ -93,7 +93,9 @@ def test_score_with_fallback_logs_what_is_missing(monkeypatch, capsys, has_broke
     monkeypatch.setattr(metrics, "has_java", lambda: has_broken_java)
     monkeypatch.setattr(metrics, "meteor", fail)
     monkeypatch.setattr(metrics, "tokenize", lambda texts, java, split: tokenize(texts, False, split))
-    scores, tokenizer_name = score_with_fallback(REFERENCES, ["a dog runs", "a cat sleeps", "two men"], split_words)
+    scores, tokenizer_name = score_with_fallback(
+        REFERENCES, ["a dog runs", "a cat sleeps", "two men"], split_words, "spaces"
+    )
     assert tokenizer_name == ("PTB" if has_broken_java else "plain") and "METEOR" not in scores and len(scores) == 6
     message = capsys.readouterr().err.splitlines()[-1]
     assert "apt-get install default-jre-headless" in message and ("METEOR stopped" in message) == has_broken_java
@@ -107,8 +109,18 @@ def test_score_with_fallback_uses_plain_tokenizer_if_ptb_fails(monkeypatch, caps
 
     monkeypatch.setattr(metrics, "has_java", lambda: True)
     monkeypatch.setattr(metrics, "score", fail_with_java)
-    assert score_with_fallback(REFERENCES, CAPTIONS, split_words) == ({"BLEU-1": 50.0}, "plain")
+    assert score_with_fallback(REFERENCES, CAPTIONS, split_words, "spaces") == ({"BLEU-1": 50.0}, "plain")
     assert "the PTB tokenizer failed" in capsys.readouterr().err
+
+
+def test_score_with_fallback_of_characters(monkeypatch, capsys):
+    monkeypatch.setattr(metrics, "has_java", lambda: True)
+    references, captions = [["一只狗在跑步"], ["两个女人"]], ["一只 狗在跑步。", "两个男人"]
+    scores, tokenizer_name = score_with_fallback(references, captions, split_words, "characters")
+    assert scores["BLEU-1"] == pytest.approx(90, abs=0.01), "9 of 10 characters"
+    assert tokenizer_name == "characters" and "METEOR" not in scores
+    (message,) = capsys.readouterr().err.splitlines()
+    assert message.startswith("METEOR and the PTB tokenizer know English words only") and "characters" in message
 
 
 @pytest.mark.parametrize(("returncode", "expected"), [(0, True), (1, False)])

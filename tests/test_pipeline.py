@@ -186,6 +186,38 @@ def test_karpathy_split_of_coco_takes_two_commands(small_cnn, _no_java, tmp_path
     assert len(list(Path("features/coco/val2014").iterdir())) == 9
 
 
+def test_captions_without_spaces_are_learned_by_characters(small_cnn, _no_java, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(inference, "decode", decode_five_words)
+    Path("images").mkdir()
+    lines = ["image,caption"]
+    for number in range(8):
+        Image.new("RGB", (60, 40), (30 * number, 99, 0)).save(f"images/{number}.png")
+        lines += [f"{number}.png,一只狗在跑步。", f"{number}.png,一个男孩在草地上爬山"]
+    Path("captions.csv").write_text("\n".join(lines), encoding="utf-8")
+    data = ["--annotations", "captions.csv", "--images", "images"]
+    train.main([*data, *small_cnn, *SIZES, "--epochs", "1", "--words", "characters", "--max-length", "9"])
+    log = capsys.readouterr().err
+    assert "without spaces between words" not in log
+    assert " captions have more than 9 tokens (--max-length) and are cut" in log
+    run = next(Path("runs").iterdir())
+    vocabulary = json.loads((run / "vocabulary.json").read_text(encoding="utf-8"))
+    assert sorted(vocabulary[4:]) == sorted(set("一只狗在跑步一个男孩在草地上爬山"))
+    evaluate.main([])
+    metrics = json.loads((run / "metrics_val.json").read_text())
+    assert metrics["tokenizer"] == "characters"
+    evaluate.main(["--results", str(run / "captions_val.json")])
+    evaluate.main(["--results", str(run / "captions_val.json"), *data, "--words", "characters", "--split", "val"])
+    assert json.loads((run / "captions_val_metrics_val.json").read_text())["scores"] == metrics["scores"]
+    capsys.readouterr()
+    inference.main(["images/0.png", "--json"])
+    result = json.loads(capsys.readouterr().out)
+    assert " " not in result["caption"] and "".join(row["word"] for row in result["words"]) == result["caption"]
+    assert Path("0_attention.png").stat().st_size > 1000
+    features.main([*data, *small_cnn])
+    assert "captions are written without spaces between words (Han)" in capsys.readouterr().err
+
+
 def test_results_of_a_run_whose_images_lie_in_one_folder(trained_run, small_cnn, _no_java):
     """The annotations name folders that do not exist; the run knows its images by their bare names."""
     flat = ["--annotations", DATA[1], "--images", "shapes/images"]

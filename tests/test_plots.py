@@ -1,3 +1,6 @@
+import random
+import textwrap
+
 import numpy as np
 import pytest
 from matplotlib.figure import Figure
@@ -5,6 +8,7 @@ from PIL import Image
 
 from captioning.plots import (
     best_grid,
+    count_cells,
     display_size,
     overlay_attention,
     plot_attention,
@@ -13,6 +17,7 @@ from captioning.plots import (
     thumbnail,
     truncate_text,
     upsample_attention,
+    wrap_text,
 )
 
 COLUMNS = ("epoch", "train_loss", "val_loss", "bleu4", "cider")
@@ -62,6 +67,8 @@ def test_plot_attention_titles_each_word_with_its_probability():
     assert len(figure.axes) == 3, "the image itself comes first"
     assert texts_of(plot_attention(image, ("a", "$5"), attention)) == ["a $5", "a", "$5"]
     assert texts_of(plot_attention(image, (), attention[:0])) == ["(no words)"]
+    assert texts_of(plot_attention(image, ("狗", "猫"), attention, text="狗猫")) == ["狗猫", "狗", "猫"]
+    assert texts_of(plot_attention(image, ("\u0301", "a"), attention)) == ["\u0301 a", "\u0301", "a"]
 
 
 def test_figures_are_shown_by_notebooks():
@@ -104,6 +111,40 @@ def test_best_grid_is_near_the_target_aspect():
 def test_truncate_text_cuts_to_the_width():
     assert truncate_text("dog", 1.0, 12) == "dog"
     assert truncate_text("extraordinarily", 1.0, 12) == "extraordi…"
+    assert truncate_text("一只狗在跑", 1.0, 12) == "一只狗在跑", "5 wide characters take the place of 10 letters"
+    assert truncate_text("一只狗在跑步", 1.0, 12) == "一只狗在…"
+    assert truncate_text("ก้ก้ก้ก้ก้ก้ก้ก้ก้ก้", 1.0, 12) == "ก้" * 10, "marks have no width"
+
+
+def test_wrap_text_breaks_where_each_script_allows_it():
+    assert wrap_text("a man in a red shirt", 0.77, 10) == ["a man in a", "red shirt"]
+    assert wrap_text("一个穿红衣服的人", 0.77, 10) == ["一个穿红衣", "服的人"]
+    assert wrap_text("手机 iphone手机", 0.77, 10) == ["手机", "iphone手机"]
+    assert wrap_text("a dog 一个穿红", 0.77, 10) == ["a dog 一个", "穿红"]
+    assert wrap_text("ก้ก้ก้ก้ก้ก้ก้ก้ก้ก้ก้", 0.77, 10) == ["ก้" * 10, "ก้"]
+    assert wrap_text("extraordinarily", 0.77, 10) == ["extraordin", "arily"]
+    assert wrap_text("", 1, 10) == []
+
+
+def test_wrap_text_marks_what_is_left_out():
+    assert wrap_text("a man in a red shirt and a hat", 0.77, 10, max_lines=2) == ["a man in a", "red shir …"]
+    assert wrap_text("一个穿红衣服的人在跑步", 0.77, 10, max_lines=2) == ["一个穿红衣", "服的人在 …"]
+
+
+def test_wrap_text_of_words_is_that_of_textwrap():
+    choice = random.Random(0)
+    for _ in range(300):
+        text = " ".join("x" * choice.randint(1, 10) for _ in range(choice.randrange(20)))
+        assert wrap_text(text, 0.77, 10, max_lines=99) == textwrap.wrap(text, 10)
+
+
+def test_wrap_text_loses_nothing_and_fits():
+    choice = random.Random(0)
+    for _ in range(300):
+        text = "".join(choice.choice("ab 一狗ก\u0e49🐶שس\u0301") for _ in range(choice.randrange(60)))
+        lines = wrap_text(text, 0.77, 10, max_lines=99)
+        assert "".join(lines).replace(" ", "") == text.replace(" ", "")
+        assert max(map(count_cells, lines), default=0) <= 10
 
 
 def history_rows(*rows):
@@ -112,7 +153,7 @@ def history_rows(*rows):
 
 def test_plot_history_marks_best_epoch(tmp_path):
     rows = history_rows((1, 4, 3, 5, 20), (2, 3, 2.5, 9, 31.4), (3, 2, 2.6, 8, 30))
-    figure = plot_history(rows, tmp_path / "loss.png")
+    figure = plot_history(rows, 2, "cider", tmp_path / "loss.png")
     losses, scores = figure.axes
     assert losses.get_title() == "best: epoch 2, with CIDEr 31.4, BLEU-4 9.0"
     assert [line.get_label() for line in losses.lines[:2]] == ["training loss", "validation loss"]
@@ -122,12 +163,26 @@ def test_plot_history_marks_best_epoch(tmp_path):
 
 @pytest.mark.parametrize("missing", [None, ""])
 def test_plot_history_without_scores_marks_lowest_validation_loss(missing):
-    figure = plot_history(history_rows((1, 4, 3, missing, missing), (2, 3, 2.5, missing, missing)))
+    figure = plot_history(history_rows((1, 4, 3, missing, missing), (2, 3, 2.5, missing, missing)), 2, "val_loss")
     (losses,) = figure.axes
     assert losses.get_title() == "best: epoch 2, with a validation loss of 2.50"
     assert losses.lines[2].get_xydata().tolist() == [[2, 2.5]]
 
 
-def test_plot_history_with_some_scores_marks_best_of_them():
-    figure = plot_history(history_rows((1, "4", "3", "", ""), ("2", "3", "2.5", "9", "31.4")))
+def test_plot_history_with_some_scores_plots_them():
+    figure = plot_history(history_rows((1, "4", "3", "", ""), ("2", "3", "2.5", "9", "31.4")), 2, "cider")
     assert figure.axes[1].lines[0].get_xydata().tolist() == [[2, 31.4]]
+
+
+def test_plot_history_marks_the_epoch_that_the_loss_chose_beside_scores():
+    """CIDEr of a few images is shown, but did not choose."""
+    figure = plot_history(history_rows((1, 4, 3, 5, 20), (2, 3, 2.5, 0, 0)), 2, "val_loss")
+    losses, scores = figure.axes
+    assert losses.get_title() == "best: epoch 2, with a validation loss of 2.50"
+    assert losses.lines[2].get_xydata().tolist() == [[2, 2.5]]
+    assert len(scores.lines) == 1 and scores.get_ylim()[1] > 20
+
+
+def test_plot_history_names_a_best_epoch_whose_row_is_gone():
+    figure = plot_history(history_rows((2, 3, 2.5, 9, 31.4)), 1, "cider")
+    assert figure.axes[0].get_title() == "best: epoch 1"

@@ -1,10 +1,18 @@
 """The README and the documents keep their promises: what they name exists."""
 
 import ast
+import csv
 import re
+import shlex
 from pathlib import Path
 
 import pytest
+from helpers.train_and_kill import build_small_cnn
+from PIL import Image
+
+import features
+import inference
+import train
 
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")])
@@ -71,3 +79,27 @@ def test_documented_options_exist(path):
     for option in options - foreign:
         name = option.removeprefix("no-").replace("-", "_")
         assert f"--{option}" in sources or re.search(rf"^    {name}: .* = option\(", sources, re.MULTILINE), option
+
+
+# The example of one's own images, as printed.
+
+
+@pytest.mark.slow
+def test_example_of_own_images_runs_as_printed(tmp_path, monkeypatch, capsys):
+    section = README.split("## Train on your own images")[1].split("\n## ")[0]
+    table, commands = re.findall(r"^```\n(.*?)^```$", section, re.MULTILINE | re.DOTALL)
+    monkeypatch.chdir(tmp_path)
+    Path("captions.csv").write_text(table, encoding="utf-8")
+    names = dict.fromkeys(row["image"] for row in csv.DictReader(table.splitlines()))
+    for number, name in enumerate([*(f"photos/{name}" for name in names), "photo.jpg", "more-photos/beach.jpg"]):
+        Path(name).parent.mkdir(exist_ok=True)
+        Image.new("RGB", (60, 40), (60 * number, 99, 0)).save(name)
+    monkeypatch.setattr(features, "build_feature_extractor", build_small_cnn)
+    for command in commands.splitlines():
+        _, script, *args = shlex.split(command)
+        {"train.py": train, "inference.py": inference}[script].main(args)
+    captions = dict(line.split("\t") for line in capsys.readouterr().out.splitlines())
+    assert list(captions) == ["photo.jpg", "more-photos/beach.jpg"] and all(captions.values())
+    assert all(Path(f"{name}_attention.png").exists() for name in ("photo", "beach"))
+    assert len(list(Path("features/photos").glob("*.npy"))) == len(names) == 2
+    assert Path("runs/photos/config.json").exists()

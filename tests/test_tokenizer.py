@@ -55,6 +55,42 @@ def test_split_words_filters_punctuation():
     assert split_words('  A "man\'s" dog, <running>-fast!') == ["a", "man's", "dog", "<running>", "fast"]
 
 
+@pytest.mark.parametrize(
+    ("caption", "words"),
+    [
+        (
+            "A man\u2019s dog \u2014 don&#39;t &amp; a \u201cstop\u201d\u2026",
+            ["a", "man's", "dog", "don't", "a", "stop"],
+        ),
+        (
+            "\u201eEin Hund\u201c l\u00e4uft \u00bfque? \u300c\u72d7\u300d\u3002\u732b",
+            ["ein", "hund", "läuft", "que", "狗", "猫"],
+        ),
+        ("the dog\u200b runs \u00b7 5\u20ac \U0001f34e", ["the", "dog", "runs", "5€", "🍎"]),
+        ("STRASSE Stra\u00dfe", ["strasse", "straße"]),
+    ],
+)
+def test_split_words_of_typographic_text(caption, words):
+    assert split_words(caption) == words
+    assert split_words(" ".join(words)) == words
+
+
+def test_split_words_of_characters():
+    assert split_words("一只狗。iPhone手机", "characters") == ["一", "只", "狗", "iphone", "手", "机"]
+    assert split_words("一只狗。iPhone手机") == ["一只狗", "iphone手机"]
+    assert split_words("A man's dog", "characters") == ["a", "man's", "dog"]
+
+
+def test_split_words_of_ascii_is_the_tutorials():
+    """Plain text takes a short cut; the long way must find the same."""
+    choice = random.Random(0)
+    for _ in range(2000):
+        text = "".join(chr(choice.randrange(128)) for _ in range(choice.randrange(20))).replace("&", "")
+        expected = text.lower().translate(str.maketrans(dict.fromkeys(tokenizer_script.FILTERS, " "))).split()
+        assert split_words(text) == expected
+        assert split_words(f"{text} é") == [*expected, "é"]
+
+
 def test_encode_and_decode():
     tokenizer = Tokenizer.fit(["A dog, a dog!", "a man's cat"])
     word_index = tokenizer.word_index
@@ -69,16 +105,22 @@ def test_encode_treats_special_tokens_in_a_caption_as_unknown():
     assert not set(SPECIAL_TOKENS) & tokenizer.word_index.keys()
 
 
-def test_encode_cuts_without_end():
-    tokenizer = Tokenizer.fit(["a b c d"])
-    expected = [START_ID, *(tokenizer.word_index[word] for word in "abc")]
-    assert tokenizer.encode("a b c d", max_length=4) == expected
+def test_tokenizer_of_characters():
+    tokenizer = Tokenizer.fit(["一只狗", "一只 iPhone"], words="characters")
+    assert tokenizer.index_word == (*SPECIAL_TOKENS, "一", "只", "狗", "iphone")
+    ids = tokenizer.encode("狗一只。Iphone猫")
+    assert ids == [START_ID, 6, 4, 5, 7, UNK_ID, END_ID]
+    assert tokenizer.decode(ids) == "狗一只 iphone <unk>"
+    assert Tokenizer(tokenizer.index_word).decode(ids) == "狗 一 只 iphone <unk>", "words of a segmented text"
 
 
 def test_save_and_load(tmp_path):
     tokenizer = Tokenizer.fit(["ein Äpfel 🍎 dog"])
     tokenizer.save(tmp_path / "v.json")
-    assert Tokenizer.load(tmp_path / "v.json").index_word == tokenizer.index_word
+    loaded = Tokenizer.load(tmp_path / "v.json")
+    assert (loaded.index_word, loaded.words) == (tokenizer.index_word, "spaces")
+    assert Tokenizer.load(tmp_path / "v.json", "characters").decode([START_ID, 4]) == "ein"
+    assert Tokenizer.load(tmp_path / "v.json", "characters").words == "characters"
 
 
 @pytest.mark.parametrize(
@@ -98,5 +140,8 @@ def test_main_prints_or_saves_the_vocabulary(tmp_path, capsys):
     tokenizer_script.main([*arguments, "--output", str(tmp_path / "v.json")])
     assert capsys.readouterr().out == ""
     assert Tokenizer.load(tmp_path / "v.json").index_word == (*SPECIAL_TOKENS, "a", "dog")
+    (tmp_path / "captions.txt").write_bytes("\ufeff一只狗\n".encode())
+    tokenizer_script.main([str(tmp_path / "captions.txt"), "--words", "characters"])
+    assert capsys.readouterr().out.split() == [*SPECIAL_TOKENS, "一", "只", "狗"]
     with pytest.raises(InputError, match=r"none\.txt: expected a text file"):
         tokenizer_script.main([str(tmp_path / "none.txt")])

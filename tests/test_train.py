@@ -20,11 +20,11 @@ from helpers.runs import (
 import inference
 import model
 import train
-from captioning import devices, metrics, training_log
+from captioning import devices, metrics, training_log, validation
 from captioning.cli import InputError
 from captioning.config import RECIPES, ModelConfig, TrainConfig
 from captioning.quiet_tensorflow import tf
-from captioning.validation import Validator
+from captioning.validation import EpochScore, Validation, Validator
 from data_utils import CaptionDataset
 from tokenizer import Tokenizer
 
@@ -79,7 +79,9 @@ def fake_scores(monkeypatch, ciders, on_evaluate=lambda: None):
 
     def evaluate(_):
         on_evaluate()
-        return {"val_loss": 1.0, "bleu4": 0.0, "cider": next(remaining), "distinct_ratio": 1}, "a caption"
+        cider = next(remaining)
+        row = {"val_loss": 1.0, "bleu4": 0.0, "cider": cider, "distinct_ratio": 1}
+        return Validation(row, EpochScore(cider, 0, -1.0), "a caption")
 
     monkeypatch.setattr(Validator, "evaluate", evaluate)
 
@@ -135,7 +137,7 @@ def test_train_keeps_the_best_epoch_and_stops_early(data, tmp_path, monkeypatch,
     assert len(read_history(run)) == 4, "the second epoch is best, two are not better"
     log = capsys.readouterr().err
     assert "stopped early: 2 epochs without a better score" in log
-    assert "best: epoch 2, score 3.0" in log
+    assert "best: epoch 2, CIDEr 3.0" in log
     best_model, _, _ = inference.load_run(run)
     np.testing.assert_array_equal(best_model.encoder.fc.kernel, validated_kernels[1])
     shutil.rmtree(run / "checkpoints/best")
@@ -174,7 +176,7 @@ def test_train_without_optional_packages(data, tmp_path, monkeypatch, capsys):
     lines = capsys.readouterr().err.splitlines()
     assert lines.count("no TensorBoard events are written: `pip install tensorboard` adds them") == 1
     assert sum("pip install pycocoevalcap" in line for line in lines) == 1
-    assert lines[-1].startswith("best: epoch 2, score -1.0")
+    assert lines[-1].startswith("best: epoch 2, validation loss 1.00")
     rows = read_history(run)
     assert [(row["val_loss"], row["bleu4"], row["cider"]) for row in rows] == [
         (loss, "", "") for loss in ("2.0", "1.0", "1.5")
@@ -219,7 +221,62 @@ def test_mixed_precision_learns_the_same(data, tmp_path, attention):
     assert caption_model.compute_dtype == "float32"
 
 
+def test_train_tells_the_log_which_epoch_is_best(data, tmp_path, monkeypatch):
+    """For loss.png, at the end of each epoch."""
+    marked = []
+    monkeypatch.setattr(training_log, "plot_history", lambda rows, *best: marked.append((len(rows), *best[:2])))
+    fake_scores(monkeypatch, [0.0, 3.0, 2.0])
+    run_training(tmp_path / "run", data, epochs=3)
+    assert marked == [(1, 1, "val_loss"), (2, 2, "cider"), (3, 2, "cider")]
+
+
+def test_train_says_which_captions_are_cut(data, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(train, "train_epoch", lambda *args: args[3].progress.token_count.assign(1))
+    fake_scores(monkeypatch, [1])
+    run_training(tmp_path / "run", data, epochs=1, max_length=6)
+    assert [line for line in capsys.readouterr().err.splitlines() if "--max-length" in line] == [
+        "16 of 32 captions have more than 6 tokens (--max-length) and are cut: a cut caption does not teach <end>; the "
+        "longest has 10 tokens"
+    ]
+
+
+def test_validation_splits_words_as_the_tokenizer_does(data, small_model):
+    dataset, cache, tokenizer = data
+    for words, expected in (("spaces", ["一只", "dog"]), ("characters", ["一", "只", "dog"])):
+        tokenizer = Tokenizer(tokenizer.index_word, words)
+        validator = train.make_validator(small_model, tokenizer, cache, dataset.split("val"), TrainConfig())
+        assert validator.split_words("一只 dog") == expected
+
+
 # A run that was stopped.
+
+
+@pytest.mark.parametrize(
+    ("ciders", "best_epoch"), [((3.0, None), 1), ((0.0, None), 2), ((None, 3.0), 2), ((None, 0.0), 2)]
+)
+def test_resumed_run_compares_epochs_with_and_without_cider(data, tmp_path, monkeypatch, capsys, ciders, best_epoch):
+    """Validation losses fall; `None`: pycocoevalcap is not installed, so that CIDEr counts as 0."""
+
+    def run_epoch(epoch, cider):
+        row = {"val_loss": 3.0 - epoch, "bleu4": cider, "cider": cider, "distinct_ratio": 1}
+        validation = Validation(row, EpochScore(cider or 0.0, 0, epoch - 3.0), "a caption")
+        monkeypatch.setattr(Validator, "evaluate", lambda _: validation)
+        monkeypatch.setattr(metrics, "has_pycocoevalcap", lambda: cider is not None)
+        return run_training(tmp_path / "run", data, epochs=epoch)
+
+    monkeypatch.setattr(validation, "MIN_CIDER_IMAGES", 4)  # the small dataset has so many
+    # Only what validation finds matters.
+    monkeypatch.setattr(train, "train_epoch", lambda *args: args[3].progress.token_count.assign(1))
+    run_epoch(1, ciders[0])
+    capsys.readouterr()
+    run = run_epoch(2, ciders[1])
+    lines = capsys.readouterr().err
+    kept = "the best epoch so far was chosen by CIDEr, which cannot be computed now: it stays the best"
+    replaced = "the best epoch so far was chosen without CIDEr: the next one with a CIDEr above 0 is taken as better"
+    assert (kept in lines) == (ciders[0] == 3.0)
+    assert (replaced in lines) == (ciders[0] is None)
+    assert f"best: epoch {best_epoch}, " in lines
+    assert tf.train.latest_checkpoint(run / "checkpoints/best").endswith(f"ckpt-{best_epoch}")
 
 
 @pytest.mark.slow

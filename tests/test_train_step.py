@@ -19,8 +19,7 @@ from model import SamplingNoise
 
 @pytest.fixture
 def captions(dataset, tokenizer, cache):
-    encode = functools.partial(tokenizer.encode, max_length=50)
-    return encode_captions(dataset.split("train"), encode, cache.path)
+    return encode_captions(dataset.split("train"), tokenizer.encode, cache.path)
 
 
 @pytest.fixture

@@ -17,8 +17,8 @@ def make_row(epoch, **values):
 
 def test_training_log_writes_history_plot_and_events(tmp_path):
     log = TrainingLog(tmp_path, epochs_done=0)
-    log.add(make_row(1))
-    log.add(make_row(2, train_loss=2.0, bleu4=None, cider=None))
+    log.add(make_row(1), 1, "cider")
+    log.add(make_row(2, train_loss=2.0, bleu4=None, cider=None), 1, "cider")
     rows = read_history(tmp_path / "history.csv")
     assert rows[0] == {name: str(value) for name, value in make_row(1).items()}
     assert (rows[1]["epoch"], rows[1]["train_loss"], rows[1]["bleu4"], rows[1]["cider"]) == ("2", "2.0", "", "")
@@ -37,9 +37,9 @@ def test_training_log_continues_after_the_epochs_that_are_done(tmp_path, monkeyp
     monkeypatch.setattr(training_log, "plot_history", lambda *_: None)
     log = TrainingLog(tmp_path, epochs_done=0)
     for epoch in (1, 2, 3):
-        log.add(make_row(epoch))
+        log.add(make_row(epoch), 1, "cider")
     resumed = TrainingLog(tmp_path, epochs_done=2)
-    resumed.add(make_row(3, train_loss=1.0))
+    resumed.add(make_row(3, train_loss=1.0), 1, "cider")
     rows = read_history(tmp_path / "history.csv")
     assert [(row["epoch"], row["train_loss"]) for row in rows] == [("1", "2.5"), ("2", "2.5"), ("3", "1.0")]
 
@@ -48,7 +48,7 @@ def test_training_log_without_tensorboard_leaves_out_events(tmp_path, monkeypatc
     find_spec = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "tensorboard" else find_spec(name))
     log = TrainingLog(tmp_path, epochs_done=0)
-    log.add(make_row(1))
+    log.add(make_row(1), 1, "val_loss")
     message = capsys.readouterr().err.strip()
     assert message == "no TensorBoard events are written: `pip install tensorboard` adds them"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["history.csv", "loss.png"]

@@ -1,0 +1,88 @@
+"""Finds the files that annotations mean, whose names people write in many ways."""
+
+import functools
+import os
+import re
+import unicodedata
+from collections import defaultdict
+from collections.abc import Iterable
+from pathlib import Path, PurePosixPath
+
+
+def clean_name(name: str) -> str:
+    r"""Returns a name as a path that leads into the image folder, whatever was written.
+
+    `.\photos\a.jpg`, `/photos/a.jpg`, `C:\photos\a.jpg` and `../photos/a.jpg` all become `photos/a.jpg`.
+    """
+    parts = re.sub(r"^\s*[A-Za-z]:[\\/]", "", name.strip()).replace("\\", "/").split("/")
+    return "/".join(part for part in parts if part not in ("", ".", ".."))
+
+
+def _key(name: str) -> str:
+    """Returns what names that differ only in case and in Unicode form have in common; macOS decomposes umlauts."""
+    return unicodedata.normalize("NFC", unicodedata.normalize("NFC", name).casefold())
+
+
+class ImageFinder:
+    """Finds images in a folder by names that need not be exact."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+
+    def find(self, name: str) -> str | None:
+        """Returns the path inside the folder of the one file that a name means; None if there is none, or several.
+
+        Args:
+            name: a name as `clean_name` returns it. It may differ from the file's in case and in Unicode form, have
+                leading folders that are not inside the image folder, lack the folders that are, or lack its ending.
+        """
+        if self._is_file(name):
+            return name
+        parts = name.split("/")
+        shorter = ["/".join(parts[i:]) for i in range(len(parts))]
+        if found := next((path for path in shorter[1:] if self._is_file(path)), None):
+            return found
+        by_path, by_name = self._index
+        for index, candidates in ((by_path, shorter), (by_name, shorter[-1:])):
+            for candidate in candidates:
+                matches = index.get(_key(candidate), [])
+                if len(matches) == 1:
+                    return matches[0]
+        return None
+
+    def _is_file(self, name: str) -> bool:
+        try:
+            return (self.folder / name).is_file()
+        except (OSError, ValueError):  # the name is too long
+            return False
+
+    @functools.cached_property
+    def _index(self) -> tuple[dict[str, list[str]], dict[str, list[str]]]:
+        """All files inside the folder, by their path and by their name alone, each with and without its ending."""
+        by_path: defaultdict[str, list[str]] = defaultdict(list)
+        by_name: defaultdict[str, list[str]] = defaultdict(list)
+        for folder, _, names in os.walk(self.folder):
+            for name in names:
+                if not name.startswith("."):  # a Mac's ._a.jpg
+                    path = PurePosixPath(Path(os.path.relpath(os.path.join(folder, name), self.folder)).as_posix())
+                    for suffix in {"", path.suffix}:
+                        by_path[_key(str(path).removesuffix(suffix))].append(str(path))
+                        by_name[_key(path.name.removesuffix(suffix))].append(str(path))
+        return by_path, by_name
+
+
+def find_images(folder: Path, names: Iterable[str]) -> tuple[dict[str, str], list[str]]:
+    """Finds the files of images.
+
+    Returns:
+        The path inside the folder for every name; and the names for which there is no file, or not one only, which
+        stay as they are.
+    """
+    finder = ImageFinder(folder)
+    paths, missing = {}, []
+    for name in names:
+        found = finder.find(name)
+        if found is None:
+            missing.append(name)
+        paths[name] = found or name
+    return paths, missing

@@ -1,0 +1,147 @@
+"""Text of any language: one form for the same text, and words in scripts that are written without spaces.
+
+    normalize_text("A man’s dog &amp; a  cat")  # "A man's dog & a cat"
+    split_characters("iphone手机")              # ["iphone", "手", "机"]
+    join_words(["iphone", "手", "机"])          # "iphone 手机"
+
+No dictionary of any language is used, so that words of such scripts cannot be told apart: their characters are.
+"""
+
+import html.entities
+import itertools
+import re
+import unicodedata
+from collections import Counter
+from collections.abc import Iterable
+
+SAMPLE_SIZE = 1000  # captions that are looked at to find out how words are written
+MAX_UNSPACED_WORDS = 2  # between the spaces of a caption that is written without spaces between words
+MIN_UNSPACED_LETTERS = 5  # of such a caption; a shorter one may be a single word
+
+# The scripts that are written without spaces between words.
+UNSPACED_SCRIPTS = {
+    "Han": "\u2e80-\u2fdf\u3005-\u3007\u3021-\u3029\u3038-\u303b\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff"
+    "\U00020000-\U0003ffff",
+    "Hiragana": "\u3041-\u309f\U0001b001-\U0001b11f",
+    "Katakana": "\u30a1-\u30fa\u30fc-\u30ff\u31f0-\u31ff\uff66-\uff9f",
+    "Thai": "\u0e01-\u0e3a\u0e40-\u0e5b",
+    "Lao": "\u0e80-\u0eff",
+    "Khmer": "\u1780-\u17ff\u19e0-\u19ff",
+    "Myanmar": "\u1000-\u109f\ua9e0-\ua9ff\uaa60-\uaa7f",
+}
+_UNSPACED = re.compile(f"[{''.join(UNSPACED_SCRIPTS.values())}]")
+_UNSPACED_BY_SCRIPT = {script: re.compile(f"[{ranges}]") for script, ranges in UNSPACED_SCRIPTS.items()}
+
+_TO_ASCII = str.maketrans(
+    # Quotes from ‘ to ‛, ′ and ‵, the acute accent that some type for an apostrophe, letters like it, ׳ and ＇.
+    dict.fromkeys("\u2018\u2019\u201a\u201b\u2032\u2035\u00b4\u02b9\u02bb\u02bc\u02bd\ua78b\ua78c\u05f3\uff07", "'")
+    # Quotes from “ to ‟, ″ and ‶, « and », ‹ and ›, 〝 to 〟, ״ and ＂.
+    | dict.fromkeys("\u201c\u201d\u201e\u201f\u2033\u2036\u00ab\u00bb\u2039\u203a\u301d\u301e\u301f\u05f4\uff02", '"')
+    # Hyphens and dashes from ‐ to ―, ⁃, the minus sign, ﹘, ﹣ and －.
+    | dict.fromkeys("\u2010\u2011\u2012\u2013\u2014\u2015\u2043\u2212\ufe58\ufe63\uff0d", "-")
+)
+_ENTITY = re.compile(r"&(#[0-9]{1,7}|#[xX][0-9a-fA-F]{1,6}|[A-Za-z][A-Za-z0-9]*);")
+
+
+# One form for the same text.
+
+
+def normalize_text(text: str) -> str:
+    """Brings text to one form, so that the same words are the same characters however they were typed.
+
+    HTML entities are undone, and characters have their compatible, composed form (Unicode's NFKC). Typographic quotes,
+    apostrophes and dashes become those of ASCII; invisible characters go, such as zero-width spaces, soft hyphens and
+    marks of direction; and one space stands for white space of any kind and length. Done twice, it changes nothing
+    more.
+    """
+    while not (text.isascii() and "&" not in text):
+        # Again until nothing changes: an entity may hide another one, or a character that has another form.
+        normal = _normalize_once(text)
+        if normal == text:
+            break
+        text = normal
+    return " ".join(text.split())
+
+
+def _normalize_once(text: str) -> str:
+    """Applies every rule of `normalize_text` but that of white space."""
+    text = _ENTITY.sub(_unescape, text).translate(_TO_ASCII)  # quotes before NFKC, which takes ″ for two ′
+    visible = "".join(char for char in text if unicodedata.category(char) != "Cf")
+    return unicodedata.normalize("NFKC", visible).translate(_TO_ASCII)
+
+
+def _unescape(entity: re.Match) -> str:
+    """Returns what a whole HTML entity stands for; what only begins like one stays."""
+    is_known = entity[1].startswith("#") or f"{entity[1]};" in html.entities.html5
+    return html.unescape(entity[0]) if is_known else entity[0]
+
+
+class _PunctuationTable(dict[int, int | str]):
+    """A table for `str.translate`: spaces for Unicode's punctuation, except the apostrophe; filled as needed."""
+
+    def __missing__(self, code: int) -> int | str:
+        char = chr(code)
+        self[code] = " " if unicodedata.category(char).startswith("P") and char != "'" else code
+        return self[code]
+
+
+_PUNCTUATION_TO_SPACES = _PunctuationTable()
+
+
+def punctuation_to_spaces(text: str) -> str:
+    """Replaces punctuation of any script by spaces. The apostrophe stays, so that "man's" is one word."""
+    return text.translate(_PUNCTUATION_TO_SPACES)
+
+
+# Scripts without spaces between words.
+
+
+def split_characters(word: str) -> list[str]:
+    """Splits a word into the characters of scripts without spaces, each with its marks; other parts stay whole."""
+    if not _UNSPACED.search(word):
+        return [word]
+    parts: list[str] = []
+    for char in word:
+        is_mark = unicodedata.category(char).startswith("M")
+        # A mark belongs to the character before it; another letter to the part before it, if that has such letters.
+        if parts and (is_mark or not (_UNSPACED.match(char) or _UNSPACED.match(parts[-1]))):
+            parts[-1] += char
+        else:
+            parts.append(char)
+    return parts
+
+
+def join_words(words: Iterable[str]) -> str:
+    """Joins the parts that `split_characters` made: with a space, but not between characters that are written so."""
+    text, previous = "", ""
+    for word in words:
+        is_unspaced = _UNSPACED.match(previous) and _UNSPACED.match(word)
+        text += word if is_unspaced or not text else f" {word}"
+        previous = word
+    return text
+
+
+def describe_unspaced(captions: Iterable[str]) -> str | None:
+    """Finds out whether captions are written without spaces between words, so that a caption would be one word.
+
+    Args:
+        captions: texts, of which the first 1,000 are looked at.
+
+    Returns:
+        What to do, in one line; None if captions have spaces, as those of most languages and segmented ones have.
+    """
+    sample = list(itertools.islice(captions, SAMPLE_SIZE))
+    scripts: Counter[str] = Counter()
+    num_unspaced = 0
+    for caption in sample:
+        # Punctuation is no space here: Chinese clauses between commas are no words.
+        if len(caption.split()) <= MAX_UNSPACED_WORDS and len(_UNSPACED.findall(caption)) >= MIN_UNSPACED_LETTERS:
+            num_unspaced += 1
+            scripts.update({script: len(letter.findall(caption)) for script, letter in _UNSPACED_BY_SCRIPT.items()})
+    if num_unspaced <= len(sample) / 2:
+        return None
+    mean_words = sum(len(punctuation_to_spaces(caption).split()) for caption in sample) / len(sample)
+    return (
+        f"captions are written without spaces between words ({scripts.most_common(1)[0][0]}): a caption has "
+        f"{mean_words:.1f} words on average; `python train.py --words characters` takes every character as a word"
+    )
