@@ -176,7 +176,7 @@ def assign_splits(examples: Sequence[Example], config: DataConfig, split_files: 
         if splits:
             log(f"split: at random, since all images of the annotations are of the {splits.pop()} split")
         return _split_at_random(examples, config)
-    if "val" not in splits:
+    if config.test_annotations and "val" not in splits:
         test = [example for example in examples if example.split == "test"]
         rest = [example for example in examples if example.split != "test"]
         return _split_at_random(rest, dataclasses.replace(config, test_fraction=0.0)) + test

@@ -199,14 +199,18 @@ def _save_random_weights(folder: Path, image_dir: Path, image_paths: list[str]) 
     return file_sha256(folder / CNN_FILE)
 
 
-def load_images(image_dir: Path, image_paths: Iterable[str]) -> Iterator[tuple[str, np.ndarray | InputError]]:
-    """Loads images in their order, with several threads.
+def load_images(
+    image_dir: Path, image_paths: Iterable[str], records: ImageRecords | None = None
+) -> Iterator[tuple[str, np.ndarray | InputError]]:
+    """Loads images in their order, with several threads, and notes their files in `records`.
 
     Yields:
         The image's path, and its pixels, (299, 299, 3) uint8, or the reason why it cannot be read.
     """
 
     def load(image_path: str) -> np.ndarray | InputError:
+        if records:
+            records.note(image_path)
         try:
             return load_image(image_dir / image_path)
         except InputError as error:
@@ -264,7 +268,7 @@ def write_features(
 
     def store(image_path: str, features: np.ndarray) -> None:
         cache.write(image_path, features)  # np.save of one image's features, (64, 2048)
-        records.add([image_path])
+        records.add(image_path)
 
     def finish(pending: dict[str, Future]) -> None:
         for image_path, future in pending.items():
@@ -304,7 +308,7 @@ def cache_features(cache: FeatureCache, image_dir: Path, image_paths: list[str],
     extractor = _build_extractor_of(cache.cnn_weights)
     unreadable: dict[str, str] = {}
     with progress_bar(total=len(missing), unit="image", desc="features") as progress:
-        images = _skip_unreadable(load_images(image_dir, missing), unreadable)
+        images = _skip_unreadable(load_images(image_dir, missing, records), unreadable)
         write_features(cache, records, compute_features(extractor, images, batch_size), progress, unreadable)
         progress.update(len(missing) - progress.n)  # those that cannot be read
     if len(unreadable) == len(image_paths):
@@ -387,9 +391,9 @@ def main(argv: list[str] | None = None) -> None:
     dataset = data_utils.load_dataset(DataConfig.from_args(args))
     if args.shard != slice(None) and args.cnn_weights == "random":
         raise InputError("--shard needs weights that all processes have; --cnn-weights random draws its own")
-    cache, _ = extract_features(dataset, FeatureConfig.from_args(args), args.shard)
-    image_paths = [example.image_path for example in dataset.examples][args.shard]
-    print(f"{len(image_paths) - len(cache.missing(image_paths)):,} images have their features in {cache.folder}/")
+    cache, readable = extract_features(dataset, FeatureConfig.from_args(args), args.shard)
+    num_cached = len(set(dataset.examples[args.shard]).intersection(readable.examples))
+    print(f"{num_cached:,} images have their features in {cache.folder}/")
 
 
 if __name__ == "__main__":

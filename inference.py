@@ -123,7 +123,9 @@ class Captioner:
     @classmethod
     def load(cls, run: Path | str, config: DecodeConfig = GREEDY) -> "Captioner":
         """Loads a run folder; raises InputError as `load_run` does."""
-        return cls(*load_run(run), Path(run), config)
+        loaded_model, tokenizer, run_config = load_run(run)
+        config = dataclasses.replace(config, max_words=config.max_words or run_config.train.max_length)
+        return cls(loaded_model, tokenizer, run_config, Path(run), config)
 
     def caption(self, image_path: Path | str) -> Caption:
         """Captions one image: the tutorial's `evaluate(image)`.
@@ -182,7 +184,7 @@ def caption_and_plot(
     except OSError as error:  # the name is too long, or nothing may be written into the folder
         if error.errno == errno.ENOSPC:
             raise
-        log(f"{plot_path}: the plot cannot be written ({error.strerror})", error=True)
+        log(f"{plot_path}: the plot cannot be written ({error.strerror or error})", error=True)
         return caption, None
     return caption, plot_path
 
@@ -326,7 +328,8 @@ def caption_test_images(
             log(f"skipped {error}", error=True)
             continue
         references = [f"  reference: {text}" for text in example.captions]
-        text = "\n".join([str(path), *references, f"  predicted: {caption.text}", f"  attention: {plot_path}"])
+        plots = [f"  attention: {plot_path}"] if plot_path else []
+        text = "\n".join([str(path), *references, f"  predicted: {caption.text}", *plots])
         writer.write(str(path), path, caption, plot_path, text, references=example.captions)
 
 
@@ -344,7 +347,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     """Parses the command line."""
     parser = make_parser(__doc__, "[option ...] [image ...]")
     parser.add_argument(
-        "images", nargs="*", help="files, folders or http(s) addresses of images (default: a few test images)"
+        "image", nargs="*", help="files, folders or http(s) addresses of images (default: a few test images)"
     )
     add_model_options(parser)
     group = parser.add_argument_group("test images, if no images are given")
@@ -376,7 +379,7 @@ def main(argv: list[str] | None = None) -> None:
     """Captions the images of the command line, or a few test images."""
     args = parse(argv)
     set_max_megapixels(args.max_megapixels)
-    images = expand_image_args(args.images)
+    images = expand_image_args(args.image)
     captioner = Captioner.load(args.run or latest_run(), DecodeConfig.from_args(args))
     log(f"run: {captioner.run}")
     writer = ResultWriter(args.json, args.grid)

@@ -28,7 +28,7 @@ from captioning import devices, losses
 from captioning.annotations import Example
 from captioning.checkpoints import Checkpoints, TrainProgress
 from captioning.cli import InputError, add_quiet_option, defer_interrupts, log, make_parser, progress_bar, run_main
-from captioning.config import RECIPES, DataConfig, FeatureConfig, ModelConfig, RunConfig, TrainConfig
+from captioning.config import RECIPES, DataConfig, DecodeConfig, FeatureConfig, ModelConfig, RunConfig, TrainConfig
 from captioning.feature_cache import FeatureCache
 from captioning.files import lock_folder
 from captioning.input_pipeline import (
@@ -228,7 +228,8 @@ def make_validator(
     examples = examples[: config.max_val_images]
 
     def generate_captions() -> list[str]:
-        captions = evaluate.generate_captions(caption_model, tokenizer, cache, examples, config.batch_size)
+        decoding = DecodeConfig(max_words=config.max_length)
+        captions = evaluate.generate_captions(caption_model, tokenizer, cache, examples, config.batch_size, decoding)
         return [caption.text for caption in captions]
 
     return Validator(
@@ -365,11 +366,7 @@ def main(argv: list[str] | None = None, on_step: Callable[[TrainState], None] | 
     train_config, model_config = TrainConfig.from_args(args), ModelConfig.from_args(args)
     devices.warn_if_gpu_unused()
     strategy = devices.make_strategy(train_config.strategy)
-    if train_config.batch_size < strategy.num_replicas_in_sync:
-        raise InputError(
-            f"--batch-size: expected at least {strategy.num_replicas_in_sync}, the number of devices, found "
-            f"{train_config.batch_size}"
-        )
+    devices.check_batch_size(train_config.batch_size, strategy)
     data_config, feature_config = fill_locations(args.run, DataConfig.from_args(args), FeatureConfig.from_args(args))
     dataset = data_utils.load_dataset(data_config)
     all_images = {example.image_path for example in dataset.examples}

@@ -154,8 +154,9 @@ def _fit_to_header(fields: list[str], num_columns: int, caption: int, dialect: D
 
 def _refuse_addresses(path: Path | str, rows: list[CaptionRow]) -> None:
     """Refuses a table whose images are addresses; raises InputError."""
-    if rows and all(re.match(r"https?://", row.image_path.strip()) for row in rows[:10] if not row.problem):
-        raise InputError(f"{path}: its images are addresses, the first {rows[0].image_path[:60]!r}; {DOWNLOAD_ADVICE}")
+    name = next((row.image_path for row in rows if not row.problem), "")
+    if re.match(r"\s*https?://", name):
+        raise InputError(f"{path}: its images are addresses, the first {name[:60]!r}; {DOWNLOAD_ADVICE}")
 
 
 # Without a header.

@@ -203,6 +203,9 @@ class DecodeConfig(Settings):
     length_penalty: float = option(
         1.0, "captions of a beam compete by log p / length ** this; larger values prefer longer ones", minimum=0
     )
+    max_words: int | None = option(
+        None, "words after which a caption that has not ended is cut (default: the run's --max-length)", minimum=1
+    )
 
 
 # The file that a run is saved with.

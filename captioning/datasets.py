@@ -14,7 +14,7 @@ from captioning.cli import InputError, format_bytes, log, progress_bar
 from captioning.config import DataConfig
 from captioning.downloads import Archive, download, fetch_archive
 from captioning.files import check_disk_space
-from captioning.image_names import find_images
+from captioning.image_names import find_clash, find_images
 
 # Plain http, since the host has no valid certificate: the sizes and MD5s of its archives are checked.
 COCO_URL = "http://images.cocodataset.org"
@@ -285,6 +285,11 @@ class UserFiles(DatasetSource):
         if renamed := [name for name, path in paths.items() if path != name]:
             first = renamed[0]
             log(f"{folder}: {len(renamed):,} images have other names there, such as {paths[first]!r} for {first!r}")
+        if clash := find_clash(paths):
+            raise InputError(
+                f"{folder}: {clash[0]!r} and {clash[1]!r} of {part.path} would be one file, {paths[clash[0]]!r}; put the "
+                "images into folders as the names have them"
+            )
         merged = rename_images(examples, lambda name: paths[name])
         if num_twice := len(examples) - len(merged):
             log(f"{part.path}: {num_twice:,} images are named in two ways; their captions are put together")

@@ -12,7 +12,7 @@ from captioning.config import DecodeConfig
 from captioning.quiet_tensorflow import tf
 from captioning.special_tokens import END_ID, PAD_ID, START_ID, UNK_ID
 
-MAX_WORDS = 50  # a caption that has not ended by then is cut
+MAX_WORDS = 50  # a caption that has not ended by then is cut, unless the settings say otherwise
 
 
 class StepModel(Protocol):
@@ -40,9 +40,10 @@ class DecodedBatch(NamedTuple):
 
 def decode(model: StepModel, features: tf.Tensor, config: DecodeConfig) -> DecodedBatch:
     """Captions features (B, L, 2048) as the settings ask: greedily, or with a beam of more than one."""
+    max_words = config.max_words or MAX_WORDS
     if config.beam_size == 1:
-        return greedy_search(model, features)
-    return beam_search(model, features, config.beam_size, config.length_penalty)
+        return greedy_search(model, features, max_words)
+    return beam_search(model, features, config.beam_size, config.length_penalty, max_words)
 
 
 def forbidden_tokens(vocab_size: int) -> tf.Tensor:

@@ -86,3 +86,11 @@ def xla_works() -> bool:
         log(f"XLA cannot be used on this GPU ({str(error).splitlines()[0][:100]}): training without it")
         return False
     return True
+
+
+def check_batch_size(batch_size: int, strategy: tf.distribute.Strategy) -> None:
+    """Checks that every device gets a part of a batch; raises InputError if not."""
+    if batch_size < strategy.num_replicas_in_sync:
+        raise InputError(
+            f"--batch-size: expected at least {strategy.num_replicas_in_sync}, the number of devices, found {batch_size}"
+        )

@@ -71,6 +71,25 @@ class ImageFinder:
         return by_path, by_name
 
 
+def find_clash(paths: dict[str, str]) -> tuple[str, str] | None:
+    """Finds two names of one file that seem to mean two images, as `train/a.jpg` and `val/a.jpg` do.
+
+    Args:
+        paths: the file of each name.
+
+    Returns:
+        The two names, or None. The folders of one must be the last folders of the other.
+    """
+    names_of: defaultdict[str, list[str]] = defaultdict(list)
+    for name, path in paths.items():
+        for other in names_of[path]:
+            folders = sorted((f"/{_key(name)}".rpartition("/")[0], f"/{_key(other)}".rpartition("/")[0]), key=len)
+            if not folders[1].endswith(folders[0]):
+                return other, name
+        names_of[path].append(name)
+    return None
+
+
 def find_images(folder: Path, names: Iterable[str]) -> tuple[dict[str, str], list[str]]:
     """Finds the files of images.
 

@@ -3,6 +3,7 @@
 import contextlib
 import functools
 import importlib.util
+import io
 import math
 import os
 import re
@@ -21,6 +22,9 @@ from captioning.cli import InputError, log
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
+# Pillow warns about odd metadata, which are not used, and about large images below the limit.
+warnings.filterwarnings("ignore", module=r"PIL\.")
+warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 
 # Pillow's number of each orientation that a camera stores (EXIF tag 274), and what makes it upright.
 ORIENTATION_TAG = 0x0112
@@ -34,8 +38,10 @@ TRANSPOSITIONS = {
     8: Image.Transpose.ROTATE_90,
 }
 MIN_ROWS_SHARE = 0.5  # of a truncated JPEG's rows, of which more must be there
-HEIC_BRANDS = (b"heic", b"heix", b"hevc", b"heim", b"heis", b"mif1", b"msf1")
+HEIC_BRANDS = (b"heic", b"heix", b"hevc", b"heim", b"heis", b"heif", b"mif1", b"msf1")
 HEIC_SUFFIXES = (".heic", ".heif")
+PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
+PNG_METADATA = b"acTL bKGD cHRM cICP eXIf fcTL fdAT gAMA hIST iCCP iTXt pHYs sBIT sPLT sRGB tEXt tIME zTXt".split()
 
 
 # Reading.
@@ -45,14 +51,13 @@ def read_image(path: Path | str) -> Image.Image:
     """Reads an image of any format that Pillow knows as upright RGB, see `to_rgb`.
 
     A JPEG that is cut off is used without the rows that it lacks, if they are less than half, and that is logged.
+    Damaged metadata are ignored.
 
     Raises:
         InputError: the file does not exist, or is not an image that can be read.
     """
-    _ignore_warnings()
     try:
-        with _open(path) as image:
-            return to_rgb(_load(path, image))
+        return _read(path)
     except InputError:
         raise
     except FileNotFoundError:
@@ -74,11 +79,34 @@ def set_max_megapixels(limit: int) -> None:
     Image.MAX_IMAGE_PIXELS = math.ceil(limit * 1e6 / 2)  # Pillow refuses images of more than twice as many pixels
 
 
-@functools.cache
-def _ignore_warnings() -> None:
-    """Hides what Pillow says about odd metadata, which is not used, and about large images below the limit."""
-    warnings.filterwarnings("ignore", module=r"PIL\.")
-    warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
+def _read(path: Path | str) -> Image.Image:
+    """Reads an image, see `read_image`; raises what Pillow raises."""
+    try:
+        with _open(path) as image:
+            return to_rgb(_load(path, image))
+    except (InputError, FileNotFoundError, Image.DecompressionBombError):
+        raise
+    except Exception:
+        content = _strip_png(path)
+        if content is None:
+            raise
+        with Image.open(io.BytesIO(content)) as image:
+            return to_rgb(image)
+
+
+def _strip_png(path: Path | str) -> bytes | None:
+    """Returns a PNG without its metadata, over which Pillow may stumble; None of a file that has none."""
+    with open(path, "rb") as file:
+        if file.read(len(PNG_SIGNATURE)) != PNG_SIGNATURE:
+            return None
+        chunks, has_metadata = [], False
+        while len(header := file.read(8)) == 8:
+            rest = file.read(int.from_bytes(header[:4]) + 4)  # the content and its CRC
+            if header[4:] in PNG_METADATA:
+                has_metadata = True
+            else:
+                chunks += [header, rest]
+    return b"".join([PNG_SIGNATURE, *chunks]) if has_metadata else None
 
 
 def _open(path: Path | str) -> Image.Image:

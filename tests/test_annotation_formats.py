@@ -69,7 +69,9 @@ def test_exactly_one_format_matches(description, tmp_path):
     content, options = read_content(path, None), ReadOptions()
     matching = [annotation_format.name for annotation_format in FORMATS if annotation_format.matches(content, options)]
     assert matching[0] == name
-    assert len(matching) == 1 or matching == ["JSON Lines", "JSON list of objects"] or "table without a header" in matching
+    assert (
+        len(matching) == 1 or matching == ["JSON Lines", "JSON list of objects"] or "table without a header" in matching
+    )
 
 
 # COCO and its relatives.

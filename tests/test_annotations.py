@@ -1,124 +1,105 @@
-"""Annotation files in all formats, good ones and bad ones."""
-
-import json
+"""From rows of any format to examples: what is left out, how it is said, and the one form of captions and names."""
 
 import pytest
 
-from captioning.annotations import FORMATS, Example, read_annotations
+from captioning.annotations import Example, read_annotations, rename_images
 from captioning.cli import InputError
-
-COCO = {
-    "images": [{"id": 7, "file_name": "b.jpg"}, {"id": 3, "file_name": "a.jpg"}],
-    "annotations": [
-        {"image_id": 3, "id": 1, "caption": "A dog , running ."},
-        {"image_id": 7, "id": 2, "caption": "a cat\n"},
-        {"image_id": 3, "id": 4, "caption": "the dog"},
-    ],
-}
-KARPATHY = {
-    "images": [
-        {
-            "filename": "a.jpg",
-            "filepath": "train2014",
-            "split": "restval",
-            "cocoid": 3,
-            "sentences": [{"raw": "a dog"}],
-        },
-        {
-            "filename": "b.jpg",
-            "filepath": "val2014",
-            "split": "test",
-            "cocoid": 7,
-            "sentences": [{"raw": "a cat"}, {"raw": " "}],
-        },
-    ]
-}
-CSV = "image,caption\na.jpg,a dog\n"
-TOKENS = "a.jpg#0\ta dog\na.jpg#1\tthe # dog\nb.jpg#0\ta cat\n"
 
 
 @pytest.fixture
 def read(tmp_path):
-    """A function that reads annotations from a file with some text, or some JSON."""
+    """Reads annotations from a CSV file with some lines below its header."""
 
-    def read(content):
-        path = tmp_path / "annotations"
-        path.write_text(content if isinstance(content, str) else json.dumps(content), encoding="utf-8")
+    def read(*lines, header="image,caption"):
+        path = tmp_path / "captions.csv"
+        path.write_text("\n".join([header, *lines]) + "\n", encoding="utf-8")
         return read_annotations(path)
 
     return read
 
 
-def test_read_annotations_of_coco(read):
-    assert read(COCO) == [Example("a.jpg", ("A dog , running .", "the dog"), 3), Example("b.jpg", ("a cat",), 7)]
-
-
-def test_read_annotations_of_karpathy(read):
-    assert read(KARPATHY) == [
-        Example("train2014/a.jpg", ("a dog",), 3, "train"),
-        Example("val2014/b.jpg", ("a cat",), 7, "test"),
+def test_examples_are_in_the_order_of_the_file_and_numbered(read):
+    assert read("b.jpg,a cat", "a.jpg,a dog", "b.jpg,the cat") == [
+        Example("b.jpg", ("a cat", "the cat"), 0),
+        Example("a.jpg", ("a dog",), 1),
     ]
 
 
-def test_read_annotations_of_csv_with_quoted_and_unquoted_commas(read):
-    examples = read('\ufeffimage,caption\na.jpg,"a dog, running"\na.jpg,a ""big"" dog , running\nb.jpg,\nc.jpg,a cat\n')
-    lengths = [(example.image_path, len(example.captions)) for example in examples]
-    assert lengths == [("a.jpg", 2), ("c.jpg", 1)], "an empty caption is dropped"
-    assert examples[0].captions[0] == "a dog, running"
-    assert examples[0].captions[1].endswith("dog , running")
+def test_split_column_is_used_if_it_has_splits_only(read):
+    header = "image,split,caption"
+    assert [e.split for e in read("a.jpg,train,x", "b.jpg,Validation,y", header=header)] == ["train", "val"]
+    assert [e.split for e in read("a.jpg,1,x", "b.jpg,2,y", header=header)] == ["", ""]
 
 
-def test_read_annotations_of_flickr8k_tokens(read):
-    assert read(TOKENS) == [Example("a.jpg", ("a dog", "the # dog"), 0), Example("b.jpg", ("a cat",), 1)]
+def test_captions_and_names_are_brought_to_one_form(read):
+    [example] = read(".\\photos\\a.jpg,“A man\u2019s dog”  &amp; a cat…", "photos/a.jpg,the\u200b dog")
+    assert example == Example("photos/a.jpg", ('"A man\'s dog" & a cat...', "the dog"), 0)
 
 
-@pytest.mark.parametrize("content", [COCO, KARPATHY, CSV, TOKENS, ["annotations"], {}, "hello"])
-def test_formats_match_at_most_one(content):
-    assert sum(matches(content) for matches, _ in FORMATS) == (content not in (["annotations"], {}, "hello"))
-
-
-def test_read_annotations_logs_captions_without_a_word(read, tmp_path, capsys):
-    assert [example.image_path for example in read("image,caption\na.jpg,a dog\na.jpg,?!\nb.jpg,___\n")] == ["a.jpg"]
+def test_what_is_left_out_is_named_and_counted(read, tmp_path, capsys):
+    lines = [f"{i}.jpg,?!" for i in range(5)]
+    assert len(read("a.jpg,a dog", "b.jpg", *lines, ",nothing", "c.jpg,___")) == 1
+    path = tmp_path / "captions.csv"
     assert capsys.readouterr().err.splitlines() == [
-        f"skipped {tmp_path}/annotations: a caption without a word: '{name}' '{caption}'"
-        for name, caption in (("a.jpg", "?!"), ("b.jpg", "___"))
+        f"skipped {path}: line 3 has 1 columns, expected 2: 'b.jpg' ''",
+        *(f"skipped {path}: a caption without a word: '{i}.jpg' '?!'" for i in range(3)),
+        f"skipped {path}: an image without a name: '' 'nothing'",
+        f"skipped {path}: 3 more (a caption without a word)",
+        f"{path}: table with a header (columns image, caption, separated by comma): 1 captions of 1 images",
     ]
 
 
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [
-        ("", "not a known annotation format"),
-        ("hello\nworld", "not a known annotation format"),
-        ("{", "expected JSON"),
-        ("[]", "neither COCO"),
-        ({"images": []}, "neither COCO"),
-        ({"images": "../images", "cnn": "InceptionV3"}, "JSON without captions"),
-        ({"annotations": [{"image_id": 1}], "images": []}, "neither COCO"),
-        ({"images": [{"sentences": [{"raw": "a dog"}]}]}, "neither COCO.*'filename'"),
-        ("image,caption\na.jpg, .\n", "no usable caption"),
-        ("image,caption\n../../etc/passwd,a dog\n", "leads out of the image folder"),
-        ("image,caption\n/etc/passwd,a dog\n", "leads out of the image folder"),
-        ("image,caption\nimages\\a.jpg,a dog\n", "leads out of the image folder"),
-        ('image,caption\na.jpg,"a dog\nb.jpg,a cat\n', "'a.jpg' runs over other lines; close its quote"),
-        ('image,caption\na.jpg,"' + "a dog " * 30_000 + '"\n', "not a CSV that can be read"),
-        ({"images": [{"id": 1, "file_name": 5}], "annotations": [{"image_id": 1, "caption": "a"}]}, "expected text"),
-        ({"images": [{"id": 0.5, "file_name": "a"}], "annotations": [{"image_id": 0.5, "caption": "a"}]}, "the id 0.5"),
-        ({"images": [KARPATHY["images"][0] | {"split": "dev"}]}, "found the id 3 and the split 'dev'"),
-        ({"images": [KARPATHY["images"][0] | {"split": ""}]}, "found the id 3 and the split None"),
-        ({"images": [image | {"cocoid": 1} for image in KARPATHY["images"]]}, "have the same id, 1"),
-        ({"images": [KARPATHY["images"][0] | {"sentences": [{"raw": "half \ud800"}]}]}, "not Unicode text"),
-    ],
-)
-def test_read_annotations_refuses_bad_files_in_one_line(read, content, message):
-    with pytest.raises(InputError, match=message) as error:
-        read(content)
-    assert "\n" not in str(error.value)
+def test_half_characters_and_wrong_types_are_left_out(tmp_path, capsys):
+    path = tmp_path / "captions.json"
+    path.write_text(
+        '[{"image": "a.jpg", "caption": ["a dog", null, NaN, 5, "half \\ud800"]}, {"image": 7, "caption": "x"}]'
+    )
+    assert read_annotations(path) == [Example("a.jpg", ("a dog",), 0)]
+    reasons = [line.split(": ")[1] for line in capsys.readouterr().err.splitlines()[:-1]]
+    assert reasons == [
+        "a caption that is null",
+        "a caption that is null",
+        "an image or a caption that is not text",
+        "a name or a caption that is not Unicode text",
+        "an image or a caption that is not text",
+    ]
 
 
-def test_read_annotations_refuses_wrong_encoding_and_missing_file(tmp_path):
-    (tmp_path / "latin").write_bytes("image,caption\na.jpg,caf\xe9".encode("latin-1"))
-    with pytest.raises(InputError, match="UTF-8"):
-        read_annotations(tmp_path / "latin")
-    with pytest.raises(InputError, match="no such annotation file"):
-        read_annotations(tmp_path / "none")
+def test_ids_and_splits_that_are_none_are_left_out(tmp_path, capsys):
+    path = tmp_path / "captions.json"
+    path.write_text(
+        '{"images": [{"filename": "a.jpg", "split": "train", "cocoid": 0.5, "sentences": [{"raw": "a dog"}]},'
+        '{"filename": "b.jpg", "split": "other", "sentences": [{"raw": "a cat"}]},'
+        '{"filename": "c.jpg", "split": "", "sentences": [{"raw": "a cat"}]},'
+        '{"filename": "d.jpg", "split": "test", "cocoid": 4, "sentences": [{"raw": "a cow"}]}]}'
+    )
+    assert read_annotations(path) == [Example("d.jpg", ("a cow",), 4, "test")]
+    said = capsys.readouterr().err
+    assert "neither a whole number nor text, 0.5" in said and "not train, restval, val or test, 'other'" in said
+
+
+@pytest.mark.parametrize("line", ["a.jpg, .", ",a dog", "a.jpg"])
+def test_annotations_without_a_usable_caption_are_refused(read, line):
+    with pytest.raises(InputError, match=r"no usable caption in 1 rows \(table with a header\); the first: "):
+        read(line)
+
+
+def test_two_images_with_one_id_are_refused(tmp_path):
+    images = ",".join(
+        f'{{"filename": "{name}", "split": "train", "cocoid": 1, "sentences": [{{"raw": "a dog"}}]}}' for name in "ab"
+    )
+    (tmp_path / "captions.json").write_text(f'{{"images": [{images}]}}')
+    with pytest.raises(InputError, match="a and b have the same id, 1"):
+        read_annotations(tmp_path / "captions.json")
+
+
+def test_rename_images_makes_one_of_two():
+    examples = [
+        Example("A.jpg", ("a dog",), 0, "val"),
+        Example("a.jpg", ("the dog",), 1, "train"),
+        Example("b", ("x",), 2),
+    ]
+    assert rename_images(examples, str.lower) == [
+        Example("a.jpg", ("a dog", "the dog"), 0, "val"),
+        Example("b", ("x",), 2),
+    ]
