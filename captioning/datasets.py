@@ -287,8 +287,8 @@ class UserFiles(DatasetSource):
             log(f"{folder}: {len(renamed):,} images have other names there, such as {paths[first]!r} for {first!r}")
         if clash := find_clash(paths):
             raise InputError(
-                f"{folder}: {clash[0]!r} and {clash[1]!r} of {part.path} would be one file, {paths[clash[0]]!r}; put the "
-                "images into folders as the names have them"
+                f"{folder}: {clash[0]!r} and {clash[1]!r} of {part.path} would be one file, {paths[clash[0]]!r}; put "
+                "the images into folders as the names have them"
             )
         merged = rename_images(examples, lambda name: paths[name])
         if num_twice := len(examples) - len(merged):

@@ -90,7 +90,6 @@ def xla_works() -> bool:
 
 def check_batch_size(batch_size: int, strategy: tf.distribute.Strategy) -> None:
     """Checks that every device gets a part of a batch; raises InputError if not."""
-    if batch_size < strategy.num_replicas_in_sync:
-        raise InputError(
-            f"--batch-size: expected at least {strategy.num_replicas_in_sync}, the number of devices, found {batch_size}"
-        )
+    num_devices = strategy.num_replicas_in_sync
+    if batch_size < num_devices:
+        raise InputError(f"--batch-size: expected at least {num_devices}, the number of devices, found {batch_size}")

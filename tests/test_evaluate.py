@@ -85,6 +85,7 @@ def test_score_run_returns_metrics_and_results(captioner, dataset, cache):
         "run",
         "beam_size",
         "length_penalty",
+        "max_words",
         "tokenizer",
         "scores",
         "distinct captions",

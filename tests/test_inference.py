@@ -1,6 +1,8 @@
 import dataclasses
+import errno
 import functools
 import json
+import os
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +14,7 @@ import features
 import inference
 import model
 from captioning.cli import InputError
-from captioning.config import DecodeConfig
+from captioning.config import FORMAT, DecodeConfig
 from captioning.decoding import DecodedBatch, decode
 from captioning.plots import MAX_GRID_IMAGES, plot_attention
 from captioning.quiet_tensorflow import tf
@@ -99,13 +101,13 @@ def test_decode_captions_uses_the_beam_of_its_settings(small_model, tokenizer, r
     assert [caption.text for caption in greedy] == [caption.text for caption in one_beam]
     calls = []
 
-    def beam_search(model, image_features, beam_size, length_penalty):
-        calls.append((beam_size, length_penalty))
+    def beam_search(model, image_features, beam_size, length_penalty, max_words):
+        calls.append((beam_size, length_penalty, max_words))
         return DecodedBatch(*[tf.zeros((0, 0))] * 3)
 
     monkeypatch.setattr("captioning.decoding.beam_search", beam_search)
-    inference.decode_captions(small_model, tokenizer, image_features, DecodeConfig(3, 0.5))
-    assert calls == [(3, 0.5)]
+    inference.decode_captions(small_model, tokenizer, image_features, DecodeConfig(3, 0.5, 7))
+    assert calls == [(3, 0.5, 7)]
 
 
 # Loading a run.
@@ -151,7 +153,7 @@ def test_load_run_refuses_settings_of_other_weights(run):
     path.write_text(json.dumps(config | {"model": config["model"] | {"units": 20}}))
     with pytest.raises(InputError, match=r"damaged, or not the weights of this config\.json"):
         load_run(run)
-    path.write_text(json.dumps({"format": 2, "model": {}}))
+    path.write_text(json.dumps({"format": FORMAT, "model": {}}))
     with pytest.raises(InputError, match=r"not the config\.json of a run"):
         load_run(run)
 
@@ -229,11 +231,49 @@ def test_caption_and_plot_writes_the_text_as_the_tokenizer_joins_it(captioner, p
     assert [text.get_text() for text in figures[0].texts] == ["一只", "一", "50 %", "只", "50 %"]
 
 
+def test_caption_and_plot_reads_what_can_be_read_of_the_image(captioner, tmp_path, capsys):
+    path = tmp_path / "cut.jpg"
+    Image.effect_noise((64, 64), 50).save(path, exif=b"Exif\x00\x00damaged")
+    path.write_bytes(path.read_bytes()[: -path.stat().st_size // 4])
+    _, plot_path = inference.caption_and_plot(captioner, path, tmp_path)
+    assert plot_path.stat().st_size > 1000
+    assert capsys.readouterr().err.count("cut.jpg: truncated") == 1, "it is read twice"
+
+
+def test_caption_and_plot_returns_the_caption_without_a_plot(captioner, tmp_path, capsys):
+    path = tmp_path / ("long" * 62 + ".jpg")  # 252 bytes
+    Image.new("RGB", (9, 9)).save(path)
+    caption, plot_path = inference.caption_and_plot(captioner, path, tmp_path)
+    assert caption.text and plot_path is None
+    assert "longlong_attention.png: the plot cannot be written (File name too long)" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("as_json", [False, True])
+def test_caption_images_continues_without_plots(captioner, photo, tmp_path, capsys, as_json):
+    (tmp_path / "file").touch()  # no folder can be made there
+    images = [str(photo), str(photo)]
+    assert inference.caption_images(captioner, images, tmp_path / "file", ResultWriter(as_json, None)) == 0
+    printed = capsys.readouterr()
+    assert len(printed.out.splitlines()) == printed.err.count("the plot cannot be written") == 2
+    assert "attention: " not in printed.err
+    if as_json:
+        assert [json.loads(line)["plot"] for line in printed.out.splitlines()] == [None, None]
+
+
+def test_caption_images_ends_if_the_disk_is_full(captioner, photo, tmp_path, monkeypatch):
+    def fail(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(inference, "plot_attention", fail)
+    with pytest.raises(OSError, match="No space left"):
+        inference.caption_images(captioner, [str(photo)], tmp_path, ResultWriter(False, None))
+
+
 # The images of the command line.
 
 
 def test_expand_image_args_lists_images_of_folders_but_not_their_plots(tmp_path):
-    for name in ("b.JPG", "a.png", "a_attention.png", "notes.txt"):
+    for name in ("b.JPG", "a.png", "a_attention.png", "notes.txt", "._b.JPG", "Thumbs.db"):
         (tmp_path / name).touch()
     url, file = "https://example.com/photos/", str(tmp_path / "notes.txt")
     assert inference.expand_image_args([str(tmp_path)]) == [str(tmp_path / "a.png"), str(tmp_path / "b.JPG")]
@@ -359,22 +399,29 @@ def test_load_run_dataset_refuses_changed_data(run, saved_dataset, monkeypatch):
 
 
 def test_caption_test_images_shows_references_and_prediction(captioner, saved_dataset, capsys):
-    inference.caption_test_images(captioner, 2, 0, ResultWriter(False, None))
+    inference.caption_test_images(captioner, saved_dataset, 2, 0, ResultWriter(False, None))
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 2 * 5 and all(line.startswith("  reference: ") for line in (*lines[1:3], *lines[6:8]))
     assert lines[3].startswith("  predicted: ") and lines[4].startswith("  attention: ")
     test_images = {str(saved_dataset.image_dir / example.image_path) for example in saved_dataset.split("test")}
     assert {lines[0], lines[5]} <= test_images and lines[0] != lines[5]
     assert len(list((captioner.run / "attention").iterdir())) == 2
-    inference.caption_test_images(captioner, 99, None, ResultWriter(True, None))
+    inference.caption_test_images(captioner, saved_dataset, 99, None, ResultWriter(True, None))
     results = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert {result["image"] for result in results} == test_images and all(len(r["references"]) == 2 for r in results)
+
+
+def test_caption_test_images_leaves_out_plots_that_cannot_be_written(captioner, saved_dataset, capsys):
+    (captioner.run / "attention").touch()
+    inference.caption_test_images(captioner, saved_dataset, 1, 0, ResultWriter(False, None))
+    printed = capsys.readouterr()
+    assert printed.out.splitlines()[-1].startswith("  predicted: ") and "cannot be written" in printed.err
 
 
 def test_caption_test_images_skips_unreadable_images(captioner, saved_dataset, capsys):
     for example in saved_dataset.split("test"):
         (saved_dataset.image_dir / example.image_path).write_text("not an image")
-    inference.caption_test_images(captioner, 1, 0, ResultWriter(False, None))
+    inference.caption_test_images(captioner, saved_dataset, 1, 0, ResultWriter(False, None))
     printed = capsys.readouterr()
     assert printed.out == "" and printed.err.startswith("skipped ")
 
@@ -409,6 +456,24 @@ def test_main_fails_if_an_image_cannot_be_captioned(fast_run, photo, tmp_path):
     bad.write_text("not an image")
     with pytest.raises(InputError, match="1 of 2 images could not be captioned"):
         inference.main([str(bad), str(photo), "--run", str(fast_run), "--output-dir", str(tmp_path)])
+
+
+def test_main_limits_the_size_of_images(fast_run, tmp_path, monkeypatch):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", None)
+    Image.new("1", (1100, 1000)).save(tmp_path / "large.png")
+    arguments = [str(tmp_path / "large.png"), "--run", str(fast_run), "--output-dir", str(tmp_path)]
+    with pytest.raises(InputError, match=r"large\.png: 2 megapixels, expected at most 1; .* --max-megapixels 2"):
+        inference.main([*arguments, "--max-megapixels", "1"])
+    inference.main([*arguments, "--max-megapixels", "2"])
+
+
+def test_main_names_no_option_of_other_commands_if_the_cnn_cannot_be_downloaded(run, photo, monkeypatch):
+    def fail(**kwargs):
+        raise Exception("URL fetch failure")
+
+    monkeypatch.setattr(tf.keras.applications, "InceptionV3", fail)
+    with pytest.raises(InputError, match=r"cannot be downloaded .*; put the file \S+ into \S+$"):
+        inference.main([str(photo), "--run", str(run)])
 
 
 def test_main_refuses_grid_of_unknown_format(run):

@@ -6,11 +6,12 @@ import re
 import pytest
 
 from captioning.cli import InputError
-from captioning.config import FORMAT, DataConfig, ModelConfig, RunConfig, TrainConfig
+from captioning.config import FORMAT, DataConfig, FeatureConfig, ModelConfig, RunConfig, TrainConfig
 from captioning.files import file_sha256, read_json, write_json
 from captioning.quiet_tensorflow import tf
 from captioning.run_folder import (
     best_checkpoint,
+    fill_locations,
     init_run_dir,
     latest_checkpoint,
     latest_run,
@@ -154,13 +155,52 @@ def test_read_config_returns_what_write_config_wrote(run):
     assert json.loads((run / "config.json").read_text())["format"] == FORMAT == 3
 
 
+def test_paths_are_found_from_any_folder_and_move_with_the_project(tmp_path, monkeypatch):
+    project = tmp_path / "project"
+    (project / "notebooks").mkdir(parents=True)
+    monkeypatch.chdir(project)
+    data = DataConfig(annotations="captions.csv", images="/mnt/photos", val_list="lists/val.txt", data_dir="data")
+    features = {**CONFIG.features, "weights": "weights.h5", "sha256": "89", "folder": "features/photos"}
+    config = dataclasses.replace(CONFIG, data=data, features=features)
+    run = project / "runs/photos"
+    write_config(run, config)
+    saved = json.loads((run / "config.json").read_text())
+    assert saved["data"]["annotations"] == "../../captions.csv" and saved["data"]["images"] == "/mnt/photos"
+    assert saved["data"]["val_list"] == "../../lists/val.txt" and saved["data"]["test_list"] is None
+    assert saved["features"]["weights"] == "../../weights.h5" and saved["features"]["folder"] == "../../features/photos"
+    assert saved["features"]["images"] == "../images", "which is relative to the features"
+    assert read_config(run) == config
+    monkeypatch.chdir("notebooks")
+    read = read_config(run)
+    assert (read.data.annotations, read.data.images, read.features["folder"]) == (
+        "../captions.csv",
+        "/mnt/photos",
+        "../features/photos",
+    )
+    write_config(run, read)
+    assert json.loads((run / "config.json").read_text()) == saved, "a resumed run keeps its paths"
+    monkeypatch.chdir(tmp_path)
+    project.rename(tmp_path / "moved")
+    assert read_config(tmp_path / "moved/runs/photos").data.annotations == "moved/captions.csv"
+
+
+def test_fill_locations_takes_those_of_the_run_that_is_resumed(run, tmp_path):
+    assert fill_locations(None, DataConfig(), FeatureConfig()) == (DataConfig(data_dir="data"), FeatureConfig())
+    assert fill_locations(tmp_path / "new", DataConfig(), FeatureConfig())[1] == FeatureConfig()
+    write_config(run, dataclasses.replace(CONFIG, data=DataConfig(data_dir="/mnt/data")))
+    data, features = fill_locations(run, DataConfig(), FeatureConfig())
+    assert (data.data_dir, features.features_dir) == ("/mnt/data", "features/coco")
+    given = DataConfig(data_dir="here"), FeatureConfig(features_dir="there")
+    assert fill_locations(run, *given) == given
+
+
 def edit_config(run, **changes):
     path = run / "config.json"
     values = json.loads(path.read_text()) | changes
     path.write_text(json.dumps({key: value for key, value in values.items() if value != "deleted"}))
 
 
-@pytest.mark.parametrize(("value", "age"), [("deleted", "an earlier"), (1, "an earlier"), (3, "a later")])
+@pytest.mark.parametrize(("value", "age"), [("deleted", "an earlier"), (2, "an earlier"), (4, "a later")])
 def test_read_config_refuses_other_formats(run, value, age):
     edit_config(run, format=value)
     with pytest.raises(InputError, match=rf"config\.json: .* made by {age} version .* train it again, or caption with"):
