@@ -23,7 +23,7 @@ from typing import Any
 
 from captioning.annotations import SPLITS, Example
 from captioning.caption_rows import ReadOptions, read_text
-from captioning.cli import InputError, add_quiet_option, log, make_parser, run_main
+from captioning.cli import InputError, add_quiet_option, advise, log, make_parser, run_main
 from captioning.config import DATA_PATHS, DataConfig, RunConfig
 from captioning.datasets import FLICKR8K_SPLIT_FILES, find_source
 from captioning.image_names import clean_name
@@ -116,8 +116,8 @@ def load_run_dataset(
         data_config = dataclasses.replace(config.data, **locations)
         dataset = load_dataset(data_config, with_images).exclude(set(config.unreadable_images))
     except InputError as error:
-        advice = "" if locations else "; if the data were moved, name them with --annotations, --images or --data-dir"
-        raise InputError(f"the data of the run's config.json: {error}{advice}") from None
+        advice = advise("; if the data were moved, name them with --annotations, --images or --data-dir")
+        raise InputError(f"the data of the run's config.json: {error}{'' if locations else advice}") from None
     if dataset.fingerprint != config.data_fingerprint:
         raise InputError(
             "the data have changed since this run was trained: their fingerprint is not that of its config.json, and "

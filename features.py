@@ -28,7 +28,7 @@ from PIL import Image
 from tqdm import tqdm
 
 import data_utils
-from captioning.cli import InputError, add_quiet_option, format_bytes, log, make_parser, progress_bar, run_main
+from captioning.cli import InputError, add_quiet_option, advise, format_bytes, log, make_parser, progress_bar, run_main
 from captioning.config import DataConfig, FeatureConfig
 from captioning.feature_cache import (
     CNN_FILE,
@@ -136,6 +136,7 @@ def load_inception(cnn_weights: str) -> tf.keras.Model:
             raise InputError(
                 f"InceptionV3's ImageNet weights cannot be downloaded ({reason}); put the file {IMAGENET_FILE} into "
                 f"{Path.home() / '.keras/models'}/"
+                + advise(", or give --cnn-weights FILE, or try the pipeline with --cnn-weights random")
             ) from None
         raise InputError(f"{cnn_weights}: not the weights of InceptionV3 without its top ({reason})") from None
     finally:
@@ -305,7 +306,7 @@ def cache_features(cache: FeatureCache, image_dir: Path, image_paths: list[str],
         return {}
     announce_extraction(cache, missing, len(image_paths))
     check_cnn_weights(cache.cnn_weights, cache.manifest.get("sha256"))
-    extractor = _build_extractor_of(cache.cnn_weights)
+    extractor = build_feature_extractor(cache.cnn_weights)
     unreadable: dict[str, str] = {}
     with progress_bar(total=len(missing), unit="image", desc="features") as progress:
         images = _skip_unreadable(load_images(image_dir, missing, records), unreadable)
@@ -315,16 +316,6 @@ def cache_features(cache: FeatureCache, image_dir: Path, image_paths: list[str],
         first = next(iter(unreadable.values()))
         raise InputError(f"{image_dir}: none of the {len(image_paths):,} images can be read; the first: {first}")
     return unreadable
-
-
-def _build_extractor_of(cnn_weights: str) -> tf.keras.Model:
-    """Builds the feature extractor for commands that have the option --cnn-weights; raises InputError that names it."""
-    try:
-        return build_feature_extractor(cnn_weights)
-    except InputError as error:
-        if cnn_weights != "imagenet":
-            raise
-        raise InputError(f"{error}, or give --cnn-weights FILE, or try it with --cnn-weights random") from None
 
 
 def _skip_unreadable(

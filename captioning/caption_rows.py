@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from captioning.cli import InputError
+from captioning.cli import InputError, advise
 
 # The usual names of fields and columns, in lower case; of several, the first one counts.
 IMAGE_FIELDS = ("image", "file_name", "filename", "filepath", "image_name", "image_path", "file", "path", "name")
@@ -66,7 +66,9 @@ def describe_fields(options: ReadOptions) -> str:
     """Says which names of fields are expected, and how to name others."""
     image = options.image_column or ", ".join(IMAGE_FIELDS[:5])
     caption = options.caption_column or ", ".join(CAPTION_FIELDS[:4])
-    return f"images in {image} and captions in {caption}; name others with --image-column and --caption-column"
+    return f"images in {image} and captions in {caption}" + advise(
+        "; name others with --image-column and --caption-column"
+    )
 
 
 # Text.
@@ -95,7 +97,7 @@ def read_text(path: Path | str, encoding: str | None = None) -> tuple[str, str]:
     except LookupError:
         raise InputError(f"--encoding {encoding}: no such encoding; expected a name such as windows-1252") from None
     except UnicodeDecodeError as error:
-        advice = _describe_other_encoding(content) if encoding is None else "choose another --encoding"
+        advice = _describe_other_encoding(content) if encoding is None else "choose another encoding"
         where = f"{error.reason} at byte {error.start}"
         raise InputError(f"{path}: expected text in {name.upper()} ({where}); {advice}") from None
     if encoding is None and text.count("\x00") > len(text) / 8:
@@ -114,10 +116,11 @@ def _describe_other_encoding(content: bytes) -> str:
     """Says which encoding a file that is not UTF-8 seems to have."""
     if content[1::2].count(0) > len(content) / 8 or content[::2].count(0) > len(content) / 8:
         name = "utf-16-le" if content[1::2].count(0) > content[::2].count(0) else "utf-16-be"
-        return f"it looks like UTF-16 without a mark: give --encoding {name}"
+        return "it looks like UTF-16 without a mark: save it as UTF-8" + advise(f", or give --encoding {name}")
     if sum(byte >= 0x80 for byte in content[:100_000]) > len(content[:100_000]) / 5:
-        return "save it as UTF-8, or name its --encoding, such as gbk, shift_jis or windows-1251"
-    return "it looks like Windows-1252, as Excel writes it: save it as UTF-8, or give --encoding windows-1252"
+        return "save it as UTF-8" + advise(", or name its --encoding, such as gbk, shift_jis or windows-1251")
+    looks_like = "it looks like Windows-1252, as Excel writes it: save it as UTF-8"
+    return looks_like + advise(", or give --encoding windows-1252")
 
 
 def _describe_binary(content: bytes) -> str | None:

@@ -6,6 +6,7 @@ import errno
 import io
 import math
 import os
+import re
 import signal
 import sys
 import tempfile
@@ -36,9 +37,28 @@ def log(message: str, error: bool = False) -> None:
 # The command line.
 
 
+class Command:
+    """The command that runs; none if the project is used from Python."""
+
+    options: frozenset[str] = frozenset()  # such as --run
+
+
+class _Parser(argparse.ArgumentParser):
+    """A parser that notes the options of the command."""
+
+    def parse_known_args(self, *args: Any, **kwargs: Any) -> Any:
+        Command.options = frozenset(self._option_string_actions)
+        return super().parse_known_args(*args, **kwargs)
+
+
+def advise(text: str) -> str:
+    """Returns advice for a message, or an empty text if it names an option that the command does not have."""
+    return text if Command.options.issuperset(re.findall(r"--[a-z-]+", text)) else ""
+
+
 def make_parser(description: str | None, usage: str = "[option ...]", **kwargs: Any) -> argparse.ArgumentParser:
     """Makes a parser whose --help shows a script's docstring, with its examples, and the options in groups."""
-    return argparse.ArgumentParser(
+    return _Parser(
         description=description,
         usage=f"%(prog)s {usage}",
         formatter_class=argparse.RawDescriptionHelpFormatter,

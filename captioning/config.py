@@ -9,6 +9,7 @@ from typing import Any
 from captioning.settings import Settings, option
 
 SEED_LIMIT = 2**32  # NumPy's seeds are smaller
+MAX_TOKENS = 10_000  # of a caption
 MAX_MEGAPIXELS = 179  # Pillow's own limit against decompression bombs
 
 
@@ -155,7 +156,7 @@ class TrainConfig(Settings):
         may_change=True,
     )
     max_length: int = option(
-        50, "longest caption in tokens, <start> and <end> included; longer ones are cut", minimum=3
+        50, "longest caption in tokens, <start> and <end> included; longer ones are cut", minimum=3, maximum=MAX_TOKENS
     )
     max_val_images: int = option(1000, "largest number of images to validate with", minimum=1)
     checkpoint_minutes: float = option(5.0, "minutes between checkpoints within an epoch", minimum=0, may_change=True)
@@ -204,7 +205,10 @@ class DecodeConfig(Settings):
         1.0, "captions of a beam compete by log p / length ** this; larger values prefer longer ones", minimum=0
     )
     max_words: int | None = option(
-        None, "words after which a caption that has not ended is cut (default: the run's --max-length)", minimum=1
+        None,
+        "words after which a caption that has not ended is cut (default: the run's --max-length)",
+        minimum=1,
+        maximum=MAX_TOKENS,
     )
 
 

@@ -10,7 +10,7 @@ from typing import ClassVar, NamedTuple
 from captioning import shapes
 from captioning.annotations import Example, read_annotations, rename_images
 from captioning.caption_rows import ReadOptions
-from captioning.cli import InputError, format_bytes, log, progress_bar
+from captioning.cli import InputError, advise, format_bytes, log, progress_bar
 from captioning.config import DataConfig
 from captioning.downloads import Archive, download, fetch_archive
 from captioning.files import check_disk_space
@@ -34,6 +34,7 @@ COCO_ARCHIVES = {  # with their lengths and MD5s
 COCO_IMAGE_BYTES = 165e3  # on average
 ARCHIVE_SHARE = 0.25  # of a COCO archive's images that are missing, from which it is faster than single files
 NUM_DOWNLOADS = 16  # at the same time
+SMALLER = ", or use fewer --num-captions, or --data-dir on another disk"
 
 FLICKR8K_URL = "https://github.com/jbrownlee/Datasets/releases/download/Flickr8k"
 FLICKR8K_TEXT = Archive("Flickr8k_text.zip", f"{FLICKR8K_URL}/Flickr8k_text.zip")
@@ -143,7 +144,7 @@ class Coco(DatasetSource):
             missing = [image_path for image_path in missing if not (folder / image_path).exists()]
         elif missing:
             num_bytes = len(missing) * COCO_IMAGE_BYTES
-            check_disk_space(folder, num_bytes, "these images of COCO", "use a smaller --num-captions or --data-dir")
+            check_disk_space(folder, num_bytes, "these images of COCO", "free some" + advise(SMALLER))
             log(
                 f"COCO: {len(image_paths) - len(missing):,} of {len(image_paths):,} images are in {folder}/, "
                 f"downloading {len(missing):,} one by one (about {format_bytes(num_bytes)})"
@@ -156,7 +157,7 @@ class Coco(DatasetSource):
         num_bytes = num_missing * COCO_IMAGE_BYTES
         if not (self.image_dir / archive.name).exists():
             num_bytes += archive.num_bytes or 0
-        hint = "use --num-captions 30000 (about 1 GB) or --data-dir"
+        hint = "free some" + advise(f"{SMALLER}; 30,000 captions take about 1 GB")
         check_disk_space(self.image_dir, num_bytes, f"all of COCO's {archive.name}", hint)
         fetch_archive(archive, self.image_dir, (".jpg",))
 
@@ -276,7 +277,7 @@ class UserFiles(DatasetSource):
             is_given = part.split in self.given_folders
             if not self.with_images and not is_given:  # only the captions are needed
                 return examples
-            hint = "" if is_given else "; name the folder of the images with --images"
+            hint = "" if is_given else advise("; name the folder of the images with --images")
             raise InputError(
                 f"{folder}: none of the {len(paths):,} images of {part.path} is in it, such as {missing[0]!r}{hint}"
             )

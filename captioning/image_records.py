@@ -98,7 +98,8 @@ class ImageRecords:
 
     def add(self, image_path: str) -> None:
         """Records the file of an image that was noted, after its features have been written."""
-        if record := self._noted.pop(image_path, None):
+        record = self._noted.pop(image_path, None)
+        if record and record != self._records.get(image_path):
             self._append(image_path, record)
 
     def _describe(self, image_path: str) -> ImageRecord | None:

@@ -17,7 +17,7 @@ from typing import TypeVar
 import numpy as np
 from PIL import Image
 
-from captioning.cli import InputError, log
+from captioning.cli import InputError, advise, log
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -66,8 +66,8 @@ def read_image(path: Path | str) -> Image.Image:
         megapixels = math.ceil(int(re.findall(r"\d+", str(error))[0]) / 1e6)
         limit = round(2 * (Image.MAX_IMAGE_PIXELS or 0) / 1e6)
         raise InputError(
-            f"{path}: {megapixels:,} megapixels, expected at most {limit:,}; if you trust it, use --max-megapixels "
-            f"{megapixels}"
+            f"{path}: {megapixels:,} megapixels, expected at most {limit:,}"
+            + advise(f"; if you trust it, use --max-megapixels {megapixels}")
         ) from None
     except Exception as error:  # Pillow raises many types for a damaged file, struct.error and TypeError among them
         reason = _describe_unknown(path) if isinstance(error, Image.UnidentifiedImageError) else repr(error)

@@ -7,9 +7,10 @@ os.environ["CUDA_VISIBLE_DEVICES"] = "-1"  # before TensorFlow: the tests compar
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from captioning.annotations import Example
-from captioning.cli import Verbosity
+from captioning.cli import Command, Verbosity
 from captioning.feature_cache import FeatureCache
 from data_utils import CaptionDataset
 from tokenizer import Tokenizer
@@ -20,9 +21,21 @@ MANIFEST = {"cnn": "InceptionV3", "weights": "imagenet", "image_size": 299, "dty
 
 
 @pytest.fixture(autouse=True)
-def _verbose(monkeypatch):
-    """Undoes --quiet after a test."""
+def _no_command(monkeypatch):
+    """Begins every test without --quiet and without the options of a command that another test ran."""
     monkeypatch.setattr(Verbosity, "quiet", False)
+    monkeypatch.setattr(Command, "options", frozenset())
+
+
+@pytest.fixture
+def all_options(monkeypatch):
+    """A command that has all options, so that messages name them."""
+
+    class AllOptions(frozenset):
+        def issuperset(self, _):
+            return True
+
+    monkeypatch.setattr(Command, "options", AllOptions())
 
 
 @pytest.fixture
@@ -93,3 +106,27 @@ def run_config(small_model, dataset, cache):
         data_fingerprint=dataset.fingerprint,
         vocabulary_sha256="",
     )
+
+
+@pytest.fixture
+def run(tmp_path, tokenizer, small_model, run_config):
+    """The folder of a run with the untrained small_model."""
+    from captioning.quiet_tensorflow import tf
+    from captioning.run_folder import init_run_dir
+
+    run = tmp_path / "runs/small"
+    init_run_dir(run, run_config, tokenizer.save, "imagenet")
+    tf.train.CheckpointManager(tf.train.Checkpoint(model=small_model), str(run / "checkpoints/best"), 1).save()
+    return run
+
+
+@pytest.fixture
+def saved_dataset(dataset, monkeypatch):
+    """The dataset with images, which the run finds when it loads its dataset."""
+    import data_utils
+
+    dataset.image_dir.mkdir()
+    for example in dataset.examples:
+        Image.new("RGB", (8, 8), "blue").save(dataset.image_dir / example.image_path)
+    monkeypatch.setattr(data_utils, "load_dataset", lambda config, with_images=True: dataset)
+    return dataset

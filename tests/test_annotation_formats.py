@@ -210,6 +210,7 @@ def test_folder_without_captions_is_refused(tmp_path):
         ({"images": [{"sentences": [{"raw": "a dog"}]}]}, "expected Karpathy's JSON .*'filename'"),
     ],
 )
+@pytest.mark.usefixtures("all_options")
 def test_other_content_is_refused_in_one_line(read, content, message):
     with pytest.raises(InputError, match=message) as error:
         read(content)
@@ -228,6 +229,7 @@ def test_other_content_is_refused_in_one_line(read, content, message):
         (b"\xff\xfea", "expected text in UTF-16"),
     ],
 )
+@pytest.mark.usefixtures("all_options")
 def test_other_encodings_and_binary_files_are_refused_in_one_line(tmp_path, content, message):
     (tmp_path / "file").write_bytes(content)
     with pytest.raises(InputError, match=message) as error:

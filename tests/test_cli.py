@@ -70,6 +70,15 @@ def test_int_at_least_refuses_other_values(text, capsys):
 # Messages.
 
 
+def test_advise_names_only_options_of_the_command():
+    assert cli.advise("; use --number") == "" and cli.advise("; free some") == "; free some"
+    parser = cli.make_parser("Does something.")
+    parser.add_argument("--number")
+    parser.parse_args([])
+    assert cli.advise("; use --number N or --quiet") == ""
+    assert cli.advise("; use --number N") == "; use --number N"
+
+
 def test_log_goes_to_standard_error_and_quiet_leaves_errors(capsys):
     parser = cli.make_parser("Does something.")
     cli.add_quiet_option(parser)
@@ -165,6 +174,14 @@ def test_progress_bar_is_live_in_a_notebook_only(monkeypatch):
         monkeypatch.setattr(sys, "stderr", stream)
         with cli.progress_bar(total=1) as bar:
             assert (bar.mininterval < 1) == is_live
+
+
+def test_log_writes_above_a_progress_bar(monkeypatch):
+    terminal = type("Terminal", (io.StringIO,), {"isatty": lambda self: True})()
+    monkeypatch.setattr(sys, "stderr", terminal)
+    with cli.progress_bar(total=2):
+        cli.log("a message")
+    assert re.search(r"\r +\ra message\n\r +0%", terminal.getvalue()), "the bar is cleared, and drawn again below"
 
 
 def test_progress_bar_in_a_pipe_writes_lines_without_control_characters(monkeypatch):

@@ -123,6 +123,7 @@ def user_config(tmp_path):
     return user_config
 
 
+@pytest.mark.usefixtures("all_options")
 def test_load_dataset_of_the_user(user_config, tmp_path):
     config = user_config("image,caption\n" + "".join(f"{i}.jpg,a dog\n" for i in range(10)))
     dataset = load_dataset(config)

@@ -106,10 +106,13 @@ def test_load_dataset_of_coco_without_images_downloads_only_the_captions(coco):
     assert coco.requests == ["/annotations.zip"]
 
 
+@pytest.mark.usefixtures("all_options")
 def test_load_dataset_of_coco_logs_sizes_and_checks_the_disk(coco, monkeypatch, capsys):
     monkeypatch.setattr(datasets, "COCO_IMAGE_BYTES", 5e8)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=2.2e9))
-    with pytest.raises(InputError, match=r"needs 2.5 GB in .*coco, found 2.2 GB free; use a smaller --num-captions"):
+    with pytest.raises(
+        InputError, match=r"needs 2.5 GB in .*coco, found 2.2 GB free; .* fewer --num-captions"
+    ):
         load_dataset(coco.config)
     assert coco.requests == ["/annotations.zip"]
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=2.6e9))
@@ -340,6 +343,7 @@ def test_a_file_of_one_split_alone_is_split_at_random(user_files, tmp_path, caps
         ({"annotations": "train.csv"}, r"of .*train\.csv is in it, such as 'train0\.jpg'; name the folder .*--images"),
     ],
 )
+@pytest.mark.usefixtures("all_options")
 def test_files_that_do_not_fit_are_refused(user_files, tmp_path, settings, message):
     if settings == {"annotations": "train.csv"}:  # otherwise the images are found in folders beside the file
         (tmp_path / "data").rename(tmp_path.parent / f"{tmp_path.name}_images")

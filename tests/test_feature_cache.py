@@ -11,12 +11,14 @@ from captioning.feature_cache import (
     check_manifest,
     find_cnn_weights,
     find_difference,
+    find_outdated,
     make_manifest,
     map_prefetch,
     open_run_cache,
     read_manifest,
 )
 from captioning.files import file_sha256, write_json
+from captioning.image_records import ImageRecords
 
 
 @pytest.fixture
@@ -75,6 +77,23 @@ def test_map_prefetch_maps_in_order(cache, rng):
     paths = tf.constant([str(cache.path(f"{number}.jpg")) for number in range(20)])
     batches = list(map_prefetch(tf.data.Dataset.from_tensor_slices(paths).batch(2), cache.read))
     np.testing.assert_array_equal(np.concatenate(batches), values)
+
+
+def test_find_outdated_finds_missing_damaged_and_changed_features(cache, tmp_path, capsys):
+    names = ["missing.jpg", "damaged.jpg", "good.jpg", "changed.jpg"]
+    for name in names:
+        (tmp_path / name).write_text(name)
+        cache.write(name, np.zeros((64, 2048)))
+    records = ImageRecords(cache.folder, tmp_path)
+    assert find_outdated(cache, records, names) == [] and capsys.readouterr().err == ""
+    cache.path("missing.jpg").unlink()
+    cache.path("damaged.jpg").write_text("damaged")
+    (tmp_path / "changed.jpg").write_text("a longer text")
+    assert find_outdated(cache, records, names) == ["missing.jpg", "damaged.jpg", "changed.jpg"]
+    assert capsys.readouterr().err.splitlines() == [
+        f"features: {cache.path('damaged.jpg')} is damaged and will be computed again",
+        "features: 1 images have changed and will be computed again, the first: changed.jpg",
+    ]
 
 
 # The manifest.

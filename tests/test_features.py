@@ -1,5 +1,7 @@
 import argparse
+import errno
 import json
+import os
 import shutil
 from types import SimpleNamespace
 
@@ -13,59 +15,9 @@ from captioning.annotations import Example
 from captioning.cli import InputError
 from captioning.config import FeatureConfig
 from captioning.feature_cache import FeatureCache
+from captioning.image_records import RECORDS_FILE, ImageRecords
+from captioning.random_cnn import calibrate_batch_norm
 from data_utils import CaptionDataset
-
-
-def ramp(mode="RGB", size=(40, 30)):
-    """A smooth image that is dark on the left and bright on the right."""
-    row = np.linspace(30, 220, size[0]).astype(np.uint8)
-    return Image.fromarray(np.broadcast_to(row, size[::-1]).copy()).convert(mode)
-
-
-# load_image.
-
-
-@pytest.mark.parametrize(
-    ("mode", "suffix"),
-    [("RGB", "jpg"), ("RGB", "png"), ("L", "jpg"), ("CMYK", "jpg"), ("P", "gif"), ("1", "png"), ("LA", "png")],
-)
-def test_load_image_converts_every_format_to_rgb(tmp_path, mode, suffix):
-    path = tmp_path / f"a.{suffix}"
-    ramp(mode).save(path)
-    pixels = features.load_image(path)
-    assert (pixels.shape, pixels.dtype) == ((299, 299, 3), np.uint8)
-    assert pixels[:, -50:].mean() > pixels[:, :50].mean() + 50, "left is dark and right is bright"
-
-
-def test_load_image_makes_transparency_white(tmp_path):
-    Image.new("RGBA", (10, 10), (0, 0, 0, 0)).save(tmp_path / "a.png")
-    assert (features.load_image(tmp_path / "a.png") == 255).all()
-
-
-def test_load_image_keeps_contrast_of_16_bit_images(tmp_path):
-    Image.fromarray(np.linspace(0, 65535, 100).astype(np.uint16).reshape(10, 10)).save(tmp_path / "a.png")
-    pixels = features.load_image(tmp_path / "a.png")
-    assert pixels.min() < 20 and 100 < pixels.mean() < 155 and pixels.max() > 235
-
-
-def test_load_image_applies_exif_orientation(tmp_path):
-    exif = Image.Exif()
-    exif[0x0112] = 3  # taken upside down
-    ramp().save(tmp_path / "a.jpg", exif=exif)
-    pixels = features.load_image(tmp_path / "a.jpg")
-    assert pixels[:, :50].mean() > pixels[:, -50:].mean() + 50
-
-
-def test_load_image_reports_unreadable_file_in_one_line(tmp_path):
-    ramp().save(tmp_path / "complete.jpg")
-    (tmp_path / "cut.jpg").write_bytes((tmp_path / "complete.jpg").read_bytes()[:300])
-    (tmp_path / "text.jpg").write_text("hello")
-    (tmp_path / "empty.png").write_bytes(b"")
-    for name in ("cut.jpg", "text.jpg", "empty.png", "none.jpg"):
-        with pytest.raises(InputError, match=name) as error:
-            features.load_image(tmp_path / name)
-        assert "\n" not in str(error.value)
-
 
 # The feature extractor.
 
@@ -97,7 +49,7 @@ def test_build_feature_extractor_scales_pixels_like_keras(random_extractor, rng)
 @pytest.mark.slow
 def test_calibrate_batch_norm_keeps_activations_alive(random_extractor, rng):
     pixels = rng.integers(0, 256, (4, 299, 299, 3), dtype=np.uint8)
-    features.calibrate_batch_norm(random_extractor, pixels)
+    calibrate_batch_norm(random_extractor, pixels)
     values = random_extractor(pixels).numpy()
     assert values.std() > 0.1 and (values > 0).mean() > 0.2
     assert np.abs(values[0] - values[1]).mean() > 0.01, "different images must have different features"
@@ -191,15 +143,37 @@ def test_cache_features_computes_damaged_file_again(tmp_path, image_dir, image_p
     assert f"{cache.path('3.png')} is damaged" in capsys.readouterr().err
 
 
-def test_cache_features_raises_error_of_writing(tmp_path, image_dir, image_paths, monkeypatch):
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EACCES, errno.EROFS, errno.EIO])
+def test_cache_features_raises_error_of_writing(tmp_path, image_dir, image_paths, monkeypatch, code):
     def fail(self, image_path, values):
-        raise OSError(28, "No space left on device")
+        raise OSError(code, os.strerror(code))
 
     cache = features.open_or_create_cache(tmp_path / "cache", image_dir, image_paths, "imagenet", "float16")
     monkeypatch.setattr(FeatureCache, "write", fail)
     for batch_size in (4, 32):  # an error in an early batch, and in the last one
-        with pytest.raises(OSError, match="No space left"):
+        with pytest.raises(OSError, match=os.strerror(code)):
             features.cache_features(cache, image_dir, image_paths, batch_size)
+
+
+@pytest.mark.parametrize("length", [250, 246, 200])
+def test_cache_features_writes_long_names(tmp_path, image_dir, length):
+    name = "é" * (length // 2 - 2) + ".png"
+    Image.new("L", (8, 8), 70).save(image_dir / name)
+    cache = features.open_or_create_cache(tmp_path / "cache", image_dir, [name], "imagenet", "float16")
+    assert features.cache_features(cache, image_dir, [name], batch_size=4) == {}
+    assert cache.missing([name]) == []
+
+
+def test_cache_features_skips_names_that_are_too_long(tmp_path, image_dir, image_paths, capsys):
+    name = "x" * 248 + ".png"  # .npy does not fit any more
+    shutil.copy(image_dir / "3.png", image_dir / name)
+    cache = features.open_or_create_cache(tmp_path / "cache", image_dir, image_paths, "imagenet", "float16")
+    unreadable = features.cache_features(cache, image_dir, [name, *image_paths], batch_size=4)
+    assert unreadable.keys() == {"bad.png", name}
+    line = f"skipped {image_dir / name}: its features cannot be written (File name too long)"
+    assert capsys.readouterr().err.splitlines().count(line) == 1
+    assert cache.missing([*image_paths, name]) == ["bad.png", name]
+    assert not [path for path in (tmp_path / "cache").rglob("*") if path.name.endswith(".part")]
 
 
 def test_cache_features_announces_disk_space_and_time(
@@ -218,6 +192,80 @@ def test_cache_features_without_readable_image_is_an_error(tmp_path, image_dir):
     cache = features.open_or_create_cache(tmp_path / "cache", image_dir, [], "imagenet", "float16")
     with pytest.raises(InputError, match="none of the 2 images can be read"):
         features.cache_features(cache, image_dir, ["bad.png", "none.png"], batch_size=32)
+
+
+# Images that change.
+
+
+@pytest.fixture
+def full_cache(tmp_path, image_dir, image_paths):
+    """A cache with the features of the ten readable images."""
+    cache = features.open_or_create_cache(tmp_path / "cache", image_dir, image_paths, "imagenet", "float16")
+    features.cache_features(cache, image_dir, image_paths[:10], batch_size=4)
+    return cache
+
+
+def cached_value(cache, name):
+    return np.load(cache.path(name))[0, 0]
+
+
+def test_cache_features_computes_changed_images_again(full_cache, image_dir, image_paths, capsys):
+    assert len((full_cache.folder / RECORDS_FILE).read_text().splitlines()) == 10
+    before = {name: full_cache.path(name).stat().st_mtime_ns for name in image_paths[:10]}
+    Image.new("L", (8, 8), 99).save(image_dir / "2.png")
+    Image.new("L", (50, 9), 199).save(image_dir / "5.png")
+    os.utime(image_dir / "5.png", (1, 1))  # an old file, of another size
+    os.utime(image_dir / "7.png")  # the same file, touched
+    for _ in range(2):
+        features.cache_features(full_cache, image_dir, image_paths[:10], batch_size=4)
+    assert cached_value(full_cache, "2.png") == 99 and cached_value(full_cache, "5.png") == 199
+    computed = {name for name, mtime in before.items() if full_cache.path(name).stat().st_mtime_ns != mtime}
+    assert computed == {"2.png", "5.png"}
+    message = "features: 2 images have changed and will be computed again, the first: 2.png"
+    assert capsys.readouterr().err.splitlines().count(message) == 1
+
+
+def test_cache_features_keeps_features_of_images_that_are_gone(full_cache, image_dir, image_paths):
+    (image_dir / "2.png").unlink()
+    assert features.cache_features(full_cache, image_dir, image_paths[:10], batch_size=4) == {}
+
+
+def test_cache_features_leaves_out_images_that_were_damaged_since(full_cache, image_dir, image_paths):
+    (image_dir / "2.png").write_text("no image any more")
+    for _ in range(2):
+        assert list(features.cache_features(full_cache, image_dir, image_paths[:10], batch_size=4)) == ["2.png"]
+
+
+def test_cache_features_computes_again_what_was_replaced_while_it_ran(full_cache, image_dir, monkeypatch):
+    load_image = features.load_image
+
+    def load_and_replace(path):
+        pixels = load_image(path)
+        Image.new("L", (8, 8), 150).save(path)
+        return pixels
+
+    Image.new("L", (8, 8), 50).save(image_dir / "2.png")
+    with monkeypatch.context() as patch:
+        patch.setattr(features, "load_image", load_and_replace)
+        features.cache_features(full_cache, image_dir, ["2.png"], batch_size=4)
+    assert cached_value(full_cache, "2.png") == 50
+    features.cache_features(full_cache, image_dir, ["2.png"], batch_size=4)
+    assert cached_value(full_cache, "2.png") == 150
+
+
+def test_write_features_stopped_before_the_record_computes_the_image_again(full_cache, image_dir, monkeypatch):
+    def stop(self, image_path):
+        raise KeyboardInterrupt
+
+    Image.new("L", (8, 8), 150).save(image_dir / "2.png")
+    with monkeypatch.context() as patch:
+        patch.setattr(ImageRecords, "add", stop)
+        with pytest.raises(KeyboardInterrupt):
+            features.cache_features(full_cache, image_dir, ["2.png"], batch_size=4)
+    assert cached_value(full_cache, "2.png") == 150, "its features were written"
+    full_cache.write("2.png", np.zeros((64, 2048)))
+    features.cache_features(full_cache, image_dir, ["2.png"], batch_size=4)
+    assert cached_value(full_cache, "2.png") == 150
 
 
 def test_open_or_create_cache_rejects_other_images_weights_or_dtype(tmp_path, image_dir, image_paths):
@@ -282,6 +330,17 @@ def test_extract_features_excludes_unreadable_images(tmp_path, image_dir, image_
     assert "1 of 11 images cannot be read: left out, with their captions" in capsys.readouterr().err
 
 
+@pytest.mark.usefixtures("all_options")
+def test_extract_features_limits_the_size_of_images(tmp_path, image_dir, image_paths, monkeypatch, capsys):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", None)  # to be restored
+    Image.new("1", (1001, 1000)).save(image_dir / "0.png")
+    dataset = CaptionDataset("greys", image_dir, (Example("0.png", ("a",), 0), Example("1.png", ("a",), 1)))
+    config = FeatureConfig(features_dir=str(tmp_path / "cache"), max_megapixels=1)
+    _, readable = features.extract_features(dataset, config)
+    assert [example.image_path for example in readable.examples] == ["1.png"]
+    assert "0.png: 2 megapixels, expected at most 1; if you trust it, use --max-megapixels 2" in capsys.readouterr().err
+
+
 def test_extract_features_computes_only_shard(tmp_path, image_dir, image_paths):
     examples = tuple(Example(image_path, ("grey",), number) for number, image_path in enumerate(image_paths[:5]))
     dataset = CaptionDataset("greys", image_dir, examples)
@@ -302,8 +361,8 @@ def test_main_shards_share_the_work(tmp_path, mean_extractor, capsys):
     image_dir.mkdir()
     names = [f"{number}.png" for number in range(5)]
     for name in names:
-        ramp().save(image_dir / name)
-    (tmp_path / "captions.csv").write_text("image,caption\n" + "".join(f"{name},a ramp\n" for name in names))
+        Image.new("L", (8, 8)).save(image_dir / name)
+    (tmp_path / "captions.csv").write_text("image,caption\n" + "".join(f"{name},a square\n" for name in names))
     (tmp_path / "weights.h5").write_text("stands for weights")
     args = ["--annotations", str(tmp_path / "captions.csv"), "--images", str(image_dir), "--val-fraction", "0"]
     args += ["--test-fraction", "0", "--features-dir", str(tmp_path / "cache")]

@@ -52,6 +52,25 @@ def test_atomic_write_names_the_file_in_errors(tmp_path):
     assert error.value.filename == str(tmp_path / "file.txt")
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows counts characters, and the whole path")
+def test_atomic_write_allows_the_longest_names(tmp_path):
+    for name in ("x" * 255, "é" * 127, "x" * 200, "x" * 201):
+        with atomic_write(tmp_path / name) as file:
+            file.write(name)
+        assert (tmp_path / name).read_text() == name
+    with pytest.raises(OSError, match="File name too long") as error, atomic_write(tmp_path / ("x" * 256)):
+        pass
+    assert error.value.filename == str(tmp_path / ("x" * 256))
+    assert len(list(tmp_path.iterdir())) == 4, "nothing is left behind"
+
+
+def test_atomic_write_of_long_names_keeps_them_apart(tmp_path):
+    with atomic_write(tmp_path / ("x" * 250 + "a")) as one, atomic_write(tmp_path / ("x" * 250 + "b")) as two:
+        one.write("one")
+        two.write("two")
+    assert [path.read_text() for path in sorted(tmp_path.iterdir())] == ["one", "two"]
+
+
 # JSON.
 
 

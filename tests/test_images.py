@@ -1,11 +1,24 @@
+"""Images as they come: odd metadata, many bits, cut off, huge, HEIC; and the threads that read them."""
+
+import importlib.util
+import io
 import os
+import subprocess
+import sys
 import threading
+import zlib
+from pathlib import Path
 
 import numpy as np
+import pillow_heif
 import pytest
-from PIL import Image
+from PIL import Image, ImageOps
 
-from captioning.images import count_cores, map_threads, to_rgb
+from captioning import images
+from captioning.cli import InputError
+from captioning.images import count_cores, is_image_file, map_threads, read_image, set_max_megapixels, to_rgb
+
+ROOT = Path(__file__).parents[1]
 
 
 def ramp(mode="RGB", size=(40, 30)):
@@ -35,11 +48,245 @@ def test_to_rgb_converts_black_16_bit_image():
     assert (np.asarray(to_rgb(Image.fromarray(np.zeros((4, 4), np.uint16)))) == 0).all()
 
 
-def test_to_rgb_applies_exif_orientation():
+@pytest.mark.parametrize("dtype", [np.uint16, np.int32, np.float32])
+def test_to_rgb_scales_by_the_range_of_the_image(dtype):
+    values = np.array([[1000, 1001], [1002, 1004]], dtype)  # of 65,536 that there could be
+    np.testing.assert_array_equal(np.asarray(to_rgb(Image.fromarray(values)))[..., 0], [[0, 64], [128, 255]])
+
+
+def test_to_rgb_is_not_spoilt_by_what_is_no_number():
+    values = np.array([[np.nan, -np.inf, np.inf], [-1, 0, 1]], np.float32)
+    np.testing.assert_array_equal(np.asarray(to_rgb(Image.fromarray(values)))[..., 0], [[0, 0, 255], [0, 128, 255]])
+    assert (np.asarray(to_rgb(Image.fromarray(np.full((2, 2), np.nan, np.float32)))) == 0).all()
+
+
+# Metadata.
+
+
+@pytest.mark.parametrize("orientation", [*range(1, 9), 0, 9, "6", None])
+def test_to_rgb_applies_exif_orientation(orientation):
     image = ramp()
-    image.getexif()[0x0112] = 3  # taken upside down
-    pixels = np.asarray(to_rgb(image))
-    assert pixels[:, :10].mean() > pixels[:, -10:].mean() + 50
+    if orientation is not None:
+        image.getexif()[0x0112] = orientation
+    expected = ImageOps.exif_transpose(image) if isinstance(orientation, int) else image
+    upright = to_rgb(image)
+    assert upright.size == expected.size and upright.tobytes() == expected.tobytes()
+    assert to_rgb(upright).size == upright.size, "it is not turned twice"
+
+
+def exif_bytes(tag, kind, count, value):
+    """EXIF with one tag, as a camera writes it: `value` is what the tag holds, or where."""
+    entry = tag.to_bytes(2) + kind.to_bytes(2) + count.to_bytes(4) + value
+    return b"Exif\x00\x00MM\x00*\x00\x00\x00\x08\x00\x01" + entry + bytes(4)
+
+
+ODD_EXIF = {
+    "empty": b"Exif\x00\x00",
+    "no TIFF": b"Exif\x00\x00" + b"text" * 9,
+    "cut": exif_bytes(0x0112, 3, 1, b"\x00\x06\x00\x00")[:20],
+    "orientation 9": exif_bytes(0x0112, 3, 1, b"\x00\x09\x00\x00"),
+    "orientation is text": exif_bytes(0x0112, 2, 3, b"up\x00\x00"),
+    "resolution is text": exif_bytes(0x011A, 2, 3, b"72\x00\x00"),
+    "1/0": exif_bytes(0x011A, 5, 1, b"\x00\x00\x00\x08"),
+    "outside the file": exif_bytes(0x0112, 3, 1000, b"\xff\xff\xff\xff"),
+    "negative sub-IFD": exif_bytes(0x8769, 9, 1, b"\xff\xff\xff\xff"),
+    "rational maker note": exif_bytes(0x927C, 5, 1, b"\x00\x00\x00\x08"),
+}
+
+
+def encode(image, image_format, **settings):
+    file = io.BytesIO()
+    image.save(file, image_format, **settings)
+    return file.getvalue()
+
+
+def png_chunk(name, content, crc=None):
+    return len(content).to_bytes(4) + name + content + (crc or zlib.crc32(name + content).to_bytes(4))
+
+
+@pytest.mark.filterwarnings("ignore:.*data:UserWarning")  # pytest undoes the project's own filter
+@pytest.mark.parametrize("exif", ODD_EXIF.values(), ids=ODD_EXIF)
+@pytest.mark.parametrize("image_format", ["JPEG", "PNG", "WEBP", "MPO"])
+def test_read_image_ignores_odd_exif(tmp_path, image_format, exif):
+    plain = encode(ramp(), image_format)
+    (tmp_path / "plain").write_bytes(plain)
+    if image_format == "PNG":
+        content = plain[:33] + png_chunk(b"eXIf", exif.removeprefix(b"Exif\x00\x00")) + plain[33:]
+    else:
+        content = encode(ramp(), image_format, exif=exif)
+    (tmp_path / "odd").write_bytes(content)
+    assert read_image(tmp_path / "odd").tobytes() == read_image(tmp_path / "plain").tobytes()
+
+
+@pytest.mark.parametrize(
+    "chunk",
+    [
+        png_chunk(b"zTXt", b"Comment\x00\x00" + zlib.compress(bytes(3_000_000))),  # more than Pillow allows
+        png_chunk(b"tEXt", b"Comment\x00text", crc=b"oops"),
+        png_chunk(b"eXIf", b"MM", crc=b"oops"),
+        png_chunk(b"iCCP", b""),
+        png_chunk(b"pHYs", b"1"),
+    ],
+    ids=["zTXt", "tEXt", "eXIf", "iCCP", "pHYs"],
+)
+def test_read_image_ignores_damaged_chunks_of_a_png(tmp_path, chunk):
+    plain = encode(ramp(), "PNG")
+    for position in (33, len(plain) - 12):  # before and after the pixels
+        (tmp_path / "a.png").write_bytes(plain[:position] + chunk + plain[position:])
+        assert read_image(tmp_path / "a.png").tobytes() == ramp().tobytes()
+
+
+def test_read_image_refuses_png_whose_pixels_are_cut_off_too(tmp_path):
+    plain = encode(Image.effect_noise((40, 30), 50), "PNG")
+    (tmp_path / "a.png").write_bytes((plain[:33] + png_chunk(b"pHYs", b"1") + plain[33:])[:600])
+    with pytest.raises(InputError, match=r"a\.png: not an image that can be read"):
+        read_image(tmp_path / "a.png")
+
+
+def test_read_image_prints_no_warnings(tmp_path):
+    (tmp_path / "a.mpo").write_bytes(encode(ramp(), "MPO", exif=ODD_EXIF["outside the file"]))
+    Image.new("1", (1500, 1000)).save(tmp_path / "large.png")  # more than half of the limit
+    code = (
+        "import sys\n"
+        "from captioning.images import read_image, set_max_megapixels\n"
+        "set_max_megapixels(2)\n"
+        "print([read_image(path).size for path in sys.argv[1:]])\n"
+    )
+    command = [sys.executable, "-W", "always", "-c", code, str(tmp_path / "a.mpo"), str(tmp_path / "large.png")]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert (result.stdout, result.stderr) == ("[(40, 30), (1500, 1000)]\n", "")
+
+
+# Truncated images.
+
+
+@pytest.fixture(scope="module")
+def noise():
+    """An image that no row of another resembles."""
+    return Image.fromarray(np.random.default_rng(0).integers(0, 256, (400, 48, 3), dtype=np.uint8))
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L", "CMYK"])
+def test_read_image_uses_the_rows_of_a_truncated_jpeg(tmp_path, noise, mode, capsys):
+    path = tmp_path / "x.jpg"
+    content = encode(noise.convert(mode), "JPEG")
+    path.write_bytes(content)
+    whole = np.asarray(read_image(path))
+    path.write_bytes(content[: len(content) * 4 // 5])
+    pixels = np.asarray(read_image(path))
+    num_rows = len(pixels)
+    assert 200 < num_rows < 400
+    np.testing.assert_array_equal(pixels[:-8], whole[: num_rows - 8])  # the last rows lack the colours of the next
+    read_image(path)
+    assert capsys.readouterr().err == f"{path}: truncated, its first {num_rows} of 400 rows are used\n", "said once"
+
+
+def test_read_image_turns_truncated_images_upright(tmp_path, noise):
+    content = encode(noise, "JPEG", exif=exif_bytes(0x0112, 3, 1, b"\x00\x06\x00\x00"))
+    (tmp_path / "x.jpg").write_bytes(content[: len(content) * 4 // 5])
+    width, height = read_image(tmp_path / "x.jpg").size
+    assert height == 48 and 200 < width < 400
+
+
+@pytest.mark.parametrize(("settings", "rows"), [({}, r"\d+"), ({"progressive": True}, "0")])
+def test_read_image_refuses_too_few_rows(tmp_path, noise, settings, rows):
+    content = encode(noise, "JPEG", **settings)
+    share = 0.8 if settings else 0.4
+    (tmp_path / "x.jpg").write_bytes(content[: int(share * len(content))])
+    with pytest.raises(InputError, match=rf"x\.jpg: .*\(truncated: {rows} of its 400 rows are there\)"):
+        read_image(tmp_path / "x.jpg")
+
+
+def test_read_image_refuses_other_truncated_formats(tmp_path, noise):
+    for image_format in ("PNG", "GIF", "BMP", "TIFF"):
+        content = encode(noise, image_format)
+        (tmp_path / "x").write_bytes(content[: len(content) * 4 // 5])
+        with pytest.raises(InputError, match="not an image that can be read"):
+            read_image(tmp_path / "x")
+
+
+def test_read_image_reads_truncated_and_whole_images_at_once(tmp_path, noise):
+    content = encode(noise, "JPEG")
+    paths = [tmp_path / f"{number}.jpg" for number in range(40)]
+    for number, path in enumerate(paths):
+        path.write_bytes(content[: int(len(content) * (0.2 if number % 2 else 0.8))])
+
+    def height(path):
+        try:
+            return read_image(path).height
+        except InputError:
+            return 0
+
+    heights = [height for _, height in map_threads(height, paths, 8)]
+    assert len(set(heights[::2])) == 1 and heights[0] > 200 and set(heights[1::2]) == {0}
+
+
+# Huge images.
+
+
+@pytest.mark.usefixtures("all_options")
+@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")  # pytest undoes the project's own filter
+def test_set_max_megapixels_refuses_larger_images(tmp_path, monkeypatch):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", None)  # to be restored
+    Image.new("1", (2000, 1000)).save(tmp_path / "two.png")
+    Image.new("1", (2001, 1000)).save(tmp_path / "more.png")
+    set_max_megapixels(2)
+    assert read_image(tmp_path / "two.png").size == (2000, 1000)
+    with pytest.raises(InputError) as error:
+        read_image(tmp_path / "more.png")
+    path = tmp_path / "more.png"
+    assert str(error.value) == (f"{path}: 3 megapixels, expected at most 2; if you trust it, use --max-megapixels 3")
+    set_max_megapixels(3)
+    assert read_image(path).size == (2001, 1000)
+
+
+# HEIC.
+
+
+def test_read_image_reads_heic(tmp_path):
+    pillow_heif.from_pillow(ramp(size=(64, 48))).save(tmp_path / "a.heic")
+    (tmp_path / "a.jpg").write_bytes((tmp_path / "a.heic").read_bytes())  # known by its content
+    for name in ("a.heic", "a.jpg"):
+        pixels = np.asarray(read_image(tmp_path / name))
+        assert pixels.shape == (48, 64, 3)
+        np.testing.assert_allclose(pixels, np.asarray(ramp(size=(64, 48))), atol=8)
+
+
+@pytest.mark.parametrize("brand", [b"heic", b"heix", b"hevc", b"mif1", b"msf1"])
+def test_read_image_says_what_heic_needs(tmp_path, monkeypatch, brand):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(images, "_register_heic", images._register_heic.__wrapped__)
+    (tmp_path / "a.heic").write_bytes(b"\x00\x00\x00\x18ftyp" + brand + bytes(100))
+    with pytest.raises(InputError, match=r"a\.heic: .*\(HEIC, which needs `pip install pillow-heif`\)"):
+        read_image(tmp_path / "a.heic")
+
+
+def test_read_image_refuses_other_files_in_one_line(tmp_path):
+    (tmp_path / "text.jpg").write_text("no image")
+    (tmp_path / "a.heic").write_bytes(b"\x00\x00\x00\x18ftypheic" + bytes(100))
+    for name, message in (
+        ("text.jpg", "no format that Pillow knows"),
+        ("a.heic", "not an image"),
+        ("none.jpg", "no such image"),
+    ):
+        with pytest.raises(InputError, match=message) as error:
+            read_image(tmp_path / name)
+        assert str(error.value).startswith(f"{tmp_path / name}: ") and "\n" not in str(error.value)
+
+
+# Files and threads.
+
+
+@pytest.mark.parametrize("name", ["a.jpg", "a.JPEG", "a/b.png", "a.webp", "a.heic", "a.HEIF", "a.b.tif", "a.jp2"])
+def test_is_image_file_knows_the_endings_of_images(name):
+    assert is_image_file(name) and is_image_file(Path(name))
+
+
+@pytest.mark.parametrize(
+    "name", ["a.txt", "a", "jpg", "._a.jpg", ".jpg", "__MACOSX/a.jpg", "Thumbs.db", "a.jpg.part", "a.pdf", "a.mpg"]
+)
+def test_is_image_file_refuses_other_files(name):
+    assert not is_image_file(name)
 
 
 def test_count_cores_counts_only_usable_cores(monkeypatch):

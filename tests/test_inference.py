@@ -9,28 +9,17 @@ import numpy as np
 import pytest
 from PIL import Image
 
-import data_utils
 import features
 import inference
 import model
 from captioning.cli import InputError
-from captioning.config import FORMAT, DecodeConfig
+from captioning.config import DecodeConfig
 from captioning.decoding import DecodedBatch, decode
 from captioning.plots import MAX_GRID_IMAGES, plot_attention
 from captioning.quiet_tensorflow import tf
-from captioning.run_folder import init_run_dir, latest_run, read_config
 from captioning.special_tokens import END_ID, SPECIAL_TOKENS
-from inference import Caption, Captioner, ResultWriter, load_run
+from inference import Caption, Captioner, ResultWriter
 from tokenizer import Tokenizer
-
-
-@pytest.fixture
-def run(tmp_path, tokenizer, small_model, run_config):
-    """The folder of a run with the untrained small_model."""
-    run = tmp_path / "runs/small"
-    init_run_dir(run, run_config, tokenizer.save, "imagenet")
-    tf.train.CheckpointManager(tf.train.Checkpoint(model=small_model), str(run / "checkpoints/best"), 1).save()
-    return run
 
 
 def extract_mean(pixels, training=False):
@@ -108,70 +97,6 @@ def test_decode_captions_uses_the_beam_of_its_settings(small_model, tokenizer, r
     monkeypatch.setattr("captioning.decoding.beam_search", beam_search)
     inference.decode_captions(small_model, tokenizer, image_features, DecodeConfig(3, 0.5, 7))
     assert calls == [(3, 0.5, 7)]
-
-
-# Loading a run.
-
-
-def test_load_run_restores_what_was_saved(run, small_model, tokenizer):
-    caption_model, loaded_tokenizer, config = load_run(run)
-    assert loaded_tokenizer.index_word == tokenizer.index_word and config == read_config(run)
-    assert loaded_tokenizer.words == "spaces"
-    for variable, expected in zip(caption_model.trainable_variables, small_model.trainable_variables, strict=True):
-        np.testing.assert_array_equal(variable, expected)
-
-
-def test_load_run_knows_what_a_word_is(run):
-    config = json.loads((run / "config.json").read_text())
-    (run / "config.json").write_text(json.dumps(config | {"data": config["data"] | {"words": "characters"}}))
-    assert load_run(run)[1].words == "characters"
-
-
-def test_load_run_refuses_folder_without_checkpoint(tmp_path, run):
-    with pytest.raises(InputError, match="not a run folder"):
-        load_run(tmp_path)
-    for path in (run / "checkpoints").rglob("checkpoint"):
-        path.unlink()
-    with pytest.raises(InputError, match="no checkpoint"):
-        load_run(run)
-    with pytest.raises(InputError, match="no run with a checkpoint"):
-        latest_run(tmp_path / "runs")
-
-
-def test_load_run_refuses_vocabulary_of_other_weights(run):
-    path = run / "vocabulary.json"
-    words = json.loads(path.read_text())
-    words[-1], words[-2] = words[-2], words[-1]
-    path.write_text(json.dumps(words))
-    with pytest.raises(InputError, match="not the vocabulary these weights were trained with"):
-        load_run(run)
-
-
-def test_load_run_refuses_settings_of_other_weights(run):
-    path = run / "config.json"
-    config = json.loads(path.read_text())
-    path.write_text(json.dumps(config | {"model": config["model"] | {"units": 20}}))
-    with pytest.raises(InputError, match=r"damaged, or not the weights of this config\.json"):
-        load_run(run)
-    path.write_text(json.dumps({"format": FORMAT, "model": {}}))
-    with pytest.raises(InputError, match=r"not the config\.json of a run"):
-        load_run(run)
-
-
-def test_load_run_refuses_run_of_an_earlier_version(run):
-    path = run / "config.json"
-    config = json.loads(path.read_text())
-    del config["format"]
-    path.write_text(json.dumps(config))
-    with pytest.raises(InputError, match="made by an earlier version"):
-        load_run(run)
-
-
-def test_load_run_refuses_damaged_checkpoint(run):
-    for path in (run / "checkpoints").rglob("*.data-*"):
-        path.write_bytes(path.read_bytes()[:1000])
-    with pytest.raises(InputError, match="damaged"):
-        load_run(run)
 
 
 # The captioner.
@@ -363,39 +288,7 @@ def test_caption_images_hides_secrets_of_urls(captioner, photo, tmp_path, monkey
     assert capsys.readouterr().out.startswith("https://example.com/photo.jpg\t")
 
 
-# The dataset of the run.
-
-
-@pytest.fixture
-def saved_dataset(dataset, monkeypatch):
-    """The dataset with images, which the run finds when it loads its dataset."""
-    dataset.image_dir.mkdir()
-    for example in dataset.examples:
-        Image.new("RGB", (8, 8), "blue").save(dataset.image_dir / example.image_path)
-    monkeypatch.setattr(data_utils, "load_dataset", lambda config, with_images=True: dataset)
-    return dataset
-
-
-def test_load_run_dataset_excludes_unreadable_images(run, saved_dataset):
-    config = read_config(run)
-    assert data_utils.load_run_dataset(config).examples == saved_dataset.examples
-    unreadable = saved_dataset.examples[0].image_path
-    smaller = saved_dataset.exclude({unreadable})
-    config = dataclasses.replace(config, unreadable_images=(unreadable,), data_fingerprint=smaller.fingerprint)
-    assert data_utils.load_run_dataset(config).examples == saved_dataset.examples[1:]
-
-
-def test_load_run_dataset_refuses_changed_data(run, saved_dataset, monkeypatch):
-    config = read_config(run)
-    with pytest.raises(InputError, match="the data have changed since this run was trained"):
-        data_utils.load_run_dataset(dataclasses.replace(config, data_fingerprint="0123"))
-
-    def fail(*_):
-        raise InputError("no such file")
-
-    monkeypatch.setattr(data_utils, "load_dataset", fail)
-    with pytest.raises(InputError, match=r"the data of the run's config\.json: no such file"):
-        data_utils.load_run_dataset(config)
+# The test images of the run.
 
 
 def test_caption_test_images_shows_references_and_prediction(captioner, saved_dataset, capsys):
@@ -458,6 +351,7 @@ def test_main_fails_if_an_image_cannot_be_captioned(fast_run, photo, tmp_path):
         inference.main([str(bad), str(photo), "--run", str(fast_run), "--output-dir", str(tmp_path)])
 
 
+@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")  # pytest undoes the project's own filter
 def test_main_limits_the_size_of_images(fast_run, tmp_path, monkeypatch):
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", None)
     Image.new("1", (1100, 1000)).save(tmp_path / "large.png")

@@ -126,7 +126,7 @@ def edit_json(path, values=WRONG_VALUES):
 
 
 def damage_images():
-    """Yields damaged JPEGs and PNGs, with their names."""
+    """Yields damaged JPEGs and PNGs, with their names; those whose metadata alone are damaged can be read."""
     rng = np.random.default_rng(0)
     image = Image.fromarray(rng.integers(0, 256, (48, 64, 3), dtype=np.uint8))
     for name, (mode, settings) in {
@@ -145,9 +145,30 @@ def damage_images():
             flipped[int(rng.integers(8, 40))] ^= 1 << int(rng.integers(8))
             yield f"header_{number}_{name}", bytes(flipped)
         yield from claim_sizes(name, content)
+        yield from damage_metadata(name, content)
     yield "text.jpg", b"no image"
     yield "page.png", b"<html>404</html>"
     yield "program.png", b"\x7fELF" + bytes(99)
+
+
+def damage_metadata(name, content):
+    """Yields an image with metadata that are noise, of the kinds of its format, with names."""
+    noise = np.random.default_rng(0).bytes(50)
+    if name.endswith(".jpg"):
+        for marker, start in {
+            b"\xff\xe1": b"Exif\x00\x00MM\x00*",
+            b"\xff\xe2": b"MPF\x00",
+            b"\xff\xed": b"8BIM",
+        }.items():
+            segment = start + noise
+            yield (
+                f"metadata_{marker[1]}_{name}",
+                content[:2] + marker + (len(segment) + 2).to_bytes(2) + segment + content[2:],
+            )
+        return
+    for kind in (b"eXIf", b"tEXt", b"zTXt", b"iCCP", b"pHYs", b"acTL"):
+        chunk = len(noise).to_bytes(4) + kind + noise + zlib.crc32(kind + noise).to_bytes(4)
+        yield f"metadata_{kind.decode()}_{name}", content[:33] + chunk + content[33:]
 
 
 def claim_sizes(name, content):
