@@ -12,7 +12,7 @@ from PIL import Image
 
 import features
 from captioning.annotations import Example
-from captioning.cli import InputError
+from captioning.cli import Command, InputError
 from captioning.config import FeatureConfig
 from captioning.feature_cache import FeatureCache
 from captioning.image_records import RECORDS_FILE, ImageRecords
@@ -73,6 +73,9 @@ def test_build_feature_extractor_explains_failed_download(monkeypatch):
     monkeypatch.setattr(tf.keras.applications, "InceptionV3", fail)
     policy = tf.keras.config.dtype_policy().name
     with pytest.raises(InputError, match=r"cannot be downloaded \(URL fetch failure\); put the file \S+ into \S+$"):
+        features.build_feature_extractor("imagenet")
+    monkeypatch.setattr(Command, "options", frozenset({"--cnn-weights"}))
+    with pytest.raises(InputError, match=r"into \S+, or give --cnn-weights FILE, or try the pipeline with"):
         features.build_feature_extractor("imagenet")
     assert tf.keras.config.dtype_policy().name == policy
 

@@ -218,6 +218,45 @@ def test_captions_without_spaces_are_learned_by_characters(small_cnn, _no_java, 
     assert "captions are written without spaces between words (Han)" in capsys.readouterr().err
 
 
+def test_run_is_continued_from_another_folder_and_its_data_may_move(small_cnn, _no_java, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(inference, "decode", decode_five_words)
+    for folder in ("project/photos", "project/notebooks"):
+        Path(folder).mkdir(parents=True)
+    monkeypatch.chdir("project")
+    for number in range(10):
+        Image.new("RGB", (60, 40), (20 * number, 99, 0)).save(f"photos/{number}.png")
+    Path("captions.csv").write_text("image,caption\n" + "".join(f"{i}.png,a picture\n" for i in range(10)))
+    settings = [*small_cnn, *SIZES, "--patience", "0"]
+    train.main(["--annotations", "captions.csv", "--images", "photos", *settings, "--epochs", "1"])
+    saved = Path("runs/photos/config.json").read_text()
+
+    monkeypatch.chdir("notebooks")
+    data = ["--annotations", "../captions.csv", "--images", "../photos"]
+    train.main([*data, *settings, "--epochs", "2", "--run", "../runs/photos"])
+    assert json.loads(saved)["data"] == json.loads(Path("../runs/photos/config.json").read_text())["data"]
+    assert not Path("features").exists(), "the features of the run are used"
+    evaluate.main(["--run", "../runs/photos"])
+
+    monkeypatch.chdir(tmp_path)
+    Path("project").rename("elsewhere")
+    evaluate.main(["--run", "elsewhere/runs/photos"])
+    Path("elsewhere/photos").rename("photos")
+    Path("elsewhere/captions.csv").rename("photos.csv")
+    Path("elsewhere/features").rename("cache")
+    run = ["--run", "elsewhere/runs/photos"]
+    for script, options in ((evaluate, ["--features-dir", "cache/photos"]), (inference, [])):
+        with pytest.raises(InputError, match=r"no such .*; if the data were moved, name them with --annotations, --im"):
+            script.main([*run, *options])
+    moved = ["--annotations", "photos.csv", "--images", "photos"]
+    evaluate.main([*run, *moved, "--features-dir", "cache/photos"])
+    capsys.readouterr()
+    inference.main([*run, *moved, "--num-images", "1", "--seed", "0"])
+    assert "reference: a picture" in capsys.readouterr().out
+    train.main([*run, *moved, *settings, "--epochs", "3", "--features-dir", "cache/photos"])
+    assert "0 of" not in capsys.readouterr().err, "nothing is computed again"
+
+
 def test_results_of_a_run_whose_images_lie_in_one_folder(trained_run, small_cnn, _no_java):
     """The annotations name folders that do not exist; the run knows its images by their bare names."""
     flat = ["--annotations", DATA[1], "--images", "shapes/images"]
