@@ -3,6 +3,7 @@
 import json
 import random
 import re
+from pathlib import Path
 
 import pytest
 from helpers.annotation_files import WRITERS, coco, karpathy, objects
@@ -72,6 +73,25 @@ def test_exactly_one_format_matches(description, tmp_path):
     assert (
         len(matching) == 1 or matching == ["JSON Lines", "JSON list of objects"] or "table without a header" in matching
     )
+
+
+def documented_examples():
+    """Yields the name and the example of every format that docs/data.md shows."""
+    text = (Path(__file__).parents[1] / "docs/data.md").read_text(encoding="utf-8")
+    yield from re.findall(r"^### (.*)\n\n```\n(.*?)```", text, re.MULTILINE | re.DOTALL)
+
+
+def test_every_format_is_documented_in_three_lines():
+    examples = dict(documented_examples())
+    assert sorted(examples) == sorted(annotation_format.name for annotation_format in FORMATS)
+    assert {len(example.splitlines()) for example in examples.values()} == {3}
+
+
+@pytest.mark.parametrize(("name", "example"), [e for e in documented_examples() if "folder" not in e[0]])
+def test_documented_examples_are_read(tmp_path, name, example):
+    (tmp_path / "file").write_text(example.replace("<TAB>", "\t"), encoding="utf-8")
+    found, parsed = parse_annotations(tmp_path / "file", ReadOptions())
+    assert found == name and len(parsed.rows) >= 2 and not any(row.problem for row in parsed.rows)
 
 
 # COCO and its relatives.

@@ -110,9 +110,7 @@ def test_load_dataset_of_coco_without_images_downloads_only_the_captions(coco):
 def test_load_dataset_of_coco_logs_sizes_and_checks_the_disk(coco, monkeypatch, capsys):
     monkeypatch.setattr(datasets, "COCO_IMAGE_BYTES", 5e8)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=2.2e9))
-    with pytest.raises(
-        InputError, match=r"needs 2.5 GB in .*coco, found 2.2 GB free; .* fewer --num-captions"
-    ):
+    with pytest.raises(InputError, match=r"needs 2.5 GB in .*coco, found 2.2 GB free; .* fewer --num-captions"):
         load_dataset(coco.config)
     assert coco.requests == ["/annotations.zip"]
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=2.6e9))
