@@ -78,7 +78,7 @@ def test_exactly_one_format_matches(description, tmp_path):
 def documented_examples():
     """Yields the name and the example of every format that docs/data.md shows."""
     text = (Path(__file__).parents[1] / "docs/data.md").read_text(encoding="utf-8")
-    yield from re.findall(r"^### (.*)\n\n```\n(.*?)```", text, re.MULTILINE | re.DOTALL)
+    yield from re.findall(r"^### ([^\n]*)\n\n```\n(.*?)```", text, re.MULTILINE | re.DOTALL)
 
 
 def test_every_format_is_documented_in_three_lines():
