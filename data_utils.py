@@ -174,12 +174,13 @@ def assign_splits(examples: Sequence[Example], config: DataConfig, split_files: 
     splits = {example.split for example in examples if example.split in SPLITS}
     if len(splits) < 2 and not config.test_annotations:
         if splits:
-            log(f"split: at random, since all images of the annotations are of the {splits.pop()} split")
+            log(f"split: not that of the annotations, whose images are all of the {splits.pop()} split")
         return _split_at_random(examples, config)
     if config.test_annotations and "val" not in splits:
         test = [example for example in examples if example.split == "test"]
         rest = [example for example in examples if example.split != "test"]
         return _split_at_random(rest, dataclasses.replace(config, test_fraction=0.0)) + test
+    log("split: as the annotations have it")
     decided = [example for example in examples if example.split in SPLITS]
     if num_undecided := len(examples) - len(decided):
         log(f"split: {num_undecided:,} images are left out, since the annotations name no split of theirs")
@@ -238,6 +239,8 @@ def _split_at_random(examples: Sequence[Example], config: DataConfig) -> list[Ex
         if size:
             rest, held_out = train_test_split(rest, test_size=size, random_state=config.split_seed)
             split_of.update(dict.fromkeys(held_out, split))
+    if len(examples) > 2:
+        log(f"split: at random, with {config.val_fraction:g} for validation and {config.test_fraction:g} for testing")
     return [dataclasses.replace(example, split=split_of.get(example.image_path, "train")) for example in examples]
 
 
