@@ -39,7 +39,7 @@ class DataConfig(Settings):
         None, "the folder of their images (default: --images)", metavar="DIR", is_path=True
     )
     official_val: bool = option(
-        False, "of coco and coco2017: validate and test on the official validation images, and train on all others"
+        False, "of coco and coco2017: take the images for validation and testing from the official validation images"
     )
     num_captions: int | None = option(
         None,
