@@ -173,15 +173,18 @@ def open_or_create_cache(
             expected["sha256"] = _save_random_weights(folder, image_dir, image_paths)
         write_json(folder / MANIFEST_FILE, expected)
     manifest = read_manifest(folder)
-    if not (folder / manifest["images"]).exists():  # they were moved; those with another content are computed again
+    were_moved = manifest["images"] != expected["images"] and not (folder / manifest["images"]).exists()
+    if were_moved:  # those with another content are computed again
         manifest["images"] = expected["images"]
-        write_json(folder / MANIFEST_FILE, manifest)
     keys = [key for key in expected if key != "weights" or "sha256" not in expected]  # a file may have another name
     if key := find_difference(manifest, expected, keys):
         raise InputError(
             f"{folder} holds features made with {key} {manifest.get(key)}, expected {expected[key]}; choose another "
             f"--features-dir, or give the settings in {folder / MANIFEST_FILE}"
         )
+    if were_moved:
+        log(f"features: the images of {folder}/ have moved, and are now in {image_dir}/")
+        write_json(folder / MANIFEST_FILE, manifest)
     return FeatureCache(folder, {**manifest, "weights": cnn_weights})
 
 

@@ -95,9 +95,9 @@ def atomic_write(path: Path | str, mode: str = "w") -> Iterator[IO[Any]]:
 
 def write_json(path: Path | str, value: Any) -> None:
     """Writes indented UTF-8 JSON, atomically."""
-    with atomic_write(path) as file:
-        json.dump(value, file, indent=2, ensure_ascii=False)
-        file.write("\n")
+    text = json.dumps(value, indent=2, ensure_ascii=False)
+    with atomic_write(path, "wb") as file:  # a name on the disk may be no Unicode: Python's escape is also JSON's
+        file.write(f"{text}\n".encode(errors="backslashreplace"))
 
 
 def read_json(path: Path | str) -> Any:

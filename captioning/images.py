@@ -24,7 +24,6 @@ Result = TypeVar("Result")
 
 # Pillow warns about odd metadata, which are not used, and about large images below the limit.
 warnings.filterwarnings("ignore", module=r"PIL\.")
-warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 
 # Pillow's number of each orientation that a camera stores (EXIF tag 274), and what makes it upright.
 ORIENTATION_TAG = 0x0112
@@ -255,7 +254,8 @@ def map_threads(fn: Callable[[Item], Result], items: Iterable[Item], buffer_size
     Yields:
         Each item with its result, in the order of the items.
     """
-    with ThreadPoolExecutor(count_cores()) as pool:
+    pool = ThreadPoolExecutor(count_cores())
+    try:
         pending: deque[tuple[Item, Future[Result]]] = deque()
         for item in items:
             pending.append((item, pool.submit(fn, item)))
@@ -264,3 +264,5 @@ def map_threads(fn: Callable[[Item], Result], items: Iterable[Item], buffer_size
                 yield oldest, future.result()
         for item, future in pending:
             yield item, future.result()
+    finally:  # does not wait: an abandoned generator can end in any thread, even in one that another thread waits for
+        pool.shutdown(wait=False, cancel_futures=True)

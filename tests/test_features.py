@@ -233,6 +233,18 @@ def test_cache_features_keeps_features_of_images_that_are_gone(full_cache, image
     assert features.cache_features(full_cache, image_dir, image_paths[:10], batch_size=4) == {}
 
 
+def test_open_or_create_cache_keeps_features_of_images_that_were_moved(full_cache, image_dir, image_paths, capsys):
+    moved = image_dir.rename(image_dir.parent / "moved")
+    Image.new("L", (8, 8), 99).save(moved / "2.png")
+    with pytest.raises(InputError, match="dtype"):  # which leaves the cache as it is
+        features.open_or_create_cache(full_cache.folder, image_dir.parent, image_paths, "imagenet", "float32")
+    cache = features.open_or_create_cache(full_cache.folder, moved, image_paths, "imagenet", "float16")
+    features.cache_features(cache, moved, image_paths[:10], batch_size=4)
+    assert "9 of 10 images are cached" in (messages := capsys.readouterr().err) and cached_value(cache, "2.png") == 99
+    assert messages.count("have moved") == 1 and f"are now in {moved}/" in messages
+    assert json.loads((cache.folder / "features.json").read_text())["images"] == "../moved"
+
+
 def test_cache_features_leaves_out_images_that_were_damaged_since(full_cache, image_dir, image_paths):
     (image_dir / "2.png").write_text("no image any more")
     for _ in range(2):
@@ -325,12 +337,14 @@ def test_open_or_create_cache_keeps_random_weights(tmp_path, image_dir, image_pa
 
 def test_extract_features_excludes_unreadable_images(tmp_path, image_dir, image_paths, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    examples = tuple(Example(image_path, ("grey",), number) for number, image_path in enumerate(image_paths))
+    shutil.copy(image_dir / "3.png", image_dir / (long := "x" * 248 + ".png"))
+    names = [*image_paths, long]
+    examples = tuple(Example(image_path, ("grey",), number) for number, image_path in enumerate(names))
     dataset = CaptionDataset("greys", image_dir, examples)
     cache, readable = features.extract_features(dataset, FeatureConfig())
     assert [example.image_path for example in readable.examples] == image_paths[:-1]
-    assert str(cache.folder) == "features/greys" and cache.missing(image_paths) == ["bad.png"]
-    assert "1 of 11 images cannot be read: left out, with their captions" in capsys.readouterr().err
+    assert str(cache.folder) == "features/greys" and cache.missing(names) == ["bad.png", long]
+    assert "2 of 12 images cannot be read: left out, with their captions" in capsys.readouterr().err
 
 
 @pytest.mark.usefixtures("all_options")

@@ -82,6 +82,12 @@ def test_write_json_and_read_json(tmp_path):
     assert "Äpfel 🍎" in text and text.endswith("}\n") and "\r" not in text
 
 
+def test_write_json_keeps_names_that_are_not_unicode(tmp_path):
+    name = b"caf\xe9".decode(errors="surrogateescape")  # as Python reads it from the disk
+    write_json(tmp_path / "a.json", {name: [name, "café"]})
+    assert read_json(tmp_path / "a.json") == {name: [name, "café"]}
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [

@@ -12,6 +12,7 @@ import pytest
 from captioning import image_records
 from captioning.files import file_sha256
 from captioning.image_records import RECORDS_FILE, ImageRecords
+from captioning.images import map_threads
 
 ROOT = Path(__file__).parents[1]
 NAMES = ["a.jpg", "b.jpg", "c.jpg"]
@@ -171,6 +172,28 @@ def test_the_last_line_of_an_image_counts(folders):
     path = folders[1] / RECORDS_FILE
     path.write_text(json.dumps(["a.jpg", 1, 2, "3"]) + "\n" + path.read_text())
     assert find_changed(folders) == []
+
+
+def test_names_need_not_be_unicode(folders):
+    name = os.fsdecode(b"caf\xe9.png")
+    (folders[0] / name).write_text("the image")
+    (folders[1] / f"{name}.npy").touch()
+    record(folders, [name])
+    assert read_lines(folders)[0][0] == name and find_changed(folders, [name]) == []
+    (folders[0] / name).write_text("another image")
+    assert find_changed(folders, [name]) == [name]
+
+
+def test_threads_append_to_the_same_file(folders):
+    (folders[1] / RECORDS_FILE).write_text("[1")  # a line that was cut off
+    names = [f"{number}.jpg" for number in range(500)]
+    for name in names:
+        (folders[0] / name).write_text(name)
+    records = open_records(folders)
+    for method in (records.note, records.add):
+        list(map_threads(method, names, 64))
+    lines = [json.loads(line) for line in (folders[1] / RECORDS_FILE).read_bytes().split(b"\n")[1:] if line]
+    assert {line[0]: line[3] for line in lines} == {name: file_sha256(folders[0] / name) for name in names}
 
 
 def test_processes_append_to_the_same_file(folders):

@@ -17,6 +17,7 @@ from PIL import Image, ImageOps
 from captioning import images
 from captioning.cli import InputError
 from captioning.images import count_cores, is_image_file, map_threads, read_image, set_max_megapixels, to_rgb
+from captioning.plots import thumbnail
 
 ROOT = Path(__file__).parents[1]
 
@@ -25,6 +26,13 @@ def ramp(mode="RGB", size=(40, 30)):
     """A smooth image that is dark on the left and bright on the right."""
     row = np.linspace(30, 220, size[0]).astype(np.uint8)
     return Image.fromarray(np.broadcast_to(row, size[::-1]).copy()).convert(mode)
+
+
+def lopsided():
+    """An image that differs from each of its reflections and rotations."""
+    image = ramp()
+    image.paste("black", (0, 0, 12, 8))
+    return image
 
 
 @pytest.mark.parametrize("mode", ["RGB", "L", "CMYK", "P", "1", "LA", "RGBA", "HSV", "I", "F"])
@@ -44,8 +52,11 @@ def test_to_rgb_keeps_contrast_of_16_bit_images():
     assert pixels.min() == 0 and 120 < pixels.mean() < 135 and pixels.max() == 255
 
 
-def test_to_rgb_converts_black_16_bit_image():
-    assert (np.asarray(to_rgb(Image.fromarray(np.zeros((4, 4), np.uint16)))) == 0).all()
+@pytest.mark.filterwarnings("error")  # of NumPy, about 0 / 0
+@pytest.mark.parametrize("dtype", [np.uint16, np.int32, np.float32])
+@pytest.mark.parametrize("value", [0, 7])
+def test_to_rgb_makes_images_of_one_value_black(dtype, value):
+    assert (np.asarray(to_rgb(Image.fromarray(np.full((4, 4), value, dtype)))) == 0).all()
 
 
 @pytest.mark.parametrize("dtype", [np.uint16, np.int32, np.float32])
@@ -65,13 +76,27 @@ def test_to_rgb_is_not_spoilt_by_what_is_no_number():
 
 @pytest.mark.parametrize("orientation", [*range(1, 9), 0, 9, "6", None])
 def test_to_rgb_applies_exif_orientation(orientation):
-    image = ramp()
+    image = lopsided()
     if orientation is not None:
         image.getexif()[0x0112] = orientation
     expected = ImageOps.exif_transpose(image) if isinstance(orientation, int) else image
     upright = to_rgb(image)
     assert upright.size == expected.size and upright.tobytes() == expected.tobytes()
     assert to_rgb(upright).size == upright.size, "it is not turned twice"
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("image_format", ["JPEG", "PNG", "WEBP", "TIFF"])
+def test_read_image_turns_files_upright_once(tmp_path, image_format, orientation):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    lopsided().save(tmp_path / "a", image_format, exif=exif)
+    upright = read_image(tmp_path / "a")
+    with Image.open(tmp_path / "a") as image:
+        expected = ImageOps.exif_transpose(image)
+    expected = Image.fromarray(np.asarray(expected))  # without metadata
+    assert upright.size == expected.size and upright.tobytes() == expected.tobytes()
+    assert thumbnail(upright).tobytes() == thumbnail(expected).tobytes(), "a plot turns it again"
 
 
 def exif_bytes(tag, kind, count, value):
@@ -333,3 +358,19 @@ def test_map_threads_raises_error_of_function():
     assert next(results) == ("1", 1)
     with pytest.raises(ValueError, match="'x'"):
         next(results)
+
+
+def test_map_threads_does_not_wait_for_its_threads_when_it_is_closed(monkeypatch):
+    monkeypatch.setattr(images, "count_cores", lambda: 2)
+    may_end, finished = threading.Event(), []
+
+    def wait(number):
+        if number:
+            may_end.wait(0.5)
+            finished.append(number)
+
+    results = map_threads(wait, range(100), buffer_size=10)
+    next(results)
+    results.close()  # also what the garbage collector does, in whichever thread it runs
+    assert not finished
+    may_end.set()

@@ -185,11 +185,15 @@ def test_caption_images_continues_without_plots(captioner, photo, tmp_path, caps
         assert [json.loads(line)["plot"] for line in printed.out.splitlines()] == [None, None]
 
 
-def test_caption_images_ends_if_the_disk_is_full(captioner, photo, tmp_path, monkeypatch):
+def fail_to_plot(monkeypatch, code):
     def fail(*_):
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        raise OSError(code, os.strerror(code))
 
     monkeypatch.setattr(inference, "plot_attention", fail)
+
+
+def test_caption_images_ends_if_the_disk_is_full(captioner, photo, tmp_path, monkeypatch):
+    fail_to_plot(monkeypatch, errno.ENOSPC)
     with pytest.raises(OSError, match="No space left"):
         inference.caption_images(captioner, [str(photo)], tmp_path, ResultWriter(False, None))
 
@@ -335,6 +339,20 @@ def test_main_captions_images_of_the_command_line(fast_run, photo, tmp_path, cap
     assert json.loads(printed.out)["image"] == str(photo) and printed.err == ""
     assert {path.name for path in (tmp_path / "plots").iterdir()} == {"photo_attention.png", "photo_attention.svg"}
     assert (tmp_path / "all.png").stat().st_size > 1000
+
+
+def test_main_captions_a_folder_without_plots_if_none_may_be_written(fast_run, photo, monkeypatch, capsys):
+    fail_to_plot(monkeypatch, errno.EACCES)
+    folder = photo.parent / "photos"
+    folder.mkdir()
+    photo.rename(folder / photo.name)
+    for name in ("._photo.jpg", "Thumbs.db", "notes.txt"):
+        (folder / name).write_text("no image")
+    inference.main([str(folder), "--run", str(fast_run), "--json", "--output-dir", str(folder)])
+    printed = capsys.readouterr()
+    result = json.loads(printed.out)
+    assert result["image"] == str(folder / photo.name) and result["caption"] and result["plot"] is None
+    assert f"{folder}/photo_attention.png: the plot cannot be written (Permission denied)" in printed.err
 
 
 def test_main_captions_test_images_of_the_latest_run(fast_run, saved_dataset, monkeypatch, capsys):
