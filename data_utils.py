@@ -16,6 +16,7 @@ import functools
 import hashlib
 import json
 import random
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from types import MappingProxyType
@@ -26,7 +27,7 @@ from captioning.caption_rows import ReadOptions, read_text
 from captioning.cli import InputError, add_quiet_option, advise, log, make_parser, run_main
 from captioning.config import DATA_PATHS, DataConfig, RunConfig
 from captioning.datasets import FLICKR8K_SPLIT_FILES, find_source
-from captioning.image_names import clean_name
+from captioning.image_names import clean_name, name_key
 from captioning.settings import add_options
 from captioning.text import describe_unspaced
 
@@ -176,7 +177,8 @@ def assign_splits(examples: Sequence[Example], config: DataConfig, split_files: 
         if splits:
             log(f"split: not that of the annotations, whose images are all of the {splits.pop()} split")
         return _split_at_random(examples, config)
-    if config.test_annotations and "val" not in splits:
+    if "val" not in splits:
+        log("split: images for validation are taken from those for training, since the annotations have none")
         test = [example for example in examples if example.split == "test"]
         rest = [example for example in examples if example.split != "test"]
         return _split_at_random(rest, dataclasses.replace(config, test_fraction=0.0)) + test
@@ -249,34 +251,47 @@ def _split_by_lists(examples: Sequence[Example], split_files: dict[str, Path]) -
     missing = {"train", "val"} - set(split_files)
     if missing:
         raise InputError(f"split lists need at least train and val, missing: {', '.join(sorted(missing))}")
-    known = {name for example in examples for name in _names_of(example)}
+    image_paths = _index_names(examples)
     split_of: dict[str, str] = {}
     for split, path in split_files.items():
         names = _read_split_file(path, split)
-        unknown = [name for name in names if name not in known]
+        unknown = [name for name in names if not _find_listed(name, image_paths)]
         if unknown:
             log(f"{path}: {len(unknown):,} images without captions are left out, the first: {unknown[0]!r}")
         for name in names:
-            if split_of.setdefault(name, split) != split:
-                raise InputError(f"{path}: {name} is in the {split} list and in the {split_of[name]} list")
-    result = []
-    for example in examples:
-        split = next((split_of[name] for name in _names_of(example) if name in split_of), "")
-        if split:
-            result.append(dataclasses.replace(example, split=split))
+            if (image_path := _find_listed(name, image_paths)) and split_of.setdefault(image_path, split) != split:
+                raise InputError(f"{path}: {name} is in the {split} list and in the {split_of[image_path]} list")
+    result = [dataclasses.replace(e, split=split_of[e.image_path]) for e in examples if e.image_path in split_of]
+    if num_unlisted := len(examples) - len(result):
+        log(f"split: {num_unlisted:,} images are in none of the lists and are left out")
     return result
 
 
-def _names_of(example: Example) -> tuple[str, str, str]:
-    """Returns the names that a list may give an image, the one that decides first."""
-    path = PurePosixPath(example.image_path)
-    return example.image_path, path.name, path.stem
+def _index_names(examples: Sequence[Example]) -> dict[str, str]:
+    """Returns the images by what a list may call them: their path, or a name or stem that no other image has."""
+    image_paths = [example.image_path for example in examples]
+    index: dict[str, str] = dict(zip(image_paths, image_paths, strict=True))
+    for shorten in (str, lambda path: PurePosixPath(path).name, lambda path: PurePosixPath(path).stem):
+        keys = [name_key(shorten(image_path)) for image_path in image_paths]
+        counts = Counter(keys)
+        for key, image_path in zip(keys, image_paths, strict=True):
+            if counts[key] == 1:
+                index.setdefault(key, image_path)
+    return index
+
+
+def _find_listed(name: str, index: dict[str, str]) -> str | None:
+    """Returns the image that a name in a list means, which may have further folders in front, or None."""
+    parts = name_key(name).split("/")
+    return index.get(name) or next(
+        (index[key] for i in range(len(parts)) if (key := "/".join(parts[i:])) in index), None
+    )
 
 
 def _read_split_file(path: Path, split: str) -> list[str]:
     """Returns the image names of a list, one a line; raises InputError if it is unreadable or empty."""
     try:
-        text, _ = read_text(path)
+        text = read_text(path)
     except InputError as error:
         raise InputError(f"cannot read the {split} list: {error}") from None
     names = [clean_name(line) for line in text.split("\n") if line.strip()]

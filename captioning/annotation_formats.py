@@ -15,16 +15,18 @@ from captioning import caption_table
 from captioning.caption_rows import (
     CAPTION_FIELDS,
     IMAGE_FIELDS,
-    SPLIT_NAMES,
     CaptionRow,
     Parsed,
     ReadOptions,
     describe_fields,
     find_field,
+    parse_split,
+    parse_splits,
     read_text,
 )
 from captioning.cli import InputError
 from captioning.files import parse_json
+from captioning.image_names import walk_files
 from captioning.images import is_image_file
 
 METADATA_FILES = ("metadata.csv", "metadata.jsonl")  # of Hugging Face's ImageFolder
@@ -47,7 +49,9 @@ def read_content(path: Path, encoding: str | None) -> Any:
         return path
     if not path.exists():
         raise InputError(f"{path}: no such annotation file")
-    text, _ = read_text(path, encoding)
+    text = re.sub(r"^sep=.\n", "", read_text(path, encoding))  # a line of Excel
+    if not text.strip():
+        raise InputError(f"{path}: empty; expected captions")
     if not text.lstrip().startswith(("{", "[")):
         return text
     first, _, rest = text.strip().partition("\n")
@@ -91,11 +95,12 @@ def read_coco(path: Path | str, content: Any, options: ReadOptions) -> Parsed:
     parsed = Parsed([])
     form = "COCO's captions JSON (images with id and file_name, annotations with image_id and caption)"
     with _json_errors(path, form):
-        names = {str(image["id"]): (image.get("file_name"), image["id"]) for image in content["images"]}
+        images = [image for image in content["images"] if isinstance(image, dict) and "id" in image]
+        names = {str(image["id"]): (image.get("file_name"), image["id"]) for image in images}
         for annotation in content["annotations"]:
-            image_id, problem = annotation["image_id"], ""
+            image_id, problem = annotation.get("image_id"), ""
             name, image_id = names.get(str(image_id), (f"image_id {image_id}", image_id))
-            caption = annotation.get("tokenized_caption", annotation.get("caption"))
+            caption = annotation.get("tokenized_caption") or annotation.get("caption")
             if str(image_id) not in names:
                 problem = "an annotation of an image that is not listed"
             elif annotation.get("is_rejected") or annotation.get("is_precanned"):
@@ -125,9 +130,11 @@ def read_karpathy(path: Path | str, content: Any, options: ReadOptions) -> Parse
         for image in content["images"]:
             image_path = str(PurePosixPath(image.get("filepath", "")) / image["filename"])
             # None is refused later; an empty split would pass for an undecided one.
-            split = SPLIT_NAMES.get(image["split"], image["split"]) or None
+            split = parse_split(image.get("split")) or None
+            problem = "" if split else f"a split that is not train, restval, val or test, {image.get('split')!r}"
             for sentence in image["sentences"] or [{"raw": ""}]:
-                parsed.rows.append(CaptionRow(image_path, sentence["raw"], image.get("cocoid"), split))
+                row = CaptionRow(image_path, sentence.get("raw"), image.get("cocoid"), split, problem)
+                parsed.rows.append(row)
     return parsed
 
 
@@ -143,7 +150,7 @@ def read_textcaps(path: Path | str, content: Any, options: ReadOptions) -> Parse
     with _json_errors(path, "TextCaps (data with image_id, image_name or image_path, and caption_str)"):
         for row in content["data"]:
             name = row.get("image_path") or row.get("image_name") or row["image_id"]
-            split = SPLIT_NAMES.get(row.get("set_name", ""), row.get("set_name", ""))
+            split = parse_split(row.get("set_name"))
             parsed.rows.append(CaptionRow(name, row["caption_str"], row["image_id"], split))
     return parsed
 
@@ -183,14 +190,14 @@ def read_objects(path: Path | str, content: Any, options: ReadOptions) -> Parsed
         raise InputError(
             f"{path}: expected objects with {describe_fields(options)}; the fields of the first are {found}"
         )
-    parsed = Parsed([], f"fields {image} and {caption}")
-    for number, item in enumerate(objects, 1):
+    values = [item.get("split") if isinstance(item, dict) else None for item in objects]
+    splits, notes = parse_splits(values, f"{path}: the field split")
+    parsed = Parsed([], f"fields {image} and {caption}", notes)
+    for number, (item, split) in enumerate(zip(objects, splits, strict=True), 1):
         if not isinstance(item, dict) or image not in item or caption not in item:
             problem = f"object {number} is not JSON with {image} and {caption}"
             parsed.rows.append(CaptionRow(str(item)[:60], "", problem=problem))
             continue
-        split = item.get("split", "")
-        split = SPLIT_NAMES.get(split, "") if isinstance(split, str) else ""
         parsed.rows += [CaptionRow(item[image], text, split=split) for text in _as_list(item[caption])]
     return parsed
 
@@ -249,7 +256,7 @@ def is_headerless(content: Any, options: ReadOptions) -> bool:
 
 def _split_of_folder(folder: Path | PurePosixPath) -> str:
     """Returns the split that the name of a folder means, or an empty text."""
-    return SPLIT_NAMES.get(folder.name.lower(), "")
+    return parse_split(folder.name) or ""
 
 
 def find_metadata(content: Any) -> list[Path]:
@@ -257,7 +264,8 @@ def find_metadata(content: Any) -> list[Path]:
     if not isinstance(content, Path):
         return []
     for folders in ([content], sorted(path for path in content.iterdir() if path.is_dir())):
-        if found := [folder / name for folder in folders for name in METADATA_FILES if (folder / name).is_file()]:
+        files = [next((f for name in METADATA_FILES if (f := folder / name).is_file()), None) for folder in folders]
+        if found := [file for file in files if file is not None]:
             return found
     return []
 
@@ -285,7 +293,7 @@ def find_caption_files(content: Any) -> dict[Path, list[Path]]:
     """Returns the images inside a folder that have a text file of the same name beside them, with these files."""
     if not isinstance(content, Path):
         return {}
-    files = sorted(path for path in content.rglob("*") if path.is_file())
+    files = [content / path for path in walk_files(content)]
     texts: dict[Path, list[Path]] = defaultdict(list)
     for path in files:
         if path.suffix.lower() in CAPTION_SUFFIXES:
@@ -305,7 +313,11 @@ def read_caption_files(path: Path | str, content: Path, options: ReadOptions) ->
         relative = PurePosixPath(image.relative_to(content).as_posix())
         split = _split_of_folder(PurePosixPath(relative.parts[0])) if len(relative.parts) > 1 else ""
         for file in files:
-            lines = [line for line in read_text(file, options.encoding)[0].split("\n") if line.strip()]
+            try:
+                lines = [line for line in read_text(file, options.encoding).split("\n") if line.strip()]
+            except InputError as error:
+                parsed.rows.append(CaptionRow(str(relative), "", problem=f"a text that cannot be read ({error})"))
+                continue
             parsed.rows += [CaptionRow(str(relative), line, split=split) for line in lines or [""]]
         if not files:
             parsed.rows.append(CaptionRow(str(relative), "", problem="an image without a .txt file beside it"))

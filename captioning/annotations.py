@@ -87,6 +87,8 @@ def _describe_row(row: CaptionRow) -> str:
 
 def _clean_row(row: CaptionRow) -> CaptionRow:
     """Brings the name and the caption of a row to one form, and notes why it cannot be used, if so."""
+    if type(row.image_path) is int:  # a number without an ending
+        row = row._replace(image_path=str(row.image_path))
     if problem := row.problem or _find_problem(row):
         return row._replace(problem=problem)
     return row._replace(image_path=clean_name(row.image_path), caption=normalize_text(row.caption))
@@ -119,9 +121,14 @@ def _group_by_image(rows: Iterable[CaptionRow]) -> list[Example]:
     """Returns one example for each image, in the order of the rows."""
     captions: dict[str, list[str]] = {}
     metadata: dict[str, tuple[Any, str]] = {}  # image id and split
+    undecided = set()
     for row in rows:
+        if metadata.get(row.image_path, (None, row.split))[1] != row.split:
+            undecided.add(row.image_path)
         captions.setdefault(row.image_path, []).append(row.caption)
         metadata.setdefault(row.image_path, (row.image_id, row.split))
+    if undecided:
+        log(f"{len(undecided):,} images have rows of two splits, and are in the first one, such as {min(undecided)!r}")
     examples = []
     for index, (image_path, texts) in enumerate(captions.items()):
         image_id, split = metadata[image_path]

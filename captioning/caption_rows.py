@@ -62,23 +62,41 @@ def find_field(names: Iterable[str], usual_names: Sequence[str], given: str | No
     return next((known[name] for name in candidates if name in known), None)
 
 
+def parse_split(value: Any) -> str | None:
+    """Returns train, val or test for what a split is called; empty if there is none, None for anything else."""
+    name = value.strip().lower() if isinstance(value, str) else value
+    return "" if name in ("", None) else SPLIT_NAMES.get(name) if isinstance(name, str) else None
+
+
+def parse_splits(values: Sequence[Any], where: str) -> tuple[list[str], list[str]]:
+    """Parses the splits of all rows of a column or field.
+
+    Returns:
+        The splits, and a note; all are empty, with a note, if a value is none, such as the number of a fold.
+    """
+    splits = [parse_split(value) for value in values]
+    if None in splits:
+        return [""] * len(splits), [f"{where} is not used: {values[splits.index(None)]!r} is no split"]
+    return [split or "" for split in splits], []
+
+
 def describe_fields(options: ReadOptions) -> str:
     """Says which names of fields are expected, and how to name others."""
     image = options.image_column or ", ".join(IMAGE_FIELDS[:5])
     caption = options.caption_column or ", ".join(CAPTION_FIELDS[:4])
     return f"images in {image} and captions in {caption}" + advise(
-        "; name others with --image-column and --caption-column"
+        "; name others with --image-column and --caption-column, and an unusual --separator"
     )
 
 
 # Text.
 
 
-def read_text(path: Path | str, encoding: str | None = None) -> tuple[str, str]:
+def read_text(path: Path | str, encoding: str | None = None) -> str:
     """Reads a text file in UTF-8 with or without a mark, in UTF-16 or UTF-32 with a mark, or in a given encoding.
 
     Returns:
-        The text, without the mark, with lines that end in a line feed; and the name of the encoding.
+        The text, without the mark, with lines that end in a line feed.
 
     Raises:
         InputError: there is no such file, it is in another encoding, there is no such encoding, or it is no text.
@@ -94,15 +112,15 @@ def read_text(path: Path | str, encoding: str | None = None) -> tuple[str, str]:
     name = encoding or _find_encoding(content)
     try:
         text = content.decode(name)
-    except LookupError:
-        raise InputError(f"--encoding {encoding}: no such encoding; expected a name such as windows-1252") from None
     except UnicodeDecodeError as error:
         advice = _describe_other_encoding(content) if encoding is None else "choose another encoding"
         where = f"{error.reason} at byte {error.start}"
         raise InputError(f"{path}: expected text in {name.upper()} ({where}); {advice}") from None
+    except (LookupError, ValueError):
+        raise InputError(f"--encoding {encoding}: no such encoding; expected a name such as windows-1252") from None
     if encoding is None and text.count("\x00") > len(text) / 8:
         raise InputError(f"{path}: {_describe_other_encoding(content)}")
-    return text.removeprefix("\ufeff").replace("\r\n", "\n").replace("\r", "\n"), name
+    return text.removeprefix("\ufeff").replace("\r\n", "\n").replace("\r", "\n")
 
 
 def _find_encoding(content: bytes) -> str:
@@ -129,6 +147,8 @@ def _describe_binary(content: bytes) -> str | None:
         return "a Parquet file; expected text: save its table as CSV (pandas: read_parquet, then to_csv)"
     if content.startswith((b"PK\x03\x04", b"\x1f\x8b", b"Rar!", b"7z\xbc\xaf")) or content[257:262] == b"ustar":
         return "an archive or a spreadsheet; expected text: unpack it and name what is inside, or save it as CSV"
+    if content.startswith((b"\xd0\xcf\x11\xe0", b"%PDF", b"\x80\x04", b"\x80\x05")):
+        return "an old spreadsheet, a PDF or a pickle; expected text: save its table as CSV"
     return None
 
 

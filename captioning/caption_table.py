@@ -1,23 +1,24 @@
 """Reads captions from tables: CSV and TSV with a header, and lines of a name and a caption without one."""
 
+import ast
 import csv
 import io
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 from captioning.caption_rows import (
     CAPTION_FIELDS,
     IMAGE_FIELDS,
     SPLIT_FIELDS,
-    SPLIT_NAMES,
     CaptionRow,
     Parsed,
     ReadOptions,
     describe_fields,
     find_field,
     first_line,
+    parse_splits,
 )
 from captioning.cli import InputError
 
@@ -26,7 +27,9 @@ DOWNLOAD_ADVICE = (
     "expected names of files: download them, for example with img2dataset into a folder of images with .txt files, and "
     "name the folder"
 )
-IMAGE_NAME = re.compile(r"[^\n]*\.(jpe?g|png|webp|gif|bmp|tiff?|heic|heif|avif)", re.IGNORECASE)
+IMAGE_SUFFIX = r"\.(?:jpe?g|png|webp|gif|bmp|tiff?|heic|heif|avif)"
+IMAGE_NAME = re.compile(rf"[^\n]*{IMAGE_SUFFIX}", re.IGNORECASE)
+MAX_CELL_LINES = 20
 
 
 class Line(NamedTuple):
@@ -43,16 +46,25 @@ class Dialect(NamedTuple):
     has_spaces: bool  # whether a space follows the separators
 
 
-def parse_lines(path: Path | str, content: str, dialect: Dialect) -> Iterator[Line]:
+def parse_lines(
+    path: Path | str, content: str, dialect: Dialect, quoting: Literal[0, 3] = csv.QUOTE_MINIMAL
+) -> Iterator[Line]:
     """Parses a table, without its empty lines.
 
     Raises:
         InputError: it cannot be parsed, or a quote is left open.
     """
     separator = re.escape(dialect.separator)
-    # An open quote joins the lines after it: one that begins like a row of its own, or at least three lines.
-    joined = re.compile(rf"\n[^{separator}\n]*\.\w+\s*{separator}|(\n.*){{3}}")
-    reader = csv.reader(io.StringIO(content), delimiter=dialect.separator, skipinitialspace=dialect.has_spaces)
+    # An open quote joins the lines after it: one that begins like a row of its own, or very many.
+    joined = re.compile(
+        rf"\n[^{separator}\n]*{IMAGE_SUFFIX}\"?\s*{separator}|(\n.*){{{MAX_CELL_LINES}}}", re.IGNORECASE
+    )
+    reader = csv.reader(
+        io.StringIO(content),
+        delimiter=dialect.separator,
+        skipinitialspace=dialect.has_spaces,
+        quoting=quoting,
+    )
     try:
         for fields in reader:
             if joined.search(dialect.separator.join(fields)):
@@ -102,7 +114,14 @@ def read_table(path: Path | str, content: str, options: ReadOptions) -> Parsed:
     """
     dialect = find_dialect(content, options)
     assert dialect is not None, "the format has matched"
-    header, *lines = parse_lines(path, content, dialect)
+    notes = []
+    try:
+        header, *lines = parse_lines(path, content, dialect)
+    except InputError:
+        if dialect.separator != "\t":
+            raise
+        header, *lines = parse_lines(path, content, dialect, csv.QUOTE_NONE)  # in TSV quotes need not be a pair
+        notes.append(f"{path}: quotes are part of the captions, since one of them is left open")
     names = header.fields
     image, caption = (
         names.index(find_field(names, *of) or "")
@@ -110,13 +129,16 @@ def read_table(path: Path | str, content: str, options: ReadOptions) -> Parsed:
     )
     split_name = find_field(names, SPLIT_FIELDS)
     split = names.index(split_name) if split_name else None
-    # A split column with other values, such as numbers of folds, is a column like any other.
-    if split is not None and any(len(f) > split and f[split].strip().lower() not in SPLIT_NAMES for _, f in lines):
-        split = None
+    splits = [""] * len(lines)
+    if split is not None:
+        values = [line.fields[split] if len(line.fields) > split else "" for line in lines]
+        splits, unused = parse_splits(values, f"{path}: the column {split_name}")
+        notes += unused
+        split = split if any(splits) else None
     columns = [names[i].strip() for i in (image, caption, split) if i is not None]
     separator = SEPARATORS.get(dialect.separator, dialect.separator)
-    parsed = Parsed([], f"columns {', '.join(columns)}, separated by {separator}")
-    for line in lines:
+    parsed = Parsed([], f"columns {', '.join(columns)}, separated by {separator}", notes)
+    for line, in_split in zip(lines, splits, strict=True):
         fields, note = _fit_to_header(line.fields, len(names), caption, dialect)
         if len(fields) != len(names):
             problem = f"line {line.number} has {len(fields)} columns, expected {len(names)}"
@@ -125,10 +147,21 @@ def read_table(path: Path | str, content: str, options: ReadOptions) -> Parsed:
         if note:
             found = f"{fields[image].strip()!r} {fields[caption][:60]!r}"
             parsed.notes.append(f"{path}, line {line.number}: {note}: {found}")
-        in_split = "" if split is None else SPLIT_NAMES[fields[split].strip().lower()]
-        parsed.rows.append(CaptionRow(fields[image], fields[caption], split=in_split))
+        for text in _parse_cell(fields[caption]):
+            parsed.rows.append(CaptionRow(fields[image], text, split=in_split))
     _refuse_addresses(path, parsed.rows)
     return parsed
+
+
+def _parse_cell(cell: str) -> list[str]:
+    """Returns the captions of a cell: one, or those of a list that pandas or datasets wrote as text."""
+    if not re.fullmatch(r"\s*\[\s*['\"].*['\"]\s*\]\s*", cell, re.DOTALL):
+        return [cell]
+    try:
+        texts = ast.literal_eval(cell.strip())  # reads constants only, nothing is run
+    except (ValueError, SyntaxError, MemoryError, RecursionError):
+        return [cell]
+    return texts if isinstance(texts, list) and all(isinstance(text, str) for text in texts) else [cell]
 
 
 def _fit_to_header(fields: list[str], num_columns: int, caption: int, dialect: Dialect) -> tuple[list[str], str]:

@@ -248,6 +248,10 @@ class UserFiles(DatasetSource):
             "val": (config.val_annotations, config.val_images or config.images),
             "test": (config.test_annotations, config.test_images or config.images),
         }
+        unused = [name for split, (path, _) in given.items() for name in [f"{split}_images"] if split and not path]
+        if name := next((name for name in unused if getattr(config, name, None)), None):
+            split = name.partition("_")[0]
+            raise InputError(f"--{split}-images needs --{split}-annotations, the captions of these images")
         # Of each split: the annotations, and the folder of the images, which by default is that of the annotations.
         paths = {split: Path(annotations) for split, (annotations, _) in given.items() if annotations}
         if absent := next((path for path in paths.values() if not path.exists()), None):
@@ -259,8 +263,8 @@ class UserFiles(DatasetSource):
             raise InputError(f"{missing}: no such image folder")
         self.given_folders = {split for split in paths if given[split][1]}
         image_dir = _common_folder(folders.values())
-        parts = [
-            AnnotationPart(path, Path(os.path.relpath(folders[split], image_dir)).as_posix(), split)
+        parts = [  # without links: names of one folder must not lead out of the folder of the features
+            AnnotationPart(path, folders[split].resolve().relative_to(image_dir.resolve()).as_posix(), split)
             for split, path in paths.items()
         ]
         super().__init__(next(iter(folders.values())).resolve().name or "images", image_dir, parts)

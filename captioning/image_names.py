@@ -8,6 +8,8 @@ from collections import defaultdict
 from collections.abc import Iterable
 from pathlib import Path, PurePosixPath
 
+from captioning.images import is_image_file
+
 
 def clean_name(name: str) -> str:
     r"""Returns a name as a path that leads into the image folder, whatever was written.
@@ -18,9 +20,28 @@ def clean_name(name: str) -> str:
     return "/".join(part for part in parts if part not in ("", ".", ".."))
 
 
-def _key(name: str) -> str:
+def name_key(name: str) -> str:
     """Returns what names that differ only in case and in Unicode form have in common; macOS decomposes umlauts."""
     return unicodedata.normalize("NFC", unicodedata.normalize("NFC", name).casefold())
+
+
+def folders_agree(name: str, other: str) -> bool:
+    """Tells whether the folders of one name are the last folders of the other, as of `x/a.jpg` and `y/x/a.jpg`."""
+    folders = sorted((f"/{name_key(path)}".rpartition("/")[0] for path in (name, other)), key=len)
+    return folders[1].endswith(folders[0])
+
+
+def walk_files(folder: Path) -> list[str]:
+    """Returns the paths of all files inside a folder, sorted; linked folders are followed, each only once."""
+    paths: list[str] = []
+    seen: set[str] = set()
+    for root, folders, names in os.walk(folder, followlinks=True):
+        is_new = [(name, os.path.realpath(os.path.join(root, name))) for name in folders]
+        folders[:] = [name for name, real in is_new if real not in seen]
+        seen.update(real for _, real in is_new)
+        inside = Path(os.path.relpath(root, folder)).as_posix()
+        paths += [name if inside == "." else f"{inside}/{name}" for name in names]
+    return sorted(paths)
 
 
 class ImageFinder:
@@ -45,7 +66,7 @@ class ImageFinder:
         by_path, by_name = self._index
         for index, candidates in ((by_path, shorter), (by_name, shorter[-1:])):
             for candidate in candidates:
-                matches = index.get(_key(candidate), [])
+                matches = [path for path in index.get(name_key(candidate), []) if folders_agree(name, path)]
                 if len(matches) == 1:
                     return matches[0]
         return None
@@ -58,16 +79,13 @@ class ImageFinder:
 
     @functools.cached_property
     def _index(self) -> tuple[dict[str, list[str]], dict[str, list[str]]]:
-        """All files inside the folder, by their path and by their name alone, each with and without its ending."""
+        """All images inside the folder, by their path and by their name alone, each with and without its ending."""
         by_path: defaultdict[str, list[str]] = defaultdict(list)
         by_name: defaultdict[str, list[str]] = defaultdict(list)
-        for folder, _, names in os.walk(self.folder):
-            for name in names:
-                if not name.startswith("."):  # a Mac's ._a.jpg
-                    path = PurePosixPath(Path(os.path.relpath(os.path.join(folder, name), self.folder)).as_posix())
-                    for suffix in {"", path.suffix}:
-                        by_path[_key(str(path).removesuffix(suffix))].append(str(path))
-                        by_name[_key(path.name.removesuffix(suffix))].append(str(path))
+        for path in filter(is_image_file, walk_files(self.folder)):
+            for known_as in {path, str(PurePosixPath(path).with_suffix(""))}:
+                by_path[name_key(known_as)].append(path)
+                by_name[name_key(known_as.rpartition("/")[2])].append(path)
         return by_path, by_name
 
 
@@ -80,13 +98,11 @@ def find_clash(paths: dict[str, str]) -> tuple[str, str] | None:
     Returns:
         The two names, or None. The folders of one must be the last folders of the other.
     """
-    names_of: defaultdict[str, list[str]] = defaultdict(list)
+    names_of: defaultdict[str, dict[str, str]] = defaultdict(dict)  # by file, then by folder
     for name, path in paths.items():
-        for other in names_of[path]:
-            folders = sorted((f"/{_key(name)}".rpartition("/")[0], f"/{_key(other)}".rpartition("/")[0]), key=len)
-            if not folders[1].endswith(folders[0]):
-                return other, name
-        names_of[path].append(name)
+        if clash := next((other for other in names_of[path].values() if not folders_agree(name, other)), None):
+            return clash, name
+        names_of[path].setdefault(name_key(name).rpartition("/")[0], name)
     return None
 
 

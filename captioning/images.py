@@ -38,6 +38,8 @@ TRANSPOSITIONS = {
 }
 MIN_ROWS_SHARE = 0.5  # of a truncated JPEG's rows, of which more must be there
 HEIC_BRANDS = (b"heic", b"heix", b"hevc", b"heim", b"heis", b"heif", b"mif1", b"msf1")
+# What Pillow has a name for, but opens only with other programs, or is no image.
+NO_IMAGES = {".pdf", ".mpg", ".mpeg", ".h5", ".hdf", ".grib", ".bufr", ".wmf", ".emf"}
 HEIC_SUFFIXES = (".heic", ".heif")
 PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 PNG_METADATA = b"acTL bKGD cHRM cICP eXIf fcTL fdAT gAMA hIST iCCP iTXt pHYs sBIT sPLT sRGB tEXt tIME zTXt".split()
@@ -233,7 +235,7 @@ def is_image_file(path: Path | str) -> bool:
 def _image_suffixes() -> frozenset[str]:
     """Returns the endings of the formats that Pillow reads."""
     readable = (suffix for suffix, name in Image.registered_extensions().items() if name in Image.OPEN)
-    return frozenset([*readable, *HEIC_SUFFIXES]) - {".pdf", ".mpg", ".mpeg"}
+    return frozenset([*readable, *HEIC_SUFFIXES]) - NO_IMAGES
 
 
 def count_cores() -> int:

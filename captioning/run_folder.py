@@ -136,7 +136,8 @@ def _map_paths(values: dict[str, Any], change: Callable[[str], str]) -> dict[str
     data, manifest = dict(values["data"]), dict(values["features"])
     for section, names in ((data, DATA_PATHS), (manifest, ("folder", "weights"))):
         for name in names:
-            if isinstance(section.get(name), str) and section[name] not in ("imagenet", "random"):
+            is_path = name != "weights" or section.get(name) not in ("imagenet", "random")
+            if is_path and isinstance(section.get(name), str):
                 section[name] = change(section[name])
     return {**values, "data": data, "features": manifest}
 

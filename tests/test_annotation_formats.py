@@ -144,6 +144,21 @@ def test_karpathy_names_the_split_in_other_words(read):
     assert [row.split for row in read(content).rows] == ["train", "val", "test", "train"]
 
 
+def test_one_odd_item_does_not_end_the_reading(read):
+    content = coco({"a.jpg": ["a dog"], "b.jpg": ["a cat"]})
+    del content["images"][1]["id"], content["annotations"][1]["image_id"]
+    content["images"].append(7)
+    assert [row.image_path for row in read(content).rows if not row.problem] == ["a.jpg"]
+    content = karpathy({name: ["a dog"] for name in "ab"})
+    del content["images"][0]["split"], content["images"][1]["sentences"][0]["raw"]
+    content["images"].append(content["images"][1] | {"sentences": [{"raw": "a cat"}]})
+    assert [(row.image_path, bool(row.problem)) for row in read(content).rows] == [
+        ("a", True),
+        ("b", False),
+        ("b", False),
+    ]
+
+
 # Objects.
 
 
@@ -190,6 +205,34 @@ def test_folder_of_text_files_names_images_without_one(tmp_path):
     ]
 
 
+def test_folder_of_text_files_names_those_that_cannot_be_read(tmp_path):
+    for name in ("a", "b"):
+        (tmp_path / f"{name}.jpg").touch()
+    (tmp_path / "a.txt").write_bytes("caf\xe9".encode("latin-1"))
+    (tmp_path / "b.txt").write_text("a cat")
+    rows = parse_annotations(tmp_path, ReadOptions())[1].rows
+    assert [row.caption for row in rows if not row.problem] == ["a cat"]
+    assert "a text that cannot be read" in rows[0].problem and "a.txt" in rows[0].problem
+
+
+def test_folder_of_text_files_follows_links_once(tmp_path):
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere/a.jpg").touch()
+    (tmp_path / "elsewhere/a.txt").write_text("a dog")
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    (folder / "train").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "elsewhere/loop").symlink_to(folder)
+    rows = parse_annotations(folder, ReadOptions())[1].rows
+    assert [row[:2] for row in rows] == [("train/a.jpg", "a dog")]
+
+
+def test_image_folder_with_both_kinds_of_metadata_is_read_once(tmp_path):
+    (tmp_path / "metadata.csv").write_text("file_name,text\na.jpg,a dog\n")
+    (tmp_path / "metadata.jsonl").write_text('{"file_name": "a.jpg", "text": "a dog"}\n')
+    assert len(parse_annotations(tmp_path, ReadOptions())[1].rows) == 1
+
+
 def test_image_folder_has_splits_by_folder(tmp_path):
     _, path = write("ImageFolder", CAPTIONS, tmp_path)
     examples = {example.image_path: example.split for example in read_annotations(path)}
@@ -213,9 +256,12 @@ def test_folder_without_captions_is_refused(tmp_path):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("", "not a known annotation format"),
+        ("\n", "empty; expected captions"),
         ("hello\nworld", "not a known annotation format"),
-        ("picture,words\na.jpg,a dog\n", "name others with --image-column and --caption-column; its first line is 'pi"),
+        (
+            "picture,words\na.jpg,a dog\n",
+            "name others with --image-column and --caption-column, and an unusual --separator; its first line is 'pi",
+        ),
         ("a dog\thttp://example.com/a.jpg\n", "img2dataset"),
         ("url,caption\nhttp://example.com/a.jpg,a dog\n", "img2dataset"),
         ("image,caption\nhttp://example.com/a.jpg,a dog\n", "its images are addresses"),
@@ -226,7 +272,7 @@ def test_folder_without_captions_is_refused(tmp_path):
         ({"images": "../images", "cnn": "InceptionV3"}, "JSON without captions"),
         ({"train": [{"id": "a", "report": "normal", "image_path": ["a.png"]}]}, "JSON without captions"),
         ([{"image_id": 5, "caption": "a dog"}], "the fields of the first are image_id, caption"),
-        ({"annotations": [{"id": 1}], "images": []}, r"expected COCO's captions JSON .* KeyError\('image_id'\)"),
+        ({"annotations": [{"id": 1}], "images": 5}, "expected COCO's captions JSON .*; a field is missing or wrong"),
         ({"images": [{"sentences": [{"raw": "a dog"}]}]}, "expected Karpathy's JSON .*'filename'"),
     ],
 )
@@ -246,6 +292,8 @@ def test_other_content_is_refused_in_one_line(read, content, message):
         (b"PAR1" + bytes(20), "Parquet"),
         (b"PK\x03\x04" + bytes(20), "archive or a spreadsheet"),
         (bytes(257) + b"ustar", "archive"),
+        (b"\xd0\xcf\x11\xe0" + bytes(9), "an old spreadsheet"),
+        (b"%PDF-1.7\n", "a PDF"),
         (b"\xff\xfea", "expected text in UTF-16"),
     ],
 )
@@ -261,7 +309,8 @@ def test_encoding_can_be_named(tmp_path):
     (tmp_path / "file").write_bytes("image,caption\na.jpg,café\n".encode("cp1252"))
     rows = parse_annotations(tmp_path / "file", ReadOptions(encoding="windows-1252"))[1].rows
     assert rows[0].caption == "café"
-    with pytest.raises(InputError, match="--encoding klingon: no such encoding"):
-        parse_annotations(tmp_path / "file", ReadOptions(encoding="klingon"))
+    for name in ("klingon", "undefined", "base64"):
+        with pytest.raises(InputError, match=f"--encoding {name}: no such encoding"):
+            parse_annotations(tmp_path / "file", ReadOptions(encoding=name))
     with pytest.raises(InputError, match="no such annotation file"):
         parse_annotations(tmp_path / "none", ReadOptions())

@@ -25,10 +25,15 @@ def test_examples_are_in_the_order_of_the_file_and_numbered(read):
     ]
 
 
-def test_split_column_is_used_if_it_has_splits_only(read):
+def test_split_column_is_used_if_it_has_splits_only(read, capsys):
     header = "image,split,caption"
     assert [e.split for e in read("a.jpg,train,x", "b.jpg,Validation,y", header=header)] == ["train", "val"]
+    assert [e.split for e in read("a.jpg,,x", "b.jpg,test,y", header=header)] == ["", "test"]
+    capsys.readouterr()
     assert [e.split for e in read("a.jpg,1,x", "b.jpg,2,y", header=header)] == ["", ""]
+    assert "captions.csv: the column split is not used: '1' is no split" in capsys.readouterr().err
+    assert [e.split for e in read("a.jpg,val,x", "a.jpg,train,y", header=header)] == ["val"]
+    assert "1 images have rows of two splits, and are in the first one, such as 'a.jpg'" in capsys.readouterr().err
 
 
 def test_captions_and_names_are_brought_to_one_form(read):
@@ -52,9 +57,10 @@ def test_what_is_left_out_is_named_and_counted(read, tmp_path, capsys):
 def test_half_characters_and_wrong_types_are_left_out(tmp_path, capsys):
     path = tmp_path / "captions.json"
     path.write_text(
-        '[{"image": "a.jpg", "caption": ["a dog", null, NaN, 5, "half \\ud800"]}, {"image": 7, "caption": "x"}]'
+        '[{"image": "a.jpg", "caption": ["a dog", null, NaN, 5, "half \\ud800"]}, {"image": 7, "caption": "x"},'
+        '{"image": [], "caption": "y"}]'
     )
-    assert read_annotations(path) == [Example("a.jpg", ("a dog",), 0)]
+    assert read_annotations(path) == [Example("a.jpg", ("a dog",), 0), Example("7", ("x",), 1)]
     reasons = [line.split(": ")[1] for line in capsys.readouterr().err.splitlines()[:-1]]
     assert reasons == [
         "a caption that is null",

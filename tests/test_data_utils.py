@@ -17,6 +17,7 @@ EXAMPLES = [Example(f"{i}.jpg", ("a", "b"), i) for i in range(50)]
 KARPATHY = [
     {"filepath": "train2014", "filename": "a.jpg", "split": "train", "cocoid": 3, "sentences": [{"raw": "a dog"}]},
     {"filepath": "val2014", "filename": "b.jpg", "split": "test", "cocoid": 7, "sentences": [{"raw": "a cat"}]},
+    {"filepath": "val2014", "filename": "c.jpg", "split": "val", "cocoid": 9, "sentences": [{"raw": "a cow"}]},
 ]
 
 
@@ -75,6 +76,18 @@ def test_assign_splits_by_lists_finds_names_without_folders_and_logs_unknown_one
     split = assign_splits(examples, DataConfig(), {"train": tmp_path / "train", "val": tmp_path / "val"})
     assert [(e.image_path, e.split) for e in split] == [("photos/0.jpg", "train"), ("photos/1.jpg", "val")]
     assert "1 images without captions are left out, the first: 'none.jpg'" in capsys.readouterr().err
+
+
+def test_assign_splits_by_lists_finds_names_as_people_write_them(tmp_path, capsys):
+    examples = [
+        Example(name, ("a",), i) for i, name in enumerate(("a.jpg", "sub/B.jpg", "c.jpg", "x/d.jpg", "y/d.jpg"))
+    ]
+    (tmp_path / "train").write_text("photos\\A.JPG\n./b.jpg\n")
+    (tmp_path / "val").write_text("c\nd.jpg\n")
+    split = assign_splits(examples, DataConfig(), {"train": tmp_path / "train", "val": tmp_path / "val"})
+    assert [(e.image_path, e.split) for e in split] == [("a.jpg", "train"), ("sub/B.jpg", "train"), ("c.jpg", "val")]
+    said = capsys.readouterr().err
+    assert "the first: 'd.jpg'" in said and "split: 2 images are in none of the lists and are left out" in said
 
 
 def test_assign_splits_keeps_the_split_of_the_annotations():
@@ -161,18 +174,19 @@ def test_load_dataset_uses_flickr8k_lists_beside_the_annotations(user_config, tm
 
 def test_load_dataset_refuses_lists_of_other_images(user_config, tmp_path):
     config = user_config("image,caption\na.jpg,a\n", names=("a.jpg",))
-    (tmp_path / "list").write_text("x.jpg\n")
+    (tmp_path / "list").write_text("a.jpg\n")
     lists = {"train_list": str(tmp_path / "list"), "val_list": str(tmp_path / "list")}
     with pytest.raises(InputError, match="in the val list and in the train list"):
         load_dataset(dataclasses.replace(config, **lists))
+    (tmp_path / "list").write_text("x.jpg\n")
     (tmp_path / "other").write_text("y.jpg\n")
     with pytest.raises(InputError, match="none of its images is in the split lists"):
         load_dataset(dataclasses.replace(config, **lists | {"val_list": str(tmp_path / "other")}))
 
 
 def test_load_dataset_of_karpathy_with_images_in_one_folder(user_config):
-    config = user_config({"images": KARPATHY}, names=("a.jpg", "b.jpg"))
-    assert [e.image_path for e in load_dataset(config).examples] == ["a.jpg", "b.jpg"]
+    config = user_config({"images": KARPATHY}, names=("a.jpg", "b.jpg", "c.jpg"))
+    assert [e.image_path for e in load_dataset(config).examples] == ["a.jpg", "b.jpg", "c.jpg"]
     (Path(config.images) / "train2014").mkdir()
     (Path(config.images) / "train2014/a.jpg").touch()
     assert load_dataset(config).examples[0].image_path == "train2014/a.jpg"

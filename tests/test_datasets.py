@@ -313,6 +313,21 @@ def test_an_image_in_two_splits_is_refused(user_files, tmp_path):
         load_dataset(user_files("annotations", images="data/train_images", val_annotations="train.csv"))
 
 
+def test_linked_folders_stay_inside_the_image_folder(user_files, tmp_path):
+    (tmp_path / "link").symlink_to(tmp_path / "data")
+    config = user_files(*ALL_FILES[:4], images="link/train_images", val_images="link/val_images")
+    assert load_dataset(config).examples[0].image_path == "train_images/train0.jpg"
+    (tmp_path / "val.csv").write_text((tmp_path / "train.csv").read_text())
+    with pytest.raises(InputError, match="is also in the annotations of another split"):
+        load_dataset(dataclasses.replace(config, images=str(tmp_path / "data/train_images"), val_images=config.images))
+
+
+def test_images_for_validation_are_taken_from_training_if_there_are_none(user_files, tmp_path):
+    rows = [f"train{i}.jpg,{split},a dog\n" for i, split in enumerate(("train", "train", "train", "test"))]
+    (tmp_path / "train.csv").write_text("image,split,caption\n" + "".join(rows))
+    assert sizes(load_dataset(user_files("annotations", "images"))) == [2, 1, 1]
+
+
 def test_a_file_with_its_own_split_is_refused_for_one_split(user_files, tmp_path):
     row = {"sentences": [{"raw": "a dog"}]}
     rows = [row | {"filename": f"train{i}.jpg", "split": split} for i, split in enumerate(("train", "val"))]
@@ -335,6 +350,7 @@ def test_a_file_of_one_split_alone_is_split_at_random(user_files, tmp_path, caps
     [
         ({"images": "data"}, "--images needs --annotations"),
         ({"val_annotations": "val.csv"}, "--val-annotations needs --annotations"),
+        ({"annotations": "train.csv", "val_images": "data"}, "--val-images needs --val-annotations"),
         ({"annotations": "none.csv"}, r"none\.csv: no such annotation file"),
         ({"annotations": "train.csv", "images": "none"}, "none: no such image folder"),
         ({"annotations": "train.csv", "val_annotations": "none.csv"}, r"none\.csv: no such annotation file"),

@@ -32,7 +32,19 @@ def test_clean_name_of_nothing():
 def folder(tmp_path):
     """A folder of images, beside a file that is none of them."""
     (tmp_path / "secret.jpg").touch()
-    names = ["a.jpg", "Märchen.JPG", "sub/b.png", "sub/c.jpg", "other/c.jpg", "d.jpg", "d.png", "._e.jpg", "x.y.jpg"]
+    names = [
+        "a.jpg",
+        "Märchen.JPG",
+        "sub/b.png",
+        "sub/c.jpg",
+        "other/c.jpg",
+        "d.jpg",
+        "d.png",
+        "._e.jpg",
+        "x.y.jpg",
+        "n.jpg",
+        "n.txt",
+    ]
     for name in names:
         path = tmp_path / "photos" / name
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -57,6 +69,8 @@ def folder(tmp_path):
         ("c.jpg", None),  # of two folders
         ("d", None),  # of two formats
         ("e.jpg", None),  # only a Mac's ._e.jpg
+        ("other/b.png", None),  # that of another folder
+        ("n", "n.jpg"),  # not n.txt
         ("secret.jpg", None),  # outside the folder
         ("a.png", None),
         ("z" * 300, None),
