@@ -37,6 +37,7 @@ TRANSPOSITIONS = {
     8: Image.Transpose.ROTATE_90,
 }
 MIN_ROWS_SHARE = 0.5  # of a truncated JPEG's rows, of which more must be there
+PROGRESSIVE_FRAME, START_OF_SCAN, END_OF_IMAGE = b"\xff\xc2", b"\xff\xda", b"\xff\xd9"  # markers of a JPEG
 HEIC_BRANDS = (b"heic", b"heix", b"hevc", b"heim", b"heis", b"heif", b"mif1", b"msf1")
 # What Pillow has a name for, but opens only with other programs, or is no image.
 NO_IMAGES = {".pdf", ".mpg", ".mpeg", ".h5", ".hdf", ".grib", ".bufr", ".wmf", ".emf"}
@@ -153,6 +154,8 @@ def _load(path: Path | str, image: Image.Image) -> Image.Image:
     except OSError:
         if image.format not in ("JPEG", "MPO"):
             raise
+        if image.info.get("progressive"):
+            return _load_progressive(path)
         with Image.open(path) as again:
             num_rows = _load_rows(again)
             if num_rows <= MIN_ROWS_SHARE * again.height:
@@ -160,6 +163,17 @@ def _load(path: Path | str, image: Image.Image) -> Image.Image:
                 raise InputError(f"{path}: not an image that can be read ({found})") from None
             _log_once(f"{path}: truncated, its first {num_rows} of {again.height} rows are used")
             return again.crop((0, 0, again.width, num_rows))
+
+
+def _load_progressive(path: Path | str) -> Image.Image:
+    """Decodes a progressive JPEG that is cut off: after its first scan it has all rows, and lacks only details."""
+    content = Path(path).read_bytes()
+    if content.partition(PROGRESSIVE_FRAME)[2].count(START_OF_SCAN) < 2:  # a thumbnail before it has its own scan
+        raise InputError(f"{path}: not an image that can be read (truncated: its first scan is not complete)")
+    image = Image.open(io.BytesIO(content + END_OF_IMAGE))
+    image.load()
+    _log_once(f"{path}: truncated, it is used without its finest details")
+    return image
 
 
 def _load_rows(image: Image.Image) -> int:
