@@ -241,17 +241,16 @@ class UserFiles(DatasetSource):
     """The user's own annotations, one or one for each split, and their image folders."""
 
     def __init__(self, config: DataConfig, with_images: bool):
-        """Raises InputError if an image folder does not exist."""
+        """Raises InputError if annotations or an image folder do not exist, or do not fit together."""
         self.with_images = with_images
         given = {
             "train" if config.val_annotations else "": (config.annotations, config.images),
             "val": (config.val_annotations, config.val_images or config.images),
             "test": (config.test_annotations, config.test_images or config.images),
         }
-        unused = [name for split, (path, _) in given.items() for name in [f"{split}_images"] if split and not path]
-        if name := next((name for name in unused if getattr(config, name, None)), None):
-            split = name.partition("_")[0]
-            raise InputError(f"--{split}-images needs --{split}-annotations, the captions of these images")
+        for split in ("val", "test"):
+            if getattr(config, f"{split}_images") and not getattr(config, f"{split}_annotations"):
+                raise InputError(f"--{split}-images needs --{split}-annotations, the captions of these images")
         # Of each split: the annotations, and the folder of the images, which by default is that of the annotations.
         paths = {split: Path(annotations) for split, (annotations, _) in given.items() if annotations}
         if absent := next((path for path in paths.values() if not path.exists()), None):
