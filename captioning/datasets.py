@@ -8,7 +8,7 @@ from pathlib import Path, PurePosixPath
 from typing import ClassVar, NamedTuple
 
 from captioning import shapes
-from captioning.annotations import Example, read_annotations, rename_images
+from captioning.annotations import NUM_NAMED, Example, read_annotations, rename_images
 from captioning.caption_rows import ReadOptions
 from captioning.cli import InputError, advise, format_bytes, log, progress_bar
 from captioning.config import DataConfig
@@ -285,7 +285,8 @@ class UserFiles(DatasetSource):
                 f"{folder}: none of the {len(paths):,} images of {part.path} is in it, such as {missing[0]!r}{hint}"
             )
         if missing:
-            log(f"{folder}: {len(missing):,} of {len(paths):,} images are not in it, such as {missing[0]!r}")
+            first = ", ".join(map(repr, missing[:NUM_NAMED]))
+            log(f"{folder}: {len(missing):,} of {len(paths):,} images are not in it, such as {first}")
         if renamed := [name for name, path in paths.items() if path != name]:
             first = renamed[0]
             log(f"{folder}: {len(renamed):,} images have other names there, such as {paths[first]!r} for {first!r}")
