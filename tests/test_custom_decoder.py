@@ -61,6 +61,7 @@ def assert_captions_follow_step(run, features, config):
     return captions
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.build.* was called on layer")  # the attention is left unused
 def test_changed_step_trains_and_captions(data, features, tmp_path, monkeypatch, capsys):
     """With one function replaced, as a user edits model.py."""

@@ -103,6 +103,7 @@ def sample_locations(hard_model, monkeypatch, locations):
     monkeypatch.setattr(hard_model.decoder.attention, "sample_noise", lambda *_: noise)
 
 
+@pytest.mark.slow
 def test_reinforce_terms_mean_is_the_exact_gradient(tiny_hard_model, rng, monkeypatch):
     """Enumerates all samples s of the bound sum_s p(s) log p(y | s)."""
     features = tf.constant(rng.normal(size=(2, 2, 2048)).astype(np.float32) * 3)

@@ -125,6 +125,7 @@ def test_train_decays_the_learning_rate_after_every_epoch(trained_run, recorder)
     assert rate == pytest.approx(1e-2 * 0.5**2), "the third epoch's"
 
 
+@pytest.mark.slow
 def test_train_keeps_the_best_epoch_and_stops_early(data, tmp_path, monkeypatch, capsys):
     """The best checkpoint holds the moving average of the weights; training continues from the weights."""
     trained, validated_kernels = [], []
@@ -164,6 +165,7 @@ def test_no_fused_gives_the_same_losses(data, tmp_path, monkeypatch):
     np.testing.assert_allclose(results[True], results[False], rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_train_without_optional_packages(data, tmp_path, monkeypatch, capsys):
     find_spec = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "tensorboard" else find_spec(name))
@@ -221,6 +223,7 @@ def test_mixed_precision_learns_the_same(data, tmp_path, attention):
     assert caption_model.compute_dtype == "float32"
 
 
+@pytest.mark.slow
 def test_train_tells_the_log_which_epoch_is_best(data, tmp_path, monkeypatch):
     """For loss.png, at the end of each epoch."""
     marked = []
