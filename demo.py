@@ -105,7 +105,9 @@ def main(argv: list[str] | None = None) -> None:
         f"(uniform attention: {results['uniform attention']:.1f} %)"
     )
     print(f"image: {image_path}\ncaption: {caption.text}")
-    print(f"attention plot: {plot}\nloss plot: {args.run / 'loss.png'}")
+    if plot:
+        print(f"attention plot: {plot}")
+    print(f"loss plot: {args.run / 'loss.png'}")
     print(f"minutes: {(time.monotonic() - start) / 60:.1f}")
 
 
