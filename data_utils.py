@@ -16,9 +16,8 @@ import functools
 import hashlib
 import json
 import random
-from collections import Counter
 from collections.abc import Mapping, Sequence
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
@@ -27,7 +26,7 @@ from captioning.caption_rows import ReadOptions, read_text
 from captioning.cli import InputError, add_quiet_option, advise, log, make_parser, run_main
 from captioning.config import DATA_PATHS, DataConfig, RunConfig
 from captioning.datasets import FLICKR8K_SPLIT_FILES, find_source
-from captioning.image_names import clean_name, name_key
+from captioning.image_names import NameIndex, clean_name
 from captioning.settings import add_options
 from captioning.text import describe_unspaced
 
@@ -247,45 +246,24 @@ def _split_at_random(examples: Sequence[Example], config: DataConfig) -> list[Ex
 
 
 def _split_by_lists(examples: Sequence[Example], split_files: dict[str, Path]) -> list[Example]:
-    """Splits by lists of image names; a name may leave out the image's folder."""
+    """Splits by lists of image names, which need not be exact, see `NameIndex.find`."""
     missing = {"train", "val"} - set(split_files)
     if missing:
         raise InputError(f"split lists need at least train and val, missing: {', '.join(sorted(missing))}")
-    image_paths = _index_names(examples)
+    index = NameIndex(example.image_path for example in examples)
     split_of: dict[str, str] = {}
     for split, path in split_files.items():
-        names = _read_split_file(path, split)
-        unknown = [name for name in names if not _find_listed(name, image_paths)]
+        image_paths = {name: index.find(name) for name in _read_split_file(path, split)}
+        unknown = [name for name, image_path in image_paths.items() if image_path is None]
         if unknown:
             log(f"{path}: {len(unknown):,} images without captions are left out, the first: {unknown[0]!r}")
-        for name in names:
-            if (image_path := _find_listed(name, image_paths)) and split_of.setdefault(image_path, split) != split:
+        for name, image_path in image_paths.items():
+            if image_path and split_of.setdefault(image_path, split) != split:
                 raise InputError(f"{path}: {name} is in the {split} list and in the {split_of[image_path]} list")
     result = [dataclasses.replace(e, split=split_of[e.image_path]) for e in examples if e.image_path in split_of]
     if num_unlisted := len(examples) - len(result):
         log(f"split: {num_unlisted:,} images are in none of the lists and are left out")
     return result
-
-
-def _index_names(examples: Sequence[Example]) -> dict[str, str]:
-    """Returns the images by what a list may call them: their path, or a name or stem that no other image has."""
-    image_paths = [example.image_path for example in examples]
-    index: dict[str, str] = dict(zip(image_paths, image_paths, strict=True))
-    for shorten in (str, lambda path: PurePosixPath(path).name, lambda path: PurePosixPath(path).stem):
-        keys = [name_key(shorten(image_path)) for image_path in image_paths]
-        counts = Counter(keys)
-        for key, image_path in zip(keys, image_paths, strict=True):
-            if counts[key] == 1:
-                index.setdefault(key, image_path)
-    return index
-
-
-def _find_listed(name: str, index: dict[str, str]) -> str | None:
-    """Returns the image that a name in a list means, which may have further folders in front, or None."""
-    parts = name_key(name).split("/")
-    return index.get(name) or next(
-        (index[key] for i in range(len(parts)) if (key := "/".join(parts[i:])) in index), None
-    )
 
 
 def _read_split_file(path: Path, split: str) -> list[str]:

@@ -44,32 +44,57 @@ def walk_files(folder: Path) -> list[str]:
     return sorted(paths)
 
 
-class ImageFinder:
-    """Finds images in a folder by names that need not be exact."""
+class NameIndex:
+    """Finds images among known paths by names that need not be exact.
 
-    def __init__(self, folder: Path):
-        self.folder = folder
+    Args:
+        paths: with forward slashes.
+    """
+
+    def __init__(self, paths: Iterable[str]):
+        self._paths = set()
+        # By their path and by their name alone, each with and without its ending.
+        self._by_path: defaultdict[str, list[str]] = defaultdict(list)
+        self._by_name: defaultdict[str, list[str]] = defaultdict(list)
+        for path in paths:
+            self._paths.add(path)
+            for known_as in {path, str(PurePosixPath(path).with_suffix(""))}:
+                self._by_path[name_key(known_as)].append(path)
+                self._by_name[name_key(known_as.rpartition("/")[2])].append(path)
 
     def find(self, name: str) -> str | None:
-        """Returns the path inside the folder of the one file that a name means; None if there is none, or several.
+        """Returns the one path that a name means; None if there is none, or several.
 
         Args:
-            name: a name as `clean_name` returns it. It may differ from the file's in case and in Unicode form, have
-                leading folders that are not inside the image folder, lack the folders that are, or lack its ending.
+            name: a name as `clean_name` returns it. It may differ from the path in case and in Unicode form, have
+                further folders in front, lack folders, or lack its ending.
         """
-        if self._is_file(name):
+        if name in self._paths:
             return name
-        parts = name.split("/")
-        shorter = ["/".join(parts[i:]) for i in range(len(parts))]
-        if found := next((path for path in shorter[1:] if self._is_file(path)), None):
-            return found
-        by_path, by_name = self._index
-        for index, candidates in ((by_path, shorter), (by_name, shorter[-1:])):
+        shorter = _without_folders(name)
+        for index, candidates in ((self._by_path, shorter), (self._by_name, shorter[-1:])):
             for candidate in candidates:
                 matches = [path for path in index.get(name_key(candidate), []) if folders_agree(name, path)]
                 if len(matches) == 1:
                     return matches[0]
         return None
+
+
+def _without_folders(name: str) -> list[str]:
+    """Returns a name, and the name without its first folder, without its first two, and so on."""
+    parts = name.split("/")
+    return ["/".join(parts[i:]) for i in range(len(parts))]
+
+
+class ImageFinder:
+    """Finds images in a folder as `NameIndex` does; the folder is searched only if a file has not the name itself."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+
+    def find(self, name: str) -> str | None:
+        """Returns the path inside the folder of the one file that a name means, or None; see `NameIndex.find`."""
+        return next(filter(self._is_file, _without_folders(name)), None) or self._index.find(name)
 
     def _is_file(self, name: str) -> bool:
         try:
@@ -78,15 +103,8 @@ class ImageFinder:
             return False
 
     @functools.cached_property
-    def _index(self) -> tuple[dict[str, list[str]], dict[str, list[str]]]:
-        """All images inside the folder, by their path and by their name alone, each with and without its ending."""
-        by_path: defaultdict[str, list[str]] = defaultdict(list)
-        by_name: defaultdict[str, list[str]] = defaultdict(list)
-        for path in filter(is_image_file, walk_files(self.folder)):
-            for known_as in {path, str(PurePosixPath(path).with_suffix(""))}:
-                by_path[name_key(known_as)].append(path)
-                by_name[name_key(known_as.rpartition("/")[2])].append(path)
-        return by_path, by_name
+    def _index(self) -> NameIndex:
+        return NameIndex(filter(is_image_file, walk_files(self.folder)))
 
 
 def find_clash(paths: dict[str, str]) -> tuple[str, str] | None:

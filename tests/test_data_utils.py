@@ -83,7 +83,7 @@ def test_assign_splits_by_lists_finds_names_as_people_write_them(tmp_path, capsy
         Example(name, ("a",), i) for i, name in enumerate(("a.jpg", "sub/B.jpg", "c.jpg", "x/d.jpg", "y/d.jpg"))
     ]
     (tmp_path / "train").write_text("photos\\A.JPG\n./b.jpg\n")
-    (tmp_path / "val").write_text("c\nd.jpg\n")
+    (tmp_path / "val").write_text("c\nd.jpg\nother/B.jpg\n")
     split = assign_splits(examples, DataConfig(), {"train": tmp_path / "train", "val": tmp_path / "val"})
     assert [(e.image_path, e.split) for e in split] == [("a.jpg", "train"), ("sub/B.jpg", "train"), ("c.jpg", "val")]
     said = capsys.readouterr().err
