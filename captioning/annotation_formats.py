@@ -1,9 +1,10 @@
 """The formats of annotations, told apart by content: a matcher and a reader for each, in one list.
 
-`content` is parsed JSON (a dict or a list), JSON Lines (`JsonLines`), text (a str), or a folder (a Path).
+`content` is parsed JSON (a dict or a list), JSON Lines (`JsonLines`), text (a str), or a folder (`Folder`).
 """
 
 import contextlib
+import functools
 import json
 import re
 from collections import defaultdict
@@ -39,6 +40,32 @@ class JsonLines(list):
     """The objects of a file with one JSON object a line; a line that is none is kept as text."""
 
 
+class Folder:
+    """A folder that may hold images and captions; it is searched when that is first asked for."""
+
+    def __init__(self, path: Path):
+        self.path = path
+
+    @functools.cached_property
+    def metadata_files(self) -> list[Path]:
+        """The metadata file of Hugging Face's ImageFolder, or else those of the subfolders, one each."""
+        for folders in ([self.path], sorted(path for path in self.path.iterdir() if path.is_dir())):
+            files = [next((f for name in METADATA_FILES if (f := folder / name).is_file()), None) for folder in folders]
+            if found := [file for file in files if file is not None]:
+                return found
+        return []
+
+    @functools.cached_property
+    def caption_files(self) -> dict[str, list[Path]]:
+        """The images, by their path inside the folder, with the text files of the same name beside them."""
+        paths = walk_files(self.path)
+        texts: dict[PurePosixPath, list[Path]] = defaultdict(list)
+        for path in map(PurePosixPath, paths):
+            if path.suffix.lower() in CAPTION_SUFFIXES:
+                texts[path.with_suffix("")].append(self.path / path)
+        return {path: texts.get(PurePosixPath(path).with_suffix(""), []) for path in paths if is_image_file(path)}
+
+
 def read_content(path: Path, encoding: str | None) -> Any:
     """Reads what is at a path: a folder as it is, JSON, JSON Lines, or text.
 
@@ -46,7 +73,7 @@ def read_content(path: Path, encoding: str | None) -> Any:
         InputError: there is nothing; or it is no text, or broken JSON.
     """
     if path.is_dir():
-        return path
+        return Folder(path)
     if not path.exists():
         raise InputError(f"{path}: no such annotation file")
     text = re.sub(r"^sep=.\n", "", read_text(path, encoding))  # a line of Excel
@@ -254,73 +281,49 @@ def is_headerless(content: Any, options: ReadOptions) -> bool:
 # Folders.
 
 
-def _split_of_folder(folder: Path | PurePosixPath) -> str:
-    """Returns the split that the name of a folder means, or an empty text."""
-    return parse_split(folder.name) or ""
+def has_metadata(content: Any) -> bool:
+    """Tells whether content is a folder like Hugging Face's ImageFolder."""
+    return isinstance(content, Folder) and bool(content.metadata_files)
 
 
-def find_metadata(content: Any) -> list[Path]:
-    """Returns the metadata files of Hugging Face's ImageFolder: of the folder, or else of its subfolders."""
-    if not isinstance(content, Path):
-        return []
-    for folders in ([content], sorted(path for path in content.iterdir() if path.is_dir())):
-        files = [next((f for name in METADATA_FILES if (f := folder / name).is_file()), None) for folder in folders]
-        if found := [file for file in files if file is not None]:
-            return found
-    return []
-
-
-def read_image_folder(path: Path | str, content: Path, options: ReadOptions) -> Parsed:
+def read_image_folder(path: Path | str, content: Folder, options: ReadOptions) -> Parsed:
     """Reads Hugging Face's ImageFolder: metadata.csv or metadata.jsonl beside the images, of all or of each split."""
-    parsed = Parsed([])
-    for file in find_metadata(content):
+    parsed = Parsed([], ", ".join(file.relative_to(content.path).as_posix() for file in content.metadata_files))
+    for file in content.metadata_files:
         inner = read_content(file, options.encoding)
         read = read_objects if isinstance(inner, list | dict) else caption_table.read_table
         if isinstance(inner, str) and not is_table(inner, options):
             raise InputError(caption_table.describe_unknown(file, inner, options))
-        folder = PurePosixPath(file.parent.relative_to(content).as_posix())
-        split = _split_of_folder(folder)
+        folder = PurePosixPath(file.parent.relative_to(content.path).as_posix())
+        split = parse_split(folder.name)
         found = read(file, inner, options)
         for row in found.rows:
             name = f"{folder}/{row.image_path}" if isinstance(row.image_path, str) else row.image_path
             parsed.rows.append(row._replace(image_path=name, split=split or row.split))
         parsed.notes += found.notes
-    parsed.details = ", ".join(file.relative_to(content).as_posix() for file in find_metadata(content))
     return parsed
-
-
-def find_caption_files(content: Any) -> dict[Path, list[Path]]:
-    """Returns the images inside a folder that have a text file of the same name beside them, with these files."""
-    if not isinstance(content, Path):
-        return {}
-    files = [content / path for path in walk_files(content)]
-    texts: dict[Path, list[Path]] = defaultdict(list)
-    for path in files:
-        if path.suffix.lower() in CAPTION_SUFFIXES:
-            texts[path.with_suffix("")].append(path)
-    return {path: texts.get(path.with_suffix(""), []) for path in files if is_image_file(path)}
 
 
 def has_caption_files(content: Any) -> bool:
     """Tells whether content is a folder in which an image has a text file beside it."""
-    return any(find_caption_files(content).values())
+    return isinstance(content, Folder) and any(content.caption_files.values())
 
 
-def read_caption_files(path: Path | str, content: Path, options: ReadOptions) -> Parsed:
+def read_caption_files(path: Path | str, content: Folder, options: ReadOptions) -> Parsed:
     """Reads a folder of images with a text file beside each: `a.jpg` and `a.txt`, whose lines are its captions."""
     parsed = Parsed([], "a .txt file beside each image")
-    for image, files in find_caption_files(content).items():
-        relative = PurePosixPath(image.relative_to(content).as_posix())
-        split = _split_of_folder(PurePosixPath(relative.parts[0])) if len(relative.parts) > 1 else ""
+    for image, files in content.caption_files.items():
+        first_folder, _, _ = image.rpartition("/")[0].partition("/")
+        split = parse_split(first_folder) or ""
         for file in files:
             try:
                 lines = [line for line in read_text(file, options.encoding).split("\n") if line.strip()]
             except InputError as error:
-                parsed.rows.append(CaptionRow(str(relative), "", problem=f"a text that cannot be read ({error})"))
+                parsed.rows.append(CaptionRow(image, "", problem=f"a text that cannot be read ({error})"))
                 continue
-            parsed.rows += [CaptionRow(str(relative), line, split=split) for line in lines or [""]]
+            parsed.rows += [CaptionRow(image, line, split=split) for line in lines or [""]]
         if not files:
-            parsed.rows.append(CaptionRow(str(relative), "", problem="an image without a .txt file beside it"))
+            parsed.rows.append(CaptionRow(image, "", problem="an image without a .txt file beside it"))
     return parsed
 
 
@@ -353,7 +356,7 @@ FORMATS: list[AnnotationFormat] = [
     AnnotationFormat("lines of name#0<TAB>caption", _by_content(is_token_file), read_token_file),
     AnnotationFormat("table with a header", is_table, caption_table.read_table),
     AnnotationFormat("table without a header", is_headerless, caption_table.read_headerless),
-    AnnotationFormat("image folder with metadata", _by_content(find_metadata), read_image_folder),
+    AnnotationFormat("image folder with metadata", _by_content(has_metadata), read_image_folder),
     AnnotationFormat("folder of images with .txt files", _by_content(has_caption_files), read_caption_files),
 ]
 
@@ -362,7 +365,7 @@ def describe_unknown(path: Path | str, content: Any, options: ReadOptions) -> st
     """Says why content has none of the formats, and what to do."""
     if isinstance(content, str):
         return caption_table.describe_unknown(path, content, options)
-    if isinstance(content, Path):
+    if isinstance(content, Folder):
         return (
             f"{path}: expected a folder with metadata.csv or metadata.jsonl, or with a .txt file beside each image; "
             "found neither"
