@@ -89,29 +89,30 @@ def _clean_row(row: CaptionRow) -> CaptionRow:
     """Brings the name and the caption of a row to one form, and notes why it cannot be used, if so."""
     if type(row.image_path) is int:  # a number without an ending
         row = row._replace(image_path=str(row.image_path))
-    if problem := row.problem or _find_problem(row):
-        return row._replace(problem=problem)
-    return row._replace(image_path=clean_name(row.image_path), caption=normalize_text(row.caption))
+    if row.problem:
+        return row
+    if row.caption is None or row.caption != row.caption:  # JSON's null, or NaN in a table that was saved as JSON
+        return row._replace(problem="a caption that is null")
+    if not isinstance(row.image_path, str) or not isinstance(row.caption, str):
+        return row._replace(problem="an image or a caption that is not text")
+    clean = row._replace(image_path=clean_name(row.image_path), caption=normalize_text(row.caption))
+    problem = _find_problem(clean)
+    return row._replace(problem=problem) if problem else clean
 
 
 def _find_problem(row: CaptionRow) -> str:
-    """Returns why a row of any format cannot be used; an empty text if it can."""
-    name, caption = row.image_path, row.caption
-    if caption is None or caption != caption:  # JSON's null, or the NaN of a table that was saved as JSON
-        return "a caption that is null"
-    if not isinstance(name, str) or not isinstance(caption, str):
-        return "an image or a caption that is not text"
-    if not clean_name(name) or "\x00" in name:
+    """Returns why a row in one form, whose name and caption are text, cannot be used; an empty text if it can."""
+    if not row.image_path or "\x00" in row.image_path:
         return "an image without a name"
     if type(row.image_id) not in (int, str, type(None)):
         return f"an id that is neither a whole number nor text, {row.image_id!r}"
     if row.split not in ("", *SPLITS):
         return f"a split that is not train, restval, val or test, {row.split!r}"
     try:
-        f"{name} {caption}".encode()
+        f"{row.image_path} {row.caption}".encode()
     except UnicodeEncodeError:  # JSON can hold half of a surrogate pair
         return "a name or a caption that is not Unicode text"
-    return "" if re.search(r"[^\W_]", normalize_text(caption)) else "a caption without a word"
+    return "" if re.search(r"[^\W_]", row.caption) else "a caption without a word"
 
 
 # From rows to examples.
@@ -121,14 +122,15 @@ def _group_by_image(rows: Iterable[CaptionRow]) -> list[Example]:
     """Returns one example for each image, in the order of the rows."""
     captions: dict[str, list[str]] = {}
     metadata: dict[str, tuple[Any, str]] = {}  # image id and split
-    undecided = set()
+    contradicted = set()  # the images with rows of several splits
     for row in rows:
         if metadata.get(row.image_path, (None, row.split))[1] != row.split:
-            undecided.add(row.image_path)
+            contradicted.add(row.image_path)
         captions.setdefault(row.image_path, []).append(row.caption)
         metadata.setdefault(row.image_path, (row.image_id, row.split))
-    if undecided:
-        log(f"{len(undecided):,} images have rows of two splits, and are in the first one, such as {min(undecided)!r}")
+    if contradicted:
+        first = min(contradicted)
+        log(f"{len(contradicted):,} images have rows of two splits, and are in the first one, such as {first!r}")
     examples = []
     for index, (image_path, texts) in enumerate(captions.items()):
         image_id, split = metadata[image_path]
