@@ -91,11 +91,18 @@ def find_dialect(content: str, options: ReadOptions) -> Dialect | None:
             names = next(csv.reader([header], delimiter=separator, skipinitialspace=dialect.has_spaces), [])
         except csv.Error:
             continue
-        image = find_field(names, IMAGE_FIELDS, options.image_column)
-        caption = find_field(names, CAPTION_FIELDS, options.caption_column)
-        if image is not None and caption is not None and image != caption:
+        if find_columns(names, options):
             return dialect
     return None
+
+
+def find_columns(names: list[str], options: ReadOptions) -> tuple[int, int] | None:
+    """Returns the numbers of the columns with images and with captions in a header; None if it lacks one of them."""
+    image = find_field(names, IMAGE_FIELDS, options.image_column)
+    caption = find_field(names, CAPTION_FIELDS, options.caption_column)
+    if image is None or caption is None or image == caption:
+        return None
+    return names.index(image), names.index(caption)
 
 
 def parse_separator(text: str) -> str:
@@ -123,10 +130,9 @@ def read_table(path: Path | str, content: str, options: ReadOptions) -> Parsed:
         header, *lines = parse_lines(path, content, dialect, csv.QUOTE_NONE)  # in TSV quotes need not be a pair
         notes.append(f"{path}: quotes are part of the captions, since one of them is left open")
     names = header.fields
-    image, caption = (
-        names.index(find_field(names, *of) or "")
-        for of in ((IMAGE_FIELDS, options.image_column), (CAPTION_FIELDS, options.caption_column))
-    )
+    columns = find_columns(names, options)
+    assert columns is not None, "the format has matched"
+    image, caption = columns
     split_name = find_field(names, SPLIT_FIELDS)
     split = names.index(split_name) if split_name else None
     splits = [""] * len(lines)
@@ -135,9 +141,9 @@ def read_table(path: Path | str, content: str, options: ReadOptions) -> Parsed:
         splits, unused = parse_splits(values, f"{path}: the column {split_name}")
         notes += unused
         split = split if any(splits) else None
-    columns = [names[i].strip() for i in (image, caption, split) if i is not None]
+    used = [names[i].strip() for i in (image, caption, split) if i is not None]
     separator = SEPARATORS.get(dialect.separator, dialect.separator)
-    parsed = Parsed([], f"columns {', '.join(columns)}, separated by {separator}", notes)
+    parsed = Parsed([], f"columns {', '.join(used)}, separated by {separator}", notes)
     for line, in_split in zip(lines, splits, strict=True):
         fields, note = _fit_to_header(line.fields, len(names), caption, dialect)
         if len(fields) != len(names):
