@@ -114,7 +114,7 @@ class Coco(DatasetSource):
     default_num_captions = 30_000  # the tutorial's subset
 
     def __init__(self, folder: Path, year: int = 2014, official_val: bool = False):
-        splits = {"train": "train" if official_val else ""} | ({"val": "val"} if official_val else {})
+        splits = {"train": "train", "val": "val"} if official_val else {"train": ""}
         annotations = folder / "annotations"
         parts = [
             AnnotationPart(annotations / f"captions_{name}{year}.json", f"{name}{year}", split)
@@ -203,9 +203,10 @@ class Flickr30k(DatasetSource):
     image_folders = ("flickr30k-images", "flickr30k_images", "Images", "images")
 
     def __init__(self, folder: Path):
-        names = [name for name in self.annotation_names if (folder / name).exists()] or list(self.annotation_names)
-        folders = [name for name in self.image_folders if (folder / name).is_dir()] or list(self.image_folders)
-        super().__init__("flickr30k", folder / folders[0], [AnnotationPart(folder / names[0])])
+        names, folders = self.annotation_names, self.image_folders
+        annotations = next((folder / name for name in names if (folder / name).exists()), folder / names[0])
+        image_dir = next((folder / name for name in folders if (folder / name).is_dir()), folder / folders[0])
+        super().__init__("flickr30k", image_dir, [AnnotationPart(annotations)])
         self.folder = folder
 
     def fetch_annotations(self) -> None:
