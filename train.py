@@ -243,12 +243,17 @@ def make_validator(
     )
 
 
+def best_so_far(progress: TrainProgress) -> EpochScore:
+    """Returns the score of the best epoch so far."""
+    return EpochScore(*progress.get("best_score"))
+
+
 def validate_and_log(
-    validator: Validator, state: TrainState, checkpoints: Checkpoints, training_log: TrainingLog, best_score: EpochScore
+    validator: Validator, state: TrainState, checkpoints: Checkpoints, training_log: TrainingLog
 ) -> EpochScore:
     """Validates an epoch, saves the weights if it is the best so far, and writes it down; returns its score."""
     progress = state.progress
-    epoch, best_epoch = progress.get("epoch") + 1, progress.get("best_epoch")
+    epoch, best_epoch, best_score = progress.get("epoch") + 1, progress.get("best_epoch"), best_so_far(progress)
     with state.ema.applied():
         validation = validator.evaluate()
         if validation.score > best_score:
@@ -314,8 +319,7 @@ def train(
         f"{len(tokenizer):,} words, {state.model.count_params():,} weights; validation on "
         f"{len(validator.references):,} images; at most {settings.epochs} epochs"
     )
-    best_score = EpochScore(*progress.get("best_score"))
-    validator.log_best_so_far(best_score)
+    validator.log_best_so_far(best_so_far(progress))
     batch_spec = make_distributed_dataset(strategy, captions, [], cache.read).element_spec
     train_step = make_train_step(state, settings, strategy, batch_spec)
     try:
@@ -327,11 +331,10 @@ def train(
             train_epoch(train_step, captions, cache, state, checkpoints, settings, strategy, on_step)
             score = EpochScore()
             if training_log:
-                score = validate_and_log(validator, state, checkpoints, training_log, best_score)
+                score = validate_and_log(validator, state, checkpoints, training_log)
             score = EpochScore(*devices.broadcast_from_chief(strategy, score))  # all machines stop at the same epoch
             with defer_interrupts():
-                if score > best_score:
-                    best_score = score
+                if score > best_so_far(progress):
                     progress.best_score.assign(score)
                     progress.best_epoch.assign(epoch + 1)
                 progress.epoch.assign(epoch + 1)
@@ -340,7 +343,7 @@ def train(
     except KeyboardInterrupt:
         checkpoints.save()
         raise
-    log(f"best: epoch {progress.get('best_epoch')}, {best_score}; see {run / 'loss.png'}")
+    log(f"best: epoch {progress.get('best_epoch')}, {best_so_far(progress)}; see {run / 'loss.png'}")
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
