@@ -129,7 +129,7 @@ def read_table(path: Path | str, content: str, options: ReadOptions) -> Parsed:
             raise
         header, *lines = parse_lines(path, content, dialect, csv.QUOTE_NONE)  # in TSV quotes need not be a pair
         notes.append(f"{path}: quotes are part of the captions, since one of them is left open")
-    names = header.fields
+    names = [name.strip().strip('"') for name in header.fields]  # quotes are kept where one of them is left open
     columns = find_columns(names, options)
     assert columns is not None, "the format has matched"
     image, caption = columns

@@ -48,6 +48,8 @@ def test_open_quotes_of_tsv_are_text():
     parsed = read_table("file", 'image\tcaption\na.jpg\t"a dog\nb.jpg\ta cat\n', AS_FOUND)
     assert [row[:2] for row in parsed.rows] == [("a.jpg", '"a dog'), ("b.jpg", "a cat")]
     assert parsed.notes == ["file: quotes are part of the captions, since one of them is left open"]
+    table = '"image"\t"caption"\na.jpg\t"a dog\nb.jpg\ta cat\n'
+    assert rows(table) == [("a.jpg", '"a dog'), ("b.jpg", "a cat")]
 
 
 @pytest.mark.parametrize("separator", [",", ";", "|"])
