@@ -12,13 +12,15 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, BinaryIO, TypeVar
 
 import numpy as np
 from PIL import Image
 
 from captioning.cli import InputError, advise, log
 
+# What can be captioned: a file, its content, an open file, an array of pixels or a Pillow image.
+ImageSource = Path | str | bytes | BinaryIO | np.ndarray | Image.Image
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
@@ -49,31 +51,84 @@ PNG_METADATA = b"acTL bKGD cHRM cICP eXIf fcTL fdAT gAMA hIST iCCP iTXt pHYs sBI
 # Reading.
 
 
-def read_image(path: Path | str) -> Image.Image:
+def read_image(source: ImageSource) -> Image.Image:
     """Reads an image of any format that Pillow knows as upright RGB, see `to_rgb`.
 
     A JPEG that is cut off is used without the rows that it lacks, if they are less than half, and that is logged.
     Damaged metadata are ignored.
 
+    Args:
+        source: a path; the content of a file, as bytes or as a file that is open in binary mode; pixels, (height,
+            width) or (height, width, 1, 3 or 4), uint8 or floats from 0 to 1; or a Pillow image.
+
     Raises:
         InputError: the file does not exist, or is not an image that can be read.
     """
+    source = _to_source(source)
     try:
-        return _read(path)
+        return to_rgb(source) if isinstance(source, Image.Image) else _read(source)
     except InputError:
         raise
     except FileNotFoundError:
-        raise InputError(f"{path}: no such image") from None
+        raise InputError(f"{_name(source)}: no such image") from None
     except Image.DecompressionBombError as error:
         megapixels = math.ceil(int(re.findall(r"\d+", str(error))[0]) / 1e6)
         limit = round(2 * (Image.MAX_IMAGE_PIXELS or 0) / 1e6)
         raise InputError(
-            f"{path}: {megapixels:,} megapixels, expected at most {limit:,}"
+            f"{_name(source)}: {megapixels:,} megapixels, expected at most {limit:,}"
             + advise(f"; if you trust it, use --max-megapixels {megapixels}")
         ) from None
     except Exception as error:  # Pillow raises many types for a damaged file, struct.error and TypeError among them
-        reason = _describe_unknown(path) if isinstance(error, Image.UnidentifiedImageError) else repr(error)
-        raise InputError(f"{path}: not an image that can be read ({reason})") from None
+        reason = _describe_unknown(source) if isinstance(error, Image.UnidentifiedImageError) else repr(error)
+        raise InputError(f"{_name(source)}: not an image that can be read ({reason})") from None
+
+
+def _to_source(source: Any) -> Path | str | bytes | Image.Image:
+    """Returns what was given as a path, as the content of a file, or as a Pillow image."""
+    if isinstance(source, bytearray | memoryview):
+        return bytes(source)
+    if hasattr(source, "read"):
+        if not isinstance(content := source.read(), bytes):
+            raise InputError(
+                f"expected a file that is open in binary mode, found one that gives {type(content).__name__}"
+            )
+        return content
+    if isinstance(source, Path | str | bytes | Image.Image):
+        return source
+    if not hasattr(source, "__array__"):
+        kind = type(source).__name__
+        raise InputError(f"expected an image as a path, bytes, an open file, an array or a Pillow image, found {kind}")
+    return _array_to_image(np.asarray(source))
+
+
+def _array_to_image(pixels: np.ndarray) -> Image.Image:
+    """Converts an array of pixels to an image; raises InputError if its shape, type or values are none of pixels."""
+    is_image = pixels.ndim in (2, 3) and pixels.size and (pixels.ndim == 2 or pixels.shape[2] in (1, 3, 4))
+    is_float = pixels.dtype.kind == "f" and is_image
+    if is_float and pixels.min() >= 0 and pixels.max() <= 1:
+        pixels = np.rint(255 * pixels.astype(np.float64)).astype(np.uint8)
+    if not is_image or pixels.dtype != np.uint8:
+        values = f" with values from {pixels.min():g} to {pixels.max():g}" if is_float else ""
+        raise InputError(
+            "expected pixels (height, width) or (height, width, 1, 3 or 4), uint8 or floats from 0 to 1, found "
+            f"{pixels.shape} {pixels.dtype}{values}"
+        )
+    return Image.fromarray(pixels[..., 0] if pixels.shape[2:] == (1,) else pixels)
+
+
+def _name(file: Path | str | bytes | Image.Image) -> str:
+    """Returns what a message calls an image."""
+    return str(file) if isinstance(file, Path | str) else "the image"
+
+
+def _to_file(file: Path | str | bytes) -> Path | str | BinaryIO:
+    """Returns what Pillow opens: a path, or the content of a file as an open one."""
+    return io.BytesIO(file) if isinstance(file, bytes) else file
+
+
+def _open_binary(file: Path | str | bytes) -> BinaryIO:
+    """Opens a file, or the content of one."""
+    return io.BytesIO(file) if isinstance(file, bytes) else open(file, "rb")
 
 
 def set_max_megapixels(limit: int) -> None:
@@ -81,7 +136,7 @@ def set_max_megapixels(limit: int) -> None:
     Image.MAX_IMAGE_PIXELS = math.ceil(limit * 1e6 / 2)  # Pillow refuses images of more than twice as many pixels
 
 
-def _read(path: Path | str) -> Image.Image:
+def _read(path: Path | str | bytes) -> Image.Image:
     """Reads an image, see `read_image`; raises what Pillow raises."""
     try:
         with _open(path) as image:
@@ -96,9 +151,9 @@ def _read(path: Path | str) -> Image.Image:
             return to_rgb(image)
 
 
-def _strip_png(path: Path | str) -> bytes | None:
+def _strip_png(path: Path | str | bytes) -> bytes | None:
     """Returns a PNG without its metadata, over which Pillow may stumble; None of a file that has none."""
-    with open(path, "rb") as file:
+    with _open_binary(path) as file:
         if file.read(len(PNG_SIGNATURE)) != PNG_SIGNATURE:
             return None
         chunks, has_metadata = [], False
@@ -111,19 +166,21 @@ def _strip_png(path: Path | str) -> bytes | None:
     return b"".join([PNG_SIGNATURE, *chunks]) if has_metadata else None
 
 
-def _open(path: Path | str) -> Image.Image:
+def _open(path: Path | str | bytes) -> Image.Image:
     """Opens an image; HEIC too, if the package for it is installed."""
     try:
-        return Image.open(path)
+        return Image.open(_to_file(path))
     except Image.UnidentifiedImageError:
         if not (_is_heic(path) and _register_heic()):
             raise
-        return Image.open(path)
+        return Image.open(_to_file(path))
 
 
-def _is_heic(path: Path | str) -> bool:
+def _is_heic(path: Path | str | bytes | Image.Image) -> bool:
     """Tells by the first bytes whether a file is HEIC, as iPhones write it."""
-    with open(path, "rb") as file:
+    if isinstance(path, Image.Image):
+        return False
+    with _open_binary(path) as file:
         header = file.read(12)
     return header[4:8] == b"ftyp" and header[8:] in HEIC_BRANDS
 
@@ -139,14 +196,14 @@ def _register_heic() -> bool:
     return True
 
 
-def _describe_unknown(path: Path | str) -> str:
+def _describe_unknown(path: Path | str | bytes | Image.Image) -> str:
     """Says why Pillow does not know a file's format."""
     if _is_heic(path) and not _register_heic():
         return "HEIC, which needs `pip install pillow-heif`"
     return "no format that Pillow knows"
 
 
-def _load(path: Path | str, image: Image.Image) -> Image.Image:
+def _load(path: Path | str | bytes, image: Image.Image) -> Image.Image:
     """Decodes an image that was opened; of a JPEG that is cut off, the rows that are there."""
     try:
         image.load()
@@ -156,23 +213,23 @@ def _load(path: Path | str, image: Image.Image) -> Image.Image:
             raise
         if image.info.get("progressive"):
             return _load_progressive(path)
-        with Image.open(path) as again:
+        with Image.open(_to_file(path)) as again:
             num_rows = _load_rows(again)
             if num_rows <= MIN_ROWS_SHARE * again.height:
                 found = f"truncated: {num_rows} of its {again.height} rows are there"
-                raise InputError(f"{path}: not an image that can be read ({found})") from None
-            _log_once(f"{path}: truncated, its first {num_rows} of {again.height} rows are used")
+                raise InputError(f"{_name(path)}: not an image that can be read ({found})") from None
+            _log_once(f"{_name(path)}: truncated, its first {num_rows} of {again.height} rows are used")
             return again.crop((0, 0, again.width, num_rows))
 
 
-def _load_progressive(path: Path | str) -> Image.Image:
+def _load_progressive(path: Path | str | bytes) -> Image.Image:
     """Decodes a progressive JPEG that is cut off: after its first scan it has all rows, and lacks only details."""
-    content = Path(path).read_bytes()
+    content = path if isinstance(path, bytes) else Path(path).read_bytes()
     if content.partition(PROGRESSIVE_FRAME)[2].count(START_OF_SCAN) < 2:  # a thumbnail before it has its own scan
-        raise InputError(f"{path}: not an image that can be read (truncated: its first scan is not complete)")
+        raise InputError(f"{_name(path)}: not an image that can be read (truncated: its first scan is not complete)")
     image = Image.open(io.BytesIO(content + END_OF_IMAGE))
     image.load()
-    _log_once(f"{path}: truncated, it is used without its finest details")
+    _log_once(f"{_name(path)}: truncated, it is used without its finest details")
     return image
 
 

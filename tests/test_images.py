@@ -311,6 +311,98 @@ def test_read_image_refuses_other_files_in_one_line(tmp_path):
 # Files and threads.
 
 
+# What is not a file.
+
+
+def all_forms(path):
+    """The image of a file, in all the forms that can be read."""
+    content = path.read_bytes()
+    yield from (
+        path,
+        str(path),
+        content,
+        bytearray(content),
+        memoryview(content),
+        io.BytesIO(content),
+        Image.open(path),
+    )
+    yield open(path, "rb")
+
+
+@pytest.mark.parametrize("name", ["photo.png", "photo.jpg", "rotated.jpg", "deep.png", "clear.png", "cut.jpg"])
+def test_read_image_reads_the_same_from_any_form(tmp_path, noise, name, capsys):
+    path = tmp_path / name
+    if name == "rotated.jpg":
+        exif = Image.Exif()
+        exif[0x0112] = 6
+        noise.save(path, exif=exif)
+    elif name == "deep.png":
+        Image.fromarray(np.linspace(100, 900, 1200).reshape(30, 40).astype(np.uint16)).save(path)
+    elif name == "clear.png":
+        noise.convert("RGBA").resize((40, 30)).save(path)
+    else:
+        noise.save(path)
+    if name == "cut.jpg":
+        content = path.read_bytes()
+        path.write_bytes(content[: len(content) * 4 // 5])
+    expected = np.asarray(read_image(path))
+    for source in all_forms(path):
+        if name == "cut.jpg" and isinstance(source, Image.Image):
+            continue  # Pillow itself cannot decode it
+        np.testing.assert_array_equal(np.asarray(read_image(source)), expected)
+    if name == "cut.jpg":
+        assert "the image: truncated" in capsys.readouterr().err
+
+
+def test_read_image_takes_pixels(rng):
+    pixels = rng.integers(0, 256, (4, 6, 3), np.uint8)
+    alpha = np.full((4, 6, 1), 255, np.uint8)
+    for array in (pixels, pixels / 255, (pixels / 255).astype(np.float32), np.concatenate([pixels, alpha], axis=2)):
+        np.testing.assert_array_equal(np.asarray(read_image(array)), pixels)
+    grey = pixels[..., 0]
+    for array in (grey, grey[..., np.newaxis], grey / 255):
+        np.testing.assert_array_equal(np.asarray(read_image(array)), np.repeat(grey[..., np.newaxis], 3, axis=2))
+
+
+def test_read_image_takes_arrays_of_other_libraries(rng):
+    class Tensor:
+        """As TensorFlow's and PyTorch's tensors do, it converts itself for NumPy."""
+
+        pixels = rng.integers(0, 256, (4, 6, 3), np.uint8)
+
+        def __array__(self, *args, **kwargs):
+            return self.pixels
+
+    np.testing.assert_array_equal(np.asarray(read_image(Tensor())), Tensor.pixels)
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        (b"", "the image: not an image that can be read (no format that Pillow knows)"),
+        (b"text", "the image: not an image that can be read (no format that Pillow knows)"),
+        (b"\0\0\0\x18ftypheic", "the image: not an image that can be read"),
+        (io.BytesIO(b"text"), "the image: not an image that can be read (no format that Pillow knows)"),
+        (io.StringIO("text"), "expected a file that is open in binary mode, found one that gives str"),
+        (7, "expected an image as a path, bytes, an open file, an array or a Pillow image, found int"),
+        (None, "expected an image as a path, bytes, an open file, an array or a Pillow image, found NoneType"),
+        ("https://example.com/a.jpg", "https://example.com/a.jpg: no such image"),
+        (np.zeros((0, 5, 3), np.uint8), "found (0, 5, 3) uint8"),
+        (np.zeros((1, 5, 5, 3), np.uint8), "found (1, 5, 5, 3) uint8"),
+        (np.zeros((5, 5, 2), np.uint8), "found (5, 5, 2) uint8"),
+        (np.zeros((5, 5), np.int64), "found (5, 5) int64"),
+        (np.full((5, 5), "a"), "found (5, 5) <U1"),
+        (np.linspace(0, 255, 25).reshape(5, 5), "found (5, 5) float64 with values from 0 to 255"),
+        (np.full((5, 5), np.nan), "found (5, 5) float64 with values from nan to nan"),
+    ],
+    ids=lambda value: "" if isinstance(value, str) else type(value).__name__,
+)
+def test_read_image_refuses_other_sources_in_one_line(source, message):
+    with pytest.raises(InputError) as error:
+        read_image(source)
+    assert message in str(error.value) and "\n" not in str(error.value) and len(str(error.value)) < 200
+
+
 @pytest.mark.parametrize("name", ["a.jpg", "a.JPEG", "a/b.png", "a.webp", "a.heic", "a.HEIF", "a.b.tif", "a.jp2"])
 def test_is_image_file_knows_the_endings_of_images(name):
     assert is_image_file(name) and is_image_file(Path(name))
