@@ -6,6 +6,7 @@ A setting is a field of one of the frozen dataclasses below; `captioning.setting
 import dataclasses
 from typing import Any
 
+from captioning.cli import InputError
 from captioning.settings import Settings, option
 
 SEED_LIMIT = 2**32  # NumPy's seeds are smaller
@@ -210,6 +211,55 @@ class DecodeConfig(Settings):
         minimum=1,
         maximum=MAX_TOKENS,
     )
+    min_words: int = option(0, "words before which a caption may not end", minimum=0, maximum=MAX_TOKENS)
+    no_repeat: bool = option(False, "never the same word twice in a row, and never the same three words twice")
+    captions: int = option(
+        1,
+        "captions of each image: the best of the beam, which is made at least this wide, or as many random ones",
+        minimum=1,
+        maximum=100,
+    )
+    sample: bool = option(False, "draw every word at random by its probability, instead of searching for the best ones")
+    temperature: float = option(
+        1.0, "of --sample: below 1 probable words are drawn more often, above 1 rare ones", minimum=0.01, maximum=100
+    )
+    top_p: float = option(
+        1.0, "of --sample: draw from the most probable words that together have this probability", above=0, maximum=1
+    )
+    decode_seed: int = option(
+        0, "of --sample: the same image and seed give the same captions", minimum=0, below=SEED_LIMIT
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.sample and self.beam_size > 1:
+            raise InputError("--sample draws words at random, --beam-size searches for the best: expected only one")
+        if not self.sample and (self.temperature, self.top_p, self.decode_seed) != (1.0, 1.0, 0):
+            raise InputError("--temperature, --top-p and --decode-seed are for --sample")
+        if self.max_words is not None and self.min_words > self.max_words:
+            raise InputError(f"--min-words {self.min_words}: expected at most --max-words, which is {self.max_words}")
+
+    @property
+    def suffix(self) -> str:
+        """What the names of files with captions end in: `_beam5`, or nothing for greedy search."""
+        parts = {
+            f"_beam{self.num_beams}": self.num_beams > 1 and not self.sample,
+            "_sample": self.sample,
+            f"_min{self.min_words}": self.min_words > 0,
+            "_norepeat": self.no_repeat,
+        }
+        return "".join(part for part, is_set in parts.items() if is_set)
+
+    def describe(self) -> str:
+        """Says in a few words how captions are searched for."""
+        if self.sample:
+            return f"words drawn at random, temperature {self.temperature:g}, top-p {self.top_p:g}"
+        return "greedy search" if self.num_beams == 1 else f"beam search, {self.num_beams} wide"
+
+    @property
+    def num_beams(self) -> int:
+        """The width of the beam search, which is at least the number of captions that are asked for."""
+        return max(self.beam_size, self.captions)
 
 
 # The file that a run is saved with.

@@ -1,18 +1,22 @@
-"""Turns image features into token ids with a trained model: greedy search and beam search, batched in the graph.
+"""Turns image features into token ids with a trained model: greedy search, beam search and sampling, in the graph.
 
 The model is any object that has the attributes of `StepModel`. In the comments B is the number of images, K the beam
 size, T the number of steps, L the number of image locations and V the vocabulary size.
 """
 
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
 from captioning.config import DecodeConfig
+from captioning.constraints import Constraints, constrain, forbidden_tokens
 from captioning.quiet_tensorflow import tf
-from captioning.special_tokens import END_ID, PAD_ID, START_ID, UNK_ID
+from captioning.sampling import draw, image_keys, random_numbers
+from captioning.special_tokens import END_ID, PAD_ID, START_ID
 
 MAX_WORDS = 50  # a caption that has not ended by then is cut, unless the settings say otherwise
+NO_CONSTRAINTS = Constraints()
 
 
 class StepModel(Protocol):
@@ -31,61 +35,126 @@ class StepModel(Protocol):
 
 
 class DecodedBatch(NamedTuple):
-    """The captions of B images as token ids; T is the number of steps of the longest one."""
+    """Captions as token ids; T is the number of steps of the longest one.
 
-    tokens: tf.Tensor  # (B, T) int32, <end> included, then padded with <pad>
-    probabilities: tf.Tensor  # (B, T), of each token, given those before it
-    attention: tf.Tensor  # (B, T, L), the attention weights of each step
+    There are R = B * N rows: N captions of each of B images, which are consecutive, best first.
+    """
+
+    tokens: tf.Tensor  # (R, T) int32, <end> included, then padded with <pad>; only <pad>: there was no further caption
+    probabilities: tf.Tensor  # (R, T), of each token, given those before it
+    attention: tf.Tensor  # (R, T, L), the attention weights of each step
 
 
-def decode(model: StepModel, features: tf.Tensor, config: DecodeConfig) -> DecodedBatch:
-    """Captions features (B, L, 2048) as the settings ask: greedily, or with a beam of more than one."""
+def decode(
+    model: StepModel, features: tf.Tensor, config: DecodeConfig, keys: Sequence[int] | None = None
+) -> DecodedBatch:
+    """Captions features (B, L, 2048) as the settings ask, `config.captions` times each.
+
+    Args:
+        model: see `StepModel`.
+        features: (B, L, 2048).
+        config: greedy search; a beam of more than one; or words drawn at random.
+        keys: for random words, a number for each image, see `captioning.sampling`; those of the features by default.
+    """
     max_words = config.max_words or MAX_WORDS
-    if config.beam_size == 1:
-        return greedy_search(model, features, max_words)
-    return beam_search(model, features, config.beam_size, config.length_penalty, max_words)
+    constraints = Constraints(config.min_words, config.no_repeat)
+    if config.sample:
+        keys = image_keys(features.numpy()) if keys is None else keys
+        numbers = random_numbers(config.decode_seed, keys, config.captions, max_words)
+        return sample_words(model, features, numbers, config.temperature, config.top_p, constraints)
+    if config.num_beams == 1:
+        return greedy_search(model, features, max_words, constraints)
+    return beam_search(
+        model, features, config.num_beams, config.length_penalty, max_words, constraints, config.captions
+    )
 
 
-def forbidden_tokens(vocab_size: int) -> tf.Tensor:
-    """Returns a mask (V,) of the tokens that no caption may contain: <pad>, <unk> and <start>."""
-    one_hot = tf.one_hot([PAD_ID, UNK_ID, START_ID], vocab_size, on_value=True, off_value=False)  # (3, V)
-    return tf.reduce_any(one_hot, axis=0)
-
-
-# Greedy search.
+# Greedy search, and random words.
 
 
 @tf.function(reduce_retracing=True)
-def greedy_search(model: StepModel, features: tf.Tensor, max_words: int = MAX_WORDS) -> DecodedBatch:
+def greedy_search(
+    model: StepModel, features: tf.Tensor, max_words: int = MAX_WORDS, constraints: Constraints = NO_CONSTRAINTS
+) -> DecodedBatch:
     """Takes the most probable word at every step, until <end>; never <pad>, <unk> or <start>.
 
     Args:
         model: see `StepModel`.
         features: (B, L, 2048).
         max_words: the number of steps after which a caption is cut.
+        constraints: which words may not come next.
     """
-    images = model.encode(features)
-    batch_size = tf.shape(features)[0]
+
+    def most_probable(log_probs: tf.Tensor, _: tf.Tensor) -> tf.Tensor:
+        return tf.argmax(log_probs, axis=1, output_type=tf.int32)
+
+    return _generate(model, model.encode(features), tf.shape(features)[0], most_probable, max_words, constraints)
+
+
+@tf.function(reduce_retracing=True)
+def sample_words(
+    model: StepModel,
+    features: tf.Tensor,
+    numbers: tf.Tensor,
+    temperature: float = 1.0,
+    top_p: float = 1.0,
+    constraints: Constraints = NO_CONSTRAINTS,
+) -> DecodedBatch:
+    """Draws a word at every step, until <end>; never <pad>, <unk> or <start>.
+
+    Args:
+        model: see `StepModel`.
+        features: (B, L, 2048).
+        numbers: (B * N, T), the random numbers of N captions of each image, see `captioning.sampling`. A caption is
+            cut after T words.
+        temperature: see `captioning.sampling.draw`.
+        top_p: see `captioning.sampling.draw`.
+        constraints: which words may not come next.
+    """
+    num_rows = tf.shape(numbers)[0]
+    num_captions = num_rows // tf.maximum(1, tf.shape(features)[0])
+    images = tf.nest.map_structure(lambda x: tf.repeat(x, num_captions, axis=0), model.encode(features))
+
+    def random_word(log_probs: tf.Tensor, t: tf.Tensor) -> tf.Tensor:
+        return draw(log_probs, numbers[:, t], temperature, top_p)
+
+    return _generate(model, images, num_rows, random_word, tf.shape(numbers)[1], constraints)
+
+
+def _generate(
+    model: StepModel,
+    images: Any,
+    batch_size: tf.Tensor,
+    choose: Callable[[tf.Tensor, tf.Tensor], tf.Tensor],
+    max_words: int | tf.Tensor,
+    constraints: Constraints,
+) -> DecodedBatch:
+    """Generates a caption of each of B encoded images, one word after the other.
+
+    `choose` returns the next words (B,) for log p of all words (B, V) and the step's number.
+    """
     forbidden = forbidden_tokens(model.config.vocab_size)  # (V,)
     token = tf.fill([batch_size], START_ID)  # (B,)
     state = model.initial_state(batch_size)
     finished = tf.zeros([batch_size], tf.bool)
-    tokens = tf.TensorArray(tf.int32, 0, dynamic_size=True)
+    tokens = tf.zeros([batch_size, 0], tf.int32)  # (B, t)
     probabilities = tf.TensorArray(tf.float32, 0, dynamic_size=True)
     attention = tf.TensorArray(tf.float32, 0, dynamic_size=True)
     for t in tf.range(max_words):
+        tf.autograph.experimental.set_loop_options(shape_invariants=[(tokens, tf.TensorShape([None, None]))])
         logits, state, attention_weights = model.step(token, images, state)
         logits = tf.where(forbidden, -np.inf, tf.cast(logits, tf.float32))  # (B, V)
-        predicted_id = tf.argmax(logits, axis=1, output_type=tf.int32)  # (B,)
-        token = tf.where(finished, PAD_ID, predicted_id)  # the next step's input
-        tokens = tokens.write(t, token)
-        probabilities = probabilities.write(t, tf.reduce_max(tf.nn.softmax(logits), axis=1))
+        log_probs = tf.nn.log_softmax(logits)
+        chosen_id = choose(constrain(log_probs, tokens, constraints), t)  # (B,)
+        token = tf.where(finished, PAD_ID, chosen_id)  # the next step's input
+        tokens = tf.concat([tokens, token[:, tf.newaxis]], axis=1)
+        probabilities = probabilities.write(t, tf.exp(tf.gather(log_probs, chosen_id, batch_dims=1)))
         attention = attention.write(t, tf.cast(attention_weights, tf.float32))
         finished |= token == END_ID
         if tf.reduce_all(finished):
             break
     return DecodedBatch(
-        tokens=tf.transpose(tokens.stack()),  # (T, B) -> (B, T)
+        tokens=tokens,
         probabilities=tf.transpose(probabilities.stack()),  # (T, B) -> (B, T)
         attention=tf.transpose(attention.stack(), [1, 0, 2]),  # (T, B, L) -> (B, T, L)
     )
@@ -126,13 +195,15 @@ def beam_search(
     beam_size: int,
     length_penalty: float = DecodeConfig.length_penalty,
     max_words: int = MAX_WORDS,
+    constraints: Constraints = NO_CONSTRAINTS,
+    num_captions: int = 1,
 ) -> DecodedBatch:
-    """Follows the `beam_size` most probable captions of each image at the same time, and returns the best one.
+    """Follows the `beam_size` most probable captions of each image at the same time, and returns the best of them.
 
     At every step each unfinished caption is continued by every word, and the most probable continuations are kept. A
-    finished caption keeps its place, so that fewer are continued. In the end the caption with the largest
-    log p(caption) / length ** length_penalty is returned. The length includes <end>. A penalty of 0 prefers short
-    captions, and 1 compares the means over the words. An image without a finished caption gets its best unfinished one.
+    finished caption keeps its place, so that fewer are continued. In the end the captions with the largest
+    log p(caption) / length ** length_penalty are returned. The length includes <end>. A penalty of 0 prefers short
+    captions, and 1 compares the means over the words. Unfinished captions come after all finished ones.
 
     Args:
         model: see `StepModel`.
@@ -140,6 +211,8 @@ def beam_search(
         beam_size: K; 1 gives the greedy caption.
         length_penalty: the exponent of the length.
         max_words: the number of steps after which captions are cut.
+        constraints: which words may not come next.
+        num_captions: N, the captions of each image to return; at most K.
     """
     # The captions of an image are consecutive rows of one batch.
     images = tf.nest.map_structure(lambda x: tf.repeat(x, beam_size, axis=0), model.encode(features))  # (B * K, ...)
@@ -150,12 +223,14 @@ def beam_search(
         tf.autograph.experimental.set_loop_options(shape_invariants=[(beams, loop_shapes(beams))])
         logits, state, attention_weights = model.step(tf.reshape(beams.token, [-1]), images, beams.state)
         logits = tf.where(forbidden, -np.inf, tf.cast(logits, tf.float32))  # (B * K, V)
-        log_probs = tf.reshape(tf.nn.log_softmax(logits), [-1, beam_size, vocab_size])  # (B, K, V)
+        history = tf.reshape(beams.tokens, [-1, tf.shape(beams.tokens)[2]])  # (B * K, t)
+        log_probs = constrain(tf.nn.log_softmax(logits), history, constraints)  # (B * K, V)
+        log_probs = tf.reshape(log_probs, [-1, beam_size, vocab_size])  # (B, K, V)
         expansion = expand_beams(beams.scores, log_probs, beams.finished)
         beams = reorder_beams(beams, expansion, state, attention_weights)
         if tf.reduce_all(beams.finished | (beams.scores == -np.inf)):
             break
-    return pick_best(beams, length_penalty)
+    return rank_beams(beams, length_penalty, num_captions)
 
 
 def init_beams(model: StepModel, features: tf.Tensor, beam_size: int) -> BeamState:
@@ -240,13 +315,21 @@ def reorder_beams(beams: BeamState, expansion: Expansion, state: tf.Tensor, atte
     )
 
 
-def pick_best(beams: BeamState, length_penalty: float) -> DecodedBatch:
-    """Returns the best caption of each image: a finished one if there is any."""
+def rank_beams(beams: BeamState, length_penalty: float, num_captions: int) -> DecodedBatch:
+    """Returns the N best captions of each image, best first, the finished ones before the others."""
     lengths = tf.reduce_sum(tf.cast(beams.tokens != PAD_ID, tf.float32), axis=2)  # (B, K)
     final_scores = beams.scores / lengths**length_penalty  # (B, K)
-    has_finished = tf.reduce_any(beams.finished, axis=1, keepdims=True)  # (B, 1)
-    final_scores = tf.where(has_finished & ~beams.finished, -np.inf, final_scores)  # (B, K)
-    best_beam = tf.argmax(final_scores, axis=1)  # (B,)
+    by_score = tf.argsort(final_scores, direction="DESCENDING", stable=True)  # (B, K)
+    is_unfinished = tf.cast(~tf.gather(beams.finished, by_score, batch_dims=1), tf.int32)
+    order = tf.gather(by_score, tf.argsort(is_unfinished, stable=True), batch_dims=1)[:, :num_captions]  # (B, N)
+    is_caption = tf.gather(beams.scores, order, batch_dims=1) > -np.inf
+    tokens = tf.where(is_caption[..., tf.newaxis], tf.gather(beams.tokens, order, batch_dims=1), PAD_ID)  # (B, N, T)
+
+    def to_rows(tensor: tf.Tensor) -> tf.Tensor:
+        return tf.reshape(tensor, tf.concat([[-1], tf.shape(tensor)[2:]], axis=0))  # (B, N, ...) -> (B * N, ...)
+
     return DecodedBatch(
-        *(tf.gather(tensor, best_beam, batch_dims=1) for tensor in (beams.tokens, beams.probabilities, beams.attention))
+        tokens=to_rows(tokens),
+        probabilities=to_rows(tf.gather(beams.probabilities, order, batch_dims=1)),
+        attention=to_rows(tf.gather(beams.attention, order, batch_dims=1)),
     )

@@ -159,7 +159,7 @@ def add_options(
             text += " (default: %(default)s)"
         keywords: dict[str, Any] = {"dest": field.name, "default": default, "help": text}
         if kind is bool:
-            keywords["action"] = argparse.BooleanOptionalAction
+            keywords["action"] = argparse.BooleanOptionalAction if default else "store_true"
         elif field.metadata["choices"]:
             keywords["choices"] = field.metadata["choices"]
         else:

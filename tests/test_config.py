@@ -109,9 +109,9 @@ def test_from_json_reads_what_to_json_returns(settings):
         (None, "expected beam_size, length_penalty"),
         ([1, 2], "expected beam_size, length_penalty"),
         ({"beam_size": 3}, "length_penalty is missing"),
-        ({"beam_size": 3, "length_penalty": 1.0, "max_words": None, "width": 3}, "width is not a setting"),
+        ({**DecodeConfig().to_json(), "width": 3}, "width is not a setting"),
         (
-            {"beam_size": [3], "length_penalty": 1.0, "max_words": 9},
+            {**DecodeConfig().to_json(), "beam_size": [3]},
             r"beam_size: expected a whole number of at least 1, found '\[3\]'",
         ),
     ],

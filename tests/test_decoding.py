@@ -5,8 +5,10 @@ import numpy as np
 import pytest
 
 from captioning.config import DecodeConfig
-from captioning.decoding import MAX_WORDS, beam_search, expand_beams, forbidden_tokens, greedy_search
+from captioning.constraints import forbidden_tokens
+from captioning.decoding import MAX_WORDS, beam_search, decode, expand_beams, greedy_search, sample_words
 from captioning.quiet_tensorflow import tf
+from captioning.sampling import random_numbers
 from captioning.special_tokens import END_ID, PAD_ID, SPECIAL_TOKENS, START_ID, UNK_ID
 from inference import decode_captions
 from tokenizer import Tokenizer
@@ -73,8 +75,8 @@ def bigram_table(**rows):
     return table
 
 
-def caption(model, features, beam_size=1, length_penalty=1.0):
-    return decode_captions(model, TOKENIZER, features, DecodeConfig(beam_size, length_penalty))
+def caption(model, features, beam_size=1, length_penalty=1.0, **settings):
+    return decode_captions(model, TOKENIZER, features, DecodeConfig(beam_size, length_penalty, **settings))
 
 
 NEXT_WORD = [
@@ -83,10 +85,6 @@ NEXT_WORD = [
     [0, 0, RUNS, 0, 0, 0, 0, RUNS],  # runs runs runs ...
     [0, 0, END_ID, 0, 0, 0, 0, 0],  # <end> at once
 ]
-
-
-def test_forbidden_tokens_are_those_that_no_caption_contains():
-    assert np.flatnonzero(forbidden_tokens(VOCAB_SIZE)).tolist() == [PAD_ID, UNK_ID, START_ID]
 
 
 # Greedy search.
@@ -155,16 +153,16 @@ def test_beam_search_refills_empty_beams():
     assert caption(BigramModel(probabilities), make_features(0), 5, 0.0)[0].text == "a dog"
 
 
-def find_best_caption(probabilities, max_words, length_penalty):
-    """Scores every caption of up to `max_words` words, <end> included, and returns the best."""
-    best = (-np.inf, ())
+def rank_captions(probabilities, max_words, length_penalty):
+    """Returns score and ids of every possible caption of up to `max_words` words, <end> included, best first."""
+    scored = []
     for length in range(1, max_words + 1):
         for middle in itertools.product(range(END_ID + 1, VOCAB_SIZE), repeat=length - 1):
             path = (START_ID, *middle, END_ID)
             with np.errstate(divide="ignore"):
                 log_p = sum(np.log(probabilities[i, j]) for i, j in itertools.pairwise(path))
-            best = max(best, (log_p / length**length_penalty, path[1:]))
-    return best[1]
+            scored.append((log_p / length**length_penalty, path[1:]))
+    return sorted((row for row in scored if np.isfinite(row[0])), reverse=True)
 
 
 @pytest.mark.parametrize("length_penalty", [0.0, 0.7, 1.0, 2.0])
@@ -175,7 +173,7 @@ def test_beam_search_equals_exhaustive_search(length_penalty):
         probabilities[START_ID:, END_ID:] = rng.dirichlet([0.5] * 5, size=6)
         tokens, _, _ = beam_search(BigramModel(probabilities), make_features(0), 400, length_penalty, max_words=4)
         row = tokens.numpy()[0]
-        assert tuple(row[row > 0]) == find_best_caption(probabilities, 4, length_penalty)
+        assert tuple(row[row > 0]) == rank_captions(probabilities, 4, length_penalty)[0][1]
 
 
 def test_beam_search_without_finished_caption_returns_best_unfinished():
@@ -207,7 +205,133 @@ def test_expand_beams_matches_hand_computation():
     np.testing.assert_allclose(expansion.probabilities, [[1, 0.9]], rtol=1e-5)
 
 
-# Both, with a real model.
+# Several captions of an image.
+
+
+@pytest.mark.parametrize("length_penalty", [0.5, 0.7])
+def test_beam_search_returns_the_best_captions_in_order(length_penalty):
+    model = BigramModel(BIGRAM_PROBS)
+    tokens, probabilities, attention = beam_search(
+        model, make_features(0, 0), 400, length_penalty, max_words=4, num_captions=5
+    )
+    expected = rank_captions(BIGRAM_PROBS, 4, length_penalty)[:5]
+    for start in (0, 5):
+        rows = [tuple(row[row > 0]) for row in tokens.numpy()[start : start + 5]]
+        assert rows == [row for _, row in expected]
+    for row, (score, token_ids) in zip(range(5), expected, strict=True):
+        length = len(token_ids)
+        log_prob = np.log(probabilities.numpy()[row, :length]).sum()
+        np.testing.assert_allclose(log_prob / length**length_penalty, score, rtol=1e-4)
+        assert attention.numpy()[row, :length].argmax(axis=1).tolist() == [START_ID, *token_ids[:-1]]
+
+
+def test_beam_search_returns_finished_captions_first():
+    probabilities = bigram_table(start=[0.001, 0.999, 0, 0, 0], a=[0, 1, 0, 0, 0])
+    result = caption(BigramModel(probabilities), make_features(0), 2, captions=2)[0]
+    assert (result.words, result.finished) == ((), True)
+    assert [(len(each.words), each.finished) for each in result.alternatives] == [(MAX_WORDS, False)]
+
+
+def test_beam_search_returns_fewer_captions_where_there_are_no_more():
+    probabilities = bigram_table(start=[0, 1, 0, 0, 0], a=[0.75, 0, 0.25, 0, 0], dog=[1, 0, 0, 0, 0])
+    first, second = caption(BigramModel(probabilities), make_features(0, 0), 4, captions=4)
+    for result in (first, second):
+        assert [each.text for each in (result, *result.alternatives)] == ["a", "a dog"]
+
+
+def test_decode_widens_the_beam_to_the_number_of_captions():
+    model, features = BigramModel(BIGRAM_PROBS), make_features(0)
+    wide = decode(model, features, DecodeConfig(beam_size=3, captions=3))
+    for actual, expected in zip(decode(model, features, DecodeConfig(captions=3)), wide, strict=True):
+        np.testing.assert_array_equal(actual, expected)
+    assert wide.tokens.shape[0] == 3
+
+
+# Rules for captions.
+
+
+@pytest.mark.parametrize("beam_size", [1, 3])
+def test_searches_obey_min_words(beam_size):
+    model, features = FakeModel(NEXT_WORD), make_features(0, 3)
+    plain, at_once = caption(model, features, beam_size)
+    assert (plain.text, at_once.text) == ("a dog", "")
+    for result in caption(model, features, beam_size, min_words=4):
+        assert len(result.words) >= 4 and result.finished
+    assert caption(model, features, beam_size, min_words=2)[0].text == "a dog"
+
+
+@pytest.mark.parametrize("beam_size", [1, 3])
+def test_searches_obey_no_repeat(beam_size):
+    to_runs = [0.01, 0.1, 0.1, 0.1, 0.69]
+    model = BigramModel(bigram_table(start=to_runs, a=to_runs, dog=to_runs, cat=to_runs, runs=to_runs))
+    (plain,) = caption(model, make_features(0), beam_size, min_words=9)
+    assert plain.words[:9] == ("runs",) * 9
+    (result,) = caption(model, make_features(0), beam_size, min_words=9, no_repeat=True)
+    words = result.words
+    assert len(words) >= 9 and all(first != second for first, second in itertools.pairwise(words))
+    trigrams = list(zip(words, words[1:], words[2:], strict=False))
+    assert len(trigrams) == len(set(trigrams))
+
+
+def test_probabilities_under_rules_are_the_models_own():
+    model, features = FakeModel(NEXT_WORD), make_features(3)  # <end> at once
+    (result,) = caption(model, features, min_words=1)
+    np.testing.assert_allclose(result.probabilities, [1 / (np.exp(3) + 4)], rtol=1e-5)
+
+
+# Random words.
+
+
+def test_sample_words_has_the_frequencies_of_the_model():
+    numbers = random_numbers(0, [1], 4000, 6)
+    tokens, probabilities, _ = sample_words(BigramModel(BIGRAM_PROBS), make_features(0), numbers)
+    tokens, probabilities = tokens.numpy(), probabilities.numpy()
+    for word, probability in ((A, 0.6), (CAT, 0.4)):
+        np.testing.assert_allclose(np.mean(tokens[:, 0] == word), probability, atol=0.03)
+        np.testing.assert_allclose(probabilities[tokens[:, 0] == word, 0], probability, rtol=1e-5)
+    after_a = tokens[tokens[:, 0] == A, 1]
+    np.testing.assert_allclose(np.mean(after_a == DOG), 0.5, atol=0.04)
+
+
+def test_decode_draws_the_same_words_for_the_same_seed_and_image():
+    model, features = BigramModel(BIGRAM_PROBS), make_features(0, 0, 0)
+    config = DecodeConfig(sample=True, captions=4)
+    batch = decode(model, features, config, [7, 8, 9]).tokens.numpy()
+    alone = decode(model, features[:1], config, [8]).tokens.numpy()
+    np.testing.assert_array_equal(batch[4:8, : alone.shape[1]], alone)
+    assert batch.shape[0] == 12 and len({tuple(row) for row in batch}) > 3
+    texts = {
+        tuple(
+            decode(model, features[:1], DecodeConfig(sample=True, captions=4, decode_seed=i), [7])
+            .tokens.numpy()
+            .ravel()
+        )
+        for i in range(5)
+    }
+    assert len(texts) > 1, "another seed gives other words"
+
+
+def test_decode_draws_only_the_best_words_with_a_low_temperature_or_top_p():
+    model, features = BigramModel(BIGRAM_PROBS), make_features(0)
+    greedy = decode(model, features, DecodeConfig()).tokens.numpy()[0]
+    for config in (
+        DecodeConfig(sample=True, captions=9, top_p=0.01),
+        DecodeConfig(sample=True, captions=9, temperature=0.01),
+    ):
+        tokens = decode(model, features, config).tokens.numpy()
+        # After "a dog" the model has two words of the same probability, of which a low temperature leaves both.
+        assert (tokens[:, :2] == greedy[:2]).all()
+
+
+def test_decode_draws_words_that_obey_the_rules():
+    (result,) = caption(
+        BigramModel(BIGRAM_PROBS), make_features(0), sample=True, captions=50, min_words=3, no_repeat=True
+    )
+    for each in (result, *result.alternatives):
+        assert all(first != second for first, second in itertools.pairwise(each.words))
+
+
+# All, with a real model.
 
 
 @pytest.fixture
