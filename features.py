@@ -45,7 +45,7 @@ from captioning.feature_cache import (
 )
 from captioning.files import check_disk_space, file_sha256, write_json
 from captioning.image_records import ImageRecords
-from captioning.images import map_threads, read_image, set_max_megapixels
+from captioning.images import ImageSource, map_threads, read_image, set_max_megapixels
 from captioning.quiet_tensorflow import tf
 from captioning.random_cnn import apply_gaussian_window, calibrate_batch_norm
 from captioning.settings import add_options
@@ -62,7 +62,7 @@ IMAGENET_FILE = "inception_v3_weights_tf_dim_ordering_tf_kernels_notop.h5"
 # Preprocess the images using InceptionV3. Training and inference use the same function.
 
 
-def load_image(path: Path | str) -> np.ndarray:
+def load_image(image: ImageSource) -> np.ndarray:
     """Reads an image of any format that Pillow knows as the pixels that the CNN takes.
 
     The image is converted to upright RGB (`captioning.images.read_image`). As in the tutorial, it is squeezed to a
@@ -74,8 +74,12 @@ def load_image(path: Path | str) -> np.ndarray:
     Raises:
         InputError: see `read_image`.
     """
-    size = (IMAGE_SIZE, IMAGE_SIZE)
-    return np.asarray(read_image(path).resize(size, Image.Resampling.BILINEAR))
+    return to_pixels(read_image(image))
+
+
+def to_pixels(image: Image.Image) -> np.ndarray:
+    """Squeezes an image, upright and in RGB, to the pixels that the CNN takes: (299, 299, 3) uint8."""
+    return np.asarray(image.resize((IMAGE_SIZE, IMAGE_SIZE), Image.Resampling.BILINEAR))
 
 
 # Initialize InceptionV3 and load the pretrained ImageNet weights.

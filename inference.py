@@ -1,27 +1,27 @@
-"""Captions images with a trained model, and plots the attention for each word.
+"""Captions images with a trained model, and shows where it attends for each word.
 
 Tutorial sections: "Caption!" and "Try it on your own images".
 
-    python inference.py photo.jpg                         # the latest run; writes photo_attention.png
-    python inference.py --run runs/coco --beam-size 5 a.jpg b.png
-    python inference.py https://example.com/photo.jpg photos/
-    python inference.py *.jpg --json --grid all.png | jq  # results for programs, and one plot of all images
-    python inference.py                                   # a few test images and their reference captions
+    python inference.py photo.jpg                               # the latest run; writes photo_attention.png
+    python inference.py photos/ --csv captions.csv              # all images below a folder; continues if it was stopped
+    python inference.py photos/ --html report.html              # a page that shows the attention for each word
+    python inference.py photo.jpg --captions 5 --beam-size 10   # the five best captions, and how sure the model is
+    python inference.py photo.jpg --captions 5 --sample --top-p 0.9 --no-repeat
+    python inference.py --from list.txt --json | jq             # results for programs; --from - reads standard input
+    python inference.py                                         # a few test images and their reference captions
 
 From Python: `Captioner.load("runs/coco").caption("photo.jpg").text`.
 """
 
 import argparse
+import contextlib
+import copy
 import dataclasses
-import errno
 import functools
-import json
+import itertools
 import random
-import tempfile
-import urllib.parse
-from collections.abc import Sequence
-from pathlib import Path, PurePosixPath
-from typing import Any
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
 
 import numpy as np
 from PIL import Image
@@ -29,55 +29,39 @@ from PIL import Image
 import data_utils
 import features
 import model
-from captioning.cli import InputError, add_quiet_option, int_at_least, log, make_parser, run_main
+from captioning.captions import Caption, to_captions
+from captioning.cli import InputError, add_quiet_option, int_at_least, log, make_parser, progress_bar, run_main
 from captioning.config import DecodeConfig, FeatureConfig, RunConfig
-from captioning.decoding import DecodedBatch, StepModel, decode
-from captioning.downloads import download, redact_url
+from captioning.decoding import StepModel, decode
+from captioning.downloads import redact_url
 from captioning.feature_cache import check_cnn_weights, find_cnn_weights
 from captioning.files import file_sha256
-from captioning.images import is_image_file, read_image, set_max_megapixels
-from captioning.plots import FORMATS, MAX_GRID_IMAGES, plot_attention, plot_caption_grid, thumbnail
+from captioning.image_args import find_images, is_url, open_image, plot_paths
+from captioning.images import ImageSource, map_threads, read_image, set_max_megapixels
+from captioning.packed_run import open_run
+from captioning.plots import FORMATS, MAX_GRID_IMAGES, thumbnail
 from captioning.quiet_tensorflow import tf
-from captioning.run_folder import VOCABULARY_FILE, best_checkpoint, latest_run, read_config, restore_model
+from captioning.report import ReportWriter
+from captioning.results import CaptionedImage, ResultWriter, write_plot
+from captioning.results_csv import ResultsCsv
+from captioning.run_folder import VOCABULARY_FILE, best_checkpoint, read_config, restore_model
+from captioning.sampling import image_keys
 from captioning.settings import add_options
-from captioning.special_tokens import END_ID
 from tokenizer import Tokenizer
 
-MAX_IMAGE_BYTES = 50_000_000  # of a downloaded image
 GREEDY = DecodeConfig()  # the default: the most probable word at every step
+BATCH_SIZE = 32  # images
+NUM_AHEAD = 2  # batches of images that are read ahead
 
 
-# Captions.
-
-
-@dataclasses.dataclass(frozen=True)
-class Caption:
-    """A generated caption of T words, without <start> and <end>."""
-
-    text: str  # the words in one line, as the tokenizer joins them
-    words: tuple[str, ...]
-    probabilities: tuple[float, ...]  # of each word, given those before it
-    attention: np.ndarray  # (T, 64), the attention weights of each word, which sum to 1
-    finished: bool  # whether the model predicted <end>; otherwise the caption is cut
-
-
-def to_captions(decoded: DecodedBatch, tokenizer: Tokenizer) -> list[Caption]:
-    """Converts the ids that decoding returned to words, up to <end>."""
-    captions = []
-    for ids, probabilities, attention in zip(*(tensor.numpy() for tensor in decoded), strict=True):
-        ends = np.flatnonzero(ids == END_ID)
-        length = ends[0] if len(ends) else len(ids)
-        words = tuple(tokenizer.index_word[i] for i in ids[:length])
-        word_probabilities = tuple(probabilities[:length].tolist())
-        captions.append(Caption(tokenizer.join(words), words, word_probabilities, attention[:length], len(ends) > 0))
-    return captions
+# The captioner.
 
 
 def decode_captions(
     model: StepModel, tokenizer: Tokenizer, features: tf.Tensor, config: DecodeConfig = GREEDY
 ) -> list[Caption]:
     """Captions a batch of image features, (B, 64, 2048)."""
-    return to_captions(decode(model, features, config), tokenizer)
+    return to_captions(decode(model, features, config), tokenizer, config.captions)
 
 
 def load_run(run: Path | str) -> tuple[model.CaptionModel, Tokenizer, RunConfig]:
@@ -117,34 +101,70 @@ class Captioner:
         run: Path,
         decode_config: DecodeConfig = GREEDY,
     ):
-        self.model, self.tokenizer, self.config = model, tokenizer, config
-        self.run, self.decode_config = run, decode_config
+        self.model, self.tokenizer, self.config, self.run = model, tokenizer, config, run
+        self.decode_config = self._with_max_words(decode_config)
 
     @classmethod
-    def load(cls, run: Path | str, config: DecodeConfig = GREEDY) -> "Captioner":
-        """Loads a run folder; raises InputError as `load_run` does."""
-        loaded_model, tokenizer, run_config = load_run(run)
-        config = dataclasses.replace(config, max_words=config.max_words or run_config.train.max_length)
-        return cls(loaded_model, tokenizer, run_config, Path(run), config)
+    def load(cls, run: Path | str | None, config: DecodeConfig = GREEDY) -> "Captioner":
+        """Loads a run: its folder, a .zip of it or the address of one; None for the latest in runs/.
 
-    def caption(self, image_path: Path | str) -> Caption:
+        Raises:
+            InputError: as `captioning.packed_run.open_run` and `load_run` do.
+        """
+        folder = open_run(run)
+        return cls(*load_run(folder), folder, config)
+
+    def with_decoding(self, config: DecodeConfig) -> "Captioner":
+        """Returns a captioner with the same weights that searches in another way."""
+        other = copy.copy(self)
+        other.decode_config = self._with_max_words(config)
+        return other
+
+    def _with_max_words(self, config: DecodeConfig) -> DecodeConfig:
+        """Fills in the length of the longest caption, as it was trained, if it is not said."""
+        return dataclasses.replace(config, max_words=config.max_words or self.config.train.max_length)
+
+    def caption(self, image: ImageSource) -> Caption:
         """Captions one image: the tutorial's `evaluate(image)`.
+
+        Args:
+            image: a path, the content of a file, an open file, pixels or a Pillow image; see
+                `captioning.images.read_image`.
 
         Raises:
             InputError: the image cannot be read, or the CNN cannot be built.
         """
         # Read the image and compute its features, both as for training.
-        pixels = features.load_image(image_path)[np.newaxis]  # (1, 299, 299, 3)
+        image = image.read() if hasattr(image, "read") else image  # an open file can be read only once
+        pixels = features.load_image(image)[np.newaxis]  # (1, 299, 299, 3)
         image_features = self.extract_features(pixels)  # (1, 64, 2048)
         # Begin with <start>, and predict one word after the other, each from the word before it and the decoder's
         # state, until <end>. The tutorial draws a random word at every step; this takes the most probable one.
-        decoded = decode(self.model, image_features, self.decode_config)  # the tokens are (1, T)
+        decoded = decode(self.model, image_features, self.decode_config, image_keys(pixels))  # the tokens are (1, T)
         # Look up the words of the ids. Each has its probability and its attention weights, for `plot_attention`.
-        return to_captions(decoded, self.tokenizer)[0]
+        caption = to_captions(decoded, self.tokenizer, self.decode_config.captions)[0]
+        return dataclasses.replace(caption, image=image)
+
+    def caption_batch(self, images: Iterable[ImageSource], batch_size: int = BATCH_SIZE) -> list[Caption]:
+        """Captions many images, faster than one by one; they are read ahead with several threads.
+
+        Raises:
+            InputError: an image cannot be read, or the CNN cannot be built.
+        """
+        sources = (image.read() if hasattr(image, "read") else image for image in images)
+        loaded = map_threads(features.load_image, sources, NUM_AHEAD * batch_size)
+        captions: list[Caption] = []
+        while batch := list(itertools.islice(loaded, batch_size)):
+            of_batch = self.caption_pixels(np.stack([pixels for _, pixels in batch]))
+            captions += (
+                dataclasses.replace(caption, image=image) for caption, (image, _) in zip(of_batch, batch, strict=True)
+            )
+        return captions
 
     def caption_pixels(self, pixels: np.ndarray) -> list[Caption]:
         """Captions images read by `features.load_image`, (B, 299, 299, 3) uint8."""
-        return self.caption_features(self.extract_features(pixels))
+        decoded = decode(self.model, self.extract_features(pixels), self.decode_config, image_keys(pixels))
+        return to_captions(decoded, self.tokenizer, self.decode_config.captions)
 
     def caption_features(self, features: tf.Tensor) -> list[Caption]:
         """Captions image features, (B, 64, 2048)."""
@@ -152,7 +172,9 @@ class Captioner:
 
     def extract_features(self, pixels: np.ndarray) -> tf.Tensor:
         """Computes the features (B, 64, 2048) of images (B, 299, 299, 3), rounded as those of the training were."""
-        return tf.cast(self.extractor(pixels, training=False), self.config.features["dtype"])
+        # A graph takes seconds to build, and pays from a few images on.
+        extract = self.extractor if len(pixels) == 1 else self._extractor_graph
+        return tf.cast(extract(pixels, training=False), self.config.features["dtype"])
 
     @functools.cached_property
     def extractor(self) -> tf.keras.Model:
@@ -160,6 +182,11 @@ class Captioner:
         cnn_weights = find_cnn_weights(self.run) or self.config.features["weights"]
         check_cnn_weights(cnn_weights, self.config.features.get("sha256"))
         return features.build_feature_extractor(cnn_weights)
+
+    @functools.cached_property
+    def _extractor_graph(self) -> tf.types.experimental.PolymorphicFunction:
+        """The CNN as a graph, for any number of images."""
+        return tf.function(self.extractor, reduce_retracing=True)
 
 
 def caption_and_plot(
@@ -176,100 +203,69 @@ def caption_and_plot(
         InputError: the image cannot be read.
         OSError: the disk is full.
     """
-    caption = captioner.caption(path)
-    plot_path = folder / f"{name or path.stem}_attention.{image_format}"
     image = read_image(path)
-    try:
-        plot_attention(image, caption.words, caption.attention, caption.probabilities, plot_path, caption.text)
-    except OSError as error:  # the name is too long, or nothing may be written into the folder
-        if error.errno == errno.ENOSPC:
-            raise
-        log(f"{plot_path}: the plot cannot be written ({error.strerror or error})", error=True)
-        return caption, None
-    return caption, plot_path
+    caption = captioner.caption(image)
+    plot_path = folder / f"{name or path.stem}_attention.{image_format}"
+    return caption, plot_path if write_plot(thumbnail(image), caption, plot_path) else None
 
 
-# The images of the command line.
+# Many images.
 
 
-def is_url(image: str) -> bool:
-    """Tells whether an image is given by its address instead of its path."""
-    return "://" in image
+def caption_stream(
+    captioner: Captioner, images: Iterable[str], batch_size: int = BATCH_SIZE, with_copies: bool = True
+) -> Iterator[tuple[str, CaptionedImage | InputError]]:
+    """Captions files and addresses in batches; the next ones are read, or downloaded, while the CNN computes.
 
+    The memory does not grow with their number.
 
-def download_image(url: str, folder: Path) -> Path:
-    """Downloads an image into a folder.
+    Args:
+        captioner: the run.
+        images: paths and addresses.
+        batch_size: images that are captioned at the same time.
+        with_copies: whether to give a small copy of each image, for plots and pages.
 
-    Raises:
-        InputError: it cannot be downloaded, is too large, or the address is not http(s).
-    """
-    name = PurePosixPath(urllib.parse.urlsplit(url).path).name
-    path = folder / (name if name.strip(".") else "image")
-    return download(url, path, quiet=True, max_bytes=MAX_IMAGE_BYTES)
-
-
-def expand_image_args(args: Sequence[str]) -> list[str]:
-    """Replaces the folders among files and addresses by the images in them, except the plots of this script.
+    Yields:
+        Each image, in its order, with its caption, or the reason why it cannot be read.
 
     Raises:
-        InputError: a file or folder does not exist, or a folder has no images.
+        InputError: the CNN cannot be built.
     """
-    images = []
-    for arg in args:
-        if is_url(arg) or Path(arg).is_file():
-            images.append(arg)
-            continue
-        if not Path(arg).is_dir():
-            raise InputError(f"{arg}: no such image")
-        paths = sorted(path for path in Path(arg).iterdir() if is_image_file(path))
-        images_in_folder = [str(path) for path in paths if not path.stem.endswith("_attention")]
-        if not images_in_folder:
-            raise InputError(f"{arg}: expected a folder with images, found none in it")
-        images += images_in_folder
-    return images
+    _ = captioner.extractor  # built here, so that its failure is not taken for that of an image
 
+    def load(image: str) -> tuple[np.ndarray, Image.Image | None] | InputError:
+        try:
+            whole = open_image(image)
+        except InputError as error:
+            return error
+        return features.to_pixels(whole), thumbnail(whole) if with_copies else None
 
-class ResultWriter:
-    """Prints the captions on standard output, and keeps small copies of the images for a grid of all."""
-
-    def __init__(self, as_json: bool, grid: Path | None):
-        self.as_json, self.grid = as_json, grid
-        self.images_and_captions: list[tuple[Image.Image, str]] = []
-
-    def write(self, label: str, path: Path, caption: Caption, plot_path: Path | None, text: str, **fields: Any) -> None:
-        """Prints one result.
-
-        Args:
-            label: the name of the image in JSON.
-            path: the image.
-            caption: its caption.
-            plot_path: its attention plot; None without one.
-            text: what is printed without --json.
-            **fields: further fields of the JSON object.
-        """
-        if self.as_json:
-            words = [
-                {"word": word, "probability": round(probability, 4)}
-                for word, probability in zip(caption.words, caption.probabilities, strict=True)
-            ]
-            plot = plot_path and str(plot_path)
-            result = {"image": label, "caption": caption.text, "words": words, "plot": plot, **fields}
-            text = json.dumps(result)
-        print(text, flush=True)
-        if self.grid and len(self.images_and_captions) < MAX_GRID_IMAGES:
-            self.images_and_captions.append((thumbnail(read_image(path)), caption.text))
-
-    def write_grid(self) -> None:
-        """Writes the grid, if it was asked for and there are images."""
-        if self.grid and self.images_and_captions:
-            plot_caption_grid(self.images_and_captions, self.grid)
-            log(f"grid: {self.grid}")
+    loaded = map_threads(load, images, NUM_AHEAD * batch_size)
+    while batch := list(itertools.islice(loaded, batch_size)):
+        pixels = [result[0] for _, result in batch if not isinstance(result, InputError)]
+        captions = iter(captioner.caption_pixels(np.stack(pixels)) if pixels else [])
+        for image, result in batch:
+            if isinstance(result, InputError):
+                yield image, result
+            else:
+                yield image, CaptionedImage(redact_url(image) if is_url(image) else image, result[1], next(captions))
 
 
 def caption_images(
-    captioner: Captioner, images: Sequence[str], folder: Path, writer: ResultWriter, image_format: str = "png"
+    captioner: Captioner,
+    images: Sequence[str],
+    writer: ResultWriter,
+    plots: dict[str, Path] | None = None,
+    batch_size: int = BATCH_SIZE,
 ) -> int:
-    """Captions files and addresses, and plots the attention into a folder.
+    """Captions files and addresses.
+
+    Args:
+        captioner: the run.
+        images: paths and addresses.
+        writer: gets the captions.
+        plots: the file for the attention plot of each image; None for no plots.
+        batch_size: images that are captioned at the same time.
 
     Returns:
         The number of images that could not be read.
@@ -277,29 +273,18 @@ def caption_images(
     Raises:
         InputError: the only image cannot be read, or the CNN cannot be built.
     """
-    _ = captioner.extractor  # built here, so that its failure is not taken for that of an image
     num_failed = 0
-    plot_names: set[str] = set()
-    for image in images:
-        label = redact_url(image) if is_url(image) else image
-        with tempfile.TemporaryDirectory() as download_dir:
-            try:
-                path = download_image(image, Path(download_dir)) if is_url(image) else Path(image)
-                name = path.stem
-                while name in plot_names:  # a/dog.jpg and b/dog.jpg
-                    name += "_"
-                plot_names.add(name)
-                caption, plot_path = caption_and_plot(captioner, path, folder, name, image_format)
-            except InputError as error:
-                if len(images) == 1:
-                    raise
-                log(f"inference.py: {error}", error=True)
+    with_copies = writer.shows_images or plots is not None
+    with progress_bar(total=len(images), unit="image", desc="captions", disable=len(images) == 1) as progress:
+        for image, result in caption_stream(captioner, images, batch_size, with_copies):
+            progress.update()
+            if not isinstance(result, InputError):
+                writer.write(result, plots[image] if plots else None)
+            elif len(images) == 1:
+                raise result
+            else:
+                log(f"inference.py: {result}", error=True)
                 num_failed += 1
-                continue
-            text = caption.text if len(images) == 1 else f"{label}\t{caption.text}"
-            writer.write(label, path, caption, plot_path, text)
-        if plot_path:
-            log(f"attention: {plot_path}")
     return num_failed
 
 
@@ -312,25 +297,22 @@ def caption_test_images(
     num_images: int,
     seed: int | None,
     writer: ResultWriter,
-    image_format: str = "png",
+    image_format: str | None = "png",
 ) -> None:
     """Captions random test images of the run's dataset, next to their reference captions, as the tutorial does.
 
-    A dataset without test images gives validation images. The plots are written into the run folder.
+    A dataset without test images gives validation images. Plots are written into the run folder, unless
+    `image_format` is None.
     """
-    plot_dir = captioner.run / "attention"
     candidates = [example for example in dataset.examples if example.split == "test"] or dataset.split("val")
-    for example in random.Random(seed).sample(candidates, min(num_images, len(candidates))):
-        path = dataset.image_dir / example.image_path
-        try:
-            caption, plot_path = caption_and_plot(captioner, path, plot_dir, image_format=image_format)
-        except InputError as error:
-            log(f"skipped {error}", error=True)
+    examples = random.Random(seed).sample(candidates, min(num_images, len(candidates)))
+    references = {str(dataset.image_dir / example.image_path): example.captions for example in examples}
+    plots = plot_paths(references, captioner.run / "attention", image_format or "png")
+    for image, result in caption_stream(captioner, references):
+        if isinstance(result, InputError):
+            log(f"skipped {result}", error=True)
             continue
-        references = [f"  reference: {text}" for text in example.captions]
-        plots = [f"  attention: {plot_path}"] if plot_path else []
-        text = "\n".join([str(path), *references, f"  predicted: {caption.text}", *plots])
-        writer.write(str(path), path, caption, plot_path, text, references=example.captions)
+        writer.write(result._replace(references=references[image]), plots[image] if image_format else None)
 
 
 # The command.
@@ -338,40 +320,45 @@ def caption_test_images(
 
 def add_model_options(parser: argparse.ArgumentParser) -> None:
     """Adds the options of every script that captions: the run, and how captions are searched for."""
-    group = parser.add_argument_group("model and decoding")
-    group.add_argument("--run", type=Path, metavar="DIR", help="run folder (default: the latest in runs/)")
-    add_options(group, DecodeConfig)
+    group = parser.add_argument_group("model")
+    text = "run folder, a .zip that export.py packed, or the https address of one (default: the latest in runs/)"
+    group.add_argument("--run", metavar="DIR|ZIP|URL", help=text)
+    add_options(parser.add_argument_group("decoding"), DecodeConfig)
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
     """Parses the command line."""
     parser = make_parser(__doc__, "[option ...] [image ...]")
-    parser.add_argument(
-        "image", nargs="*", help="files, folders or http(s) addresses of images (default: a few test images)"
-    )
+    text = "files, folders (with all folders below) or http(s) addresses of images (default: a few test images)"
+    parser.add_argument("image", nargs="*", help=text)
+    text = "a list of more images, one a line; - reads it from standard input"
+    parser.add_argument("--from", dest="image_list", metavar="FILE", help=text)
     add_model_options(parser)
     group = parser.add_argument_group("test images, if no images are given")
     group.add_argument("--num-images", type=int_at_least(1), metavar="N", default=3, help="how many (default: 3)")
     group.add_argument("--seed", type=int, metavar="N", help="seed of the choice (default: other images each time)")
     data_utils.add_location_options(parser)
     group = parser.add_argument_group("output")
-    group.add_argument(
-        "--output-dir",
-        type=Path,
-        metavar="DIR",
-        default=Path(),
-        help="folder for <image>_attention.png (default: the current one; of test images, the run folder)",
-    )
+    text = "write a table: image, rank, caption, confidence, log_prob, finished. Run again, the command continues it"
+    group.add_argument("--csv", type=Path, metavar="FILE", help=text)
+    text = "print a JSON object per image, one a line: image, caption, confidence, words with probabilities, plot"
+    group.add_argument("--json", action="store_true", help=text)
+    text = "write a page that shows where the model attends for each word that the mouse is on"
+    group.add_argument("--html", type=Path, metavar="FILE", help=text)
+    text = "plot the attention of each image (default: of one image, and of test images)"
+    group.add_argument("--plots", action=argparse.BooleanOptionalAction, help=text)
+    text = "folder for <image>_attention.png (default: the current one; of test images, the run folder)"
+    group.add_argument("--output-dir", type=Path, metavar="DIR", default=Path(), help=text)
     group.add_argument("--format", choices=FORMATS, default="png", help="of the attention plots (default: png)")
     text = f"write one plot of all images with their captions, {MAX_GRID_IMAGES} at most: .png, .svg or .pdf"
     group.add_argument("--grid", type=Path, metavar="FILE", help=text)
-    text = "print a JSON object per image, one a line: image, caption, words with probabilities, plot"
-    group.add_argument("--json", action="store_true", help=text)
-    add_options(group, FeatureConfig, only=("max_megapixels",))
+    add_options(group, FeatureConfig, only=("cnn_batch_size", "max_megapixels"))
     add_quiet_option(group)
     args = parser.parse_args(argv)
     if args.grid and args.grid.suffix[1:].lower() not in FORMATS:
         raise InputError(f"--grid {args.grid}: expected a file that ends in .{', .'.join(FORMATS)}")
+    if args.csv and not (args.image or args.image_list):
+        raise InputError("--csv is for the images of the command line; evaluate.py captions those of a split")
     return args
 
 
@@ -379,17 +366,29 @@ def main(argv: list[str] | None = None) -> None:
     """Captions the images of the command line, or a few test images."""
     args = parse(argv)
     set_max_megapixels(args.max_megapixels)
-    images = expand_image_args(args.image)
-    captioner = Captioner.load(args.run or latest_run(), DecodeConfig.from_args(args))
+    images = find_images(args.image, args.image_list)
+    captioner = Captioner.load(args.run, DecodeConfig.from_args(args))
     log(f"run: {captioner.run}")
-    writer = ResultWriter(args.json, args.grid)
-    num_failed = 0
-    if images:
-        num_failed = caption_images(captioner, images, args.output_dir, writer, args.format)
-    else:
-        dataset = data_utils.load_run_dataset(captioner.config, locations=data_utils.locations_from_args(args))
-        caption_test_images(captioner, dataset, args.num_images, args.seed, writer, args.format)
-    writer.write_grid()
+    table = ResultsCsv(args.csv, captioner.run, captioner.decode_config) if args.csv else None
+    with contextlib.closing(table) if table else contextlib.nullcontext():
+        remaining = [image for image in images if image not in table.done] if table else images
+        if len(remaining) < len(images):
+            log(f"{args.csv}: {len(images) - len(remaining):,} of {len(images):,} images are in it already")
+            if args.html:
+                log(f"{args.html}: will show only the other {len(remaining):,}")
+        subtitle = f"run {captioner.run.name}; {captioner.decode_config.describe()}"
+        with ReportWriter(args.html, "Captions", subtitle) if args.html else contextlib.nullcontext() as report:
+            writer = ResultWriter(args.json, len(images) > 1, args.grid, table, report)
+            if not images:
+                dataset = data_utils.load_run_dataset(captioner.config, locations=data_utils.locations_from_args(args))
+                image_format = None if args.plots is False else args.format
+                caption_test_images(captioner, dataset, args.num_images, args.seed, writer, image_format)
+            num_failed = 0
+            if remaining:
+                with_plots = len(images) == 1 if args.plots is None else args.plots
+                plots = plot_paths(images, args.output_dir, args.format) if with_plots else None
+                num_failed = caption_images(captioner, remaining, writer, plots, args.cnn_batch_size)
+            writer.write_grid()
     if num_failed:
         raise InputError(f"{num_failed} of {len(images)} images could not be captioned")
 

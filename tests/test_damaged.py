@@ -38,7 +38,7 @@ import inference
 import model
 import tokenizer
 import train
-from captioning import metrics, plots, shapes
+from captioning import metrics, plots, results, shapes
 from captioning.cli import Command, run_main
 from captioning.files import file_sha256
 from captioning.quiet_tensorflow import tf
@@ -100,7 +100,7 @@ def run_dir(tmp_path_factory):
         patch.setattr(features, "build_feature_extractor", mean_brightness_extractor)
         patch.setattr(model, "build", functools.cache(model.build))  # so that decoding is traced once
         patch.setattr(model, "fused_decoder_matches", functools.cache(model.fused_decoder_matches))
-        patch.setattr(inference, "plot_attention", write_empty_plot)
+        patch.setattr(results, "plot_attention", write_empty_plot)
         patch.setattr(metrics, "has_java", lambda: False)
         write_captions()
         Path("weights.h5").write_text("stands for weights")
@@ -272,7 +272,7 @@ def test_tokenizer_input_damaged(check_damages):
 
 
 def test_images_damaged_are_skipped_by_features_and_refused_by_inference(run_command, monkeypatch):
-    monkeypatch.setattr(inference, "plot_attention", plots.plot_attention)
+    monkeypatch.setattr(results, "plot_attention", plots.plot_attention)
     Path("photos").mkdir()
     bad = dict(damage_images())
     for name, content in bad.items():
@@ -294,7 +294,9 @@ def test_images_damaged_are_skipped_by_features_and_refused_by_inference(run_com
     assert skipped < set(bad) and len(skipped) > 50
 
     images = [*sorted(skipped), *good]
-    code, out, lines = run_command(inference, *(f"photos/{name}" for name in images), "--output-dir", "plots")
+    code, out, lines = run_command(
+        inference, *(f"photos/{name}" for name in images), "--output-dir", "plots", "--plots"
+    )
     assert code == 2 and len(out.splitlines()) == len(list(Path("plots").iterdir())) == len(good)
     for name in skipped:
         assert sum(line.startswith(f"inference.py: photos/{name}: ") for line in lines) == 1

@@ -1,6 +1,8 @@
+import csv
 import dataclasses
 import errno
 import functools
+import io
 import json
 import os
 from pathlib import Path
@@ -14,12 +16,12 @@ import inference
 import model
 from captioning.cli import InputError
 from captioning.config import DecodeConfig
+from captioning.constraints import Constraints
 from captioning.decoding import DecodedBatch, decode
-from captioning.plots import MAX_GRID_IMAGES, plot_attention
+from captioning.images import read_image
 from captioning.quiet_tensorflow import tf
-from captioning.special_tokens import END_ID, SPECIAL_TOKENS
-from inference import Caption, Captioner, ResultWriter
-from tokenizer import Tokenizer
+from captioning.results import ResultWriter
+from inference import Captioner
 
 
 def extract_mean(pixels, training=False):
@@ -31,9 +33,9 @@ def extract_mean(pixels, training=False):
 build_once = functools.cache(model.build)  # of one size, so that its decoding is compiled once
 
 
-def decode_three_words(model, image_features, config):
+def decode_three_words(model, image_features, config, keys=None):
     """Decodes with the real model, and cuts its captions: an untrained model goes on to 50 words, slow to plot."""
-    return DecodedBatch(*(tensor[:, :3] for tensor in decode(model, image_features, config)))
+    return DecodedBatch(*(tensor[:, :3] for tensor in decode(model, image_features, config, keys)))
 
 
 @pytest.fixture
@@ -57,30 +59,18 @@ def photo(tmp_path):
     return path
 
 
+@pytest.fixture
+def photos(tmp_path):
+    """Seven images of different brightness, and one that is none, in the middle."""
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    for number in range(8):
+        Image.new("L", (20 + number, 10), 30 * number).save(folder / f"{number}.png")
+    (folder / "4.png").write_text("not an image")
+    return folder
+
+
 # Captions.
-
-
-def test_to_captions_ends_at_end_token():
-    tokenizer = Tokenizer((*SPECIAL_TOKENS, "a", "dog"))
-    decoded = DecodedBatch(
-        tokens=tf.constant([[4, 5, END_ID, 0], [END_ID, 0, 0, 0], [5, 5, 5, 5]]),
-        probabilities=tf.reshape(tf.range(12.0), (3, 4)),
-        attention=tf.reshape(tf.range(12.0 * 64), (3, 4, 64)),
-    )
-    captions = inference.to_captions(decoded, tokenizer)
-    assert [caption.words for caption in captions] == [("a", "dog"), (), ("dog",) * 4]
-    assert [caption.text for caption in captions] == ["a dog", "", "dog dog dog dog"]
-    assert [caption.finished for caption in captions] == [True, True, False]
-    assert [caption.probabilities for caption in captions] == [(0, 1), (), (8, 9, 10, 11)]
-    assert [caption.attention.shape for caption in captions] == [(2, 64), (0, 64), (4, 64)]
-    np.testing.assert_array_equal(captions[2].attention, decoded.attention[2])
-
-
-def test_to_captions_of_characters_has_no_spaces_between_them():
-    decoded = DecodedBatch(tf.constant([[4, 5, 6, END_ID]]), tf.ones((1, 4)), tf.ones((1, 4, 64)))
-    for words, text in (("spaces", "一 只 dog"), ("characters", "一只 dog")):
-        (caption,) = inference.to_captions(decoded, Tokenizer((*SPECIAL_TOKENS, "一", "只", "dog"), words))
-        assert (caption.text, caption.words) == (text, ("一", "只", "dog"))
 
 
 def test_decode_captions_uses_the_beam_of_its_settings(small_model, tokenizer, rng, monkeypatch):
@@ -90,13 +80,13 @@ def test_decode_captions_uses_the_beam_of_its_settings(small_model, tokenizer, r
     assert [caption.text for caption in greedy] == [caption.text for caption in one_beam]
     calls = []
 
-    def beam_search(model, image_features, beam_size, length_penalty, max_words):
-        calls.append((beam_size, length_penalty, max_words))
+    def beam_search(*args):
+        calls.append(args[2:])
         return DecodedBatch(*[tf.zeros((0, 0))] * 3)
 
     monkeypatch.setattr("captioning.decoding.beam_search", beam_search)
-    inference.decode_captions(small_model, tokenizer, image_features, DecodeConfig(3, 0.5, 7))
-    assert calls == [(3, 0.5, 7)]
+    inference.decode_captions(small_model, tokenizer, image_features, DecodeConfig(3, 0.5, 7, 2, True, 4))
+    assert calls == [(4, 0.5, 7, Constraints(2, True), 4)]
 
 
 # The captioner.
@@ -139,21 +129,77 @@ def test_captioner_extractor_refuses_other_weights(run, captioner):
         _ = captioner.extractor
 
 
+def image_sources(path):
+    """One image in all the forms that can be captioned."""
+    content, image = path.read_bytes(), Image.open(path).convert("RGB")
+    pixels = np.asarray(image)
+    return [
+        path,
+        str(path),
+        content,
+        bytearray(content),
+        memoryview(content),
+        io.BytesIO(content),
+        image,
+        pixels,
+        pixels / 255,
+    ]
+
+
+def test_captioner_caption_takes_an_image_in_any_form(captioner, photo):
+    expected = captioner.caption(photo)
+    for source in image_sources(photo):
+        caption = captioner.caption(source)
+        assert (caption.words, caption.probabilities) == (expected.words, expected.probabilities), type(source)
+        image = read_image(caption.image)  # for notebooks
+        assert image.size == (50, 30)
+
+
+def test_captioner_caption_batch_equals_single_captions(captioner, photos):
+    paths = [path for path in sorted(photos.iterdir()) if path.name != "4.png"]
+    captions = captioner.caption_batch(iter(paths), batch_size=3)
+    for path, caption in zip(paths, captions, strict=True):
+        alone = captioner.caption(path)
+        assert caption.text == alone.text and caption.image == path
+        np.testing.assert_allclose(caption.probabilities, alone.probabilities, rtol=1e-4)
+    of_bytes = captioner.caption_batch(io.BytesIO(path.read_bytes()) for path in paths)
+    assert [caption.text for caption in of_bytes] == [caption.text for caption in captions]
+    assert captioner.caption_batch([]) == []
+    with pytest.raises(InputError, match=r"4\.png: not an image"):
+        captioner.caption_batch([paths[0], photos / "4.png"])
+
+
+def test_captioner_gives_several_captions_and_how_sure_it_is(fast_run, photo):
+    captioner = Captioner.load(fast_run, DecodeConfig(captions=3, beam_size=4))
+    caption = captioner.caption(photo)
+    assert len(caption.alternatives) == 2 and 0 < caption.confidence <= 1
+    assert len({each.words for each in (caption, *caption.alternatives)}) > 1
+
+
+def test_captioner_with_decoding_keeps_the_weights(captioner, photo):
+    extractor = captioner.extractor
+    wide = captioner.with_decoding(DecodeConfig(captions=3))
+    assert wide.model is captioner.model and wide.extractor is extractor
+    assert len(wide.caption(photo).alternatives) == 2 and captioner.caption(photo).alternatives == ()
+    assert wide.decode_config.max_words == captioner.decode_config.max_words == captioner.config.train.max_length
+
+
+def test_captioner_draws_the_same_words_alone_and_in_a_batch(captioner, photos):
+    sampler = captioner.with_decoding(DecodeConfig(sample=True, captions=2, temperature=1.5))
+    paths = [path for path in sorted(photos.iterdir()) if path.name != "4.png"]
+    batch = [[c.words for c in (each, *each.alternatives)] for each in sampler.caption_batch(paths)]
+    alone = [[c.words for c in (each, *each.alternatives)] for each in map(sampler.caption, paths)]
+    assert batch == alone
+    other = captioner.with_decoding(DecodeConfig(sample=True, captions=2, temperature=1.5, decode_seed=1))
+    assert [[c.words for c in (each, *each.alternatives)] for each in map(other.caption, paths)] != alone
+
+
 def test_caption_and_plot_names_the_plot_after_the_image(captioner, photo, tmp_path):
     caption, plot_path = inference.caption_and_plot(captioner, photo, tmp_path / "plots")
     assert plot_path == tmp_path / "plots/photo_attention.png" and plot_path.stat().st_size > 1000
     assert caption.text == captioner.caption(photo).text
     _, plot_path = inference.caption_and_plot(captioner, photo, tmp_path, "other", "svg")
     assert plot_path == tmp_path / "other_attention.svg" and plot_path.stat().st_size > 1000
-
-
-def test_caption_and_plot_writes_the_text_as_the_tokenizer_joins_it(captioner, photo, tmp_path, monkeypatch):
-    caption = Caption("一只", ("一", "只"), (0.5, 0.5), np.full((2, 64), 1 / 64), True)
-    monkeypatch.setattr(captioner, "caption", lambda path: caption)
-    figures = []
-    monkeypatch.setattr(inference, "plot_attention", lambda *args: figures.append(plot_attention(*args)))
-    inference.caption_and_plot(captioner, photo, tmp_path)
-    assert [text.get_text() for text in figures[0].texts] == ["一只", "一", "50 %", "只", "50 %"]
 
 
 def test_caption_and_plot_reads_what_can_be_read_of_the_image(captioner, tmp_path, capsys):
@@ -173,144 +219,106 @@ def test_caption_and_plot_returns_the_caption_without_a_plot(captioner, tmp_path
     assert "longlong_attention.png: the plot cannot be written (File name too long)" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("as_json", [False, True])
-def test_caption_images_continues_without_plots(captioner, photo, tmp_path, capsys, as_json):
+# Many images.
+
+
+def test_caption_stream_yields_every_image_in_order(captioner, photos):
+    paths = [str(path) for path in sorted(photos.iterdir())]
+    for batch_size in (1, 3, 8):
+        results = list(inference.caption_stream(captioner, paths, batch_size))
+        assert [path for path, _ in results] == paths
+        for path, result in results:
+            if path.endswith("4.png"):
+                assert isinstance(result, InputError) and "4.png: not an image" in str(result)
+            else:
+                alone = captioner.caption(path)
+                assert (result.name, result.caption.text) == (path, alone.text)
+                np.testing.assert_allclose(result.caption.probabilities, alone.probabilities, rtol=1e-4)
+                assert result.image.size[0] == 480, "a small copy"
+
+
+def test_caption_stream_survives_a_batch_without_images(captioner, photos):
+    paths = [str(photos / "4.png"), str(photos / "none.png"), str(photos / "0.png")]
+    results = [result for _, result in inference.caption_stream(captioner, paths, batch_size=2)]
+    assert [isinstance(result, InputError) for result in results] == [True, True, False]
+
+
+def test_caption_stream_reads_only_some_images_ahead(captioner, photos, monkeypatch):
+    opened = []
+
+    def open_image(path):
+        opened.append(path)
+        return Image.new("RGB", (9, 9))
+
+    monkeypatch.setattr(inference, "open_image", open_image)
+    stream = inference.caption_stream(captioner, (f"{i}.jpg" for i in range(1000)), batch_size=4)
+    for _ in range(10):
+        next(stream)
+    stream.close()
+    assert 10 <= len(opened) <= 10 + 4 + 2 * 4
+
+
+def test_caption_images_fails_before_the_first_image_if_there_is_no_cnn(captioner, photos, monkeypatch):
+    def fail(cnn_weights):
+        raise InputError("no weights")
+
+    monkeypatch.setattr(features, "build_feature_extractor", fail)
+    with pytest.raises(InputError, match="no weights"):
+        inference.caption_images(captioner, [str(photos / "0.png"), str(photos / "1.png")], ResultWriter())
+
+
+def test_caption_images_continues_after_a_bad_image(captioner, photos, capsys):
+    paths = [str(path) for path in sorted(photos.iterdir())]
+    assert inference.caption_images(captioner, paths, ResultWriter()) == 1
+    printed = capsys.readouterr()
+    assert [line.split("\t")[0] for line in printed.out.splitlines()] == [path for path in paths if "4.png" not in path]
+    assert f"inference.py: {paths[4]}: not an image" in printed.err and "8/8" in printed.err
+    with pytest.raises(InputError, match=r"4\.png: not an image that can be read"):
+        inference.caption_images(captioner, [paths[4]], ResultWriter())
+
+
+def test_caption_images_writes_plots_where_they_are_wanted(captioner, photos, tmp_path, capsys):
+    paths = [str(photos / "0.png"), str(photos / "1.png")]
+    plots = {paths[0]: tmp_path / "plots/a.png", paths[1]: tmp_path / "plots/b.svg"}
+    assert inference.caption_images(captioner, paths, ResultWriter(), plots) == 0
+    assert {path.name for path in (tmp_path / "plots").iterdir()} == {"a.png", "b.svg"}
+    assert capsys.readouterr().err.count("attention: ") == 2
     (tmp_path / "file").touch()  # no folder can be made there
-    images = [str(photo), str(photo)]
-    assert inference.caption_images(captioner, images, tmp_path / "file", ResultWriter(as_json, None)) == 0
+    assert (
+        inference.caption_images(captioner, paths, ResultWriter(), dict.fromkeys(paths, tmp_path / "file/a.png")) == 0
+    )
     printed = capsys.readouterr()
     assert len(printed.out.splitlines()) == printed.err.count("the plot cannot be written") == 2
-    assert "attention: " not in printed.err
-    if as_json:
-        assert [json.loads(line)["plot"] for line in printed.out.splitlines()] == [None, None]
 
 
-def fail_to_plot(monkeypatch, code):
-    def fail(*_):
-        raise OSError(code, os.strerror(code))
-
-    monkeypatch.setattr(inference, "plot_attention", fail)
-
-
-def test_caption_images_ends_if_the_disk_is_full(captioner, photo, tmp_path, monkeypatch):
-    fail_to_plot(monkeypatch, errno.ENOSPC)
-    with pytest.raises(OSError, match="No space left"):
-        inference.caption_images(captioner, [str(photo)], tmp_path, ResultWriter(False, None))
-
-
-# The images of the command line.
-
-
-def test_expand_image_args_lists_images_of_folders_but_not_their_plots(tmp_path):
-    for name in ("b.JPG", "a.png", "a_attention.png", "notes.txt", "._b.JPG", "Thumbs.db"):
-        (tmp_path / name).touch()
-    url, file = "https://example.com/photos/", str(tmp_path / "notes.txt")
-    assert inference.expand_image_args([str(tmp_path)]) == [str(tmp_path / "a.png"), str(tmp_path / "b.JPG")]
-    assert inference.expand_image_args([url]) == [url]
-    assert inference.expand_image_args([file, str(tmp_path)])[:2] == [file, str(tmp_path / "a.png")]
-    (tmp_path / "empty").mkdir()
-    with pytest.raises(InputError, match="empty: expected a folder with images, found none in it"):
-        inference.expand_image_args([str(tmp_path / "empty")])
-    with pytest.raises(InputError, match=r"none\.jpg: no such image"):
-        inference.expand_image_args(["none.jpg"])
-
-
-@pytest.mark.parametrize(
-    ("url", "name"),
-    [("https://example.com/a/dog.jpg?x=1", "dog.jpg"), ("https://example.com/", "image"), ("https://x/..", "image")],
-)
-def test_download_image_is_limited_and_named_after_the_url(monkeypatch, tmp_path, url, name):
-    calls = []
-
-    def download(url, path, **options):
-        calls.append((url, path, options))
-        return path
-
-    monkeypatch.setattr(inference, "download", download)
-    assert inference.is_url(url) and inference.download_image(url, tmp_path) == tmp_path / name
-    assert calls == [(url, tmp_path / name, {"quiet": True, "max_bytes": 50_000_000})]
-
-
-def make_caption():
-    return Caption("a dog", ("a", "dog"), (0.123456, 0.5), np.full((2, 64), 1 / 64), True)
-
-
-def test_result_writer_prints_text_or_json(capsys, photo):
-    caption, plot_path = make_caption(), Path("plot.png")
-    ResultWriter(False, None).write("label", photo, caption, plot_path, "some text")
-    assert capsys.readouterr().out == "some text\n"
-    ResultWriter(True, None).write("label", photo, caption, plot_path, "some text", references=("one", "two"))
-    assert json.loads(capsys.readouterr().out) == {
-        "image": "label",
-        "caption": "a dog",
-        "words": [{"word": "a", "probability": 0.1235}, {"word": "dog", "probability": 0.5}],
-        "plot": "plot.png",
-        "references": ["one", "two"],
-    }
-
-
-def test_result_writer_writes_grid_of_the_first_images(capsys, photo, tmp_path):
-    writer = ResultWriter(False, tmp_path / "grid.png")
-    writer.write_grid()
-    assert not (tmp_path / "grid.png").exists(), "there are no images yet"
-    for _ in range(MAX_GRID_IMAGES + 1):
-        writer.write("label", photo, make_caption(), Path("plot.png"), "")
-    assert len(writer.images_and_captions) == MAX_GRID_IMAGES
-    del writer.images_and_captions[2:]
-    writer.write_grid()
-    assert (tmp_path / "grid.png").stat().st_size > 1000
-    assert "grid.png" in capsys.readouterr().err
-
-
-def test_caption_images_gives_equal_names_different_plots(captioner, tmp_path, capsys):
-    paths = [tmp_path / "a/dog.jpg", tmp_path / "b/dog.jpg"]
-    for path in paths:
-        path.parent.mkdir()
-        Image.new("RGB", (9, 9)).save(path)
-    assert inference.caption_images(captioner, [*map(str, paths)], tmp_path / "plots", ResultWriter(False, None)) == 0
-    assert {path.name for path in (tmp_path / "plots").iterdir()} == {"dog_attention.png", "dog__attention.png"}
-    printed = capsys.readouterr()
-    assert [line.split("\t")[0] for line in printed.out.splitlines()] == [*map(str, paths)]
-    assert printed.err.count("attention: ") == 2
-
-
-def test_caption_images_continues_after_a_bad_image(captioner, photo, tmp_path, capsys):
-    bad = tmp_path / "bad.jpg"
-    bad.write_text("not an image")
-    writer = ResultWriter(False, None)
-    assert inference.caption_images(captioner, [str(bad), str(photo)], tmp_path, writer) == 1
-    printed = capsys.readouterr()
-    assert "photo.jpg\t" in printed.out and f"inference.py: {bad}" in printed.err
-    with pytest.raises(InputError, match=r"bad\.jpg: not an image that can be read"):
-        inference.caption_images(captioner, [str(bad)], tmp_path, writer)
-
-
-def test_caption_images_hides_secrets_of_urls(captioner, photo, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(inference, "download_image", lambda url, folder: photo)
-    urls = ["https://example.com/photo.jpg?key=secret"] * 2
-    inference.caption_images(captioner, urls, tmp_path, ResultWriter(False, None))
-    assert capsys.readouterr().out.startswith("https://example.com/photo.jpg\t")
+def test_caption_images_hides_secrets_of_urls(captioner, photo, monkeypatch, capsys):
+    monkeypatch.setattr(inference, "open_image", lambda url: Image.open(photo))
+    urls = ["https://example.com/photo.jpg?key=secret1", "https://example.com/photo.jpg?key=secret2"]
+    inference.caption_images(captioner, urls, ResultWriter())
+    out = capsys.readouterr().out
+    assert out.count("https://example.com/photo.jpg\t") == 2 and "secret" not in out
 
 
 # The test images of the run.
 
 
 def test_caption_test_images_shows_references_and_prediction(captioner, saved_dataset, capsys):
-    inference.caption_test_images(captioner, saved_dataset, 2, 0, ResultWriter(False, None))
+    inference.caption_test_images(captioner, saved_dataset, 2, 0, ResultWriter())
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 2 * 5 and all(line.startswith("  reference: ") for line in (*lines[1:3], *lines[6:8]))
     assert lines[3].startswith("  predicted: ") and lines[4].startswith("  attention: ")
     test_images = {str(saved_dataset.image_dir / example.image_path) for example in saved_dataset.split("test")}
     assert {lines[0], lines[5]} <= test_images and lines[0] != lines[5]
     assert len(list((captioner.run / "attention").iterdir())) == 2
-    inference.caption_test_images(captioner, saved_dataset, 99, None, ResultWriter(True, None))
+    inference.caption_test_images(captioner, saved_dataset, 99, None, ResultWriter(as_json=True), image_format=None)
     results = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert {result["image"] for result in results} == test_images and all(len(r["references"]) == 2 for r in results)
+    assert all(result["plot"] is None for result in results)
 
 
 def test_caption_test_images_leaves_out_plots_that_cannot_be_written(captioner, saved_dataset, capsys):
     (captioner.run / "attention").touch()
-    inference.caption_test_images(captioner, saved_dataset, 1, 0, ResultWriter(False, None))
+    inference.caption_test_images(captioner, saved_dataset, 1, 0, ResultWriter())
     printed = capsys.readouterr()
     assert printed.out.splitlines()[-1].startswith("  predicted: ") and "cannot be written" in printed.err
 
@@ -318,7 +326,7 @@ def test_caption_test_images_leaves_out_plots_that_cannot_be_written(captioner, 
 def test_caption_test_images_skips_unreadable_images(captioner, saved_dataset, capsys):
     for example in saved_dataset.split("test"):
         (saved_dataset.image_dir / example.image_path).write_text("not an image")
-    inference.caption_test_images(captioner, saved_dataset, 1, 0, ResultWriter(False, None))
+    inference.caption_test_images(captioner, saved_dataset, 1, 0, ResultWriter())
     printed = capsys.readouterr()
     assert printed.out == "" and printed.err.startswith("skipped ")
 
@@ -341,18 +349,75 @@ def test_main_captions_images_of_the_command_line(fast_run, photo, tmp_path, cap
     assert (tmp_path / "all.png").stat().st_size > 1000
 
 
-def test_main_captions_a_folder_without_plots_if_none_may_be_written(fast_run, photo, monkeypatch, capsys):
-    fail_to_plot(monkeypatch, errno.EACCES)
-    folder = photo.parent / "photos"
-    folder.mkdir()
-    photo.rename(folder / photo.name)
+def test_main_captions_a_folder_with_plots_only_if_they_are_wanted(fast_run, photos, tmp_path, capsys):
+    (photos / "4.png").unlink()
+    arguments = ["--run", str(fast_run), "--output-dir", str(tmp_path / "plots")]
+    inference.main([str(photos), *arguments])
+    assert len(capsys.readouterr().out.splitlines()) == 7 and not (tmp_path / "plots").exists()
+    inference.main([str(photos), *arguments, "--plots"])
+    assert len(list((tmp_path / "plots").iterdir())) == 7
+    inference.main([str(photos / "0.png"), "--run", str(fast_run), "--output-dir", str(tmp_path / "no"), "--no-plots"])
+    assert not (tmp_path / "no").exists()
+
+
+def test_main_captions_without_a_plot_if_none_may_be_written(fast_run, photo, monkeypatch, capsys):
+    def fail(*_):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+
+    monkeypatch.setattr("captioning.results.plot_attention", fail)
     for name in ("._photo.jpg", "Thumbs.db", "notes.txt"):
-        (folder / name).write_text("no image")
-    inference.main([str(folder), "--run", str(fast_run), "--json", "--output-dir", str(folder)])
+        (photo.parent / name).write_text("no image")
+    inference.main([str(photo.parent), "--run", str(fast_run), "--json", "--output-dir", str(photo.parent)])
     printed = capsys.readouterr()
     result = json.loads(printed.out)
-    assert result["image"] == str(folder / photo.name) and result["caption"] and result["plot"] is None
-    assert f"{folder}/photo_attention.png: the plot cannot be written (Permission denied)" in printed.err
+    assert result["image"] == str(photo) and result["caption"] and result["plot"] is None
+    assert f"{photo.parent}/photo_attention.png: the plot cannot be written (Permission denied)" in printed.err
+
+
+def test_main_continues_a_table(fast_run, photos, tmp_path, capsys, monkeypatch):
+    table = tmp_path / "captions.csv"
+    arguments = ["--run", str(fast_run), "--csv", str(table), "--cnn-batch-size", "2"]
+    (tmp_path / "list.txt").write_text(f"{photos}/1.png\n{photos}/0.png\nnone.png\n")
+    with pytest.raises(InputError, match="1 of 3 images could not be captioned"):
+        inference.main(["--from", str(tmp_path / "list.txt"), *arguments])
+    assert "none.png: no such image" in capsys.readouterr().err
+    with pytest.raises(InputError, match="1 of 8 images could not be captioned"):
+        inference.main([str(photos), *arguments])
+    printed = capsys.readouterr()
+    assert printed.out == "" and f"{table}: 2 of 8 images are in it already" in printed.err
+    with open(table, newline="") as file:
+        names = [Path(row["image"]).name for row in csv.DictReader(file)]
+    assert names == ["1.png", "0.png", "2.png", "3.png", "5.png", "6.png", "7.png"]
+    (photos / "4.png").unlink()
+    monkeypatch.setattr(inference, "caption_images", None)  # there is nothing to do
+    inference.main([str(photos), *arguments])
+    assert f"{table}: 7 of 7 images are in it already" in capsys.readouterr().err
+
+
+def test_main_writes_a_page(fast_run, photos, tmp_path):
+    page = tmp_path / "report.html"
+    inference.main([str(photos / "0.png"), str(photos / "1.png"), "--run", str(fast_run), "--html", str(page)])
+    text = page.read_text(encoding="utf-8")
+    assert "0.png" in text and "1.png" in text and "greedy search" in text
+
+
+def test_main_refuses_a_table_without_images(run):
+    with pytest.raises(InputError, match="--csv is for the images of the command line"):
+        inference.main(["--run", str(run), "--csv", "captions.csv"])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--sample", "--beam-size", "3"], "expected only one"),
+        (["--temperature", "2"], "--temperature, --top-p and --decode-seed are for --sample"),
+        (["--min-words", "9", "--max-words", "5"], "--min-words 9: expected at most --max-words, which is 5"),
+        (["--min-words", "60"], "--min-words 60: expected at most --max-words, which is 50"),
+    ],
+)
+def test_main_refuses_decoding_options_that_contradict(fast_run, photo, arguments, message):
+    with pytest.raises(InputError, match=message):
+        inference.main([str(photo), "--run", str(fast_run), *arguments])
 
 
 def test_main_captions_test_images_of_the_latest_run(fast_run, saved_dataset, monkeypatch, capsys):

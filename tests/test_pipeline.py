@@ -52,9 +52,9 @@ def build_once(build):
     return build_cached
 
 
-def decode_five_words(caption_model, image_features, config):
+def decode_five_words(caption_model, image_features, config, keys=None):
     """Decodes, and cuts the captions: after one epoch they have 50 words, and their plots take long."""
-    return DecodedBatch(*(tensor[:, :5] for tensor in decode(caption_model, image_features, config)))
+    return DecodedBatch(*(tensor[:, :5] for tensor in decode(caption_model, image_features, config, keys)))
 
 
 @pytest.fixture(scope="module")
@@ -118,7 +118,9 @@ def test_inference_captions_images_in_all_forms_of_output(trained_run, capsys):
     assert Path("shapes_00000_attention.png").stat().st_size > 1000
 
     images = [f"shapes/images/shapes_0000{i}.png" for i in (1, 2)]
-    inference.main([*images, "--json", "--format", "svg", "--grid", "all.png", "--output-dir", "more", "--quiet"])
+    inference.main(
+        [*images, "--json", "--format", "svg", "--grid", "all.png", "--output-dir", "more", "--quiet", "--plots"]
+    )
     printed = capsys.readouterr()
     assert [json.loads(line)["image"] for line in printed.out.splitlines()] == images
     assert printed.err == ""
@@ -321,7 +323,7 @@ def test_images_are_captioned_from_http_addresses(trained_run, capsys, monkeypat
         inference.main([url, "--run", "runs/shapes", "--output-dir", "web"])
         assert capsys.readouterr().out == expected
         assert Path("web/shapes_00003_attention.png").stat().st_size > 1000
-        monkeypatch.setattr(inference, "MAX_IMAGE_BYTES", 100)
+        monkeypatch.setattr("captioning.image_args.MAX_IMAGE_BYTES", 100)
         for bad, message in ((url, "at most 100 bytes"), ("file:///etc/passwd", "begins with http")):
             with pytest.raises(InputError, match=message):
                 inference.main([bad, "--run", "runs/shapes"])
