@@ -4,6 +4,7 @@ Tutorial section: none. The tutorial compares single captions by eye.
 
     python evaluate.py                                    # the latest run on its val split
     python evaluate.py --run runs/coco --split test --beam-size 5
+    python evaluate.py --html report.html                 # a page of all images, the worst captions first
     python evaluate.py --results captions.json --annotations captions_val2014.json
 
 The captions are generated without the reference captions. They are written into the run folder as COCO results,
@@ -12,25 +13,31 @@ challenge. METEOR, and the tokenizer behind the published scores, need Java.
 """
 
 import argparse
-from collections import defaultdict
+import functools
 from collections.abc import Sequence
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
+
+from PIL import Image
 
 import data_utils
 import inference
 from captioning.annotations import SPLITS, Example
 from captioning.cli import InputError, add_quiet_option, log, make_parser, run_main
+from captioning.coco_results import match_results, read_results
 from captioning.config import DATA_PATHS, DataConfig, DecodeConfig, FeatureConfig
 from captioning.decoding import StepModel
 from captioning.feature_cache import FeatureCache, map_prefetch, open_run_cache
-from captioning.files import read_json, write_json
+from captioning.files import write_json
 from captioning.image_records import ImageRecords
-from captioning.metrics import distinct_ratio, has_pycocoevalcap, score_with_fallback
+from captioning.images import map_threads, read_image
+from captioning.metrics import cider_by_image, distinct_ratio, has_pycocoevalcap, score_with_fallback
+from captioning.packed_run import open_run
+from captioning.plots import thumbnail
 from captioning.quiet_tensorflow import tf
-from captioning.run_folder import latest_run, read_config
+from captioning.report import ReportWriter
+from captioning.run_folder import read_config
 from captioning.settings import add_options
-from captioning.text import normalize_text
 from tokenizer import Tokenizer, split_words
 
 NO_DATA = DataConfig(dataset=None)  # the data options if none is given
@@ -58,7 +65,8 @@ def generate_captions(
         config: how captions are searched for.
     """
     paths = [str(cache.path(example.image_path)) for example in examples]
-    batches = tf.data.Dataset.from_tensor_slices(paths).batch(max(1, batch_size // config.beam_size))
+    num_rows = config.captions if config.sample else config.num_beams  # that are followed for each image
+    batches = tf.data.Dataset.from_tensor_slices(paths).batch(max(1, batch_size // num_rows))
     captions = []
     for features in map_prefetch(batches, cache.read):  # (B, 64, 2048)
         captions += inference.decode_captions(model, tokenizer, features, config)
@@ -92,11 +100,11 @@ def check_features(cache: FeatureCache, image_dir: Path, examples: list[Example]
 
 def score_run(
     captioner: inference.Captioner, cache: FeatureCache, examples: list[Example]
-) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+) -> tuple[dict[str, Any], list[inference.Caption]]:
     """Captions images from their cached features, and scores the captions.
 
     Returns:
-        The metrics, and the captions as COCO results.
+        The metrics, and the caption of each image.
     """
     config = captioner.decode_config
     captions = generate_captions(captioner.model, captioner.tokenizer, cache, examples, config=config)
@@ -111,112 +119,48 @@ def score_run(
         "distinct captions": distinct_ratio(texts),
         "unfinished captions": unfinished_ratio(captions),
     }
-    results = [{"image_id": example.image_id, "caption": text} for example, text in zip(examples, texts, strict=True)]
-    return metrics, results
+    return metrics, captions
 
 
-def read_results(path: Path) -> dict[int | str, str]:
-    """Reads a COCO results file.
-
-    Returns:
-        The captions by `image_id`, as the file has it: a number or a text.
-
-    Raises:
-        InputError: it is not such a file, or has two captions of one id.
-    """
-    rows = read_json(path)
-    if not isinstance(rows, list) or not all(
-        isinstance(row, dict) and isinstance(row.get("caption"), str) and type(row.get("image_id")) in (int, str)
-        for row in rows
-    ):
-        raise InputError(f'{path}: not COCO results; expected a list of {{"image_id": ..., "caption": "..."}}')
-    results: dict[int | str, str] = {}
-    for row in rows:
-        image_id, caption = row["image_id"], normalize_text(row["caption"])
-        if image_id in results:
-            raise InputError(f"{path}: expected one caption for each image, found two of image_id {image_id}")
-        try:
-            f"{image_id} {caption}".encode()
-        except UnicodeEncodeError:  # JSON can hold half of a surrogate pair
-            raise InputError(f"{path}: the caption of image_id {image_id} is not Unicode text: {caption!r}") from None
-        results[image_id] = caption
-    return results
-
-
-class ImageIndex:
-    """Finds images by what results call them: a number is an id; a text is an id, or the image's path, name or stem.
-
-    Leading zeros of an id do not count. Of a path, a name and a stem, the longest that fits decides.
-    """
-
-    def __init__(self, examples: Sequence[Example]):
-        self.by_id: defaultdict[str, set[Example]] = defaultdict(set)
-        self.by_name: tuple[defaultdict[str, set[Example]], ...] = tuple(defaultdict(set) for _ in range(3))
-        for example in examples:
-            path = PurePosixPath(example.image_path)
-            for name in {str(example.image_id), _without_zeros(str(example.image_id))}:
-                self.by_id[name].add(example)
-            for index, name in zip(self.by_name, (example.image_path, path.name, path.stem), strict=True):
-                index[name].add(example)
-
-    def find(self, image_id: int | str) -> Example | None:
-        """Returns the image that an id or a name means, or None.
-
-        Raises:
-            InputError: it means several images.
-        """
-        text = str(image_id)
-        found = self.by_id.get(text) or self.by_id.get(_without_zeros(text), set())
-        if isinstance(image_id, str):
-            found = found | next((index[text] for index in self.by_name if text in index), set())
-        if len(found) > 1:
-            first, second = sorted(f"{example.image_path} (id {example.image_id})" for example in found)[:2]
-            raise InputError(
-                f"image_id {image_id!r} means {len(found)} images, such as {first} and {second}; expected ids as "
-                "numbers, or paths as the data have them"
-            )
-        return next(iter(found), None)
-
-
-def _without_zeros(text: str) -> str:
-    """Returns a number without leading zeros, and any other text as it is."""
-    return text.lstrip("0") or "0" if text.isascii() and text.isdecimal() else text
-
-
-def match_results(
-    path: Path, results: dict[int | str, str], examples: Sequence[Example]
-) -> tuple[dict[Example, str], list[int | str]]:
-    """Finds the images that captions belong to.
+def write_report(
+    path: Path,
+    examples: Sequence[Example],
+    captions: Sequence[inference.Caption],
+    metrics: dict[str, Any],
+    image_dir: Path,
+    words: str,
+) -> None:
+    """Writes a page of images, each with its caption, those of people and its CIDEr; the worst captions come first.
 
     Args:
-        path: of the results, for messages.
-        results: see `read_results`.
-        examples: all images of the data.
-
-    Returns:
-        The captions by image; and the ids of those that belong to none of the images.
-
-    Raises:
-        InputError: an id or a name means several images, or two of them mean the same image.
+        path: the page.
+        examples: the images.
+        captions: the caption of each.
+        metrics: what `score_run` returned; CIDEr is computed with the same tokenizer.
+        image_dir: the folder of the images. Those that cannot be read are left out, which is logged.
+        words: what a word is, see `tokenizer.split_words`.
     """
-    index = ImageIndex(examples)
-    texts: dict[Example, str] = {}
-    strangers: list[int | str] = []
-    for image_id, text in results.items():
+    references, texts = [list(example.captions) for example in examples], [caption.text for caption in captions]
+    split = functools.partial(split_words, words=words)
+    ciders = cider_by_image(references, texts, metrics["tokenizer"] == "PTB", split)
+    scores = ", ".join(f"{name} {metrics['scores'][name]:.1f}" for name in ("BLEU-4", "CIDEr"))
+    subtitle = f"run {Path(metrics['run']).name}, {metrics['split']} images: {scores}"
+
+    def load(index: int) -> Image.Image | InputError:
         try:
-            example = index.find(image_id)
+            return thumbnail(read_image(image_dir / examples[index].image_path))
         except InputError as error:
-            raise InputError(f"{path}: {error}") from None
-        if example is None:
-            strangers.append(image_id)
-        elif example in texts:
-            raise InputError(
-                f"{path}: expected one caption for each image, found two of image_id {example.image_id} "
-                f"({example.image_path}), the second as {image_id!r}"
-            )
-        else:
-            texts[example] = text
-    return texts, strangers
+            return error
+
+    worst_first = sorted(range(len(examples)), key=ciders.__getitem__)
+    with ReportWriter(path, "Captions", subtitle) as report:
+        for index, image in map_threads(load, worst_first, 2 * inference.BATCH_SIZE):
+            if isinstance(image, InputError):
+                log(f"left out of {path}: {image}", error=True)
+                continue
+            result = captions[index].to_json(with_attention=True)
+            report.add(image, examples[index].image_path, result, references[index], ciders[index], "CIDEr")
+    log(f"page: {path}")
 
 
 def score_file(
@@ -278,6 +222,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         help="score these captions, COCO results made elsewhere, against the data of the run or those given below; "
         "writes FILE_metrics_<split>.json",
     )
+    text = "write a page of the images with their attention and people's captions, the worst first"
+    parser.add_argument("--html", type=Path, metavar="FILE", help=text)
     group = parser.add_argument_group("features of the run, if they were moved")
     add_options(group, FeatureConfig, only=("features_dir",))
     title = "data of --results (default: the run's); or where those of the run are, if they were moved"
@@ -298,7 +244,9 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
             "without --run"
         )
     if args.results and DecodeConfig.from_args(args) != DecodeConfig():
-        raise InputError("--results holds captions already; --beam-size and --length-penalty are for a run")
+        raise InputError("--results holds captions already; --beam-size and the like are for a run")
+    if args.results and args.html:
+        raise InputError("--results has no attention; --html is for a run")
     args.split = args.split or ("all" if args.other_data else "val")
     return args
 
@@ -315,7 +263,7 @@ def evaluate_results(args: argparse.Namespace) -> None:
         dataset = data_utils.load_dataset(data_config, with_images=False)
         source = args.annotations or args.dataset
     else:
-        run = args.run or latest_run()
+        run = open_run(args.run)
         config = read_config(run)
         locations = data_utils.locations_from_args(args)
         data_config, dataset = config.data, data_utils.load_run_dataset(config, False, locations)
@@ -329,18 +277,24 @@ def evaluate_results(args: argparse.Namespace) -> None:
 
 def evaluate_run(args: argparse.Namespace) -> None:
     """Captions and scores the split of the command line, prints the scores and writes all into the run folder."""
-    captioner = inference.Captioner.load(args.run or latest_run(), DecodeConfig.from_args(args))
+    captioner = inference.Captioner.load(args.run, DecodeConfig.from_args(args))
     manifest = captioner.config.features
     cache = open_run_cache(manifest | {"folder": args.features_dir or manifest["folder"]})
     dataset = data_utils.load_run_dataset(captioner.config, locations=data_utils.locations_from_args(args))
     examples = select_split(dataset, args.split)
     check_features(cache, dataset.image_dir, examples)
-    metrics, results = score_run(captioner, cache, examples)
+    metrics, captions = score_run(captioner, cache, examples)
     metrics |= {"split": args.split, "images": len(examples)}
     print_metrics(captioner.run, metrics)
-    suffix = args.split if args.beam_size == 1 else f"{args.split}_beam{args.beam_size}"
-    write_json(captioner.run / f"captions_{suffix}.json", results)
-    write_json(captioner.run / f"metrics_{suffix}.json", metrics)
+    results = [
+        {"image_id": example.image_id, "caption": caption.text}
+        for example, caption in zip(examples, captions, strict=True)
+    ]
+    name = f"{args.split}{captioner.decode_config.suffix}.json"
+    write_json(captioner.run / f"captions_{name}", results)
+    write_json(captioner.run / f"metrics_{name}", metrics)
+    if args.html:
+        write_report(args.html, examples, captions, metrics, dataset.image_dir, captioner.tokenizer.words)
 
 
 def print_metrics(source: Path, metrics: dict[str, Any]) -> None:

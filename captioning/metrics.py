@@ -125,6 +125,17 @@ def score(references: list[list[str]], captions: list[str], java: bool, split_wo
     return {name: round(100 * float(value), 2) for name, value in scores.items()}
 
 
+def cider_by_image(
+    references: list[list[str]], captions: list[str], java: bool, split_words: SplitWords
+) -> list[float]:
+    """Computes the CIDEr of each caption, whose mean `score` returns; the arguments and errors as there."""
+    from pycocoevalcap.cider.cider import Cider
+
+    gts = tokenize(dict(enumerate(references)), java, split_words)
+    res = tokenize({i: [text] for i, text in enumerate(captions)}, java, split_words)
+    return [100 * float(value) for value in Cider().compute_score(gts, res)[1]]
+
+
 def score_with_fallback(
     references: list[list[str]], captions: list[str], split_words: Callable[..., list[str]], words: str
 ) -> tuple[dict[str, float], str]:

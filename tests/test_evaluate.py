@@ -1,11 +1,13 @@
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 
 import evaluate
 import inference
-from captioning import metrics
+from captioning import coco_results, metrics
 from captioning.annotations import Example
 from captioning.cli import InputError
 from captioning.config import DecodeConfig
@@ -69,8 +71,7 @@ def test_generate_captions_divides_the_batch_by_the_beam(small_model, tokenizer,
 
 def test_unfinished_ratio_of_collapsed_model():
     captions = [
-        Caption("a dog", ("a", "dog"), (1.0, 1.0), np.zeros((2, 64)), finished)
-        for finished in (True, True, True, False)
+        Caption("a dog", ("a", "dog"), (1.0, 1.0), np.zeros((2, 64)), finished) for finished in (1.0, 1.0, 1.0, None)
     ]
     assert evaluate.unfinished_ratio(captions) == 25.0
 
@@ -78,22 +79,29 @@ def test_unfinished_ratio_of_collapsed_model():
 # A run.
 
 
-def test_score_run_returns_metrics_and_results(captioner, dataset, cache):
+def test_score_run_returns_metrics_and_captions(captioner, dataset, cache):
     examples = dataset.split("val")
-    scored, results = evaluate.score_run(captioner, cache, examples)
+    scored, captions = evaluate.score_run(captioner, cache, examples)
     assert list(scored) == [
         "run",
         "beam_size",
         "length_penalty",
         "max_words",
+        "min_words",
+        "no_repeat",
+        "captions",
+        "sample",
+        "temperature",
+        "top_p",
+        "decode_seed",
         "tokenizer",
         "scores",
         "distinct captions",
         "unfinished captions",
     ]
     assert (scored["run"], scored["beam_size"], scored["length_penalty"]) == (str(captioner.run), 1, 1.0)
-    assert [row["image_id"] for row in results] == [example.image_id for example in examples]
-    texts, references = [row["caption"] for row in results], [list(example.captions) for example in examples]
+    assert len(captions) == len(examples)
+    texts, references = [caption.text for caption in captions], [list(example.captions) for example in examples]
     assert scored["scores"] == metrics.score(references, texts, java=False, split_words=split_words)
     assert scored["tokenizer"] == "plain"
 
@@ -177,7 +185,7 @@ FOLDERS = [
     ],
 )
 def test_image_index_finds_images_by_id_path_name_and_stem(image_id, expected):
-    found = evaluate.ImageIndex(FOLDERS).find(image_id)
+    found = coco_results.ImageIndex(FOLDERS).find(image_id)
     assert found == (None if expected is None else FOLDERS[expected])
 
 
@@ -190,7 +198,7 @@ def test_image_index_finds_images_by_id_path_name_and_stem(image_id, expected):
 )
 def test_image_index_refuses_what_means_two_images(image_id, first, second):
     with pytest.raises(InputError, match=f"image_id '{image_id}' means 2 images, such as {first} and {second}"):
-        evaluate.ImageIndex(FOLDERS).find(image_id)
+        coco_results.ImageIndex(FOLDERS).find(image_id)
 
 
 def test_score_file_reads_names_and_a_byte_order_mark(tmp_path):
@@ -231,7 +239,7 @@ def test_score_file_refuses_bad_results(tmp_path, content, message):
 
 def test_main_writes_captions_and_metrics_of_a_run(captioner, dataset, monkeypatch, capsys):
     def load(run, config):
-        return Captioner(captioner.model, captioner.tokenizer, captioner.config, run, config)
+        return Captioner(captioner.model, captioner.tokenizer, captioner.config, Path(run), config)
 
     monkeypatch.setattr(Captioner, "load", load)
     monkeypatch.setattr(evaluate.data_utils, "load_run_dataset", lambda config, locations: dataset)
@@ -249,6 +257,64 @@ def test_main_writes_captions_and_metrics_of_a_run(captioner, dataset, monkeypat
     evaluate.main(["--run", str(captioner.run), "--split", "all"])
     assert len(json.loads((captioner.run / "captions_all.json").read_text())) == 24
     assert json.loads((captioner.run / "metrics_all.json").read_text())["images"] == 24
+
+
+@pytest.mark.parametrize(
+    ("config", "suffix"),
+    [
+        (DecodeConfig(), ""),
+        (DecodeConfig(beam_size=5, length_penalty=0.5), "_beam5"),
+        (DecodeConfig(captions=3), "_beam3"),
+        (DecodeConfig(sample=True, captions=3, temperature=2.0), "_sample"),
+        (DecodeConfig(beam_size=2, min_words=4, no_repeat=True), "_beam2_min4_norepeat"),
+    ],
+)
+def test_results_of_other_searches_have_other_names(config, suffix):
+    assert config.suffix == suffix
+
+
+class FakeReport:
+    """Stands for the page, and notes what is added to it."""
+
+    def __init__(self, *args):
+        self.args, self.entries = args, []
+        FakeReport.last = self
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        pass
+
+    def add(self, *args):
+        self.entries.append(args)
+
+
+def test_write_report_begins_with_the_worst_caption(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(evaluate, "ReportWriter", FakeReport)
+    for example in EXAMPLES[:2]:
+        Image.new("RGB", (8, 8)).save(tmp_path / example.image_path)
+    captions = [
+        Caption(text, tuple(text.split()), (1.0,) * len(text.split()), np.zeros((len(text.split()), 64)), 1.0)
+        for text in ("a dog runs on the grass", "a wrong caption", "two men")
+    ]
+    metrics = {"run": "runs/x", "split": "val", "tokenizer": "plain", "scores": {"BLEU-4": 12.3, "CIDEr": 45.6}}
+    evaluate.write_report(tmp_path / "report.html", EXAMPLES, captions, metrics, tmp_path, "spaces")
+    assert FakeReport.last.args == (tmp_path / "report.html", "Captions", "run x, val images: BLEU-4 12.3, CIDEr 45.6")
+    (_, first, result, references, worst, name), (_, second, _, _, best, _) = FakeReport.last.entries
+    assert (first, second, name) == ("1.jpg", "0.jpg", "CIDEr") and worst < best
+    assert result == captions[1].to_json(with_attention=True) and references == REFERENCES[1]
+    errors = capsys.readouterr().err
+    assert "left out of" in errors and "2.jpg: no such image" in errors
+
+
+def test_main_writes_a_page(captioner, saved_dataset, tmp_path, monkeypatch):
+    monkeypatch.setattr(Captioner, "load", lambda run, config: captioner)
+    monkeypatch.setattr(evaluate.data_utils, "load_run_dataset", lambda config, locations: saved_dataset)
+    monkeypatch.setattr(evaluate, "check_features", lambda *_: None)
+    evaluate.main(["--run", str(captioner.run), "--html", str(tmp_path / "report.html")])
+    page = (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert all(example.image_path in page for example in saved_dataset.split("val"))
 
 
 def test_main_scores_results_against_a_run(captioner, dataset, tmp_path, monkeypatch, capsys):
@@ -283,6 +349,8 @@ def test_main_scores_results_against_other_data(tmp_path, monkeypatch):
         (["--num-captions", "10"], "only where they are can be named"),
         (["--results", "r.json", "--beam-size", "3"], "--results holds captions already"),
         (["--results", "r.json", "--length-penalty", "0"], "--results holds captions already"),
+        (["--results", "r.json", "--no-repeat"], "--results holds captions already"),
+        (["--results", "r.json", "--html", "a.html"], "--results has no attention"),
         (["--results", "r.json", "--val-fraction", "0.5"], "expected --dataset or --annotations"),
         (["--results", "r.json", "--dataset", "coco", "--run", "run"], "only where they are can be named"),
     ],
