@@ -1,37 +1,51 @@
-"""Compares the speed of captioning with that of the tutorial's code, and times `python inference.py` as a process.
+"""Compares the speed of captioning with that of the tutorial's code, with that of the CNN alone, and of a process.
 
     python -m benchmarks.captioning
-    python -m benchmarks.captioning --skip-process                         # only the captions per second
+    python -m benchmarks.captioning --only search                          # captions per second from features
+    python -m benchmarks.captioning --only folder --beam-size 3            # images per second of a folder
 
-The tutorial captions one image at a time, one word at a time, eagerly. The project captions batches of images in a
-graph, by greedy search and by beam search. The weights are random, so captions are cut after 12 words, COCO's mean
-with <end>.
+search: the tutorial captions one image at a time, one word at a time, eagerly. The project captions batches of images
+in a graph, by greedy search and by beam search. The weights are random, so captions are cut after 12 words, COCO's
+mean with <end>.
 
-The process is compared with a bare one, which imports TensorFlow, builds InceptionV3 with the same weights and runs it
-once on the same image. The last line is JSON.
+folder: a folder of JPEG files of 500x375 pixels, the size of Flickr8k's, is captioned into a table, as `python
+inference.py DIR --csv FILE` does it. The CNN alone computes the features of as many images that are in memory already,
+in batches of the same size. The growth of memory is that from the first half of the folder to the end.
+
+process: `python inference.py` with one image is compared with a bare process, which imports TensorFlow, builds
+InceptionV3 with the same weights and runs it once on the same image.
+
+Each comparison is measured alternately. The last line is JSON.
 """
 
 import argparse
+import contextlib
 import functools
 import json
+import resource
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
+from PIL import Image
 
+import features
+import inference
 import model
 import train
 from benchmarks.timing import interleaved_median_rates, items_per_second
 from captioning import shapes
 from captioning.cli import int_at_least, log, make_parser, run_main
-from captioning.config import ModelConfig
+from captioning.config import DecodeConfig, ModelConfig
 from captioning.decoding import beam_search, greedy_search
 from captioning.quiet_tensorflow import tf
+from captioning.results import ResultWriter
+from captioning.results_csv import ResultsCsv
 from captioning.settings import add_options
 from captioning.special_tokens import END_ID, PAD_ID, START_ID
 
@@ -123,6 +137,67 @@ def measure_variants(variants: dict[str, Variant], rounds: int) -> dict[str, flo
     return {name: round(rate, 1) for name, rate in rates.items()}
 
 
+# A folder of images.
+
+
+def write_photos(folder: Path, num_images: int) -> list[str]:
+    """Writes JPEG files of 500x375 pixels with soft colours and noise, and returns their paths."""
+    folder.mkdir()
+    rng = np.random.default_rng(0)
+    paths = []
+    for number in range(num_images):
+        coarse = Image.fromarray(rng.integers(0, 256, (12, 16, 3), np.uint8))
+        pixels = np.asarray(coarse.resize((500, 375), Image.Resampling.BICUBIC), np.float32)
+        pixels = (pixels + rng.normal(0, 6, pixels.shape)).clip(0, 255).astype(np.uint8)
+        paths.append(str(folder / f"{number:05}.jpg"))
+        Image.fromarray(pixels).save(paths[-1], quality=90)
+    return paths
+
+
+def resident_mb() -> float:
+    """Returns the memory of this process that is in use, in MB."""
+    with open("/proc/self/statm") as file:
+        return int(file.read().split()[1]) * resource.getpagesize() / 1e6
+
+
+def measure_folder(folder: Path, args: argparse.Namespace) -> dict[str, float]:
+    """Measures the images per second of a folder and of the CNN alone, and the growth of memory.
+
+    Args:
+        folder: has the run of `train_small_run`; the images are written into it.
+        args: the command line.
+    """
+    config = DecodeConfig(beam_size=args.folder_beam_size, max_words=MAX_WORDS)
+    captioner = inference.Captioner.load(folder / "run", config)
+    paths = write_photos(folder / "photos", args.folder_images)
+    size = inference.BATCH_SIZE
+    pixels = np.stack([features.load_image(path) for path in paths[:size]])
+    memory: list[float] = []
+
+    def caption_folder() -> None:
+        with contextlib.closing(ResultsCsv(folder / f"captions{len(memory)}.csv", captioner.run, config)) as table:
+            for half in (paths[: len(paths) // 2], paths[len(paths) // 2 :]):
+                inference.caption_images(captioner, half, ResultWriter(table=table))
+                memory.append(resident_mb())
+
+    def run_cnn() -> None:
+        for start in range(0, len(paths), size):
+            captioner.extract_features(pixels[: len(paths) - start])
+
+    measurements = {
+        name: functools.partial(items_per_second, fn, len(paths))
+        for name, fn in (("cnn", run_cnn), ("folder", caption_folder))
+    }
+    inference.caption_images(captioner, paths[: 2 * size + 1], ResultWriter())  # compiles
+    rates = interleaved_median_rates(measurements, args.rounds, "images")
+    return {
+        "images": len(paths),
+        **{f"{name}_images_per_second": round(rate, 2) for name, rate in rates.items()},
+        "ratio": round(rates["folder"] / rates["cnn"], 3),
+        "memory_growth_mb": round(memory[-1] - memory[0], 1),
+    }
+
+
 # The whole process.
 
 
@@ -145,69 +220,73 @@ def time_process(command: list[str], folder: Path) -> float:
     return time.perf_counter() - start
 
 
-def time_processes(rounds: int) -> dict[str, float]:
+def time_processes(folder: Path, rounds: int) -> dict[str, float]:
     """Times inference.py with one image, and the bare process, alternately.
 
+    Args:
+        folder: has the run of `train_small_run`.
+        rounds: how often each is timed.
+
     Returns:
-        The shortest time of each, in seconds.
+        The shortest time of each in seconds, and their ratio.
     """
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        train_small_run(folder)
-        image = "shapes/images/shapes_00000.png"
-        commands = {
-            "inference": [str(PROJECT / "inference.py"), "--run", "run", image],
-            "bare": ["-c", BARE_PROCESS, "run/cnn.weights.h5", image],
-        }
-        first = subprocess.run([sys.executable, *commands["inference"]], cwd=folder, capture_output=True, text=True)
-        log(f"caption: {first.stdout.strip()}")
-        times: dict[str, list[float]] = {name: [] for name in commands}
-        for _ in range(rounds):
-            for name, command in commands.items():
-                times[name].append(time_process(command, folder))
-                log(f"{name}: {times[name][-1]:.2f} s")
-    return {name: round(min(values), 2) for name, values in times.items()}
+    image = "shapes/images/shapes_00000.png"
+    commands = {
+        "inference": [str(PROJECT / "inference.py"), "--run", "run", image],
+        "bare": ["-c", BARE_PROCESS, "run/cnn.weights.h5", image],
+    }
+    first = subprocess.run([sys.executable, *commands["inference"]], cwd=folder, capture_output=True, text=True)
+    log(f"caption: {first.stdout.strip()}")
+    times: dict[str, list[float]] = {name: [] for name in commands}
+    for _ in range(rounds):
+        for name, command in commands.items():
+            times[name].append(time_process(command, folder))
+            log(f"{name}: {times[name][-1]:.2f} s")
+    seconds = {name: round(min(values), 2) for name, values in times.items()}
+    return {**seconds, "ratio": round(seconds["inference"] / seconds["bare"], 2)}
 
 
 # The command line.
 
 
-def main(argv: list[str] | None = None) -> None:
-    """Measures everything alternately, and prints the rates and ratios."""
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    """Parses the command line."""
     parser = make_parser(__doc__, prog="python -m benchmarks.captioning")
-    count = int_at_least(1)
-    parser.add_argument(
-        "--images", type=count, metavar="N", default=512, help="images for the project (default: %(default)s)"
-    )
-    parser.add_argument(
-        "--tutorial-images", type=count, metavar="N", default=16, help="images for the tutorial (default: %(default)s)"
-    )
-    parser.add_argument(
-        "--batch-size", type=count, metavar="N", default=64, help="captions in a batch (default: %(default)s)"
-    )
-    parser.add_argument(
-        "--beam-size",
-        type=int_at_least(2),
-        metavar="N",
-        default=5,
-        help="width of the beam search (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--rounds", type=count, metavar="N", default=3, help="measurements of each (default: %(default)s)"
-    )
-    parser.add_argument("--skip-process", action="store_true", help="do not time inference.py as a process")
+    counts = {
+        "images": (512, "images for the project's search"),
+        "tutorial-images": (16, "images for the tutorial's"),
+        "batch-size": (64, "captions in a batch of the search"),
+        "folder-images": (1000, "images in the folder"),
+        "rounds": (3, "measurements of each"),
+    }
+    parser.add_argument("--only", choices=("search", "folder", "process"), help="one of the three (default: all)")
+    for name, (default, text) in counts.items():
+        text += " (default: %(default)s)"
+        parser.add_argument(f"--{name}", type=int_at_least(1), metavar="N", default=default, help=text)
+    text = "width of the beam search, of the folder too if it is given (default: 5, and 1 for the folder)"
+    parser.add_argument("--beam-size", type=int_at_least(2), metavar="N", help=text)
     add_options(parser, ModelConfig, only=("vocab_size", "embedding_dim", "units"))
     args = parser.parse_args(argv)
-    rates = measure_variants(make_variants(args), args.rounds)
-    result = {
-        "words": MAX_WORDS,
-        "captions_per_second": rates,
-        "ratio": {name: round(rate / rates["tutorial"], 1) for name, rate in rates.items() if name != "tutorial"},
-    }
-    if not args.skip_process:
-        seconds = time_processes(args.rounds)
-        result["process_seconds"] = seconds
-        result["process_ratio"] = round(seconds["inference"] / seconds["bare"], 2)
+    args.folder_beam_size = args.beam_size or 1
+    args.beam_size = args.beam_size or 5
+    return args
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Measures everything alternately, and prints the rates and ratios."""
+    args = parse(argv)
+    result: dict[str, Any] = {}
+    if args.only in (None, "search"):
+        rates = measure_variants(make_variants(args), args.rounds)
+        ratio = {name: round(rate / rates["tutorial"], 1) for name, rate in rates.items() if name != "tutorial"}
+        result["search"] = {"words": MAX_WORDS, "captions_per_second": rates, "ratio": ratio}
+    if args.only != "search":
+        with tempfile.TemporaryDirectory() as name:
+            train_small_run(Path(name))
+            if args.only != "process":
+                result["folder"] = measure_folder(Path(name), args)
+            if args.only != "folder":
+                result["process_seconds"] = time_processes(Path(name), args.rounds)
     print(json.dumps(result))
 
 

@@ -1,9 +1,11 @@
 """Every benchmark runs, with tiny sizes, and its last line is JSON. No speed is tested here."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
+from helpers.train_and_kill import build_small_cnn
 
 import model
 from benchmarks import captioning, features, memory, training
@@ -125,11 +127,22 @@ def test_sample_lengths_are_those_of_coco(rng):
 @pytest.mark.slow
 def test_captioning_main_compares_searches(capsys):
     sizes = ["--batch-size", "2", "--images", "3", "--tutorial-images", "2", "--rounds", "1"]
-    captioning.main([*SMALL_MODEL, *sizes, "--skip-process"])
-    result = read_result(capsys)
+    captioning.main([*SMALL_MODEL, *sizes, "--only", "search"])
+    result = read_result(capsys)["search"]
     rates = result["captions_per_second"]
     assert result["ratio"]["greedy"] == pytest.approx(rates["greedy"] / rates["tutorial"], abs=0.1)
     assert set(rates) == {"greedy", "beam 5", "tutorial"}
+
+
+@pytest.mark.slow
+def test_captioning_main_compares_a_folder_with_the_cnn(run, monkeypatch, capsys):
+    monkeypatch.setattr(captioning, "train_small_run", lambda folder: shutil.copytree(run, folder / "run"))
+    monkeypatch.setattr("features.build_feature_extractor", build_small_cnn)
+    captioning.main(["--only", "folder", "--folder-images", "40", "--rounds", "1"])
+    result = read_result(capsys)["folder"]
+    assert result["images"] == 40
+    expected = result["folder_images_per_second"] / result["cnn_images_per_second"]
+    assert result["ratio"] == pytest.approx(expected, abs=0.01)
 
 
 def test_captioning_variants_have_the_same_captions(caption_model, rng):

@@ -68,6 +68,7 @@ def test_notebook_form_has_defaults_that_run_anywhere(code):
         "address_or_file": '""',
         "upload": "False",
         "beam_size": "5",
+        "num_captions_shown": "3",
         "copy_to_drive": "False",
         "more_epochs": "1",
     }, "the defaults must run anywhere from top to bottom"
