@@ -144,7 +144,8 @@ def write_report(
     split = functools.partial(split_words, words=words)
     ciders = cider_by_image(references, texts, metrics["tokenizer"] == "PTB", split)
     scores = ", ".join(f"{name} {metrics['scores'][name]:.1f}" for name in ("BLEU-4", "CIDEr"))
-    subtitle = f"run {Path(metrics['run']).name}, {metrics['split']} images: {scores}"
+    search = DecodeConfig(**{name: metrics[name] for name in DecodeConfig().to_json()}).describe()
+    subtitle = f"run {Path(metrics['run']).name}, {metrics['split']} images, {search}: {scores}"
 
     def load(index: int) -> Image.Image | InputError:
         try:
