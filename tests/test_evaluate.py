@@ -59,7 +59,6 @@ def test_generate_captions_divides_the_batch_by_the_beam(small_model, tokenizer,
 
     def decode_captions(model, tokenizer, features, config):
         batch_sizes.append(len(features))
-        assert config == DecodeConfig(4, 0.5)
         return []
 
     monkeypatch.setattr(inference, "decode_captions", decode_captions)
@@ -67,6 +66,10 @@ def test_generate_captions_divides_the_batch_by_the_beam(small_model, tokenizer,
     assert batch_sizes == [6, 6, 4]
     evaluate.generate_captions(small_model, tokenizer, cache, dataset.split("val"), 2, DecodeConfig(4, 0.5))
     assert batch_sizes[3:] == [1] * 4
+    for config in (DecodeConfig(captions=4), DecodeConfig(captions=4, sample=True)):
+        batch_sizes.clear()
+        evaluate.generate_captions(small_model, tokenizer, cache, dataset.split("train"), 24, config)
+        assert batch_sizes == [6, 6, 4]
 
 
 def test_unfinished_ratio_of_collapsed_model():

@@ -162,8 +162,9 @@ def test_captioner_caption_batch_equals_single_captions(captioner, photos):
         alone = captioner.caption(path)
         assert caption.text == alone.text and caption.image == path
         np.testing.assert_allclose(caption.probabilities, alone.probabilities, rtol=1e-4)
-    of_bytes = captioner.caption_batch(io.BytesIO(path.read_bytes()) for path in paths)
-    assert [caption.text for caption in of_bytes] == [caption.text for caption in captions]
+    of_files = captioner.caption_batch(io.BytesIO(path.read_bytes()) for path in paths)
+    assert [caption.text for caption in of_files] == [caption.text for caption in captions]
+    assert [caption.image for caption in of_files] == [path.read_bytes() for path in paths], "it can be read again"
     assert captioner.caption_batch([]) == []
     with pytest.raises(InputError, match=r"4\.png: not an image"):
         captioner.caption_batch([paths[0], photos / "4.png"])
@@ -263,6 +264,7 @@ def test_caption_images_fails_before_the_first_image_if_there_is_no_cnn(captione
         raise InputError("no weights")
 
     monkeypatch.setattr(features, "build_feature_extractor", fail)
+    monkeypatch.setattr(inference, "open_image", None)  # no image is opened
     with pytest.raises(InputError, match="no weights"):
         inference.caption_images(captioner, [str(photos / "0.png"), str(photos / "1.png")], ResultWriter())
 
@@ -289,6 +291,20 @@ def test_caption_images_writes_plots_where_they_are_wanted(captioner, photos, tm
     )
     printed = capsys.readouterr()
     assert len(printed.out.splitlines()) == printed.err.count("the plot cannot be written") == 2
+
+
+def test_caption_images_keeps_copies_only_for_what_shows_them(captioner, photos, tmp_path):
+    results = []
+
+    class Writer(ResultWriter):
+        def write(self, result, plot=None):
+            results.append(result)
+
+    path = str(photos / "0.png")
+    for writer in (Writer(), Writer(grid=tmp_path / "grid.png"), Writer(report=object())):
+        inference.caption_images(captioner, [path], writer)
+    inference.caption_images(captioner, [path], Writer(), {path: tmp_path / "plot.png"})
+    assert [result.image is None for result in results] == [True, False, False, False]
 
 
 def test_caption_images_hides_secrets_of_urls(captioner, photo, monkeypatch, capsys):
