@@ -103,6 +103,7 @@ class Captioner:
     ):
         self.model, self.tokenizer, self.config, self.run = model, tokenizer, config, run
         self.decode_config = self._with_max_words(decode_config)
+        self._has_extracted = False  # features of any image
 
     @classmethod
     def load(cls, run: Path | str | None, config: DecodeConfig = GREEDY) -> "Captioner":
@@ -172,8 +173,9 @@ class Captioner:
 
     def extract_features(self, pixels: np.ndarray) -> tf.Tensor:
         """Computes the features (B, 64, 2048) of images (B, 299, 299, 3), rounded as those of the training were."""
-        # A graph takes seconds to build, and pays from a few images on.
-        extract = self.extractor if len(pixels) == 1 else self._extractor_graph
+        # A graph is several times faster, but takes seconds to build: too long for the only image of a command.
+        extract = self._extractor_graph if self._has_extracted or len(pixels) > 1 else self.extractor
+        self._has_extracted = True
         return tf.cast(extract(pixels, training=False), self.config.features["dtype"])
 
     @functools.cached_property

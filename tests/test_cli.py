@@ -19,7 +19,10 @@ COMMANDS = {
     "captioning.shapes": "python -m captioning.shapes",
     **{
         name: f"python {name}.py"
-        for name in ("data_utils", "demo", "evaluate", "features", "inference", "model", "tokenizer", "train")
+        for name in (
+            *("data_utils", "demo", "evaluate", "export", "features", "inference", "model", "serve", "tokenizer"),
+            "train",
+        )
     },
 }
 

@@ -170,6 +170,13 @@ def test_captioner_caption_batch_equals_single_captions(captioner, photos):
         captioner.caption_batch([paths[0], photos / "4.png"])
 
 
+def test_captioner_builds_the_graph_of_the_cnn_from_the_second_image_on(captioner, photo, monkeypatch):
+    captioner.caption(photo)
+    assert "_extractor_graph" not in vars(captioner), "a command with one image does not wait for it"
+    captioner.caption(photo)
+    assert "_extractor_graph" in vars(captioner)
+
+
 def test_captioner_gives_several_captions_and_how_sure_it_is(fast_run, photo):
     captioner = Captioner.load(fast_run, DecodeConfig(captions=3, beam_size=4))
     caption = captioner.caption(photo)

@@ -19,6 +19,8 @@ ALLOWED_SCRIPTS: dict[str, set[str]] = {
     "model": set(),
     "features": {"data_utils"},
     "inference": {"data_utils", "features", "tokenizer", "model"},
+    "serve": {"features", "inference"},
+    "export": {"features", "tokenizer", "model", "inference"},
     "evaluate": {"data_utils", "features", "tokenizer", "model", "inference"},
     "train": {"data_utils", "features", "tokenizer", "model", "inference", "evaluate"},
     "demo": {"data_utils", "features", "tokenizer", "model", "inference", "evaluate", "train"},
