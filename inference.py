@@ -3,7 +3,7 @@
 Tutorial sections: "Caption!" and "Try it on your own images".
 
     python inference.py photo.jpg                               # the latest run; writes photo_attention.png
-    python inference.py photos/ --csv captions.csv              # all images below a folder; continues if it was stopped
+    python inference.py photos/ --csv results.csv               # all images below a folder; continues if it was stopped
     python inference.py photos/ --html report.html              # a page that shows the attention for each word
     python inference.py photo.jpg --captions 5 --beam-size 10   # the five best captions, and how sure the model is
     python inference.py photo.jpg --captions 5 --sample --top-p 0.9 --no-repeat

@@ -47,8 +47,7 @@
       const difference = key(one) - key(other);
       return Number.isNaN(difference) ? Number.isNaN(key(one)) - Number.isNaN(key(other)) : difference;
     };
-    // Entries without the field come last. The white space between entries goes: Chromium takes seconds to move it.
-    main.replaceChildren(...(field ? [...articles].sort(compare) : articles));
+    main.append(...(field ? [...articles].sort(compare) : articles)); // entries without the field come last
   }
 
   function addOrders() {
