@@ -1,0 +1,87 @@
+"""Serves a page on this machine: drop an image on it, or take one, and see its caption and where the model looked.
+
+Tutorial section: none.
+
+    python serve.py                                       # the latest run, at http://127.0.0.1:8000/
+    python serve.py --run runs/coco --beam-size 5 --port 0
+    python serve.py --host 0.0.0.0 --max-requests 16      # for all machines that reach this one
+
+Programs send an image to POST /caption, its bytes or a form, and get JSON: the caption, its confidence, and the
+probability and attention of each word. The options of decoding are the defaults of parameters of the same names:
+
+    curl -F image=@photo.jpg "http://127.0.0.1:8000/caption?beam_size=5&captions=3"
+
+Ctrl-C ends it. Python's own web server is made for one machine and a few people, not for the internet.
+"""
+
+import argparse
+from collections.abc import Sequence
+
+import numpy as np
+
+import features
+from captioning.caption_batcher import Service
+from captioning.captions import Caption
+from captioning.cli import add_quiet_option, log, make_parser, run_main
+from captioning.config import DecodeConfig, FeatureConfig
+from captioning.feature_cache import IMAGE_SIZE
+from captioning.images import set_max_megapixels
+from captioning.quiet_tensorflow import tf
+from captioning.settings import add_options
+from captioning.web_server import CaptionServer, ServerConfig, is_loopback
+from inference import Captioner, add_model_options
+
+MAX_MEGAPIXELS = 50  # of an image of a stranger; phones take photos of 12 to 50
+
+
+def make_service(captioner: Captioner) -> Service:
+    """Makes what the server needs of a captioner, whose CNN is compiled for single images and for batches.
+
+    Raises:
+        InputError: the CNN cannot be built.
+    """
+    # A call of the CNN outside a graph takes five times as long for a single image.
+    captioner.extractor = tf.function(captioner.extractor, reduce_retracing=True)
+
+    def caption_batch(pixels: Sequence[np.ndarray], config: DecodeConfig) -> list[Caption]:
+        return captioner.with_decoding(config).caption_pixels(np.stack(pixels))
+
+    service = Service(captioner.run.name, captioner.decode_config, features.load_image, caption_batch)
+    blank = np.zeros((IMAGE_SIZE, IMAGE_SIZE, 3), np.uint8)
+    for batch_size in (1, 2, 3):  # TensorFlow compiles for one, for two, and then for any number
+        service.caption_batch([blank] * batch_size, service.defaults)
+    return service
+
+
+def parse(argv: list[str] | None = None) -> argparse.Namespace:
+    """Parses the command line."""
+    parser = make_parser(__doc__)
+    group = parser.add_argument_group("server")
+    add_options(group, ServerConfig)
+    add_options(group, FeatureConfig, {"max_megapixels": MAX_MEGAPIXELS}, only=("max_megapixels",))
+    add_quiet_option(group)
+    add_model_options(parser)
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Serves the page until Ctrl-C."""
+    args = parse(argv)
+    decode_config = DecodeConfig.from_args(args)
+    set_max_megapixels(args.max_megapixels)
+    with CaptionServer(ServerConfig.from_args(args)) as server:  # first, since a port in use is known at once
+        captioner = Captioner.load(args.run, decode_config)
+        log(f"run: {captioner.run}")
+        service = make_service(captioner)
+        if not is_loopback(args.host):
+            text = "anybody who reaches this machine can caption with it; there is no password"
+            log(f"--host {args.host}: {text}", error=True)
+        print(server.url, flush=True)
+        try:
+            server.run(service)
+        except KeyboardInterrupt:  # how a server is ended
+            log("stopped")
+
+
+if __name__ == "__main__":
+    run_main(main)
