@@ -304,7 +304,11 @@ def test_write_report_begins_with_the_worst_caption(tmp_path, monkeypatch, capsy
     metrics = {"run": "runs/x", "split": "val", "tokenizer": "plain", "scores": {"BLEU-4": 12.3, "CIDEr": 45.6}}
     metrics |= DecodeConfig(beam_size=3).to_json()
     evaluate.write_report(tmp_path / "report.html", EXAMPLES, captions, metrics, tmp_path, "spaces")
-    assert FakeReport.last.args == (tmp_path / "report.html", "Captions", "run x, val images, beam search, 3 wide: BLEU-4 12.3, CIDEr 45.6")
+    assert FakeReport.last.args == (
+        tmp_path / "report.html",
+        "Captions",
+        "run x, val images, beam search, 3 wide: BLEU-4 12.3, CIDEr 45.6",
+    )
     (_, first, result, references, worst, name), (_, second, _, _, best, _) = FakeReport.last.entries
     assert (first, second, name) == ("1.jpg", "0.jpg", "CIDEr") and worst < best
     assert result == captions[1].to_json(with_attention=True) and references == REFERENCES[1]
