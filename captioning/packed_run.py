@@ -214,8 +214,13 @@ def _unpack(file: IO[bytes], folder: Path) -> Path:
         if shutil.disk_usage(folder).free < 3 * num_bytes:  # weights in float16 are written as float32, too
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(folder.parent))
         for member in members:
-            with archive.open(member) as source, atomic_write(run / member.filename.split("/")[1], "wb") as target:
-                shutil.copyfileobj(source, target, BLOCK_BYTES)
+            try:
+                with archive.open(member) as source, atomic_write(run / member.filename.split("/")[1], "wb") as target:
+                    shutil.copyfileobj(source, target, BLOCK_BYTES)
+            except OSError as error:
+                if error.errno != errno.EINVAL:
+                    raise
+                raise zipfile.BadZipFile("a file begins before the .zip does") from None  # where zipfile seeks to
     config, values = read_config(run), read_json(run / CONFIG_FILE)
     if values != without_paths(values):
         raise InputError(f"{CONFIG_FILE}: expected names of files and folders, found paths")
