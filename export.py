@@ -8,8 +8,8 @@ Tutorial section: none.
     python export.py --run runs/coco --pack                      # coco.zip: `--run coco.zip` takes it anywhere
     python export.py --run runs/coco --pack --weights float32    # the weights as they are, not rounded
 
-The search is fixed in what is exported, except in a .zip. docs/export.md shows how each form is used, and how far its
-captions are those of inference.py.
+The search is fixed in what is exported, except in a .zip. docs/export.md shows how each form is used, and how far
+its captions are those of inference.py.
 """
 
 import argparse

@@ -2,13 +2,13 @@
 
 Tutorial sections: "Caption!" and "Try it on your own images".
 
-    python inference.py photo.jpg                               # the latest run; writes photo_attention.png
-    python inference.py photos/ --csv results.csv               # all images below a folder; continues if it was stopped
-    python inference.py photos/ --html report.html              # a page that shows the attention for each word
-    python inference.py photo.jpg --captions 5 --beam-size 10   # the five best captions, and how sure the model is
+    python inference.py photo.jpg                       # the latest run; writes photo_attention.png
+    python inference.py photos/ --csv results.csv       # all images below a folder; run again, it continues
+    python inference.py photos/ --html report.html      # a page that shows the attention for each word
+    python inference.py photo.jpg --captions 5          # the five best captions, and how sure the model is
     python inference.py photo.jpg --captions 5 --sample --top-p 0.9 --no-repeat
-    python inference.py --from list.txt --json | jq             # results for programs; --from - reads standard input
-    python inference.py                                         # a few test images and their reference captions
+    python inference.py --from list.txt --json | jq     # results for programs; --from - reads standard input
+    python inference.py                                 # a few test images and their reference captions
 
 From Python: `Captioner.load("runs/coco").caption("photo.jpg").text`.
 """

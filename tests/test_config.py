@@ -18,8 +18,9 @@ from captioning.config import (
     TrainConfig,
 )
 from captioning.settings import Settings, add_options
+from captioning.web_server import ServerConfig
 
-CLASSES = [DataConfig, FeatureConfig, ModelConfig, TrainConfig, DecodeConfig]
+CLASSES = [DataConfig, FeatureConfig, ModelConfig, TrainConfig, DecodeConfig, ServerConfig]
 
 
 def parse(settings, *arguments, **kwargs):
