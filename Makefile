@@ -34,7 +34,8 @@ notebook: .venv/ready  ## execute the notebook with small sizes, into runs/
 
 bench:  ## print the commands of the benchmarks, which take minutes each and want a machine that does nothing else
 	@echo "$(BIN)/python -m benchmarks.training     # captions per second in training"
-	@echo "$(BIN)/python -m benchmarks.captioning   # captions per second, greedy and beam search; inference.py as a process"
+	@echo "$(BIN)/python -m benchmarks.captioning   # captions per second; a folder against the CNN alone; inference.py as a process"
+	@echo "$(BIN)/python -m benchmarks.serving      # images per second of serve.py, and how long a client waits"
 	@echo "$(BIN)/python -m benchmarks.features     # images per second when caching features"
 	@echo "$(BIN)/python -m benchmarks.memory       # start time and memory of training on all of COCO"
 

@@ -116,7 +116,7 @@ class Captioner:
         return cls(*load_run(folder), folder, config)
 
     def with_decoding(self, config: DecodeConfig) -> "Captioner":
-        """Returns a captioner with the same weights that searches in another way."""
+        """Returns a captioner of the same run that searches in another way; it shares the CNN once that is built."""
         other = copy.copy(self)
         other.decode_config = self._with_max_words(config)
         return other

@@ -26,7 +26,6 @@ from captioning.cli import add_quiet_option, log, make_parser, run_main
 from captioning.config import DecodeConfig, FeatureConfig
 from captioning.feature_cache import IMAGE_SIZE
 from captioning.images import set_max_megapixels
-from captioning.quiet_tensorflow import tf
 from captioning.settings import add_options
 from captioning.web_server import CaptionServer, ServerConfig, is_loopback
 from inference import Captioner, add_model_options
@@ -35,22 +34,18 @@ MAX_MEGAPIXELS = 50  # of an image of a stranger; phones take photos of 12 to 50
 
 
 def make_service(captioner: Captioner) -> Service:
-    """Makes what the server needs of a captioner, whose CNN is compiled for single images and for batches.
+    """Makes what the server needs of a captioner, which is compiled, so that the first request does not wait for it.
 
     Raises:
         InputError: the CNN cannot be built.
     """
-    # A call of the CNN outside a graph takes five times as long for a single image.
-    captioner.extractor = tf.function(captioner.extractor, reduce_retracing=True)
+    for batch_size in (2, 3, 1):  # TensorFlow compiles for two images, and then for any number
+        captioner.caption_pixels(np.zeros((batch_size, IMAGE_SIZE, IMAGE_SIZE, 3), np.uint8))
 
     def caption_batch(pixels: Sequence[np.ndarray], config: DecodeConfig) -> list[Caption]:
         return captioner.with_decoding(config).caption_pixels(np.stack(pixels))
 
-    service = Service(captioner.run.name, captioner.decode_config, features.load_image, caption_batch)
-    blank = np.zeros((IMAGE_SIZE, IMAGE_SIZE, 3), np.uint8)
-    for batch_size in (1, 2, 3):  # TensorFlow compiles for one, for two, and then for any number
-        service.caption_batch([blank] * batch_size, service.defaults)
-    return service
+    return Service(captioner.run.name, captioner.decode_config, features.load_image, caption_batch)
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:

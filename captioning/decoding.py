@@ -61,12 +61,13 @@ def decode(
     if config.sample:
         keys = image_keys(features.numpy()) if keys is None else keys
         numbers = random_numbers(config.decode_seed, keys, config.captions, max_words)
-        return sample_words(model, features, numbers, config.temperature, config.top_p, constraints)
+        # As tensors: a graph that was made for one temperature serves all.
+        temperature, top_p = tf.constant(config.temperature), tf.constant(config.top_p)
+        return sample_words(model, features, numbers, temperature, top_p, constraints)
     if config.num_beams == 1:
         return greedy_search(model, features, max_words, constraints)
-    return beam_search(
-        model, features, config.num_beams, config.length_penalty, max_words, constraints, config.captions
-    )
+    length_penalty = tf.constant(config.length_penalty, tf.float32)
+    return beam_search(model, features, config.num_beams, length_penalty, max_words, constraints, config.captions)
 
 
 # Greedy search, and random words.

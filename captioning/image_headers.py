@@ -48,14 +48,15 @@ def tiff_orientation(tiff: tf.Tensor) -> tf.Tensor:
     entries = tf.where(little, tf.gather(entries, [1, 0, 3, 2, 7, 6, 5, 4, 9, 8, 11, 10], axis=1), entries)
     tag, kind = 256 * entries[:, 0] + entries[:, 1], 256 * entries[:, 2] + entries[:, 3]
     is_integer = tf.reduce_any(kind[:, tf.newaxis] == tf.constant(INTEGER_TYPES, tf.int64), axis=1)
-    is_single = tf.reduce_all(entries[:, 4:8] == [0, 0, 0, 1], axis=1)
     is_short = (kind == 3) | (kind == 8)
+    # Two short numbers have room, too, of which the first one counts; more would stand elsewhere.
+    is_here = tf.reduce_all(entries[:, 4:7] == 0, axis=1) & ((entries[:, 7] == 1) | (is_short & (entries[:, 7] == 2)))
     first, second = 256 * entries[:, 8] + entries[:, 9], 256 * entries[:, 10] + entries[:, 11]
     long = tf.where(little, 65536 * second + first, 65536 * first + second)
     value = tf.where(is_short, first, long)
-    found = value[(tag == ORIENTATION_TAG) & is_integer & is_single]
-    last = tf.concat([[tf.constant(1, tf.int64)], found], axis=0)[-1]  # of several the last one counts
-    return tf.where(is_tiff & (last >= 1) & (last <= 8), last, tf.constant(1, tf.int64))
+    found = value[(tag == ORIENTATION_TAG) & is_integer & is_here]
+    orientation = tf.concat([found, [tf.constant(1, tf.int64)]], axis=0)[0]  # of several the first one counts
+    return tf.where(is_tiff & (orientation >= 1) & (orientation <= 8), orientation, tf.constant(1, tf.int64))
 
 
 # The formats.

@@ -62,11 +62,12 @@ def make_card(
     Raises:
         InputError: a metrics file is none of evaluate.py.
     """
+    scores = _describe_scores(metrics)  # first, since it checks what the others take
     sections = {
         "How to use it": _describe_use(name),
         "Data": _describe_data(config, metrics),
         "Settings": _describe_settings(config, weights_dtype, num_weights),
-        "Scores": _describe_scores(metrics),
+        "Scores": scores,
         "Limits and biases": LIMITS,
         "Licence": LICENCE,
         "Files": _describe_files(files),
@@ -168,12 +169,16 @@ def _score_row(scored: Mapping[str, Any]) -> dict[str, str]:
     """Returns a row of the table of scores, by the names of the columns."""
     names = {field.name for field in dataclasses.fields(DecodeConfig)}
     search = DecodeConfig(**{name: value for name, value in scored.items() if name in names})
-    extras = {"length penalty": search.length_penalty if search.num_beams > 1 else None, "cut after": search.max_words}
-    described = ", ".join([search.describe(), *(f"{name} {value:g}" for name, value in extras.items() if value)])
+    details = {
+        f"length penalty {search.length_penalty:g}": search.num_beams > 1 and not search.sample,
+        f"cut after {search.max_words} words": search.max_words is not None,
+        f"no end before {search.min_words} words": search.min_words > 0,
+        "no repetitions": search.no_repeat,
+    }
     row = {
         "split": str(scored["split"]),
         "images": f"{scored['images']:,}",
-        "search": described + search.suffix.replace(f"_beam{search.num_beams}", "").replace("_", " "),
+        "search": ", ".join([search.describe(), *(text for text, is_set in details.items() if is_set)]),
         "tokenizer": str(scored["tokenizer"]),
     }
     return row | {name: f"{value:.1f}" for name, value in scored["scores"].items()}

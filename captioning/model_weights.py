@@ -127,7 +127,8 @@ def _read_array(file: IO[bytes], name: str, num_bytes: int) -> np.ndarray:
         raise InputError(f"{name}: expected version 1.0 of .npy, found {version}")
     shape, is_fortran, dtype = np.lib.format.read_array_header_1_0(file)
     size = math.prod(shape)
-    if str(dtype) not in DTYPES or is_fortran or size * dtype.itemsize != num_bytes - file.tell():
+    is_size = min(shape, default=0) >= 0 and size * dtype.itemsize == num_bytes - file.tell()
+    if str(dtype) not in DTYPES or is_fortran or not is_size:
         raise InputError(f"{name}: expected float16 or float32 weights of the size of the file, found {shape} {dtype}")
     array = np.frombuffer(file.read(), dtype).reshape(shape).astype(np.float32)  # read to the end: the CRC is checked
     if not np.isfinite(array).all():

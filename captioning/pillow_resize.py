@@ -24,7 +24,9 @@ def pillow_takes_rows_first() -> bool:
     tall = np.random.default_rng(0).integers(0, 256, (4 * size, 2 * size, 3), np.uint8)
     expected = np.asarray(Image.fromarray(tall).resize((size, size), Image.Resampling.BILINEAR))
     for rows_first in (True, False):
-        if np.array_equal(resize_like_pillow(tf.constant(tall), size, rows_first), expected):
+        with tf.init_scope():  # at once, also while a graph is made
+            is_equal = np.array_equal(resize_like_pillow(tf.constant(tall), size, rows_first), expected)
+        if is_equal:
             return rows_first
     log("this version of Pillow resizes in a way that is not known here: exported models see slightly other pixels")
     return False

@@ -39,7 +39,7 @@ def _read_web(*names: str) -> str:
 
 def _data_uri(image: Image.Image, max_side: int) -> tuple[str, int, int]:
     """Returns an image as a JPEG in a data URI, with its width and height."""
-    image = to_rgb(image).copy()
+    image = to_rgb(image)  # a copy
     image.thumbnail((max_side, max_side))
     file = io.BytesIO()
     image.save(file, "jpeg", quality=JPEG_QUALITY)
@@ -114,9 +114,9 @@ def _page_parts(title: str, subtitle: str) -> tuple[str, str, str]:
     tools = """</p>
 </header>
 <div id="tools" role="search" hidden>
-<input type="search" id="search" placeholder="Search captions and names" aria-label="Search captions and names" \
+<input type="search" id="search" placeholder="Search" aria-label="Search captions and names" \
 aria-keyshortcuts="/" autocomplete="off">
-<select id="order" aria-label="Order"><option value="">in the order of the file</option></select>
+<select id="order" aria-label="Order"><option value="">original order</option></select>
 <output id="found" for="search" aria-live="polite"></output>
 </div>
 <main>

@@ -8,7 +8,7 @@ import pytest
 from helpers.train_and_kill import build_small_cnn
 
 import model
-from benchmarks import captioning, features, memory, training
+from benchmarks import captioning, features, memory, serving, training
 from benchmarks.timing import interleaved_median_rates, items_per_second
 from captioning.config import ModelConfig
 from captioning.losses import gather_targets, masked_cross_entropy
@@ -168,3 +168,14 @@ def test_memory_main_stops_after_some_steps(capsys):
     assert result["peak_memory_gib"] > 0.1
     assert result["reading_captions_per_second"] > 0
     assert result["seconds_to_first_step"] > 0
+
+
+@pytest.mark.slow
+def test_serving_main_measures_the_cnn_and_the_server(run, monkeypatch, capsys):
+    monkeypatch.setattr("features.build_feature_extractor", build_small_cnn)
+    serving.main(["--run", str(run), "--clients", "1", "2", "--requests", "3", "--rounds", "1", "--max-words", "3"])
+    result = read_result(capsys)
+    names = ["cnn, batch of 1", "cnn, batch of 8", "1 clients", "2 clients", "2 clients, one at a time"]
+    assert list(result["images_per_second"]) == names
+    assert set(result["seconds"]) == set(names[2:])
+    assert 0 < result["seconds"]["1 clients"]["p50"] <= result["seconds"]["1 clients"]["p99"]

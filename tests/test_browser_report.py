@@ -4,8 +4,8 @@ import re
 
 import numpy as np
 import pytest
-from helpers.browser import browser_fixture, open_page  # noqa: F401 (pytest finds the fixture here)
-from helpers.report_pages import lit_words, make_result, write_page
+from helpers.browser import browser_fixture  # noqa: F401 (pytest finds the fixture here)
+from helpers.report_pages import lit_words, make_result, open_report, write_page
 from PIL import Image
 
 pytestmark = pytest.mark.slow
@@ -25,7 +25,7 @@ def shown_names(page):
 
 
 def test_search_finds_captions_names_and_references(browser, tmp_path):
-    with open_page(browser, write_page(tmp_path / "a.html", *entries_to_search())) as page:
+    with open_report(browser, write_page(tmp_path / "a.html", *entries_to_search())) as page:
         for typed, expected in (
             ("dog", ["one.jpg", "three.jpg"]),
             ("DOG  black", ["three.jpg"]),
@@ -44,33 +44,35 @@ def test_search_finds_captions_names_and_references(browser, tmp_path):
 
 
 def test_search_field_takes_a_slash(browser, tmp_path):
-    with open_page(browser, write_page(tmp_path / "a.html", {})) as page:
+    with open_report(browser, write_page(tmp_path / "a.html", {})) as page:
         page.locator("#search").focus()
         page.keyboard.type("a/b")
         assert page.locator("#search").input_value() == "a/b"
 
 
 def test_order_can_be_chosen(browser, tmp_path):
-    entries = [{"score_name": "CIDEr", **entry} for entry in entries_to_search()]
-    with open_page(browser, write_page(tmp_path / "a.html", *entries)) as page:
+    *scored, unscored = [{"score_name": "CIDEr", **entry} for entry in entries_to_search()]
+    with open_report(browser, write_page(tmp_path / "a.html", unscored, *scored)) as page:
         for label, expected in (
             ("lowest CIDEr first", "two three one four"),
             ("highest CIDEr first", "one three two four"),
             ("least confident first", "two one four three"),
-            ("in the order of the file", "one two three four"),
+            ("original order", "four one two three"),
         ):
             page.locator("#order").select_option(label)
             assert shown_names(page) == [f"{name}.jpg" for name in expected.split()]
 
 
 def test_order_of_a_page_without_scores_is_of_confidence(browser, tmp_path):
-    with open_page(browser, write_page(tmp_path / "a.html", {})) as page:
-        assert page.locator("option").all_inner_texts() == ["in the order of the file", "least confident first"]
+    with open_report(browser, write_page(tmp_path / "a.html", {})) as page:
+        assert page.locator("option").all_inner_texts() == ["original order", "least confident first"]
 
 
 def test_figures_are_made_where_one_scrolls_to(browser, tmp_path):
     entries = [{"name": f"{number}.jpg", "result": make_result(f"caption {number}")} for number in range(1100)]
-    with open_page(browser, write_page(tmp_path / "a.html", *entries), viewport={"width": 900, "height": 600}) as page:
+    with open_report(
+        browser, write_page(tmp_path / "a.html", *entries), viewport={"width": 900, "height": 600}
+    ) as page:
         assert 0 < page.locator(".caption-viewer").count() < 20
         page.locator("#search").fill("caption 1099")
         page.get_by_role("button", name="1099,").hover()
@@ -91,7 +93,7 @@ def test_nothing_is_wider_than_the_page(browser, tmp_path, width):
         {"image": wide, "name": long, "result": make_result(long, alternatives=[make_result(long)]), "score": 2.0},
         {"references": [long], "score": 1e9, "score_name": "CIDEr"},
     )
-    with open_page(browser, url, viewport={"width": width, "height": 700}, has_touch=width < 500) as page:
+    with open_report(browser, url, viewport={"width": width, "height": 700}, has_touch=width < 500) as page:
         page.locator("#search").fill("e")
         page.locator("#search").fill("")
         page.locator("article").last.scroll_into_view_if_needed()
@@ -136,7 +138,7 @@ def test_all_text_can_be_read(browser, tmp_path, color_scheme):
         {"result": result, "references": ["one"], "score": 1.0, "score_name": "CIDEr"},
         {"result": make_result("")},
     )
-    with open_page(browser, url, color_scheme=color_scheme) as page:
+    with open_report(browser, url, color_scheme=color_scheme) as page:
         paper = page.evaluate("getComputedStyle(document.body).backgroundColor")
         assert (sum(map(int, re.findall(r"\d+", paper))) < 150) == (color_scheme == "dark")
         selectors = "h1, h2, h3, header p, .about p, .people li, .cv-word, .cv-status, .cv-scores, .cv-cut, .cv-none"
@@ -151,13 +153,13 @@ def test_all_text_can_be_read(browser, tmp_path, color_scheme):
 
 def test_page_without_javascript_shows_captions(browser, tmp_path):
     url = write_page(tmp_path / "a.html", {"references": ["a dog runs"]})
-    with open_page(browser, url, java_script_enabled=False) as page:
+    with open_report(browser, url, java_script_enabled=False) as page:
         assert page.locator("figcaption").inner_text() == "a red dog" and page.locator("img").is_visible()
         assert page.get_by_text("a dog runs").is_visible() and not page.locator("#tools").is_visible()
 
 
 def test_page_may_load_and_run_nothing_else(browser, tmp_path):
-    with open_page(browser, write_page(tmp_path / "a.html", {})) as page:
+    with open_report(browser, write_page(tmp_path / "a.html", {})) as page:
         page.evaluate("document.body.append(Object.assign(new Image(), { src: 'https://example.invalid/a.png' }))")
         page.evaluate(
             "document.body.append(Object.assign(document.createElement('script'), { text: 'window.ran = 1' }))"

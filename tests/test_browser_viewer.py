@@ -15,6 +15,7 @@ from helpers.report_pages import (
     lit_words,
     make_result,
     one_hot,
+    open_report,
     pixels_of,
     quarters,
     write_page,
@@ -31,7 +32,7 @@ pytestmark = pytest.mark.slow
 
 
 def test_hovering_a_word_lights_where_the_model_looked(browser, tmp_path):
-    with open_page(browser, write_page(tmp_path / "a.html", {"result": make_result("a b c d")}), **STILL) as page:
+    with open_report(browser, write_page(tmp_path / "a.html", {"result": make_result("a b c d")}), **STILL) as page:
         page.set_viewport_size({"width": 1200, "height": 800})
         before = pixels_of(page)
         assert before.std() < 2
@@ -57,7 +58,7 @@ def test_light_is_smooth_and_of_any_square_grid(browser, tmp_path):
         {"word": "bare", "probability": 0.5},
     ]
     result = make_result(words=[]) | {"caption": "small even none bare", "words": words}
-    with open_page(browser, write_page(tmp_path / "a.html", {"result": result}), **STILL) as page:
+    with open_report(browser, write_page(tmp_path / "a.html", {"result": result}), **STILL) as page:
         before = pixels_of(page)
         looks = {}
         for word in ("small", "even", "none", "bare"):
@@ -74,7 +75,7 @@ def test_light_is_that_of_the_plots(browser, tmp_path):
     weights = np.random.default_rng(0).dirichlet(np.full(64, 0.3))
     result = make_result("a")
     result["words"][0]["attention"] = weights.tolist()
-    with open_page(browser, write_page(tmp_path / "a.html", {"result": result}), **STILL) as page:
+    with open_report(browser, write_page(tmp_path / "a.html", {"result": result}), **STILL) as page:
         page.locator(".cv-word").hover()
         pixels = pixels_of(page)
     expected = upsample_attention(weights, SIZE)[BORDER:-BORDER, BORDER:-BORDER]
@@ -83,7 +84,7 @@ def test_light_is_that_of_the_plots(browser, tmp_path):
 
 def test_dark_image_is_lit_too(browser, tmp_path):
     entry = {"image": Image.new("RGB", SIZE), "result": make_result("a b c d")}
-    with open_page(browser, write_page(tmp_path / "a.html", entry), **STILL) as page:
+    with open_report(browser, write_page(tmp_path / "a.html", entry), **STILL) as page:
         page.get_by_role("button", name="b,").hover()
         assert np.argmax(quarters(pixels_of(page))) == 1 and pixels_of(page).max() > 15
 
@@ -93,7 +94,7 @@ def test_dark_image_is_lit_too(browser, tmp_path):
 
 def test_clicked_word_stays_lit_until_another_click(browser, tmp_path):
     url = write_page(tmp_path / "a.html", {}, {"result": make_result("two cats")})
-    with open_page(browser, url, **STILL) as page:
+    with open_report(browser, url, **STILL) as page:
         word = page.get_by_role("button", name="red,")
         word.click()
         page.locator("h1").hover()
@@ -114,7 +115,7 @@ def test_clicked_word_stays_lit_until_another_click(browser, tmp_path):
 
 def test_keyboard_moves_between_words(browser, tmp_path):
     url = write_page(tmp_path / "a.html", {"result": make_result(alternatives=[make_result("two cats")])})
-    with open_page(browser, url, **STILL) as page:
+    with open_report(browser, url, **STILL) as page:
         page.locator("#order").focus()
         seen = []
         for key in ("Tab", "Tab", "ArrowRight", "ArrowRight", "ArrowLeft", "Shift+Tab", "ArrowLeft", "End"):
@@ -134,7 +135,7 @@ def test_keyboard_moves_between_words(browser, tmp_path):
 
 
 def test_keyboard_takes_over_from_a_mouse_that_rests(browser, tmp_path):
-    with open_page(browser, write_page(tmp_path / "a.html", {}), **STILL) as page:
+    with open_report(browser, write_page(tmp_path / "a.html", {}), **STILL) as page:
         page.get_by_role("button", name="dog,").hover()
         page.locator("#order").focus()
         page.keyboard.press("Tab")
@@ -142,7 +143,7 @@ def test_keyboard_takes_over_from_a_mouse_that_rests(browser, tmp_path):
 
 
 def test_keyboard_follows_the_direction_of_writing(browser, tmp_path):
-    with open_page(browser, write_page(tmp_path / "a.html", {"result": make_result("كلب أحمر كبير")})) as page:
+    with open_report(browser, write_page(tmp_path / "a.html", {"result": make_result("كلب أحمر كبير")})) as page:
         first, second, _ = page.locator(".cv-word").all()
         assert first.bounding_box()["x"] > second.bounding_box()["x"], "from right to left"
         first.focus()
@@ -150,14 +151,36 @@ def test_keyboard_follows_the_direction_of_writing(browser, tmp_path):
         assert lit_words(page) == ["أحمر"]
 
 
+def test_keyboard_keeps_the_keys_of_the_browser(browser, tmp_path):
+    """Alt and an arrow goes back a page."""
+    press = """(word, keys) => {
+      return word.dispatchEvent(new KeyboardEvent("keydown", { bubbles: true, cancelable: true, ...keys }));
+    }"""
+    with open_report(browser, write_page(tmp_path / "a.html", {})) as page:
+        word = page.get_by_role("button", name="red,")
+        assert not word.evaluate(press, {"key": "ArrowRight"}), "the page would scroll"
+        for modifier in ("altKey", "ctrlKey", "metaKey", "shiftKey"):
+            assert word.evaluate(press, {"key": "ArrowRight", modifier: True})
+        assert word.evaluate(press, {"key": "ArrowDown"})
+
+
+def test_finger_that_scrolls_lights_nothing(browser, tmp_path):
+    with open_report(browser, write_page(tmp_path / "a.html", {})) as page:
+        page.locator(".cv-word").first.dispatch_event("pointerenter", {"pointerType": "touch"})
+        assert lit_words(page) == []
+        page.locator(".cv-word").first.dispatch_event("pointerenter", {"pointerType": "pen"})
+        assert lit_words(page) == ["a"]
+
+
 def test_tapped_word_stays_lit(browser, tmp_path):
     phone = {"viewport": {"width": 400, "height": 800}, "has_touch": True, "is_mobile": True}
-    with open_page(browser, write_page(tmp_path / "a.html", {}), **phone, **STILL) as page:
+    with open_report(browser, write_page(tmp_path / "a.html", {}), **phone, **STILL) as page:
         before = pixels_of(page)
         page.get_by_role("button", name="red,").tap()
         assert lit_words(page) == ["red"] and np.argmax(quarters(pixels_of(page))) == 1
         page.get_by_role("button", name="dog,").tap()
         assert lit_words(page) == ["dog"] and np.argmax(quarters(pixels_of(page))) == 2
+        assert page.locator("[aria-pressed=true]").all_inner_texts() == ["dog"]
         page.get_by_role("button", name="dog,").tap()
         assert lit_words(page) == [] and np.array_equal(pixels_of(page), before)
         page.get_by_role("button", name="dog,").tap()
@@ -172,7 +195,7 @@ def test_tapped_word_stays_lit(browser, tmp_path):
 
 def test_words_and_captions_are_named_with_their_probability(browser, tmp_path):
     result = make_result("a red dog runs", alternatives=[make_result("two cats", log_prob=-4.25, confidence=0.001)])
-    with open_page(browser, write_page(tmp_path / "a.html", {"result": result})) as page:
+    with open_report(browser, write_page(tmp_path / "a.html", {"result": result})) as page:
         names = [word.get_attribute("aria-label") for word in page.locator(".cv-line").first.locator("button").all()]
         assert names == ["a, 98 %", "red, 50 %", "dog, 2 %", "runs, < 1 %"]
         assert page.locator(".cv-word").first.get_attribute("title") == "a, 98 %"
@@ -185,6 +208,7 @@ def test_words_and_captions_are_named_with_their_probability(browser, tmp_path):
             "two cats\n\nlog p \u22124.25, confidence < 1 %"
         ]
         assert page.locator("img").get_attribute("alt") == "a red dog runs"
+        assert page.locator(".cv-alternatives").get_attribute("start") == "2"
         assert page.locator("canvas").get_attribute("aria-hidden") == "true"
 
 
@@ -197,7 +221,7 @@ def test_caption_has_spaces_where_its_text_has_them(browser, tmp_path):
         "": ([], "(no words)"),
     }
     entries = [{"result": make_result(text, words)} for text, (words, _) in cases.items()]
-    with open_page(browser, write_page(tmp_path / "a.html", *entries)) as page:
+    with open_report(browser, write_page(tmp_path / "a.html", *entries)) as page:
         page.locator(".caption-viewer").nth(4).wait_for()
         assert page.locator(".cv-line").all_text_contents() == [expected for _, expected in cases.values()]
         assert page.locator(".cv-word").count() == sum(len(words) for words, _ in cases.values())
@@ -205,7 +229,7 @@ def test_caption_has_spaces_where_its_text_has_them(browser, tmp_path):
 
 def test_caption_without_end_says_so(browser, tmp_path):
     url = write_page(tmp_path / "a.html", {"result": make_result("a dog", finished=False)})
-    with open_page(browser, url) as page:
+    with open_report(browser, url) as page:
         assert page.locator(".cv-line").text_content() == "a dog …"
         assert page.locator(".cv-cut").get_attribute("title") == "cut: the model predicted no end"
 
@@ -213,7 +237,7 @@ def test_caption_without_end_says_so(browser, tmp_path):
 def test_markup_in_captions_and_names_stays_text(browser, tmp_path):
     result = make_result(HOSTILE, alternatives=[make_result(HOSTILE)])
     entry = {"name": HOSTILE, "result": result, "references": [HOSTILE], "score": 1.0, "score_name": HOSTILE}
-    with open_page(browser, write_page(tmp_path / "a.html", entry)) as page:
+    with open_report(browser, write_page(tmp_path / "a.html", entry)) as page:
         assert page.locator("h2").text_content() == page.locator(".people li").text_content() == HOSTILE
         assert [line.text_content() for line in page.locator(".cv-line").all()] == [HOSTILE, HOSTILE]
         assert page.locator("img").count() == 1 and page.locator("b").count() == 0
@@ -235,8 +259,10 @@ def test_notebook_fragments_stand_in_one_page(browser, tmp_path):
       output.append(document.createRange().createContextualFragment(html));  // scripts run, as notebooks see to
     }"""
     with open_page(browser, (tmp_path / "a.html").as_uri(), **STILL) as page:
-        for text in ("a red dog", "two cats"):
+        for number, text in enumerate(("a red dog", "two cats")):
             page.evaluate(insert, notebook_html(GREY, make_result(text)))
+            page.evaluate(f"captionViewer.number ??= {number}")
+        assert page.evaluate("captionViewer.number") == 0, "the first serves all"
         assert page.locator(".caption-viewer").count() == 2 and page.locator(".caption-viewer-plain").count() == 0
         page.get_by_role("button", name="cats,").click()
         page.get_by_role("button", name="red,").hover()

@@ -133,6 +133,7 @@ def test_open_run_names_a_zip_that_does_not_exist(tmp_path, cache_dir):
 # Round trips.
 
 
+@pytest.mark.slow
 def test_packed_float32_weights_and_captions_are_the_same(trained, cache_dir, capsys):
     run, packed = trained
     unpacked = open_run(packed)
@@ -146,6 +147,7 @@ def test_packed_float32_weights_and_captions_are_the_same(trained, cache_dir, ca
     np.testing.assert_array_equal(probabilities, expected_probabilities)
 
 
+@pytest.mark.slow
 def test_packed_float16_weights_are_rounded_and_half_as_large(trained, tmp_path):
     run, packed = trained
     half = pack_run(run, tmp_path / "half.zip")
@@ -432,7 +434,7 @@ DAMAGES = {
     "weights are infinite": (npz(W=np.array([np.inf], np.float16)), "expected finite weights"),
     "weights are of another model": (npz(W=np.zeros((5, 6), np.float32)), "no weights of size"),
     "weights declare a huge shape": (with_header((2**40, 2**20)), "of the size of the file"),
-    "weights declare a negative shape": (with_header((-4, -4)), "of the size of the file|shape"),
+    "weights declare a negative shape": (with_header((-4, -4)), "of the size of the file"),
     "weights declare a larger shape": (with_header((17,)), "of the size of the file"),
     "weights have another header": (with_header((16,), version=2), "expected version 1.0"),
     "weights have a path": (
@@ -580,8 +582,8 @@ def test_open_run_downloads_once_and_resumes(server, packed, cache_dir, capsys):
     unpacked = open_run(server.url)
     assert unpacked == open_run(packed) and [part for _, part in server.requests] == [
         None,
-        "bytes=20000-",
-        "bytes=40000-",
+        "bytes=5000-",
+        "bytes=9000-",
     ]
     assert "copy" not in capsys.readouterr().err
     assert open_run(server.url) == unpacked and len(server.requests) == 3

@@ -91,6 +91,21 @@ def test_service_answers_requests(service):
         assert request(server, "GET", "/health")[2]["run"] == "small"
 
 
+def test_service_runs_the_cnn_only_in_graphs_that_it_has_compiled(small_run, monkeypatch):
+    calls = []
+
+    def build_counting_cnn(cnn_weights):
+        cnn = build_small_cnn(cnn_weights)
+        return lambda pixels, training: calls.append(len(calls)) or cnn(pixels, training)
+
+    monkeypatch.setattr(features, "build_feature_extractor", build_counting_cnn)
+    service = serve.make_service(Captioner.load(small_run, DecodeConfig(max_words=3)))
+    calls.clear()
+    for count, config in ((1, SETTINGS[0]), (1, SETTINGS[1]), (2, SETTINGS[0]), (4, SETTINGS[0]), (3, SETTINGS[1])):
+        assert len(service.caption_batch(PIXELS[:count], config)) == count
+    assert not calls
+
+
 # The command line.
 
 

@@ -1,8 +1,10 @@
 """Captions whose words light known places, the page of them, and how it looks."""
 
+import contextlib
 import io
 
 import numpy as np
+from helpers.browser import open_page
 from PIL import Image
 
 from captioning.report import ReportWriter
@@ -33,6 +35,15 @@ def write_page(path, *entries):
         for entry in entries:
             page.add(**{"image": GREY, "name": "photo.jpg", "result": make_result(), **entry})
     return path.as_uri()
+
+
+@contextlib.contextmanager
+def open_report(browser, url, **options):
+    """Opens a page that `write_page` wrote, as `open_page` does, and waits for its figures."""
+    with open_page(browser, url, **options) as page:
+        if options.get("java_script_enabled", True):
+            page.locator(".caption-viewer").first.wait_for()
+        yield page
 
 
 def pixels_of(page):
