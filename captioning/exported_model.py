@@ -107,7 +107,7 @@ class ExportedModel(tf.Module):
         """Joins words (B * N, T) to texts (B * N,), as the tokenizer does."""
         is_unspaced = tf.gather(self.is_unspaced, tokens)
         follows_space = ~(is_unspaced[:, 1:] & is_unspaced[:, :-1]) & is_word[:, 1:]
-        spaces = tf.pad(tf.cast(follows_space, tf.int32), [[0, 0], [tf.minimum(tf.shape(tokens)[1], 1), 0]])
+        spaces = tf.pad(tf.cast(follows_space, tf.int32), [[0, 0], [1, 0]])
         return tf.strings.reduce_join(tf.gather(["", " "], spaces) + tf.gather(self.words, tokens), axis=1)
 
 

@@ -91,7 +91,7 @@ def composite_on_white(image: tf.Tensor) -> tf.Tensor:
     weight = alpha * 128  # with 7 bits more, of at most 255 * 128
     total = colour * weight + 255 * (255 * 128 - weight) + 128 * 128
     divided = (total // 256 + total) // 256  # by 255, rounded
-    return tf.cast(tf.where(alpha == 0, tf.constant(255, tf.int64), divided // 128), tf.uint8)
+    return tf.cast(divided // 128, tf.uint8)
 
 
 def turn_upright(image: tf.Tensor, orientation: tf.Tensor) -> tf.Tensor:

@@ -260,8 +260,8 @@ def _check_members(archive: zipfile.ZipFile, num_packed: int) -> list[zipfile.Zi
         if limit is None or not member.filename.startswith(f"{run_name}/"):
             raise InputError(f"{member.filename[:100]!r}: no file of a packed run")
         file_type = stat.S_IFMT(member.external_attr >> 16)
-        if file_type not in (0, stat.S_IFREG) or member.flag_bits & 1:  # 0 where no such system wrote it
-            raise InputError(f"{member.filename!r}: expected a plain file, found a link, a device or an encrypted one")
+        if file_type not in (0, stat.S_IFREG):  # 0 where no such system wrote it
+            raise InputError(f"{member.filename!r}: expected a plain file, found a link or a device")
         if member.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
             raise InputError(f"{member.filename!r}: expected no compression or deflate, found another")
         if member.file_size > limit:

@@ -165,6 +165,7 @@ def rank_captions(probabilities, max_words, length_penalty):
     return sorted((row for row in scored if np.isfinite(row[0])), reverse=True)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("length_penalty", [0.0, 0.7, 1.0, 2.0])
 def test_beam_search_equals_exhaustive_search(length_penalty):
     rng = np.random.default_rng(7)
@@ -250,6 +251,7 @@ def test_decode_widens_the_beam_to_the_number_of_captions():
 # Rules for captions.
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("beam_size", [1, 3])
 def test_searches_obey_min_words(beam_size):
     model, features = FakeModel(NEXT_WORD), make_features(0, 3)
@@ -358,6 +360,7 @@ def log_p(decoded):
     return np.log(np.where(decoded.tokens > 0, decoded.probabilities, 1)).sum(axis=1)
 
 
+@pytest.mark.slow
 def test_beam_search_is_more_probable_than_greedy_search_on_average(diverse_model_and_features):
     greedy, beam = greedy_search(*diverse_model_and_features), beam_search(*diverse_model_and_features, 5, 0.0)
     assert log_p(beam).mean() > log_p(greedy).mean() + 0.1

@@ -123,6 +123,7 @@ def test_convert_says_what_the_converter_says(monkeypatch):
 # A packed run.
 
 
+@pytest.mark.slow
 def test_export_packs_a_run_that_inference_takes(run, small_cnn, photo, capsys):
     for weights, size in ((["--weights", "float32"], 4), ([], 2)):
         export.main(["--run", str(run), "--pack", *weights])

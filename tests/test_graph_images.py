@@ -71,6 +71,7 @@ EQUAL = {
     "BMP": encode(draw(), "BMP"),
 }
 UNHANDLED = {
+    "JPEG of 12 bits": encode(draw("L"), "JPEG").replace(b"\xff\xc0\x00\x0b\x08", b"\xff\xc0\x00\x0b\x0c"),
     "JPEG in CMYK": encode(draw("CMYK"), "JPEG"),
     "PNG of 16 bits": encode(Image.fromarray(np.arange(99, dtype=np.uint16).reshape(9, 11) * 600), "PNG"),
     "PNG of 1 bit": encode(draw("1"), "PNG"),
@@ -142,6 +143,13 @@ def test_decode_upright_refuses_claims_of_huge_sizes():
             decode(content)
 
 
+def test_decode_upright_takes_a_bmp_from_the_top():
+    content = bytearray(EQUAL["BMP"])
+    content[22:26] = struct.pack("<i", -43)
+    np.testing.assert_array_equal(decode(bytes(content)), np.asarray(read_image(bytes(content))))
+    np.testing.assert_array_equal(decode(bytes(content)), np.asarray(draw())[::-1])
+
+
 # EXIF as programs write it, and damaged.
 
 
@@ -169,9 +177,17 @@ def test_orientation_is_read_as_pillow_reads_it(order):
 def test_orientation_is_found_behind_other_segments():
     content = EQUAL["JPEG turned 6"]
     segment = b"\xff\xe1" + struct.pack(">H", 40) + b"http://ns.adobe.com/xap/1.0/\0" + bytes(9)
-    padded = content[:2] + segment + b"\xff\xff" + segment + b"\xff\xff\xff" + content[3:]
+    padded = content[:2] + segment + b"\xff\xff" + segment + b"\xff\xff" + content[3:]
     np.testing.assert_array_equal(decode(padded), np.asarray(read_image(padded)))
     assert decode(padded).shape == (61, 43, 3)
+
+
+def test_orientation_of_exif_in_two_segments():
+    content, data = EQUAL["JPEG gray"], tiff(">", 3, 6)
+    segments = [b"Exif\0\0" + data[:15], b"Exif\0\0" + data[15:]]
+    content = content[:2] + b"".join(b"\xff\xe1" + struct.pack(">H", len(s) + 2) + s for s in segments) + content[2:]
+    np.testing.assert_array_equal(decode(content), np.asarray(read_image(content)))
+    assert decode(content).shape == (61, 43, 3)
 
 
 def test_orientation_of_a_png_behind_its_pixels():

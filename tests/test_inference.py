@@ -155,6 +155,7 @@ def test_captioner_caption_takes_an_image_in_any_form(captioner, photo):
         assert image.size == (50, 30)
 
 
+@pytest.mark.slow
 def test_captioner_caption_batch_equals_single_captions(captioner, photos):
     paths = [path for path in sorted(photos.iterdir()) if path.name != "4.png"]
     captions = captioner.caption_batch(iter(paths), batch_size=3)
@@ -177,6 +178,7 @@ def test_captioner_builds_the_graph_of_the_cnn_from_the_second_image_on(captione
     assert "_extractor_graph" in vars(captioner)
 
 
+@pytest.mark.slow
 def test_captioner_gives_several_captions_and_how_sure_it_is(fast_run, photo):
     captioner = Captioner.load(fast_run, DecodeConfig(captions=3, beam_size=4))
     caption = captioner.caption(photo)
@@ -192,6 +194,7 @@ def test_captioner_with_decoding_keeps_the_weights(captioner, photo):
     assert wide.decode_config.max_words == captioner.decode_config.max_words == captioner.config.train.max_length
 
 
+@pytest.mark.slow
 def test_captioner_draws_the_same_words_alone_and_in_a_batch(captioner, photos):
     sampler = captioner.with_decoding(DecodeConfig(sample=True, captions=2, temperature=1.5))
     paths = [path for path in sorted(photos.iterdir()) if path.name != "4.png"]
@@ -372,6 +375,7 @@ def test_main_captions_images_of_the_command_line(fast_run, photo, tmp_path, cap
     assert (tmp_path / "all.png").stat().st_size > 1000
 
 
+@pytest.mark.slow
 def test_main_captions_a_folder_with_plots_only_if_they_are_wanted(fast_run, photos, tmp_path, capsys):
     (photos / "4.png").unlink()
     arguments = ["--run", str(fast_run), "--output-dir", str(tmp_path / "plots")]
@@ -397,6 +401,7 @@ def test_main_captions_without_a_plot_if_none_may_be_written(fast_run, photo, mo
     assert f"{photo.parent}/photo_attention.png: the plot cannot be written (Permission denied)" in printed.err
 
 
+@pytest.mark.slow
 def test_main_continues_a_table(fast_run, photos, tmp_path, capsys, monkeypatch):
     table = tmp_path / "captions.csv"
     arguments = ["--run", str(fast_run), "--csv", str(table), "--cnn-batch-size", "2"]

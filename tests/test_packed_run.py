@@ -11,6 +11,7 @@ import stat
 import threading
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -25,7 +26,7 @@ from captioning.model_weights import read_checkpoint, read_weights, write_checkp
 from captioning.packed_run import open_run, without_paths
 from captioning.quiet_tensorflow import tf
 from captioning.run_folder import best_checkpoint, read_config, write_config
-from captioning.run_packer import pack_run, run_name
+from captioning.run_packer import EPOCH, pack_run, run_name
 
 MODEL = ModelConfig(vocab_size=6, embedding_dim=40, units=50)
 RNG = np.random.default_rng(0)
@@ -117,6 +118,7 @@ def test_open_run_leaves_folders_and_finds_the_latest(run, monkeypatch, tmp_path
     assert open_run(run) == open_run(str(run)) == run
     assert open_run(tmp_path / "none") == tmp_path / "none", "what is wrong with a folder is said when it is read"
     monkeypatch.chdir(tmp_path)
+    assert open_run("") == Path(), "not the latest: a variable of the shell may be empty"
     assert open_run(None) == run.relative_to(tmp_path)
     (tmp_path / "folder.zip").mkdir()
     assert open_run("folder.zip").name == "folder.zip"
@@ -163,6 +165,8 @@ def test_packed_float16_weights_are_rounded_and_half_as_large(trained, tmp_path)
 def test_pack_run_gives_the_same_bytes_also_when_it_was_unpacked(small_run, packed, tmp_path):
     again = pack_run(small_run, tmp_path / "again.zip", "float32")
     assert again.read_bytes() == packed.read_bytes()
+    with zipfile.ZipFile(packed) as archive:
+        assert {(m.date_time, m.create_system, m.compress_type) for m in archive.infolist()} == {(EPOCH, 3, 0)}
     unpacked = open_run(packed)
     assert sorted(path.name for path in unpacked.iterdir()) == [
         *("MODEL_CARD.md", "checkpoints", "config.json", "history.csv", "metrics_test.json", "vocabulary.json")
@@ -394,7 +398,7 @@ DAMAGES = {
         lambda m: add("small/history.csv", b"/etc/passwd", external_attr=0o120777 << 16)(drop("history.csv")(m)),
         "found a link",
     ),
-    "device": (add("small/cnn.h5", external_attr=stat.S_IFCHR << 16), "found a link, a device"),
+    "device": (add("small/cnn.h5", external_attr=stat.S_IFCHR << 16), "found a link or a device"),
     "folder is hidden": (rename(lambda name: name.replace("small/", ".ssh/")), "expected a folder with"),
     "folder is above": (rename(lambda name: name.replace("small/", "../")), "expected a folder with"),
     "folder has no name": (rename(lambda name: name.replace("small/", "/")), "expected a folder with"),
@@ -412,6 +416,16 @@ DAMAGES = {
     "settings with other units": (set_field("model", "units", 7), "no weights of size 7"),
     "settings with a huge size": (set_field("model", "embedding_dim", 10**12), "no weights of size 1000000000000"),
     "settings with another CNN": (set_field("features", "sha256", "00"), "expected the CNN's weights if"),
+    "weights of another CNN": (
+        lambda m: set_field("features", "sha256", "00")(add("small/cnn.h5")(m)),
+        "not the weights of the CNN that computed the features",
+    ),
+    "vocabulary is a number, and so do the settings": (
+        lambda m: edit_json("config.json", lambda c: {**c, "vocabulary_sha256": hashlib.sha256(b"5").hexdigest()})(
+            edit("vocabulary.json", lambda _: b"5")(m)
+        ),
+        "not that of config.json",
+    ),
     "another vocabulary": (
         edit_json("vocabulary.json", lambda words: [*words[:-1], "other"]),
         "not that of config.json",
@@ -509,6 +523,16 @@ def test_unpack_run_refuses_other_compression(packed, cache_dir):
         open_run(packed)
 
 
+def test_unpack_run_refuses_encrypted_files(packed, cache_dir):
+    content = packed.read_bytes()
+    for start, length in ((b"PK\x03\x04", 6), (b"PK\x01\x02", 8)):  # the flags of every file
+        parts = content.split(start)
+        content = start.join([parts[0], *(part[: length - 4] + b"\x01" + part[length - 3 :] for part in parts[1:])])
+    packed.write_bytes(content)
+    with pytest.raises(InputError, match="encrypted"):
+        open_run(packed)
+
+
 def test_unpack_run_takes_a_pack_whose_author_filled_in_the_card(packed, cache_dir):
     members = read_members(packed)
     members["small/MODEL_CARD.md"] += b"Licence: CC0\n"
@@ -589,8 +613,8 @@ def test_open_run_downloads_once_and_resumes(server, packed, cache_dir, capsys):
     assert open_run(server.url) == unpacked and len(server.requests) == 3
     printed = capsys.readouterr().err
     assert "/models/small.zip: its copy in" in printed and "hush" not in printed
-    open_run(server.url.replace("hush", "other"))
-    assert len(server.requests) == 4, "another address"
+    open_run(server.url.replace("small.zip?key=hush", "a%20b ü.zip"))
+    assert server.requests[3:] == [("/models/a%20b%20%C3%BC.zip", None)], "another address"
 
 
 def test_open_run_checks_the_sha256_of_an_address(server, cache_dir):

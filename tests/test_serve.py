@@ -91,6 +91,7 @@ def test_service_answers_requests(service):
         assert request(server, "GET", "/health")[2]["run"] == "small"
 
 
+@pytest.mark.slow
 def test_service_runs_the_cnn_only_in_graphs_that_it_has_compiled(small_run, monkeypatch):
     calls = []
 
