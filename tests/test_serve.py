@@ -203,5 +203,7 @@ def test_process_answers_and_ends_by_ctrl_c(run):
         idle.close()
     assert process.returncode == 0, errors
     lines = errors.splitlines()
-    assert lines[0] == f"run: {run}" and lines[-1] == "stopped"
-    assert [line.rsplit(" ", 2)[0] for line in lines[1:-1]] == ["POST /caption 200", "GET /health 200"]
+    assert lines[0] == f"run: {run}" and "stopped" in lines
+    # The thread of a connection may write its line after that.
+    answered = sorted(line.rsplit(" ", 2)[0] for line in lines[1:] if line != "stopped")
+    assert answered == ["GET /health 200", "POST /caption 200"]
