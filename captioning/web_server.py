@@ -321,9 +321,9 @@ class _Handler(http.server.BaseHTTPRequestHandler):
 
     def _drain(self) -> None:
         """Reads what the client still sends: a connection that is cut before takes the answer with it."""
-        self.connection.shutdown(socket.SHUT_WR)
         self.reader.set_deadline(min(DRAIN_SECONDS, self.server.config.timeout))
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(OSError):  # the client may be gone
+            self.connection.shutdown(socket.SHUT_WR)
             while self.rfile.read1(1 << 16):
                 pass
 

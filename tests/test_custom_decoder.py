@@ -106,6 +106,7 @@ def test_gated_decoder_trains_resumes_captions_and_plots(data, features, tmp_pat
     assert (tmp_path / "plot.png").stat().st_size > 1000
 
 
+@pytest.mark.slow
 def test_gated_decoder_captions_with_its_gate(features, tokenizer, monkeypatch):
     """With a closed gate the captions depend on nothing in the image."""
     monkeypatch.setattr(model, "RNNDecoder", GatedDecoder)

@@ -46,6 +46,7 @@ def captioner(tmp_path, cache, tokenizer, small_model, run_config):
 # Captions of a split.
 
 
+@pytest.mark.slow
 def test_generate_captions_equals_captions_of_single_images(small_model, tokenizer, cache, dataset):
     examples = dataset.split("train")
     captions = evaluate.generate_captions(small_model, tokenizer, cache, examples, batch_size=5)
@@ -240,6 +241,7 @@ def test_score_file_refuses_bad_results(tmp_path, content, message):
 # The command.
 
 
+@pytest.mark.slow
 def test_main_writes_captions_and_metrics_of_a_run(captioner, dataset, monkeypatch, capsys):
     def load(run, config):
         return Captioner(captioner.model, captioner.tokenizer, captioner.config, Path(run), config)

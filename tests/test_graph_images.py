@@ -13,6 +13,8 @@ from captioning.images import read_image
 from captioning.pillow_resize import pillow_takes_rows_first, resize_like_pillow
 from captioning.quiet_tensorflow import tf
 
+pytestmark = pytest.mark.slow
+
 decode = tf.function(decode_upright, input_signature=[tf.TensorSpec([], tf.string)])
 
 

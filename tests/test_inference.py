@@ -186,6 +186,7 @@ def test_captioner_gives_several_captions_and_how_sure_it_is(fast_run, photo):
     assert len({each.words for each in (caption, *caption.alternatives)}) > 1
 
 
+@pytest.mark.slow
 def test_captioner_with_decoding_keeps_the_weights(captioner, photo):
     extractor = captioner.extractor
     wide = captioner.with_decoding(DecodeConfig(captions=3))
@@ -233,6 +234,7 @@ def test_caption_and_plot_returns_the_caption_without_a_plot(captioner, tmp_path
 # Many images.
 
 
+@pytest.mark.slow
 def test_caption_stream_yields_every_image_in_order(captioner, photos):
     paths = [str(path) for path in sorted(photos.iterdir())]
     for batch_size in (1, 3, 8):

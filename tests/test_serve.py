@@ -74,6 +74,7 @@ def test_captions_of_a_batch_are_those_of_single_images_and_of_inference(service
     assert_same(together, as_json(captioner.caption(Image.fromarray(pixels)) for pixels in PIXELS))
 
 
+@pytest.mark.slow
 def test_service_knows_the_run_and_its_defaults(service):
     assert (service.run, service.defaults) == ("small", DecodeConfig(max_words=3))
     assert service.load_image(draw_png()).shape == (299, 299, 3)
@@ -84,6 +85,7 @@ def test_service_fills_in_the_longest_caption_of_the_run(small_run, monkeypatch)
     assert serve.make_service(Captioner.load(small_run)).defaults.max_words == 50
 
 
+@pytest.mark.slow
 def test_service_answers_requests(service):
     with run_server(service) as server:
         status, value = post(server, draw_png("blue"), "?beam_size=2&captions=2&max_words=3")

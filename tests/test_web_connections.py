@@ -25,6 +25,8 @@ from captioning import web_server
 from captioning.cli import InputError, Verbosity
 from captioning.web_server import CaptionServer, ServerConfig
 
+pytestmark = pytest.mark.slow
+
 PNG = draw_png()
 GET = b"GET /health HTTP/1.1\r\nHost: localhost\r\n"
 

@@ -114,7 +114,7 @@ def raw_post(body, *headers, query="", length=None):
 def send_raw(server, data, shut=True, timeout=20):
     """Sends bytes as they are; returns all that comes back until the server closes the connection."""
     with socket.create_connection(server.server_address[:2], timeout) as connection:
-        with contextlib.suppress(ConnectionError):  # the server may have closed it already
+        with contextlib.suppress(OSError):  # the server may have closed it already
             connection.sendall(data)
             if shut:
                 connection.shutdown(socket.SHUT_WR)
