@@ -262,6 +262,7 @@ def test_searches_obey_min_words(beam_size):
     assert caption(model, features, beam_size, min_words=2)[0].text == "a dog"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("beam_size", [1, 3])
 def test_searches_obey_no_repeat(beam_size):
     to_runs = [0.01, 0.1, 0.1, 0.1, 0.69]

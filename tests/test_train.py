@@ -254,6 +254,7 @@ def test_validation_splits_words_as_the_tokenizer_does(data, small_model):
 # A run that was stopped.
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("ciders", "best_epoch"), [((3.0, None), 1), ((0.0, None), 2), ((None, 3.0), 2), ((None, 0.0), 2)]
 )
