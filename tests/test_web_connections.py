@@ -246,7 +246,7 @@ def read_log(capsys, num_lines):
 
 
 def test_log_has_a_line_for_each_request(server, capsys, monkeypatch):
-    lines = []  # each is awaited before the next request: connections have their own threads, and a line follows its answer
+    lines = []  # each is awaited before the next request, since it follows its answer and connections have own threads
     post(server, PNG, "?beam_size=2")
     lines += read_log(capsys, 1)
     request(server, "GET", "/health")
