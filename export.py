@@ -28,8 +28,14 @@ from inference import Captioner, add_model_options
 
 def export_saved_model(captioner: Captioner, folder: Path) -> None:
     """Writes a SavedModel; see `captioning.exported_model`."""
-    dtype = captioner.config.features["dtype"]
-    model = ExportedModel(captioner.extractor, captioner.model, captioner.tokenizer, captioner.decode_config, dtype)
+    model = ExportedModel(
+        captioner.extractor,
+        captioner.model,
+        captioner.tokenizer,
+        captioner.decode_config,
+        captioner.config.features["dtype"],
+        captioner.min_jpeg_side,
+    )
     save(model, folder)
 
 

@@ -28,6 +28,7 @@ from PIL import Image
 from tqdm import tqdm
 
 import data_utils
+from captioning import devices
 from captioning.cli import InputError, add_quiet_option, advise, format_bytes, log, make_parser, progress_bar, run_main
 from captioning.config import DataConfig, FeatureConfig
 from captioning.feature_cache import (
@@ -36,6 +37,7 @@ from captioning.feature_cache import (
     MANIFEST_FILE,
     NUM_CHANNELS,
     NUM_LOCATIONS,
+    SCALED_JPEG_SIDE,
     FeatureCache,
     check_cnn_weights,
     find_difference,
@@ -53,8 +55,8 @@ from captioning.settings import add_options
 CPU_IMAGES_PER_SECOND = 22  # measured on two cores of a Xeon
 NUM_CALIBRATION_IMAGES = 64
 NUM_WRITERS = 4  # threads
-NAME_ERRORS = (errno.ENAMETOOLONG, errno.EINVAL, errno.EILSEQ, errno.EISDIR, errno.ENOTDIR)  # of one file, not of all
 NOT_WRITTEN = "its features cannot be written"
+NAME_ERRORS = (errno.ENAMETOOLONG, errno.EINVAL, errno.EILSEQ, errno.EISDIR, errno.ENOTDIR)  # of one file, not of all
 DECODE_BUFFER = 256  # largest number of decoded images that wait for the CNN: 69 MB
 IMAGENET_FILE = "inception_v3_weights_tf_dim_ordering_tf_kernels_notop.h5"
 
@@ -62,11 +64,12 @@ IMAGENET_FILE = "inception_v3_weights_tf_dim_ordering_tf_kernels_notop.h5"
 # Preprocess the images using InceptionV3. Training and inference use the same function.
 
 
-def load_image(image: ImageSource) -> np.ndarray:
+def load_image(image: ImageSource, min_jpeg_side: int | None = SCALED_JPEG_SIDE) -> np.ndarray:
     """Reads an image of any format that Pillow knows as the pixels that the CNN takes.
 
     The image is converted to upright RGB (`captioning.images.read_image`). As in the tutorial, it is squeezed to a
     square and not cropped. The feature extractor scales the pixels (`preprocess_input` in the tutorial).
+    `min_jpeg_side` is by default that of a new cache; `Captioner.load_image` takes that of its run.
 
     Returns:
         (299, 299, 3) uint8.
@@ -74,7 +77,7 @@ def load_image(image: ImageSource) -> np.ndarray:
     Raises:
         InputError: see `read_image`.
     """
-    return to_pixels(read_image(image))
+    return to_pixels(read_image(image, min_jpeg_side))
 
 
 def to_pixels(image: Image.Image) -> np.ndarray:
@@ -88,8 +91,7 @@ def to_pixels(image: Image.Image) -> np.ndarray:
 def build_feature_extractor(cnn_weights: str = "imagenet") -> tf.keras.Model:
     """Builds the CNN that turns pixels into features (`image_features_extract_model` in the tutorial).
 
-    On a GPU it computes in float16 (mixed precision). In a trial on a CPU that changed the features of a trained
-    InceptionV3 by 0.4 %. Storing features in float16 changes them by 0.02 %.
+    It computes in float32, on a GPU too, so that all devices compute the same features.
 
     Args:
         cnn_weights: `imagenet` (downloaded on first use), `random` (see `captioning.random_cnn`), or a file of weights.
@@ -112,7 +114,7 @@ def build_feature_extractor(cnn_weights: str = "imagenet") -> tf.keras.Model:
 
 
 def load_inception(cnn_weights: str) -> tf.keras.Model:
-    """Makes InceptionV3 without its top, in mixed precision if there is a GPU.
+    """Makes InceptionV3 without its top.
 
     Returns:
         A model from (B, 299, 299, 3), between -1 and 1, to (B, 8, 8, 2048).
@@ -122,8 +124,7 @@ def load_inception(cnn_weights: str) -> tf.keras.Model:
     """
     if cnn_weights == "random":
         tf.keras.utils.set_random_seed(0)
-    policy = tf.keras.config.dtype_policy()
-    tf.keras.config.set_dtype_policy("mixed_float16" if tf.config.list_physical_devices("GPU") else "float32")
+    devices.check_gpus()
     try:
         cnn = tf.keras.applications.InceptionV3(
             include_top=False,
@@ -143,8 +144,6 @@ def load_inception(cnn_weights: str) -> tf.keras.Model:
                 + advise(", or give --cnn-weights FILE, or try the pipeline with --cnn-weights random")
             ) from None
         raise InputError(f"{cnn_weights}: not the weights of InceptionV3 without its top ({reason})") from None
-    finally:
-        tf.keras.config.set_dtype_policy(policy)
     return cnn
 
 
@@ -180,6 +179,7 @@ def open_or_create_cache(
     were_moved = manifest["images"] != expected["images"] and not (folder / manifest["images"]).exists()
     if were_moved:  # those with another content are computed again
         manifest["images"] = expected["images"]
+    expected["jpeg_decoding"] = manifest.get("jpeg_decoding")  # a cache goes on as it began
     keys = [key for key in expected if key != "weights" or "sha256" not in expected]  # a file may have another name
     if key := find_difference(manifest, expected, keys):
         raise InputError(
@@ -196,7 +196,8 @@ def _save_random_weights(folder: Path, image_dir: Path, image_paths: list[str]) 
     """Saves a calibrated random CNN in the cache's folder and returns the SHA-256 of the file."""
     extractor = build_feature_extractor("random")
     candidates = image_paths[: 2 * NUM_CALIBRATION_IMAGES]  # twice as many, since some may be unreadable
-    images = [image for _, image in load_images(image_dir, candidates) if isinstance(image, np.ndarray)]
+    loaded = load_images(image_dir, candidates, None, SCALED_JPEG_SIDE)
+    images = [image for _, image in loaded if isinstance(image, np.ndarray)]
     if not images:
         raise InputError(f"{image_dir}: none of the first {len(candidates)} images can be read")
     calibrate_batch_norm(extractor, np.stack(images[:NUM_CALIBRATION_IMAGES]))
@@ -208,7 +209,7 @@ def _save_random_weights(folder: Path, image_dir: Path, image_paths: list[str]) 
 
 
 def load_images(
-    image_dir: Path, image_paths: Iterable[str], records: ImageRecords | None = None
+    image_dir: Path, image_paths: Iterable[str], records: ImageRecords | None, min_jpeg_side: int | None
 ) -> Iterator[tuple[str, np.ndarray | InputError]]:
     """Loads images in their order, with several threads, and notes their files in `records`.
 
@@ -220,7 +221,7 @@ def load_images(
         if records:
             records.note(image_path)
         try:
-            return load_image(image_dir / image_path)
+            return load_image(image_dir / image_path, min_jpeg_side)
         except InputError as error:
             return error
 
@@ -245,21 +246,25 @@ def announce_extraction(cache: FeatureCache, missing: list[str], num_images: int
 
 
 def compute_features(
-    extractor: tf.keras.Model, images: Iterator[tuple[str, np.ndarray]], batch_size: int
+    extractor: tf.keras.Model, images: Iterator[tuple[str, np.ndarray]], batch_size: int, dtype: np.dtype
 ) -> Iterator[tuple[list[str], np.ndarray]]:
     """Computes the features of images, given with their paths, in batches.
 
     Yields:
-        The paths of B images, and their features, (B, 64, 2048) float32.
+        The paths of B images, and their features, (B, 64, 2048), rounded on the device: float16 is sooner copied.
     """
 
     @tf.function(reduce_retracing=True)
     def extract(pixels: tf.Tensor) -> tf.Tensor:
-        return extractor(pixels, training=False)  # (B, 64, 2048)
+        return tf.cast(extractor(pixels, training=False), dtype)  # (B, 64, 2048)
 
-    while batch := list(itertools.islice(images, batch_size)):
-        pixels = np.stack([image for _, image in batch])  # (B, 299, 299, 3)
-        yield [image_path for image_path, _ in batch], extract(pixels).numpy()
+    def stack() -> Iterator[tuple[list[str], np.ndarray]]:
+        while batch := list(itertools.islice(images, batch_size)):
+            yield [image_path for image_path, _ in batch], np.stack([image for _, image in batch])  # (B, 299, 299, 3)
+
+    # A thread runs the CNN, while this one waits for the images of the next batch.
+    for (image_paths, _), values in map_threads(lambda batch: extract(batch[1]).numpy(), stack(), 2, num_threads=1):
+        yield image_paths, values
 
 
 def write_features(
@@ -316,8 +321,9 @@ def cache_features(cache: FeatureCache, image_dir: Path, image_paths: list[str],
     extractor = build_feature_extractor(cache.cnn_weights)
     unreadable: dict[str, str] = {}
     with progress_bar(total=len(missing), unit="image", desc="features") as progress:
-        images = _skip_unreadable(load_images(image_dir, missing, records), unreadable)
-        write_features(cache, records, compute_features(extractor, images, batch_size), progress, unreadable)
+        loaded = load_images(image_dir, missing, records, cache.min_jpeg_side)
+        batches = compute_features(extractor, _skip_unreadable(loaded, unreadable), batch_size, cache.dtype)
+        write_features(cache, records, batches, progress, unreadable)
         progress.update(len(missing) - progress.n)  # those that cannot be read
     if len(unreadable) == len(image_paths):
         first = next(iter(unreadable.values()))
@@ -377,13 +383,8 @@ def main(argv: list[str] | None = None) -> None:
     parser = make_parser(__doc__)
     data_utils.add_data_options(parser)
     add_options(parser.add_argument_group("features"), FeatureConfig)
-    parser.add_argument(
-        "--shard",
-        type=parse_shard,
-        default=slice(None),
-        metavar="I/N",
-        help="compute only part I of N, for N processes or machines that share the folder (default: all images)",
-    )
+    text = "compute only part I of N, for N processes or machines that share the folder (default: all images)"
+    parser.add_argument("--shard", type=parse_shard, default=slice(None), metavar="I/N", help=text)
     add_quiet_option(parser)
     args = parser.parse_args(argv)
     dataset = data_utils.load_dataset(DataConfig.from_args(args))

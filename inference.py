@@ -34,7 +34,7 @@ from captioning.cli import InputError, add_quiet_option, int_at_least, log, make
 from captioning.config import DecodeConfig, FeatureConfig, RunConfig
 from captioning.decoding import StepModel, decode
 from captioning.downloads import redact_url
-from captioning.feature_cache import check_cnn_weights, find_cnn_weights
+from captioning.feature_cache import check_cnn_weights, find_cnn_weights, min_jpeg_side
 from captioning.files import file_sha256
 from captioning.image_args import find_images, is_url, open_image, plot_paths
 from captioning.images import ImageSource, map_threads, read_image, set_max_megapixels
@@ -74,8 +74,7 @@ def load_run(run: Path | str) -> tuple[model.CaptionModel, Tokenizer, RunConfig]
     prefix = best_checkpoint(run)
     config = read_config(run)
     tokenizer = Tokenizer.load(run / VOCABULARY_FILE, config.data.words)
-    sha256 = file_sha256(run / VOCABULARY_FILE)
-    if sha256 != config.vocabulary_sha256 or len(tokenizer) != config.model.vocab_size:
+    if file_sha256(run / VOCABULARY_FILE) != config.vocabulary_sha256 or len(tokenizer) != config.model.vocab_size:
         raise InputError(
             f"{run / VOCABULARY_FILE}: not the vocabulary these weights were trained with; put back that of this run"
         )
@@ -90,6 +89,7 @@ class Captioner:
         tokenizer: its vocabulary.
         config: the settings of the run.
         decode_config: how captions are searched for.
+        min_jpeg_side: how large JPEGs were decoded for the training, see `captioning.images.read_image`.
         run: the run folder.
     """
 
@@ -103,6 +103,7 @@ class Captioner:
     ):
         self.model, self.tokenizer, self.config, self.run = model, tokenizer, config, run
         self.decode_config = self._with_max_words(decode_config)
+        self.min_jpeg_side = min_jpeg_side(config.features)
         self._has_extracted = False  # features of any image
 
     @classmethod
@@ -129,15 +130,14 @@ class Captioner:
         """Captions one image: the tutorial's `evaluate(image)`.
 
         Args:
-            image: a path, the content of a file, an open file, pixels or a Pillow image; see
-                `captioning.images.read_image`.
+            image: a path, a file's content, an open file, pixels or a Pillow image; see `captioning.images.read_image`.
 
         Raises:
             InputError: the image cannot be read, or the CNN cannot be built.
         """
         # Read the image and compute its features, both as for training.
         image = image.read() if hasattr(image, "read") else image  # an open file can be read only once
-        pixels = features.load_image(image)[np.newaxis]  # (1, 299, 299, 3)
+        pixels = self.load_image(image)[np.newaxis]  # (1, 299, 299, 3)
         image_features = self.extract_features(pixels)  # (1, 64, 2048)
         # Begin with <start>, and predict one word after the other, each from the word before it and the decoder's
         # state, until <end>. The tutorial draws a random word at every step; this takes the most probable one.
@@ -153,7 +153,7 @@ class Captioner:
             InputError: an image cannot be read, or the CNN cannot be built.
         """
         sources = (image.read() if hasattr(image, "read") else image for image in images)
-        loaded = map_threads(features.load_image, sources, NUM_AHEAD * batch_size)
+        loaded = map_threads(self.load_image, sources, NUM_AHEAD * batch_size)
         captions: list[Caption] = []
         while batch := list(itertools.islice(loaded, batch_size)):
             of_batch = self.caption_pixels(np.stack([pixels for _, pixels in batch]))
@@ -162,8 +162,12 @@ class Captioner:
             )
         return captions
 
+    def load_image(self, image: ImageSource) -> np.ndarray:
+        """Reads an image as for the training, (299, 299, 3) uint8; see `features.load_image`."""
+        return features.load_image(image, self.min_jpeg_side)
+
     def caption_pixels(self, pixels: np.ndarray) -> list[Caption]:
-        """Captions images read by `features.load_image`, (B, 299, 299, 3) uint8."""
+        """Captions images read by `load_image`, (B, 299, 299, 3) uint8."""
         decoded = decode(self.model, self.extract_features(pixels), self.decode_config, image_keys(pixels))
         return to_captions(decoded, self.tokenizer, self.decode_config.captions)
 
@@ -205,7 +209,7 @@ def caption_and_plot(
         InputError: the image cannot be read.
         OSError: the disk is full.
     """
-    image = read_image(path)
+    image = read_image(path, captioner.min_jpeg_side)
     caption = captioner.caption(image)
     plot_path = folder / f"{name or path.stem}_attention.{image_format}"
     return caption, plot_path if write_plot(thumbnail(image), caption, plot_path) else None
@@ -237,7 +241,7 @@ def caption_stream(
 
     def load(image: str) -> tuple[np.ndarray, Image.Image | None] | InputError:
         try:
-            whole = open_image(image)
+            whole = open_image(image, captioner.min_jpeg_side)
         except InputError as error:
             return error
         return features.to_pixels(whole), thumbnail(whole) if with_copies else None
@@ -260,14 +264,9 @@ def caption_images(
     plots: dict[str, Path] | None = None,
     batch_size: int = BATCH_SIZE,
 ) -> int:
-    """Captions files and addresses.
+    """Captions files and addresses (see `caption_stream`), and gives the captions to a writer.
 
-    Args:
-        captioner: the run.
-        images: paths and addresses.
-        writer: gets the captions.
-        plots: the file for the attention plot of each image; None for no plots.
-        batch_size: images that are captioned at the same time.
+    `plots` has the file for the attention plot of each image; None for no plots.
 
     Returns:
         The number of images that could not be read.

@@ -19,7 +19,6 @@ from collections.abc import Sequence
 
 import numpy as np
 
-import features
 from captioning.caption_batcher import Service
 from captioning.captions import Caption
 from captioning.cli import add_quiet_option, log, make_parser, run_main
@@ -45,7 +44,7 @@ def make_service(captioner: Captioner) -> Service:
     def caption_batch(pixels: Sequence[np.ndarray], config: DecodeConfig) -> list[Caption]:
         return captioner.with_decoding(config).caption_pixels(np.stack(pixels))
 
-    return Service(captioner.run.name, captioner.decode_config, features.load_image, caption_batch)
+    return Service(captioner.run.name, captioner.decode_config, captioner.load_image, caption_batch)
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:

@@ -44,6 +44,7 @@ class ExportedModel(tf.Module):
         vocabulary: the tokenizer.
         config: how captions are searched for, `max_words` included.
         features_dtype: that of the features of the training, to which they are rounded.
+        min_jpeg_side: how large JPEGs were decoded for the training, see `captioning.images.read_image`.
 
     Raises:
         InputError: see `check_exportable`.
@@ -56,6 +57,7 @@ class ExportedModel(tf.Module):
         vocabulary: Vocabulary,
         config: DecodeConfig,
         features_dtype: str,
+        min_jpeg_side: int | None,
     ):
         super().__init__()
         check_exportable(config)
@@ -66,7 +68,7 @@ class ExportedModel(tf.Module):
             return decode(model, features, config)
 
         def load(content: tf.Tensor) -> tf.Tensor:
-            return read_pixels(content, IMAGE_SIZE, rows_first)
+            return read_pixels(content, IMAGE_SIZE, rows_first, min_jpeg_side)
 
         # Only the variables are attributes: of its own models Keras would save more than what is called.
         self.weights = list_variables(extractor, model)

@@ -20,6 +20,8 @@ from captioning.quiet_tensorflow import tf
 IMAGE_SIZE = 299  # pixels, InceptionV3's input
 NUM_LOCATIONS = 64  # the 8x8 grid of InceptionV3's last convolutional block, "mixed10"
 NUM_CHANNELS = 2048
+SCALED_JPEG_SIDE = 2 * IMAGE_SIZE  # pixels that the shorter side of a large JPEG keeps, which is then resized
+MIN_JPEG_SIDES = {"full": None, "scaled": SCALED_JPEG_SIDE}  # by the manifest's jpeg_decoding
 NUM_READERS = 8  # threads that read features, and batches that are read ahead
 MANIFEST_FILE = "features.json"
 MANIFEST_FIELDS = {
@@ -28,6 +30,7 @@ MANIFEST_FIELDS = {
     "image_size": int,
     "dtype": str,  # of the stored features: float16 or float32
     "images": str,  # the image folder, relative to the cache
+    # and "jpeg_decoding": scaled (see `captioning.images.read_image`), or full, which it is where there is no such key
 }
 CNN_FILE = "cnn.weights.h5"  # the CNN's weights, which are kept in the cache if they are random
 
@@ -39,12 +42,14 @@ class FeatureCache:
         folder: the folder; the features of `a/b.jpg` are in `a/b.jpg.npy`, (64, 2048).
         manifest: the content of features.json.
         dtype: the stored features' type, float16 or float32.
+        min_jpeg_side: how large JPEGs are decoded, see `captioning.images.read_image`.
     """
 
     def __init__(self, folder: Path | str, manifest: dict[str, Any]):
         self.folder = Path(folder)
         self.manifest = manifest
         self.dtype = np.dtype(manifest["dtype"])
+        self.min_jpeg_side = min_jpeg_side(manifest)
         self._header = _npy_header(self.dtype)  # the first 128 bytes of every file
 
     @property
@@ -74,7 +79,7 @@ class FeatureCache:
     def write(self, image_path: str, features: np.ndarray) -> None:
         """Stores the features of one image, (64, 2048)."""
         with atomic_write(self.path(image_path), "wb") as file:
-            np.save(file, features.astype(self.dtype), allow_pickle=False)
+            np.save(file, features.astype(self.dtype, copy=False), allow_pickle=False)
 
     def read(self, paths: tf.Tensor) -> tf.Tensor:
         """Reads features inside a tf.data pipeline.
@@ -150,6 +155,18 @@ def check_manifest(manifest: Any) -> None:
         check_schema(manifest, {"sha256": str})
     if manifest["dtype"] not in ("float16", "float32"):
         raise InputError(f"dtype: expected float16 or float32, found {manifest['dtype']!r}")
+    if (decoding := _jpeg_decoding(manifest)) not in list(MIN_JPEG_SIDES):
+        raise InputError(f"jpeg_decoding: expected {' or '.join(MIN_JPEG_SIDES)}, found {str(decoding)[:60]!r}")
+
+
+def _jpeg_decoding(manifest: dict[str, Any]) -> Any:
+    """Returns how a manifest says that JPEGs are decoded; earlier versions knew one way, and did not say it."""
+    return manifest.get("jpeg_decoding", "full")
+
+
+def min_jpeg_side(manifest: dict[str, Any]) -> int | None:
+    """Returns the `min_jpeg_side` of `captioning.images.read_image` with which the images of a manifest are read."""
+    return MIN_JPEG_SIDES[_jpeg_decoding(manifest)]
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
@@ -180,6 +197,7 @@ def make_manifest(folder: Path, image_dir: Path, cnn_weights: str, dtype: str) -
         "weights": cnn_weights,
         "image_size": IMAGE_SIZE,
         "dtype": dtype,
+        "jpeg_decoding": "scaled",
         # A relative path: a project that is moved as a whole keeps its cache.
         "images": Path(os.path.relpath(image_dir.resolve(), folder.resolve())).as_posix(),
     }
@@ -205,7 +223,8 @@ def open_run_cache(manifest: dict[str, Any]) -> FeatureCache:
     folder = Path(manifest["folder"])
     stored = read_manifest(folder)
     weights_key = "sha256" if "sha256" in manifest else "weights"  # a file is identified by its content, not its name
-    if key := find_difference(stored, manifest, ("cnn", weights_key, "image_size", "dtype")):
+    stored, manifest = ({**each, "jpeg_decoding": _jpeg_decoding(each)} for each in (stored, manifest))
+    if key := find_difference(stored, manifest, ("cnn", weights_key, "image_size", "dtype", "jpeg_decoding")):
         raise InputError(
             f"{folder} does not hold the features this run was trained with: its {key} is {stored.get(key)}, that of "
             f"the run's config.json {manifest[key]}; compute them again with features.py and the options of the run"

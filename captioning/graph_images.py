@@ -6,6 +6,8 @@ is not of 24 bits, and every other format. WebP is one of these: TensorFlow 2.21
 has decoded an animated one.
 """
 
+import functools
+
 from captioning.config import MAX_MEGAPIXELS
 from captioning.image_headers import (
     Header,
@@ -22,13 +24,14 @@ UNKNOWN = "expected the content of a JPEG, PNG, GIF or BMP file"
 UNHANDLED = "expected 8 bits a channel, no CMYK, no transparent or partial GIF, BMP of 24 bits"
 
 
-def read_pixels(content: tf.Tensor, size: int, rows_first: bool) -> tf.Tensor:
+def read_pixels(content: tf.Tensor, size: int, rows_first: bool, min_jpeg_side: int | None = None) -> tf.Tensor:
     """Reads an image file as the pixels that the CNN takes.
 
     Args:
         content: a scalar string.
         size: pixels of a side.
         rows_first: see `captioning.pillow_resize.pillow_takes_rows_first`.
+        min_jpeg_side: see `captioning.images.read_image`.
 
     Returns:
         (size, size, 3) uint8.
@@ -36,7 +39,7 @@ def read_pixels(content: tf.Tensor, size: int, rows_first: bool) -> tf.Tensor:
     Raises:
         tf.errors.InvalidArgumentError: it is not an image that is handled, or is damaged.
     """
-    return resize_like_pillow(decode_upright(content), size, rows_first)
+    return resize_like_pillow(decode_upright(content, min_jpeg_side), size, rows_first)
 
 
 def _starts_with(text: tf.Tensor, start: bytes) -> tf.Tensor:
@@ -44,15 +47,13 @@ def _starts_with(text: tf.Tensor, start: bytes) -> tf.Tensor:
     return tf.strings.substr(text, 0, len(start)) == start
 
 
-def decode_upright(content: tf.Tensor) -> tf.Tensor:
+def decode_upright(content: tf.Tensor, min_jpeg_side: int | None = None) -> tf.Tensor:
     """Decodes an image file as upright RGB, (height, width, 3) uint8; see `read_pixels`."""
     padded = tf.strings.join([content, " " * len(PNG)])
     if _starts_with(padded, JPEG):
         header = read_jpeg_header(content)
         content = _check(content, header)
-        # As Pillow's libjpeg does it by default.
-        image = tf.io.decode_jpeg(content, channels=3, fancy_upscaling=True, dct_method="INTEGER_ACCURATE")
-        image = turn_upright(image, header.orientation)
+        image = turn_upright(_decode_jpeg(content, header, min_jpeg_side), header.orientation)
     elif _starts_with(padded, PNG):
         header = read_png_header(content)
         content = _check(content, header)
@@ -82,6 +83,21 @@ def _check(content: tf.Tensor, header: Header) -> tf.Tensor:
     ]
     with tf.control_dependencies(checks):
         return tf.identity(content)
+
+
+def _decode_jpeg(content: tf.Tensor, header: Header, min_jpeg_side: int | None) -> tf.Tensor:
+    """Decodes a JPEG as Pillow's libjpeg does by default, a large one at 1/2, 1/4 or 1/8 of its size."""
+
+    def decode(ratio: int) -> tf.Tensor:
+        return tf.io.decode_jpeg(
+            content, channels=3, ratio=ratio, fancy_upscaling=True, dct_method="INTEGER_ACCURATE"
+        )  # (height, width, 3)
+
+    if min_jpeg_side is None:
+        return decode(1)
+    fits = tf.minimum(header.height, header.width) // min_jpeg_side  # how often the least side fits into the shorter
+    index = tf.reduce_sum(tf.cast(fits >= [2, 4, 8], tf.int32))
+    return tf.switch_case(index, [functools.partial(decode, ratio) for ratio in (1, 2, 4, 8)])
 
 
 def composite_on_white(image: tf.Tensor) -> tf.Tensor:

@@ -35,16 +35,16 @@ def download_image(url: str, folder: Path) -> Path:
     return download(url, path, quiet=True, max_bytes=MAX_IMAGE_BYTES)
 
 
-def open_image(image: str) -> Image.Image:
-    """Reads the image of a path or an address.
+def open_image(image: str, min_jpeg_side: int | None = None) -> Image.Image:
+    """Reads the image of a path or an address; `min_jpeg_side` is that of `captioning.images.read_image`.
 
     Raises:
         InputError: see `download_image` and `captioning.images.read_image`.
     """
     if not is_url(image):
-        return read_image(image)
+        return read_image(image, min_jpeg_side)
     with tempfile.TemporaryDirectory() as folder:
-        return read_image(download_image(image, Path(folder)))
+        return read_image(download_image(image, Path(folder)), min_jpeg_side)
 
 
 def read_list(path: str) -> list[str]:

@@ -62,7 +62,8 @@ def test_export_passes_what_the_run_was_trained_with(run, small_cnn, monkeypatch
 
     monkeypatch.setattr(export, "save", save)
     export.main(["--run", str(run), "--output", "out/model"])
-    tokenizer, config, dtype, folder = calls[0]
+    tokenizer, config, dtype, min_jpeg_side, folder = calls[0]
+    assert min_jpeg_side is None, "the run is one of an earlier version"
     assert (config.max_words, config.num_beams, dtype) == (50, 1, "float16"), "the run's longest caption"
     assert tokenizer.index_word == inference.load_run(run)[1].index_word and str(folder) == "out/model"
 

@@ -16,6 +16,7 @@ from captioning.cli import InputError
 from captioning.config import DecodeConfig
 from captioning.decoding import DecodedBatch
 from captioning.exported_model import ExportedModel, save
+from captioning.files import read_json, write_json
 from captioning.quiet_tensorflow import tf
 from inference import Captioner
 from tokenizer import Tokenizer
@@ -48,14 +49,17 @@ def build_small_cnn(cnn_weights="imagenet"):
 
 @pytest.fixture
 def captioner(run, monkeypatch):
-    """The untrained run, with a small CNN."""
+    """The untrained run, with a small CNN; its features are those of JPEGs that were scaled."""
     monkeypatch.setattr(features, "build_feature_extractor", build_small_cnn)
+    config = read_json(run / "config.json")
+    config["features"]["jpeg_decoding"] = "scaled"
+    write_json(run / "config.json", config)
     return Captioner.load(run, DecodeConfig(max_words=6))
 
 
 def export(captioner):
-    dtype = captioner.config.features["dtype"]
-    return ExportedModel(captioner.extractor, captioner.model, captioner.tokenizer, captioner.decode_config, dtype)
+    parts = captioner.extractor, captioner.model, captioner.tokenizer, captioner.decode_config
+    return ExportedModel(*parts, captioner.config.features["dtype"], captioner.min_jpeg_side)
 
 
 def compare(result, caption, tolerance=1e-4):
@@ -89,6 +93,8 @@ def test_exported_model_in_a_process_without_the_project(captioner, tmp_path):
         paths[-1].write_bytes(content)
     Image.effect_noise((640, 480), 90).convert("RGB").save(tmp_path / "large.jpg")
     paths.append(tmp_path / "large.jpg")
+    Image.effect_noise((2000, 1500), 90).convert("RGB").save(tmp_path / "larger.jpg")  # decoded at half its size
+    paths.append(tmp_path / "larger.jpg")
     assert len(paths) >= 20
     beam = DecodeConfig(beam_size=4, captions=3, length_penalty=0.7, max_words=9, min_words=2, no_repeat=True)
     captioners = {"greedy": captioner, "beam": captioner.with_decoding(beam)}
@@ -150,7 +156,7 @@ class Decoded:
             tf.constant(rng.uniform(size=(*np.shape(tokens), 64)), tf.float32),
         )
         config = DecodeConfig(captions=num_captions)
-        self.model = ExportedModel(lambda pixels, training: pixels, None, vocabulary, config, "float32")
+        self.model = ExportedModel(lambda pixels, training: pixels, None, vocabulary, config, "float32", None)
         self.model.decode_pixels = lambda pixels: self.batch
         self.num_images = len(tokens) // num_captions
 

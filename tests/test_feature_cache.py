@@ -107,6 +107,7 @@ def test_make_manifest_identifies_file_by_content(tmp_path):
         "weights": str(tmp_path / "cnn.h5"),
         "image_size": 299,
         "dtype": "float32",
+        "jpeg_decoding": "scaled",
         "images": "../images",
         "sha256": file_sha256(tmp_path / "cnn.h5"),
     }
@@ -118,6 +119,8 @@ def test_make_manifest_identifies_file_by_content(tmp_path):
     ("changes", "message"),
     [
         ({"dtype": "int8"}, "dtype: expected float16 or float32, found 'int8'"),
+        ({"jpeg_decoding": "half"}, "jpeg_decoding: expected full or scaled, found 'half'"),
+        ({"jpeg_decoding": []}, r"jpeg_decoding: expected full or scaled, found '\[\]'"),
         ({"image_size": "299"}, "image_size: expected int"),
         ({"weights": "random"}, "sha256 is missing"),
         ({"weights": "random", "sha256": 5}, "sha256: expected str"),
@@ -160,6 +163,17 @@ def test_open_run_cache_opens_folder_of_run(run_manifest, cache):
 def test_open_run_cache_rejects_changed_manifest(run_manifest, key, value):
     with pytest.raises(InputError, match=rf"its {key} is .*, that of the run's config\.json {value}"):
         open_run_cache({**run_manifest, key: value})
+
+
+def test_open_run_cache_rejects_other_decoding_of_jpegs(run_manifest, cache):
+    assert open_run_cache(run_manifest).min_jpeg_side is None  # an earlier version decoded them in full
+    open_run_cache({**run_manifest, "jpeg_decoding": "full"})
+    with pytest.raises(InputError, match=r"its jpeg_decoding is full, that of the run's config\.json scaled"):
+        open_run_cache({**run_manifest, "jpeg_decoding": "scaled"})
+    write_json(cache.folder / MANIFEST_FILE, {**cache.manifest, "jpeg_decoding": "scaled"})
+    with pytest.raises(InputError, match=r"its jpeg_decoding is scaled, that of the run's config\.json full"):
+        open_run_cache(run_manifest)
+    assert open_run_cache({**run_manifest, "jpeg_decoding": "scaled"}).min_jpeg_side == 598
 
 
 def test_open_run_cache_rejects_other_weights(run_manifest, cache):

@@ -3,6 +3,7 @@ import errno
 import json
 import os
 import shutil
+import threading
 from types import SimpleNamespace
 
 import numpy as np
@@ -71,13 +72,21 @@ def test_build_feature_extractor_explains_failed_download(monkeypatch):
         raise Exception("URL fetch failure\nand more")
 
     monkeypatch.setattr(tf.keras.applications, "InceptionV3", fail)
-    policy = tf.keras.config.dtype_policy().name
     with pytest.raises(InputError, match=r"cannot be downloaded \(URL fetch failure\); put the file \S+ into \S+$"):
         features.build_feature_extractor("imagenet")
     monkeypatch.setattr(Command, "options", frozenset({"--cnn-weights"}))
     with pytest.raises(InputError, match=r"into \S+, or give --cnn-weights FILE, or try the pipeline with"):
         features.build_feature_extractor("imagenet")
-    assert tf.keras.config.dtype_policy().name == policy
+
+
+def test_load_inception_computes_in_float32_on_a_gpu_too(monkeypatch):
+    policies = []
+    monkeypatch.setattr(tf.config, "list_physical_devices", lambda *_: ["GPU"])
+    monkeypatch.setattr(
+        tf.keras.applications, "InceptionV3", lambda **_: policies.append(tf.keras.config.dtype_policy().name)
+    )
+    features.load_inception("imagenet")
+    assert policies == ["float32"]
 
 
 # Caching.
@@ -119,10 +128,50 @@ def image_paths():
 
 
 def test_load_images_keeps_order_and_returns_errors(image_dir, image_paths):
-    loaded = dict(features.load_images(image_dir, image_paths))
+    loaded = dict(features.load_images(image_dir, image_paths, None, None))
     assert list(loaded) == image_paths
     assert isinstance(loaded.pop("bad.png"), InputError)
     assert [int(pixels.mean()) for pixels in loaded.values()] == list(range(0, 100, 10))
+
+
+def test_compute_features_rounds_as_numpy_does(rng):
+    values = rng.normal(scale=3, size=(3, 64, 2048)).astype(np.float32)
+    special = [0.0, -0.0, np.inf, -np.inf, 65519.9, 65520, 1e9, 6e-8, 2.9e-8, 3e-8, 1e-6, 1 + 2**-11, 1 + 3 * 2**-11]
+    values[0, 0, : len(special)] = special
+    values[0, 1] *= 1e-6  # subnormal in float16
+    images = iter([(str(number), np.full((2, 2, 3), number, np.uint8)) for number in range(3)])
+
+    def extract(pixels, training=False):
+        return tf.gather(values, tf.cast(pixels[:, 0, 0, 0], tf.int32))
+
+    batches = list(features.compute_features(extract, images, 2, np.dtype(np.float16)))
+    assert [paths for paths, _ in batches] == [["0", "1"], ["2"]]
+    computed = np.concatenate([batch for _, batch in batches])
+    with np.errstate(over="ignore"):
+        expected = values.astype(np.float16)
+    assert computed.dtype == np.float16
+    np.testing.assert_array_equal(computed.view(np.uint16), expected.view(np.uint16))
+
+
+def test_compute_features_reads_the_next_batch_while_the_cnn_computes():
+    taken, next_is_read, waited = [], threading.Event(), []
+
+    def images():
+        for number in range(20):
+            taken.append(number)
+            if number == 3:
+                next_is_read.set()
+            yield str(number), np.zeros((2, 2, 3), np.uint8)
+
+    def extract(pixels, training=False):
+        wait = tf.numpy_function(lambda: waited.append(next_is_read.wait(10)) or np.float32(0), [], tf.float32)
+        return tf.zeros((tf.shape(pixels)[0], 64, 2048)) + wait
+
+    batches = features.compute_features(extract, images(), 2, np.dtype(np.float32))
+    assert next(batches)[0] == ["0", "1"]
+    assert waited[0], "the second batch was read only when the CNN had computed the first one"
+    assert len(taken) == 4, "two batches are in memory"
+    assert len(list(batches)) == 9
 
 
 def test_cache_features_skips_unreadable_images_and_continues(tmp_path, image_dir, image_paths, capsys):
@@ -254,8 +303,8 @@ def test_cache_features_leaves_out_images_that_were_damaged_since(full_cache, im
 def test_cache_features_computes_again_what_was_replaced_while_it_ran(full_cache, image_dir, monkeypatch):
     load_image = features.load_image
 
-    def load_and_replace(path):
-        pixels = load_image(path)
+    def load_and_replace(path, min_jpeg_side):
+        pixels = load_image(path, min_jpeg_side)
         Image.new("L", (8, 8), 150).save(path)
         return pixels
 

@@ -18,6 +18,12 @@ pytestmark = pytest.mark.slow
 decode = tf.function(decode_upright, input_signature=[tf.TensorSpec([], tf.string)])
 
 
+MIN_JPEG_SIDE = 20
+decode_scaled = tf.function(
+    lambda content: decode_upright(content, MIN_JPEG_SIDE), input_signature=[tf.TensorSpec([], tf.string)]
+)
+
+
 @tf.function(input_signature=[tf.TensorSpec([None, None, 3], tf.uint8)])
 def resize(image):
     return resize_like_pillow(image, 299, pillow_takes_rows_first())
@@ -99,6 +105,21 @@ UNKNOWN = {
 @pytest.mark.parametrize("name", EQUAL)
 def test_decode_upright_equals_pillow(name):
     np.testing.assert_array_equal(decode(EQUAL[name]), np.asarray(read_image(EQUAL[name])))
+
+
+@pytest.mark.parametrize("name", EQUAL)
+def test_decode_upright_scales_as_pillow_does(name):
+    expected = np.asarray(read_image(EQUAL[name], MIN_JPEG_SIDE))
+    is_large_jpeg = name.startswith("JPEG") and "pixel" not in name
+    assert (min(expected.shape[:2]) == 22) == is_large_jpeg, "43 pixels are halved"
+    np.testing.assert_array_equal(decode_scaled(EQUAL[name]), expected)
+
+
+@pytest.mark.parametrize("size", [(39, 99), (40, 99), (79, 99), (80, 99), (99, 81), (159, 299), (160, 299), (400, 170)])
+def test_decode_upright_scales_by_the_shorter_side(size):
+    for options in ({"subsampling": 2}, {"subsampling": 0, "exif": exif(6)}, {"progressive": True}):
+        content = encode(draw(size=size), "JPEG", **options)
+        np.testing.assert_array_equal(decode_scaled(content), np.asarray(read_image(content, MIN_JPEG_SIDE)))
 
 
 @pytest.mark.parametrize("name", UNHANDLED)
@@ -253,6 +274,7 @@ def test_pillow_takes_rows_first_is_found_by_trying(monkeypatch, capsys):
 def test_read_pixels_are_those_of_features():
     import features
 
-    for content in (EQUAL["JPEG turned 6"], EQUAL["PNG with alpha"]):
-        pixels = graph_images.read_pixels(tf.constant(content), 299, pillow_takes_rows_first())
-        np.testing.assert_array_equal(pixels, features.load_image(content))
+    large = encode(draw(size=(2000, 1500)), "JPEG")
+    for content, min_jpeg_side in [(EQUAL["JPEG turned 6"], None), (EQUAL["PNG with alpha"], 598), (large, 598)]:
+        pixels = graph_images.read_pixels(tf.constant(content), 299, pillow_takes_rows_first(), min_jpeg_side)
+        np.testing.assert_array_equal(pixels, features.load_image(content, min_jpeg_side))

@@ -416,6 +416,9 @@ def test_is_image_file_refuses_other_files(name):
 
 
 def test_count_cores_counts_only_usable_cores(monkeypatch):
+    monkeypatch.setattr(os, "process_cpu_count", lambda: 3, raising=False)  # Python 3.13
+    assert count_cores() == 3
+    monkeypatch.delattr(os, "process_cpu_count")
     monkeypatch.setattr(os, "cpu_count", lambda: 64)  # of the host
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {3, 5}, raising=False)
     assert count_cores() == 2
@@ -436,6 +439,16 @@ def test_map_threads_keeps_order():
         return number**2
 
     assert list(map_threads(square, range(20), buffer_size=8)) == [(number, number**2) for number in range(20)]
+
+
+def test_map_threads_uses_one_thread_per_core_or_as_many_as_are_asked_for(monkeypatch):
+    counts = []
+    pool = images.ThreadPoolExecutor
+    monkeypatch.setattr(images, "count_cores", lambda: 5)
+    monkeypatch.setattr(images, "ThreadPoolExecutor", lambda count: counts.append(count) or pool(count))
+    list(map_threads(str, [1], 2))
+    list(map_threads(str, [1], 2, num_threads=1))
+    assert counts == [5, 1]
 
 
 def test_map_threads_does_not_exceed_buffer():

@@ -259,7 +259,7 @@ def test_caption_stream_survives_a_batch_without_images(captioner, photos):
 def test_caption_stream_reads_only_some_images_ahead(captioner, photos, monkeypatch):
     opened = []
 
-    def open_image(path):
+    def open_image(path, min_jpeg_side):
         opened.append(path)
         return Image.new("RGB", (9, 9))
 
@@ -320,7 +320,7 @@ def test_caption_images_keeps_copies_only_for_what_shows_them(captioner, photos,
 
 
 def test_caption_images_hides_secrets_of_urls(captioner, photo, monkeypatch, capsys):
-    monkeypatch.setattr(inference, "open_image", lambda url: Image.open(photo))
+    monkeypatch.setattr(inference, "open_image", lambda url, min_jpeg_side: Image.open(photo))
     urls = ["https://example.com/photo.jpg?key=secret1", "https://example.com/photo.jpg?key=secret2"]
     inference.caption_images(captioner, urls, ResultWriter())
     out = capsys.readouterr().out

@@ -1,11 +1,21 @@
 """Images of all kinds, as `features.load_image` gives them to the CNN."""
 
+import dataclasses
+import io
+
 import numpy as np
 import pytest
 from PIL import Image
 
 import features
+import inference
+import serve
+from captioning.captions import Caption
 from captioning.cli import InputError
+from captioning.feature_cache import MANIFEST_FILE
+from captioning.files import read_json, write_json
+from captioning.images import read_image, set_max_megapixels
+from captioning.quiet_tensorflow import tf
 
 
 def ramp(mode="RGB", size=(40, 30)):
@@ -54,3 +64,154 @@ def test_load_image_reports_unreadable_file_in_one_line(tmp_path):
         with pytest.raises(InputError, match=name) as error:
             features.load_image(tmp_path / name)
         assert "\n" not in str(error.value)
+
+
+# Large JPEGs, which are decoded at a part of their size.
+
+
+def photo(mode="RGB", size=(2000, 1500)):
+    """An image with details of all sizes, as photographs have them."""
+    rng = np.random.default_rng(0)
+    image = Image.new("RGB", size, "gray")
+    for share in (300, 100, 30, 10, 3):  # larger details are stronger
+        noise = rng.integers(0, 256, (size[1] // share, size[0] // share, 3), np.uint8)
+        image = Image.blend(image, Image.fromarray(noise).resize(size, Image.Resampling.BILINEAR), 0.4)
+    return image.convert(mode)
+
+
+def encode(image, image_format="JPEG", **options):
+    file = io.BytesIO()
+    image.save(file, image_format, **options)
+    return file.getvalue()
+
+
+@pytest.fixture(scope="module")
+def large_jpeg():
+    return encode(photo())
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L", "CMYK"])
+def test_load_image_decodes_large_jpegs_at_a_part_of_their_size(mode):
+    content = encode(photo(mode))
+    scaled, full = features.load_image(content), features.load_image(content, None)
+    assert 0 < np.abs(scaled.astype(int) - full).mean() < 1.5
+
+
+@pytest.mark.parametrize("size", [(500, 375), (1195, 1600), (1600, 1195), (300, 2500)])
+def test_load_image_decodes_small_jpegs_in_full(size):
+    content = encode(photo(size=size))
+    np.testing.assert_array_equal(features.load_image(content), features.load_image(content, None))
+
+
+@pytest.mark.parametrize(
+    ("size", "scaled"),
+    [
+        ((1195, 1300), (1195, 1300)),
+        ((1196, 1301), (598, 651)),
+        ((2391, 3000), (1196, 1500)),
+        ((2392, 3001), (598, 751)),
+        ((4784, 9000), (598, 1125)),
+    ],
+)
+@pytest.mark.parametrize("image_format", ["JPEG", "MPO"])
+def test_read_image_keeps_twice_the_pixels_of_the_cnn(size, scaled, image_format):
+    frames = {"save_all": True, "append_images": [Image.new("L", (9, 9))]} if image_format == "MPO" else {}
+    content = encode(Image.new("L", size), image_format, **frames)
+    assert Image.open(io.BytesIO(content)).format == image_format
+    assert read_image(content, 598).size == scaled
+    assert read_image(content).size == size
+
+
+def test_read_image_scales_progressive_and_turned_jpegs(large_jpeg):
+    exif = Image.Exif()
+    exif[0x0112] = 6  # the right side is up
+    expected = read_image(large_jpeg, 598)
+    progressive, turned = encode(photo(), progressive=True), encode(photo(), exif=exif)
+    assert read_image(progressive, 598) == expected
+    assert read_image(turned, 598) == expected.transpose(Image.Transpose.ROTATE_270)
+
+
+@pytest.mark.parametrize("progressive", [False, True])
+def test_read_image_decodes_truncated_jpegs_in_full(progressive, capsys):
+    content = encode(photo(), progressive=progressive)
+    truncated = content[: len(content) * 9 // 10]
+    image = read_image(truncated, 598)
+    assert image.width == 2000 and 1200 < image.height <= 1500
+    np.testing.assert_array_equal(np.asarray(image), np.asarray(read_image(truncated)))
+    height = 1500 if progressive else image.height
+    assert f"its first {height} of 1500 rows are used" in (err := capsys.readouterr().err) or "finest details" in err
+
+
+def test_read_image_takes_other_images_as_they_are(large_jpeg):
+    image = photo()
+    for source in (image, np.asarray(image), encode(image, "BMP"), Image.open(io.BytesIO(large_jpeg))):
+        assert read_image(source, 598).size == (2000, 1500)
+
+
+@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")  # pytest undoes the project's own filter
+def test_read_image_counts_the_megapixels_of_the_whole_image(large_jpeg, monkeypatch):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", None)  # to be restored
+    set_max_megapixels(2)
+    with pytest.raises(InputError, match="3 megapixels, expected at most 2"):
+        read_image(large_jpeg, 598)
+
+
+# Training and captioning.
+
+
+@pytest.fixture
+def captioner(small_model, tokenizer, run_config, tmp_path):
+    """Makes the captioner of a run whose features were made with a manifest."""
+
+    def make(manifest):
+        config = dataclasses.replace(run_config, features={**manifest, "folder": "unused"})
+        return inference.Captioner(small_model, tokenizer, config, tmp_path)
+
+    return make
+
+
+def forget_decoding(folder):
+    """Makes a cache one of an earlier version."""
+    manifest = read_json(folder / MANIFEST_FILE)
+    assert manifest.pop("jpeg_decoding") == "scaled"
+    write_json(folder / MANIFEST_FILE, manifest)
+
+
+@pytest.mark.parametrize("is_old", [False, True])
+def test_captioner_reads_images_as_for_the_training(captioner, large_jpeg, is_old, tmp_path, monkeypatch):
+    """All ways to the CNN give it the same pixels, in an earlier version's run those of the whole image."""
+    (tmp_path / "photo.jpg").write_bytes(large_jpeg)
+    Image.new("L", (8, 8)).save(tmp_path / "first.png")
+    seen = []
+
+    def extract(pixels, training=False):
+        seen.append(tf.numpy_function(lambda batch: seen.append(batch), [pixels], []))
+        return tf.zeros((tf.shape(pixels)[0], 64, 2048))
+
+    monkeypatch.setattr(features, "build_feature_extractor", lambda cnn_weights: extract)
+    for names in (["first.png"], ["photo.jpg"]):
+        cache = features.open_or_create_cache(tmp_path / "cache", tmp_path, names, "imagenet", "float16")
+        features.cache_features(cache, tmp_path, names, batch_size=4)
+        if is_old and names == ["first.png"]:
+            forget_decoding(cache.folder)
+    trained = [batch for batch in seen if isinstance(batch, np.ndarray)][-1]
+    np.testing.assert_array_equal(trained[0], features.load_image(large_jpeg, None if is_old else 598))
+
+    seen.clear()
+    captioned = captioner(cache.manifest)
+    caption = Caption("", (), (), np.zeros((0, 64)))
+    monkeypatch.setattr(inference.Captioner, "extract_features", lambda self, pixels: seen.append(pixels))
+    monkeypatch.setattr(inference, "decode", lambda *_: None)
+    monkeypatch.setattr(inference, "to_captions", lambda *_: [caption])
+    monkeypatch.setattr(inference, "write_plot", lambda *_: True)
+    path = tmp_path / "photo.jpg"
+    captioned.caption(path)
+    captioned.caption(large_jpeg)
+    captioned.caption_batch([path])
+    list(inference.caption_stream(captioned, [str(path)]))
+    inference.caption_and_plot(captioned, path, tmp_path)
+    assert len(seen) == 5
+    for pixels in seen:
+        np.testing.assert_array_equal(pixels, trained)
+    monkeypatch.setattr(inference.Captioner, "caption_pixels", lambda self, pixels: [])
+    np.testing.assert_array_equal(serve.make_service(captioned).load_image(large_jpeg), trained[0])
