@@ -16,6 +16,18 @@ from typing import Any
 
 from tqdm import tqdm
 
+# In messages of TensorFlow, XLA, CUDA, cuDNN and cuBLAS. NOT_INITIALIZED: a library found no memory to start with.
+FULL_MEMORY_SIGNS = (
+    "OOM when allocating",
+    "Out of memory",
+    "CUDA_ERROR_OUT_OF_MEMORY",
+    "failed to allocate memory",
+    "Dst tensor is not initialized",  # of a copy to a GPU
+    "STATUS_ALLOC_FAILED",
+    "STATUS_NOT_INITIALIZED",
+)
+GPU_SIGNS = ("GPU", "CUDA", "CUDNN", "CUBLAS", "Dst tensor")
+
 
 class InputError(Exception):
     """A mistake in the user's input, as one line: what was expected, what was found, and what to do about it."""
@@ -112,6 +124,23 @@ def run_main(main: Callable[[], None]) -> None:
     except KeyboardInterrupt:
         log(f"\n{name}: stopped; run the same command again to continue", error=True)
         sys.exit(130)
+    except Exception as error:  # TensorFlow's, by their text, since this module does not import it
+        message = explain_full_memory(error)
+        if not message:
+            raise
+        log(f"{name}: {message}", error=True)
+        sys.exit(2)
+
+
+def explain_full_memory(error: Exception) -> str | None:
+    """Returns a line for an error that says that memory is full, and None for any other."""
+    text = str(error)
+    if not isinstance(error, MemoryError) and not any(sign in text for sign in FULL_MEMORY_SIGNS):
+        return None
+    on_gpu = any(sign in text for sign in GPU_SIGNS)
+    smaller = advise("give a smaller --batch-size in another --run") or advise("give a smaller --cnn-batch-size")
+    others = "end other processes that use it" + ", which nvidia-smi lists" * on_gpu
+    return f"the memory of {'the GPU' if on_gpu else 'this machine'} is full; {smaller and smaller + ', or '}{others}"
 
 
 @contextlib.contextmanager

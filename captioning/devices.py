@@ -1,31 +1,77 @@
 """Devices that train: one, all of a machine, or those of several machines (tf.distribute); and XLA."""
 
+import contextlib
 import functools
 import json
 import os
+import re
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from captioning.cli import InputError, log
 from captioning.quiet_tensorflow import tf
 
-NVIDIA_DRIVER_FILE = Path("/proc/driver/nvidia/version")  # exists on Linux where a driver is loaded
+# One of them exists where there is a driver: on Linux, and in Linux on Windows (WSL2).
+NVIDIA_DRIVER_FILES = (Path("/proc/driver/nvidia/version"), Path("/dev/dxg"))
+NVIDIA_CONTAINER = "nvcr.io/nvidia/tensorflow"
 
 
-def warn_if_gpu_unused() -> None:
-    """Prints a line if there is a GPU that TensorFlow cannot use, since training would take the CPU silently."""
-    if NVIDIA_DRIVER_FILE.exists() and not tf.config.list_physical_devices("GPU"):
-        log(
-            "there is an NVIDIA GPU here, but TensorFlow cannot use it and takes the CPU; `pip install -r "
-            "requirements-gpu.txt` installs the CUDA libraries it needs"
-        )
+def has_gpu() -> bool:
+    """Tells whether TensorFlow computes on a GPU."""
+    return bool(tf.config.get_visible_devices("GPU"))
+
+
+@functools.cache  # all scripts ask, some of them often
+def check_gpus() -> None:
+    """Prints a line where a GPU cannot be used, and hides it where TensorFlow has no kernels for it.
+
+    A GPU that is newer than the kernels is not tried: it would compile them for half an hour, or fail at the first
+    operation, as GPUs of compute capability 12.0 do with the wheels of TensorFlow 2.19 to 2.21.
+    """
+    gpus = tf.config.list_physical_devices("GPU")
+    if not gpus:
+        is_hidden = os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1")
+        if not is_hidden and any(path.exists() for path in NVIDIA_DRIVER_FILES):
+            log(
+                "there is an NVIDIA GPU here, but TensorFlow cannot use it and takes the CPU; `pip install -r "
+                "requirements-gpu.txt` installs the CUDA libraries it needs; TF_CPP_MIN_LOG_LEVEL=0 shows its reason"
+            )
+        return
+    built_for = tf.sysconfig.get_build_info().get("cuda_compute_capabilities", ())
+    usable = [gpu for gpu in gpus if has_kernels(tf.config.experimental.get_device_details(gpu), built_for)]
+    if len(usable) == len(gpus):
+        return
+    with contextlib.suppress(RuntimeError):  # it computes already, so that it is too late to hide any
+        tf.config.set_visible_devices(usable, "GPU")
+        for gpu in (gpu for gpu in gpus if gpu not in usable):
+            details = tf.config.experimental.get_device_details(gpu)
+            name, capability = details.get("device_name", gpu), ".".join(map(str, details["compute_capability"]))
+            log(
+                f"TensorFlow {tf.__version__} has no kernels for {name}, of compute capability {capability}, only for "
+                f"{', '.join(built_for)}: it is not used; another version may have them, or NVIDIA's container, "
+                f"{NVIDIA_CONTAINER}"
+            )
+
+
+def has_kernels(details: dict[str, Any], built_for: Sequence[str]) -> bool:
+    """Tells whether TensorFlow has kernels for a GPU.
+
+    Args:
+        details: those of the GPU, by TensorFlow, with its `compute_capability`, such as (8, 6).
+        built_for: what TensorFlow was built for, such as `sm_80` or `compute_90`. Kernels for 8.0 run on 8.6, those for
+            9.0 do not. With neither this nor the capability known, the answer is yes.
+    """
+    major, minor = details.get("compute_capability", (None, None))
+    versions = [divmod(int(number), 10) for number in re.findall(r"\d+", " ".join(built_for))]
+    return major is None or not versions or any((m == major and n <= minor) for m, n in versions)
 
 
 def make_strategy(name: str) -> tf.distribute.Strategy:
     """Makes the strategy `none`, `mirrored` or `multiworker`; the last must be made before TensorFlow does anything.
 
     Raises:
-        InputError: TF_CONFIG does not describe the cluster.
+        InputError: TF_CONFIG does not describe the cluster, or the task trains nothing.
     """
     if name == "mirrored":
         devices = tf.config.list_logical_devices("GPU") or tf.config.list_logical_devices("CPU")
@@ -35,14 +81,25 @@ def make_strategy(name: str) -> tf.distribute.Strategy:
         try:
             config = json.loads(text)
             task = config["task"]
-            _ = config["cluster"][task["type"]][task["index"]]
+            is_evaluator = task["type"] == "evaluator"
+            _ = is_evaluator or config["cluster"][task["type"]][task["index"]]
         except (ValueError, TypeError, LookupError):
             raise InputError(
                 "--strategy multiworker: expected TF_CONFIG to be set on every machine, as "
                 '{"cluster": {"worker": ["host1:2222", "host2:2222"]}, "task": {"type": "worker", "index": 0}}, found '
                 f"{text or 'nothing'}"
             ) from None
-        return tf.distribute.MultiWorkerMirroredStrategy()
+        if is_evaluator:
+            raise InputError(
+                "--strategy multiworker: expected a worker in TF_CONFIG, found the evaluator; the first worker "
+                "validates, so start only workers"
+            )
+        # Without asking, gradients would go through the hosts also where there are GPUs.
+        kind = tf.distribute.experimental.CommunicationImplementation
+        implementation = kind.NCCL if tf.config.list_physical_devices("GPU") else kind.AUTO
+        return tf.distribute.MultiWorkerMirroredStrategy(
+            communication_options=tf.distribute.experimental.CommunicationOptions(implementation=implementation)
+        )
     return tf.distribute.get_strategy()
 
 
@@ -93,3 +150,26 @@ def check_batch_size(batch_size: int, strategy: tf.distribute.Strategy) -> None:
     num_devices = strategy.num_replicas_in_sync
     if batch_size < num_devices:
         raise InputError(f"--batch-size: expected at least {num_devices}, the number of devices, found {batch_size}")
+
+
+def separate_random_states(model: tf.keras.Model, strategy: tf.distribute.Strategy) -> None:
+    """Gives every replica random numbers of its own, by folding its number into its copy of the model's seeds.
+
+    Keras gives all replicas the same dropout and the same noise. The first one keeps its numbers, which are those of a
+    single device. A checkpoint holds only the first one's states, so this is done after it is restored.
+
+    Args:
+        model: made in the strategy's scope; what it does not train are the states of seed generators: (2,) each, a
+            seed and a counter of the draws.
+        strategy: whose replicas draw.
+    """
+
+    def fold() -> None:
+        replica = tf.distribute.get_replica_context().replica_id_in_sync_group
+        for state in model.non_trainable_variables:
+            seed, counter = tf.unstack(tf.convert_to_tensor(state))
+            folded = tf.random.experimental.stateless_fold_in([seed, 0], replica)[0]  # a resumed run folds the same
+            state.assign([tf.where(replica == 0, seed, folded), counter])
+
+    if strategy.num_replicas_in_sync > 1:
+        strategy.run(tf.function(fold))

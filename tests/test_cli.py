@@ -215,3 +215,31 @@ def test_suppress_stderr_holds_back_unless_the_block_fails(capfd, monkeypatch):
     with cli.suppress_stderr():
         os.write(2, b"of a library\n")
     assert capfd.readouterr().err == "of a library\n"
+
+
+@pytest.mark.parametrize(
+    ("error", "expected"),
+    [
+        (RuntimeError("OOM when allocating tensor on /device:GPU:0 by allocator GPU_0_bfc"), "the memory of the GPU"),
+        (RuntimeError("Failed copying: Dst tensor is not initialized."), "which nvidia-smi lists"),
+        (RuntimeError("CUBLAS_STATUS_NOT_INITIALIZED"), "the memory of the GPU is full; give a smaller --batch-size"),
+        (RuntimeError("OOM when allocating tensor on /device:CPU:0 by allocator cpu"), "the memory of this machine"),
+        (MemoryError(), "the memory of this machine is full"),
+    ],
+)
+def test_run_main_says_that_memory_is_full(error, expected, all_options, capsys):
+    def main():
+        raise error
+
+    with pytest.raises(SystemExit) as stop:
+        run_main(main)
+    message = capsys.readouterr().err
+    assert stop.value.code == 2 and expected in message and message.count("\n") == 1
+
+
+def test_run_main_shows_other_errors():
+    def main():
+        raise RuntimeError("a fault of the program")
+
+    with pytest.raises(RuntimeError, match="a fault of the program"):
+        run_main(main)

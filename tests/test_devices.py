@@ -138,14 +138,94 @@ def test_resolve_jit_trains_without_xla_where_it_fails(monkeypatch, capsys):
     assert capsys.readouterr().err == "XLA cannot be used on this GPU (no libdevice): training without it\n"
 
 
-def test_warn_if_gpu_unused(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(tf.config, "list_physical_devices", lambda device_type: [])
-    monkeypatch.setattr(devices, "NVIDIA_DRIVER_FILE", tmp_path / "version")
-    devices.warn_if_gpu_unused()
+@pytest.fixture
+def check_gpus(monkeypatch):
+    """Runs check_gpus with GPUs, each a name and a compute capability; returns those that stay visible of some."""
+
+    def check(*gpus, is_too_late=False):
+        visible = []
+        details = {name: {"device_name": name, "compute_capability": capability} for name, capability in gpus}
+        built_for = ["sm_60", "sm_70", "sm_80", "sm_89", "compute_90"]
+
+        def set_visible_devices(devices, _):
+            if is_too_late:
+                raise RuntimeError("Visible devices cannot be modified after being initialized")
+            visible.extend(devices)
+
+        monkeypatch.setattr(tf.config, "list_physical_devices", lambda device_type: list(details))
+        monkeypatch.setattr(tf.config.experimental, "get_device_details", lambda gpu: details[gpu])
+        monkeypatch.setattr(tf.config, "set_visible_devices", set_visible_devices)
+        monkeypatch.setattr(tf.sysconfig, "get_build_info", lambda: {"cuda_compute_capabilities": built_for})
+        devices.check_gpus.__wrapped__()
+        return visible
+
+    return check
+
+
+@pytest.mark.parametrize("hidden", [None, "-1", ""])
+def test_check_gpus_names_a_gpu_that_cannot_be_used(hidden, check_gpus, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(devices, "NVIDIA_DRIVER_FILES", (tmp_path / "version", tmp_path / "dxg"))
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    check_gpus()
+    assert capsys.readouterr().err == "", "there is no driver"
+    devices.NVIDIA_DRIVER_FILES[1].touch()
+    if hidden is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", hidden)
+    check_gpus()
+    assert ("requirements-gpu.txt" in capsys.readouterr().err) == (hidden is None)
+
+
+def test_check_gpus_hides_those_without_kernels(check_gpus, capsys):
+    assert check_gpus(("Tesla T4", (7, 5)), ("H200", (9, 0))) == []
+    assert capsys.readouterr().err == "", "both are used"
+    assert check_gpus(("RTX 5090", (12, 0)), ("RTX 4090", (8, 9))) == ["RTX 4090"]
+    message = capsys.readouterr().err
+    assert message.count("\n") == 1 and "no kernels for RTX 5090, of compute capability 12.0" in message
+
+
+def test_check_gpus_does_not_fail_once_tensorflow_computes(check_gpus, capsys):
+    check_gpus(("RTX 5090", (12, 0)), is_too_late=True)
     assert capsys.readouterr().err == ""
-    devices.NVIDIA_DRIVER_FILE.touch()
-    devices.warn_if_gpu_unused()
-    assert "requirements-gpu.txt" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("capability", "built_for", "expected"),
+    [
+        ((8, 6), ["sm_80"], True),
+        ((8, 0), ["sm_86"], False),
+        ((9, 0), ["sm_80", "compute_90"], True),
+        ((10, 0), ["sm_89", "compute_90"], False),
+        ((10, 3), ["sm_100"], True),
+        ((12, 0), ["sm_100", "compute_120"], True),
+        ((5, 2), ["sm_60"], False),
+        ((12, 0), [], True),
+        (None, ["sm_60"], True),
+    ],
+)
+def test_has_kernels(capability, built_for, expected):
+    details = {} if capability is None else {"compute_capability": capability}
+    assert devices.has_kernels(details, built_for) == expected
+
+
+@pytest.mark.parametrize(("gpus", "expected"), [([], "AUTO"), (["GPU:0"], "NCCL")])
+def test_multiworker_asks_for_nccl_where_there_are_gpus(gpus, expected, monkeypatch):
+    chosen = []
+    monkeypatch.setenv("TF_CONFIG", '{"cluster": {"worker": ["localhost:1"]}, "task": {"type": "worker", "index": 0}}')
+    monkeypatch.setattr(tf.config, "list_physical_devices", lambda device_type: gpus)
+    monkeypatch.setattr(
+        tf.distribute,
+        "MultiWorkerMirroredStrategy",
+        lambda communication_options: chosen.append(communication_options.implementation.name),
+    )
+    devices.make_strategy("multiworker")
+    assert chosen == [expected]
+
+
+def test_multiworker_refuses_an_evaluator(monkeypatch):
+    config = {"cluster": {"worker": ["localhost:1"]}, "task": {"type": "evaluator", "index": 0}}
+    monkeypatch.setenv("TF_CONFIG", json.dumps(config))
+    with pytest.raises(InputError, match="found the evaluator"):
+        devices.make_strategy("multiworker")
 
 
 @pytest.mark.parametrize("text", [None, "{", '{"cluster": {}}', '{"cluster": {"worker": []}, "task": 3}'])
