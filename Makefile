@@ -1,6 +1,7 @@
 # `make` lists the commands. All but help, bench and clean make the virtual environment .venv first.
 PYTHON ?= python3
 BIN = .venv/bin
+IN_PARALLEL = -n 2 --dist loadfile --no-loadscope-reorder  # tests/conftest.py has the order of the files
 CACHES = .mypy_cache .pytest_cache .ruff_cache
 CODE_FOLDERS = . captioning tests tests/helpers benchmarks notebooks
 
@@ -14,10 +15,10 @@ demo: .venv/ready  ## run the whole pipeline on drawn shapes: about 5 minutes on
 	$(BIN)/python demo.py
 
 test: .venv/ready  ## run all tests
-	$(BIN)/python -m pytest -q -n 2 --dist loadfile tests
+	$(BIN)/python -m pytest -q $(IN_PARALLEL) tests
 
 test-fast: .venv/ready  ## run the tests that are not marked slow
-	$(BIN)/python -m pytest -q -n 2 --dist loadfile -m "not slow" tests
+	$(BIN)/python -m pytest -q $(IN_PARALLEL) -m "not slow" tests
 
 lint: .venv/ready  ## check style, format and types
 	$(BIN)/ruff check .

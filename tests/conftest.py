@@ -19,6 +19,14 @@ COLOURS = ("red", "green", "blue")
 NOUNS = ("dog", "cat", "bird", "horse")
 MANIFEST = {"cnn": "InceptionV3", "weights": "imagenet", "image_size": 299, "dtype": "float16", "images": "../images"}
 
+# They come first, so that no process is busy with one of them while the other has nothing left to do.
+LONGEST_FILES = ("train", "pipeline", "damaged", "interruptions", "devices", "benchmarks", "train_step")
+
+
+def pytest_collection_modifyitems(items):
+    names = [f"test_{name}.py" for name in LONGEST_FILES]
+    items.sort(key=lambda item: names.index(item.path.name) if item.path.name in names else len(names))
+
 
 @pytest.fixture(autouse=True)
 def _no_command(monkeypatch):

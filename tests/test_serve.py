@@ -178,10 +178,12 @@ def test_main_refuses_a_run_that_does_not_exist():
 # The process.
 
 SCRIPT = """
+import signal
 import features, serve
 from captioning.cli import run_main
 from helpers.train_and_kill import build_small_cnn
 features.build_feature_extractor = build_small_cnn
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background commands ignore it
 run_main(serve.main)
 """
 
@@ -201,7 +203,10 @@ def test_process_answers_and_ends_by_ctrl_c(run):
             assert len(json.load(reply)["words"]) == 3
         idle = urllib.request.urlopen(f"{url}health")  # a connection that is open does not hold it up
         process.send_signal(signal.SIGINT)
-        _, errors = process.communicate(timeout=20)
+        try:
+            _, errors = process.communicate(timeout=20)
+        finally:
+            process.kill()  # if it has not ended, the test fails and does not wait for it
         idle.close()
     assert process.returncode == 0, errors
     lines = errors.splitlines()
