@@ -13,9 +13,10 @@ from typing import NamedTuple
 
 import numpy as np
 
-from captioning import fused_decoder
+from captioning import devices, fused_decoder
 from captioning.cli import make_parser, run_main
 from captioning.config import ModelConfig
+from captioning.fused_decoder import WordOrder
 from captioning.quiet_tensorflow import tf
 from captioning.settings import add_options
 
@@ -34,10 +35,20 @@ class EncodedImages(NamedTuple):
             return self
         # A product, since the gradient of a product is one too; that of tf.gather is slower.
         one_hot = tf.one_hot(image_index, tf.shape(self.keys)[0], dtype=self.keys.dtype)  # (B, images)
-        repeated = (tf.tensordot(one_hot, tensor, 1) for tensor in self)
-        return EncodedImages(
-            *(tf.ensure_shape(new, (None, *old.shape[1:])) for new, old in zip(repeated, self, strict=True))
-        )
+
+        def repeat(tensor: tf.Tensor) -> tf.Tensor:
+            shape = tensor.shape[1:]
+            return tf.reshape(tf.matmul(one_hot, tf.reshape(tensor, (-1, shape.num_elements()))), (-1, *shape))
+
+        return EncodedImages(*map(repeat, self))
+
+
+def project_locations(dense: tf.keras.layers.Dense, tensor: tf.Tensor) -> tf.Tensor:
+    """Applies a Dense layer at every location of a tensor (B, L, C), as one product: (B, L, units of the layer).
+
+    Keras does so too, but asks a GPU for the shape, and waits for it.
+    """
+    return tf.reshape(dense(tf.reshape(tensor, (-1, tensor.shape[2]))), (-1, tensor.shape[1], dense.units))
 
 
 class SamplingNoise(NamedTuple):
@@ -59,6 +70,7 @@ class TeacherForcingOutput(NamedTuple):
     location_weights: tf.Tensor  # (N, L), the weights of the context vector: in hard attention a one-hot row
     is_sampled: tf.Tensor  # (N, 1) bool, whether the location was sampled; False in soft attention
     positions: tf.Tensor  # (N, 2) int32
+    targets: tf.Tensor  # (N,) int32, the true next words
 
 
 class CNNEncoder(tf.keras.Model):
@@ -70,7 +82,7 @@ class CNNEncoder(tf.keras.Model):
 
     def call(self, features: tf.Tensor) -> tf.Tensor:
         """Encodes features (B, L, 2048) as (B, L, 256)."""
-        return self.fc(features)
+        return project_locations(self.fc, features)
 
 
 class BahdanauAttention(tf.keras.Model):
@@ -105,9 +117,9 @@ class BahdanauAttention(tf.keras.Model):
             The context vector (B, 256); the attention weights (B, L), which sum to 1; and the location weights (B, L)
             of the context vector: the attention weights, or a one-hot row in hard attention.
         """
-        keys = self.W1(features) if keys is None else keys  # (B, L, 512)
+        keys = project_locations(self.W1, features) if keys is None else keys  # (B, L, 512)
         query = self.W2(state)[:, tf.newaxis]  # (B, 1, 512)
-        scores = tf.squeeze(self.V(tf.nn.tanh(keys + query)), axis=2)  # (B, L)
+        scores = tf.squeeze(project_locations(self.V, tf.nn.tanh(keys + query)), axis=2)  # (B, L)
         attention_weights = tf.nn.softmax(scores)  # (B, L)
         location_weights = self.select_location(scores, attention_weights, noise) if self.hard else attention_weights
         # A matrix product sums over the locations without storing the weighted features, (B, L, 256).
@@ -157,7 +169,7 @@ class RNNDecoder(tf.keras.Model):
 
     def encode(self, features: tf.Tensor) -> EncodedImages:
         """Adds the attention's keys to encoded features (B, L, 256)."""
-        return EncodedImages(features, self.attention.W1(features))
+        return EncodedImages(features, project_locations(self.attention.W1, features))
 
     def step(
         self, dec_input: tf.Tensor, images: EncodedImages, state: tf.Tensor, noise: SamplingNoise | None = None
@@ -203,7 +215,12 @@ class RNNDecoder(tf.keras.Model):
 
     @tf.autograph.to_graph  # which turns the loop over a tensor into a tf.while_loop; Keras does not
     def teacher_force(
-        self, tokens: tf.Tensor, images: EncodedImages, image_index: tf.Tensor | None = None, training: bool = False
+        self,
+        tokens: tf.Tensor,
+        images: EncodedImages,
+        image_index: tf.Tensor | None = None,
+        training: bool = False,
+        order: WordOrder | None = None,
     ) -> TeacherForcingOutput:
         """Teacher forcing: step t is given the true word t and predicts word t + 1, as in the tutorial's train_step.
 
@@ -212,9 +229,10 @@ class RNNDecoder(tf.keras.Model):
             images: the encoded images.
             image_index: (B,), the image of each caption; None if every caption has its own.
             training: whether dropout, and the sampling of hard attention, take place.
+            order: that of the words in fused_decoder.py, if already computed.
         """
         if self.fused:
-            return self._teacher_force_fused(tokens, images, image_index, training)
+            return self._teacher_force_fused(tokens, images, image_index, training, order)
         num_captions, num_steps = tf.shape(tokens)[0], tf.shape(tokens)[1] - 1
         images = images.for_captions(image_index)
         dec_input = self.dropout(self.embedding(tf.transpose(tokens[:, :-1])), training=training)  # (T, B, 256)
@@ -239,26 +257,22 @@ class RNNDecoder(tf.keras.Model):
             location_weights=location_weights.concat(),
             is_sampled=tf.tile(is_sampled, [num_steps, 1]),
             positions=tf.stack([row % num_captions, row // num_captions], axis=1),
+            targets=tf.reshape(tf.transpose(tokens[:, 1:]), [-1]),
         )
 
-    def _teacher_force_fused(
-        self, tokens: tf.Tensor, images: EncodedImages, image_index: tf.Tensor | None, training: bool
-    ) -> TeacherForcingOutput:
+    def _teacher_force_fused(self, tokens, images, image_index, training, order) -> TeacherForcingOutput:
         """Does the same for soft attention, faster, and without rows for padding; see captioning/fused_decoder.py."""
-        lengths = tf.math.count_nonzero(tokens, axis=1, dtype=tf.int32) - 1  # (B,); the last token is only predicted
-        longest_first = tf.argsort(lengths, direction="DESCENDING", stable=True)  # (B,)
-        lengths = tf.gather(lengths, longest_first)
-        is_active = lengths > tf.range(lengths[0])[:, tf.newaxis]  # (T, B)
-        num_active = tf.reduce_sum(tf.cast(is_active, tf.int32), axis=1)  # (T,)
-        step, rank = tf.unstack(tf.cast(tf.where(is_active), tf.int32), axis=1)  # (N,), step after step
-        positions = tf.stack([tf.gather(longest_first, rank), step], axis=1)  # (N, 2)
-
-        images = images.for_captions(longest_first if image_index is None else tf.gather(image_index, longest_first))
-        dec_input = self.dropout(self.embedding(tf.gather_nd(tokens, positions)), training=training)  # (N, 256)
-        states, attention_weights = fused_decoder.run(dec_input, images, num_active, self.attention, self.gru)
-        is_sampled = tf.zeros((tf.shape(positions)[0], 1), tf.bool)
+        with tf.device("CPU:0"):  # where the batch comes from: integers would go to a GPU and back
+            order = fused_decoder.order_tensors(tokens) if order is None else order
+            words = tf.gather_nd(tokens, order.positions)  # (N,)
+            targets = tf.gather_nd(tokens, order.positions + tf.constant([0, 1]))  # (N,)
+            index = order.longest_first if image_index is None else tf.gather(image_index, order.longest_first)
+        images = images.for_captions(index)
+        dec_input = self.dropout(self.embedding(words), training=training)  # (N, 256)
+        states, attention_weights = fused_decoder.run(dec_input, images, order, self.attention, self.gru)
+        is_sampled = tf.zeros((tf.shape(words)[0], 1), tf.bool)
         logits = self.to_logits(states, training)
-        return TeacherForcingOutput(logits, attention_weights, attention_weights, is_sampled, positions)
+        return TeacherForcingOutput(logits, attention_weights, attention_weights, is_sampled, order.positions, targets)
 
 
 class CaptionModel(tf.keras.Model):
@@ -292,10 +306,15 @@ class CaptionModel(tf.keras.Model):
         return tuple(tf.cast(output, tf.float32) for output in self.decoder(token, images, state))
 
     def call(
-        self, features: tf.Tensor, tokens: tf.Tensor, image_index: tf.Tensor | None = None, training: bool = False
+        self,
+        features: tf.Tensor,
+        tokens: tf.Tensor,
+        image_index: tf.Tensor | None = None,
+        training: bool = False,
+        order: WordOrder | None = None,
     ) -> TeacherForcingOutput:
         """Runs teacher forcing on features (images, L, 2048) and captions (B, T + 1); see `teacher_force`."""
-        return self.decoder.teacher_force(tokens, self.encode(features), image_index, training)
+        return self.decoder.teacher_force(tokens, self.encode(features), image_index, training, order)
 
 
 def build(
@@ -308,6 +327,7 @@ def build(
         features_shape: locations and channels of the CNN's features.
         mixed_precision: whether to compute in float16; the weights stay float32.
     """
+    devices.check_gpus()
     policy = tf.keras.config.dtype_policy()
     tf.keras.config.set_dtype_policy("mixed_float16" if mixed_precision else "float32")
     try:

@@ -34,6 +34,7 @@ from captioning.files import lock_folder
 from captioning.input_pipeline import (
     Batch,
     EncodedCaptions,
+    copy_ahead,
     describe_cut,
     encode_captions,
     make_distributed_dataset,
@@ -48,7 +49,6 @@ from captioning.validation import EpochScore, Validator
 from tokenizer import Tokenizer, split_words
 
 SPEED_SETTINGS = ("fused", "mixed_precision", "jit", "strategy")
-BASELINE_DECAY = 0.9  # of the baseline of REINFORCE (Xu et al. 2015, section 4.1)
 
 
 class TrainState(NamedTuple):
@@ -76,9 +76,8 @@ def compute_gradients(state: TrainState, batch: Batch, config: TrainConfig) -> t
     """Computes the gradients of the mean loss over the words of a batch, teacher forced."""
     variables = state.model.trainable_variables
     with tf.GradientTape() as tape:
-        outputs = state.model(batch.features, batch.tokens, batch.image_index, training=True)
-        targets = losses.gather_targets(batch.tokens, outputs.positions)  # (N,)
-        word_losses, mask = losses.masked_cross_entropy(outputs.logits, targets)  # (N,)
+        outputs = state.model(batch.features, batch.tokens, batch.image_index, training=True, order=batch.order)
+        word_losses, mask = losses.masked_cross_entropy(outputs.logits, outputs.targets)  # (N,)
         sample_mask = mask * tf.cast(outputs.is_sampled[:, 0], tf.float32)  # (N,)
         sums = StepSums(
             loss=tf.reduce_sum(word_losses),
@@ -88,7 +87,7 @@ def compute_gradients(state: TrainState, batch: Batch, config: TrainConfig) -> t
         )
         objective = sums.loss
         if config.label_smoothing:
-            objective += config.label_smoothing * losses.label_smoothing_term(outputs.logits, targets, mask)
+            objective += config.label_smoothing * losses.label_smoothing_term(outputs.logits, outputs.targets, mask)
         if config.doubly_stochastic:
             objective += config.doubly_stochastic * losses.doubly_stochastic_term(
                 outputs.attention_weights, mask, outputs.positions, batch.tokens
@@ -119,10 +118,7 @@ def make_train_step(
         batch_spec: the shapes that `make_distributed_dataset` yields, so that the step is compiled once for all sizes.
     """
     jit = devices.resolve_jit(config.jit)
-
-    def gradients_of(batch: Batch) -> tuple[list[tf.Tensor], StepSums]:
-        return compute_gradients(state, batch, config)
-
+    gradients_of = functools.partial(compute_gradients, state, config=config)
     if jit:
         gradients_of = tf.function(gradients_of, jit_compile=True)
 
@@ -139,13 +135,16 @@ def make_train_step(
 
     @tf.function(input_signature=None if jit else [batch_spec])
     def train_step(batch: Batch) -> None:
+        steps_before = tf.identity(state.optimizer.iterations)
         sums = StepSums(*(strategy.experimental_local_results(x)[0] for x in strategy.run(replica_step, (batch,))))
-        state.ema.update()
+        is_new = 1.0
+        if config.mixed_precision:  # the optimizer skips a step whose gradients overflow, and then so does the rest
+            is_new = tf.cast(state.optimizer.iterations > steps_before, tf.float32)
+            sums = StepSums(*(tf.where(is_new > 0, x, 0.0) for x in sums))
+        state.ema.update(is_new)
         progress = state.progress
         if state.model.decoder.attention.hard:  # after the gradient, since a baseline must not depend on its samples
-            mean_log_prob = sums.sampled_log_prob / tf.maximum(sums.num_sampled, 1)
-            change = (1 - BASELINE_DECAY) * (mean_log_prob - progress.baseline)
-            progress.baseline.assign_add(tf.where(sums.num_sampled > 0, change, 0.0))
+            progress.update_baseline(sums.sampled_log_prob, sums.num_sampled)
         progress.loss_sum.assign_add(tf.cast(sums.loss, tf.float64))
         progress.token_count.assign_add(tf.cast(sums.num_tokens, tf.float64))
         progress.step.assign_add(1)
@@ -195,7 +194,7 @@ def train_epoch(
     )
     saved = shown = time.monotonic()
     with bar:
-        for batch, rows in zip(dataset, batches[done:], strict=True):
+        for batch, rows in zip(copy_ahead(dataset, strategy), batches[done:], strict=True):
             train_step(batch)
             bar.update(len(rows))
             now = time.monotonic()
@@ -204,7 +203,7 @@ def train_epoch(
                 shown = now
                 loss = progress.mean_loss()
                 bar.set_postfix_str(f"loss {loss:.3f}", refresh=False)
-                if not math.isfinite(loss):
+                if not math.isfinite(progress.get("loss_sum")):
                     raise InputError(
                         f"the loss is {loss} by step {progress.get('step')} of epoch {epoch + 1}; the last checkpoint "
                         "is from before it: run again with a smaller --learning-rate in another --run"
@@ -293,6 +292,7 @@ def build_train_state(run: Path, config: RunConfig, strategy: tf.distribute.Stra
     if checkpoints.restore():
         done = f"{progress.get('epoch')} epochs and {progress.get('step')} batches"
         log(f"resuming {run} after {done}; best so far: epoch {progress.get('best_epoch')}")
+    devices.separate_random_states(caption_model, strategy)
     return TrainState(caption_model, optimizer, ema, progress), checkpoints
 
 
@@ -367,7 +367,7 @@ def main(argv: list[str] | None = None, on_step: Callable[[TrainState], None] | 
     args = parse(argv)
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # a cluster's request to stop saves, as Ctrl-C does
     train_config, model_config = TrainConfig.from_args(args), ModelConfig.from_args(args)
-    devices.warn_if_gpu_unused()
+    devices.check_gpus()
     strategy = devices.make_strategy(train_config.strategy)
     devices.check_batch_size(train_config.batch_size, strategy)
     data_config, feature_config = fill_locations(args.run, DataConfig.from_args(args), FeatureConfig.from_args(args))

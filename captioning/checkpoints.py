@@ -9,6 +9,8 @@ from captioning.optimizer import WeightEMA
 from captioning.quiet_tensorflow import tf
 from captioning.run_folder import latest_checkpoint
 
+BASELINE_DECAY = 0.9  # of the baseline of REINFORCE
+
 
 class TrainProgress(tf.Module):
     """The position in the training, and its running sums. Saved with the weights, so that a run resumes exactly."""
@@ -30,8 +32,18 @@ class TrainProgress(tf.Module):
         return getattr(self, name).numpy().tolist()
 
     def mean_loss(self) -> float:
-        """Returns the mean loss of the current epoch so far, in nats per word."""
-        return self.get("loss_sum") / self.get("token_count")
+        """Returns the mean loss of the current epoch so far, in nats per word; nan before the first word."""
+        return self.get("loss_sum") / (self.get("token_count") or math.nan)
+
+    def update_baseline(self, log_prob: tf.Tensor, num_words: tf.Tensor) -> None:
+        """Moves the baseline towards the mean log p of the sampled words of a step (Xu et al. 2015, section 4.1).
+
+        Args:
+            log_prob: their sum.
+            num_words: how many there are; without any the baseline stays.
+        """
+        change = (1 - BASELINE_DECAY) * (log_prob / tf.maximum(num_words, 1) - self.baseline)
+        self.baseline.assign_add(tf.where(num_words > 0, change, 0.0))
 
     def reset_epoch(self) -> None:
         """Sets the counters and sums of the current epoch to 0."""

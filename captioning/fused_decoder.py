@@ -18,7 +18,48 @@ At a step, n captions are active. L locations, C channels, U units; N is the sum
 
 from typing import NamedTuple
 
+import numpy as np
+
 from captioning.quiet_tensorflow import tf
+
+
+class WordOrder(NamedTuple):
+    """The order in which the words of a batch are gone through: step after step, in each the longest caption first.
+
+    It is index arithmetic, which threads of the input pipeline do beforehand. A GPU would have to wait for each number.
+    """
+
+    longest_first: tf.Tensor  # (B,) int32, the captions by their lengths
+    num_active: tf.Tensor  # (T,) int32, the captions that are active at each step
+    step_start: tf.Tensor  # (T,) int32, the row of each step's first word
+    positions: tf.Tensor  # (N, 2) int32, the (caption, step) of each row
+    ranks: tf.Tensor  # (N, 2) int32, its (place in longest_first, step)
+
+
+ORDER_SHAPES = ([None], [None], [None], [None, 2], [None, 2])
+
+
+def order_words(tokens: np.ndarray) -> WordOrder:
+    """Makes the order of the words that are predicted of captions (B, T + 1), which are padded with <pad>, 0."""
+    lengths = np.count_nonzero(tokens, axis=1) - 1  # (B,); the last token is only predicted
+    longest_first = np.argsort(-lengths, kind="stable")  # (B,)
+    is_active = lengths[longest_first] > np.arange(lengths.max())[:, np.newaxis]  # (T, B)
+    num_active = is_active.sum(axis=1)  # (T,)
+    step, rank = np.nonzero(is_active)  # (N,), step after step
+    order = WordOrder(
+        longest_first=longest_first,
+        num_active=num_active,
+        step_start=np.cumsum(num_active) - num_active,
+        positions=np.stack([longest_first[rank], step], axis=1),
+        ranks=np.stack([rank, step], axis=1),
+    )
+    return WordOrder(*(array.astype(np.int32) for array in order))
+
+
+def order_tensors(tokens: tf.Tensor) -> WordOrder:
+    """Makes the same order in a graph."""
+    arrays = tf.numpy_function(order_words, [tokens], [tf.int32] * len(ORDER_SHAPES))
+    return WordOrder(*map(tf.ensure_shape, arrays, ORDER_SHAPES))
 
 
 class Residuals(NamedTuple):
@@ -110,31 +151,31 @@ def loop(body, num_steps, carry, shapes, reverse=False):
     return tf.while_loop(lambda i, *_: i < num_steps, iterate, (0, carry, arrays), shapes, parallel_iterations=1)[1:]
 
 
-def forward_loop(token_inputs, features, keys, num_active, weights):
+def forward_loop(token_inputs, features, keys, order, weights):
     """Runs all steps; returns the new states (N, U), e as a TensorArray, since a copy would cost, and Residuals."""
-    (num_locations, units), offsets = keys.shape[1:], tf.cumsum(num_active, exclusive=True)
+    num_locations, units = keys.shape[1:]
 
     def body(t, state):
-        n, start = num_active[t], offsets[t]
+        n, start = order.num_active[t], order.step_start[t]
         inputs = token_inputs[:, start : start + n], features[:n], keys[:n]
         new_state, hidden, res = forward_step(state[:n], *inputs, weights)
         return [new_state], (hidden, new_state, *res)
 
     shapes = [(num_locations, units), *[(units,)] * 2, (num_locations,), (features.shape[2],), *[(units,)] * 4]
-    zeros = tf.zeros((num_active[0], units), keys.dtype)
-    hidden, *arrays = loop(body, tf.size(num_active), [zeros], shapes)[1]
+    zeros = tf.zeros((order.num_active[0], units), keys.dtype)
+    hidden, *arrays = loop(body, tf.size(order.num_active), [zeros], shapes)[1]
     states, *residuals = (array.concat() for array in arrays)  # (N, ...)
     return states, hidden, Residuals(*residuals)
 
 
-def backward_loop(d_states, d_attention, hidden, res, features, num_active, kernels):
+def backward_loop(d_states, d_attention, hidden, res, features, order, kernels):
     """Runs `backward_step` from the last step to the first; returns its sums but that of h, and its other gradients."""
-    units, num_locations, offsets = res.update.shape[1], d_attention.shape[1], tf.cumsum(num_active, exclusive=True)
+    units, num_locations = res.update.shape[1], d_attention.shape[1]
     slopes = gate_slopes(res)
 
     def body(t, d_state, d_keys, d_score_kernel):
-        n = num_active[t]
-        rows = slice(offsets[t], offsets[t] + n)
+        n, start = order.num_active[t], order.step_start[t]
+        rows = slice(start, start + n)
         ending = [[0, n - tf.shape(d_state)[0]], [0, 0]]  # captions that have no later step
         d_state = tf.pad(d_state, ending) + d_states[rows]  # (n, U)
         inputs = d_attention[rows], slopes[rows], res.attention_weights[rows], hidden.read(t), features[:n]
@@ -143,29 +184,27 @@ def backward_loop(d_states, d_attention, hidden, res, features, num_active, kern
 
     zeros = [tf.zeros(shape, d_states.dtype) for shape in ((0, units), (0, num_locations, units), (1, units))]
     shapes = [(3 * units,), (4 * units,), (num_locations,), (features.shape[2],)]
-    (_, d_keys, d_score_kernel), arrays = loop(body, tf.size(num_active), zeros, shapes, reverse=True)
+    (_, d_keys, d_score_kernel), arrays = loop(body, tf.size(order.num_active), zeros, shapes, reverse=True)
     return d_keys, d_score_kernel, *[array.concat() for array in arrays]
 
 
 @tf.custom_gradient
-def unroll(token_inputs, features, keys, num_active, query_kernel, score_kernel, context_kernel, kernel, bias):
+def unroll(token_inputs, features, keys, order, query_kernel, score_kernel, context_kernel, kernel, bias):
     """Runs all steps; its gradient has one product for each kernel. See `run` for shapes and results."""
     units = keys.shape[2]
     state_kernels = tf.stack([*tf.split(kernel, 3, 1), query_kernel])  # (4, U, U)
     weights = state_kernels, tf.stack(tf.split(context_kernel, 3, 1)), score_kernel, bias
     token_inputs = tf.stack(tf.split(token_inputs, 3, 1))  # (3, N, U)
-    states, hidden, res = forward_loop(token_inputs, features, keys, num_active, weights)
+    states, hidden, res = forward_loop(token_inputs, features, keys, order, weights)
 
     def gradient(d_states, d_attention):
         state_kernel = tf.concat([tf.transpose(kernel), tf.transpose(query_kernel)], 0)  # (4U, U)
         kernels = tf.transpose(context_kernel), state_kernel, score_kernel[:, 0]
-        grads = backward_loop(d_states, d_attention, hidden, res, features, num_active, kernels)
+        grads = backward_loop(d_states, d_attention, hidden, res, features, order, kernels)
         squares, d_score_kernel, d_inputs, d_recurrent, d_scores, d_context = grads
-        batch = tf.shape(keys)[0]
-        step_caption = tf.cast(tf.where(tf.range(batch) < num_active[:, tf.newaxis]), tf.int32)  # (N, 2)
 
         def unpack(rows):  # (N, D) -> (B, T, D)
-            return tf.scatter_nd(step_caption[:, ::-1], rows, (batch, tf.size(num_active), rows.shape[1]))
+            return tf.scatter_nd(order.ranks, rows, (tf.shape(keys)[0], tf.size(order.num_active), rows.shape[1]))
 
         d_features = tf.matmul(unpack(res.attention_weights), unpack(d_context), transpose_a=True)  # (B, L, C)
         d_keys = (tf.reduce_sum(unpack(d_scores), 1)[:, :, tf.newaxis] - squares) * score_kernel[:, 0]  # (B, L, U)
@@ -173,18 +212,18 @@ def unroll(token_inputs, features, keys, num_active, query_kernel, score_kernel,
         d_context_kernel = tf.matmul(res.context, d_inputs, transpose_a=True)  # (C, 3U)
         d_bias = tf.reduce_sum(d_recurrent[:, 2 * units : 3 * units], 0)  # (U,)
         d_kernels = d_state[:, 3 * units :], tf.transpose(d_score_kernel), d_context_kernel, d_state[:, : 3 * units]
-        return d_inputs, d_features, d_keys, None, *d_kernels, d_bias
+        return d_inputs, d_features, d_keys, *[None] * len(order), *d_kernels, d_bias
 
     return (states, res.attention_weights), gradient
 
 
-def run(dec_input, images, num_active, attention, gru) -> tuple[tf.Tensor, tf.Tensor]:
+def run(dec_input, images, order, attention, gru) -> tuple[tf.Tensor, tf.Tensor]:
     """Runs all steps from a state of zeros; returns the new states (N, U) and the attention weights (N, L).
 
     Args:
         dec_input: (N, E), the embedded input words, packed: step after step, in each the active captions in order.
         images: features (B, L, C) and keys (B, L, U) of every caption's image, longest caption first.
-        num_active: (T,) int32, how many captions are active at each step; it never increases.
+        order: the order of the words.
         attention: the `BahdanauAttention`.
         gru: the `GRUCell`; the first C rows of its kernel belong to the context.
     """
@@ -195,4 +234,4 @@ def run(dec_input, images, num_active, attention, gru) -> tuple[tf.Tensor, tf.Te
     token_bias = bias[0] + tf.pad(bias[1, : 2 * units], [[0, units]])  # (3U,)
     token_inputs = tf.matmul(dec_input, kernel[channels:]) + token_bias  # (N, 3U)
     weights = query_kernel, score_kernel, kernel[:channels], state_kernel, bias[1, 2 * units :]
-    return unroll(token_inputs, images.features, images.keys + query_bias, num_active, *weights)
+    return unroll(token_inputs, images.features, images.keys + query_bias, order, *weights)

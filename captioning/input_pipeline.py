@@ -4,13 +4,15 @@ Unless captions are shuffled one by one, those of an image are neighbours, so th
 once for all of them.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from typing import NamedTuple
 
 import numpy as np
 
 from captioning.annotations import Example
+from captioning.devices import has_gpu
 from captioning.feature_cache import map_prefetch
+from captioning.fused_decoder import ORDER_SHAPES, WordOrder, order_words
 from captioning.quiet_tensorflow import tf
 
 SORT_WINDOW = 50  # batches within which images are sorted by length: little padding, and batches differ by epoch
@@ -32,6 +34,7 @@ class Batch(NamedTuple):
     features: tf.Tensor  # (images, 64, 2048), in the cache's dtype
     image_index: tf.Tensor  # (B,) int32, the image of each caption
     tokens: tf.Tensor  # (B, T + 1) int32, padded with <pad> to the batch's longest caption
+    order: WordOrder | None  # that of the words in fused_decoder.py; None with static shapes
 
 
 def encode_captions(
@@ -143,23 +146,45 @@ def make_dataset(
     def round_up(count):
         return -(-count // 8) * 8 if static_shapes else count
 
-    def make_arrays(number: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    def make_arrays(number: int) -> tuple[np.ndarray, ...]:
         rows = batches[number]
         images, image_index = np.unique(captions.image_index[rows], return_inverse=True)
         num_steps = captions.lengths[rows].max() - 1
         tokens = np.zeros((largest if static_shapes else len(rows), 1 + round_up(num_steps)), np.int32)
         tokens[: len(rows), : 1 + num_steps] = captions.tokens[rows, : 1 + num_steps]
-        return images, np.pad(image_index, (0, len(tokens) - len(rows))).astype(np.int32), tokens
+        order = () if static_shapes else order_words(tokens)
+        return images, np.pad(image_index, (0, len(tokens) - len(rows))).astype(np.int32), tokens, *order
 
     def load_batch(number: tf.Tensor) -> Batch:
-        images, image_index, tokens = tf.numpy_function(make_arrays, [number], [tf.int32] * 3)
+        num_arrays = 3 if static_shapes else 3 + len(ORDER_SHAPES)
+        images, image_index, tokens, *order = tf.numpy_function(make_arrays, [number], [tf.int32] * num_arrays)
         features = read_features(tf.gather(feature_paths, images))
         padding = round_up(tf.shape(features)[0]) - tf.shape(features)[0]
         features = tf.pad(features, [[0, padding], [0, 0], [0, 0]])
-        return Batch(features, tf.ensure_shape(image_index, (None,)), tf.ensure_shape(tokens, (None, None)))
+        word_order = WordOrder(*map(tf.ensure_shape, order, ORDER_SHAPES)) if order else None
+        return Batch(features, tf.ensure_shape(image_index, (None,)), tf.ensure_shape(tokens, (None, None)), word_order)
 
     # Not from_generator: it makes malloc map and unmap every large tensor of the process, those of training included.
     return map_prefetch(tf.data.Dataset.range(len(batches)), load_batch)
+
+
+def copy_ahead(batches: Iterable[Batch], strategy: tf.distribute.Strategy) -> Iterator[Batch]:
+    """Yields the batches with their features on the GPU, if one trains, each copied while the step before it runs.
+
+    The integers stay where they are, in the memory of the machine: they are the shapes and indices of the step.
+    """
+    if not has_gpu() or strategy is not tf.distribute.get_strategy():
+        yield from batches
+        return
+    ready = None
+    for batch in batches:
+        with tf.device("GPU:0"):
+            copied = batch._replace(features=tf.identity(batch.features))  # returns before it is done
+        if ready is not None:
+            yield ready
+        ready = copied
+    if ready is not None:
+        yield ready
 
 
 def make_distributed_dataset(
@@ -178,4 +203,6 @@ def make_distributed_dataset(
         parts = [part for rows in batches for part in np.array_split(rows, num_replicas)[first : first + num_local]]
         return make_dataset(captions, parts, read_features, static_shapes)
 
-    return strategy.distribute_datasets_from_function(make_input)
+    # To the replicas' devices only the step copies, what it needs there: see copy_ahead.
+    options = tf.distribute.InputOptions(experimental_fetch_to_device=False)
+    return strategy.distribute_datasets_from_function(make_input, options)

@@ -5,15 +5,11 @@ locations, V the size of the vocabulary. Functions return sums over the batch un
 Log-probabilities are in nats.
 """
 
+from captioning.devices import has_gpu
 from captioning.quiet_tensorflow import tf
 from captioning.special_tokens import PAD_ID
 
 EPSILON = 1e-20  # the smallest weight or probability whose logarithm is taken
-
-
-def gather_targets(tokens: tf.Tensor, positions: tf.Tensor) -> tf.Tensor:
-    """Returns the target token of each row, (N,): the one after its (caption, step) in tokens (B, T + 1)."""
-    return tf.gather_nd(tokens, positions + tf.constant([0, 1]))
 
 
 def masked_cross_entropy(logits: tf.Tensor, targets: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
@@ -34,6 +30,8 @@ def masked_cross_entropy(logits: tf.Tensor, targets: tf.Tensor) -> tuple[tf.Tens
 
 def cross_entropy(logits: tf.Tensor, targets: tf.Tensor) -> tf.Tensor:
     """Computes the same as `tf.nn.sparse_softmax_cross_entropy_with_logits`, in half its time on a CPU: (N,)."""
+    if has_gpu():
+        return tf.nn.sparse_softmax_cross_entropy_with_logits(targets, logits)
     row_target = tf.stack([tf.range(tf.size(targets)), targets], axis=1)  # (N, 2)
 
     @tf.custom_gradient

@@ -4,23 +4,30 @@ import contextlib
 from collections.abc import Iterator
 from typing import Any
 
+from captioning.devices import has_gpu
 from captioning.quiet_tensorflow import tf
 
 
 class FusedAdam(tf.keras.optimizers.Adam):
     """Keras's Adam with its arithmetic in TensorFlow's one operation for it: one pass over the weights, not ten."""
 
-    def update_step(self, gradient: tf.Tensor, variable: Any, learning_rate: tf.Tensor) -> None:
-        """Updates one variable and its two moments."""
+    def _backend_update_step(self, gradients: list[tf.Tensor], variables: list[Any], learning_rate: tf.Tensor) -> None:
+        """Updates all variables; computes what depends only on the step once, and not for each of them."""
+        step = tf.cast(self.iterations + 1, tf.float32)
+        rates = tf.cast(learning_rate, tf.float32), self.beta_1**step, self.beta_2**step
+        super()._backend_update_step(gradients, variables, rates)
+
+    def update_step(self, gradient: tf.Tensor, variable: Any, rates: tuple[tf.Tensor, tf.Tensor, tf.Tensor]) -> None:
+        """Updates one variable and its two moments; `rates` are the learning rate and the powers of both betas."""
         index = self._get_variable_index(variable)
-        step = tf.cast(self.iterations + 1, variable.dtype)
+        learning_rate, beta1_power, beta2_power = rates
         tf.raw_ops.ResourceApplyAdam(
             var=variable.handle,
             m=self._momentums[index].handle,
             v=self._velocities[index].handle,
-            beta1_power=self.beta_1**step,
-            beta2_power=self.beta_2**step,
-            lr=tf.cast(learning_rate, variable.dtype),
+            beta1_power=beta1_power,
+            beta2_power=beta2_power,
+            lr=learning_rate,
             beta1=self.beta_1,
             beta2=self.beta_2,
             epsilon=self.epsilon,
@@ -28,12 +35,14 @@ class FusedAdam(tf.keras.optimizers.Adam):
         )
 
     def _clip_gradients(self, gradients: list[tf.Tensor]) -> list[tf.Tensor]:
-        """Clips as Keras does, without storing squares, and without a copy where there is nothing to clip."""
+        """Clips as Keras does, without storing squares; on a CPU also without a copy where there is nothing to clip."""
         norm = tf.linalg.global_norm(gradients)
 
         def clip() -> list[tf.Tensor]:
             return tf.clip_by_global_norm(gradients, self.global_clipnorm, norm)[0]
 
+        if has_gpu():  # which a branch would wait for
+            return clip()
         return tf.cond(norm <= self.global_clipnorm, lambda: gradients, clip)
 
     def _all_reduce_sum_gradients(self, grads_and_vars: list[tuple]) -> list[tuple]:
@@ -60,12 +69,16 @@ class WeightEMA(tf.Module):
         self.shadow = [tf.Variable(variable, trainable=False) for variable in self.variables_to_average]
         self.num_updates = tf.Variable(0.0)
 
-    def update(self) -> None:
-        """Moves the average towards the weights; quickly at first, so that the random start is soon forgotten."""
-        self.num_updates.assign_add(1.0)
+    def update(self, is_new: tf.Tensor | float = 1.0) -> None:
+        """Moves the average towards the weights; quickly at first, so that the random start is soon forgotten.
+
+        Args:
+            is_new: 1, or 0 after a step that has not changed the weights, which changes nothing here.
+        """
+        self.num_updates.assign_add(is_new)
         decay = tf.minimum(self.decay, (1.0 + self.num_updates) / (10.0 + self.num_updates))
         for shadow, variable in zip(self.shadow, self.variables_to_average, strict=True):
-            shadow.assign_add((1.0 - decay) * (variable - shadow))
+            shadow.assign_add(is_new * (1.0 - decay) * (variable - shadow))
 
     @contextlib.contextmanager
     def applied(self) -> Iterator[None]:

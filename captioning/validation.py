@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 from captioning import metrics
 from captioning.cli import log
 from captioning.input_pipeline import Batch, EncodedCaptions, make_dataset, make_epoch_batches
-from captioning.losses import gather_targets, masked_cross_entropy
+from captioning.losses import masked_cross_entropy
 from captioning.quiet_tensorflow import tf
 
 # Validation images from which CIDEr chooses the best epoch. CIDEr weighs an n-gram by log(images / images that have
@@ -77,8 +77,8 @@ class Validator:
 
         @tf.function(input_signature=[make_dataset(captions, [], read_features).element_spec])
         def val_step(batch: Batch) -> tuple[tf.Tensor, tf.Tensor]:
-            outputs = model(batch.features, batch.tokens, batch.image_index)
-            losses, mask = masked_cross_entropy(outputs.logits, gather_targets(batch.tokens, outputs.positions))
+            outputs = model(batch.features, batch.tokens, batch.image_index, order=batch.order)
+            losses, mask = masked_cross_entropy(outputs.logits, outputs.targets)
             return tf.reduce_sum(losses), tf.reduce_sum(mask)
 
         self._val_step = val_step

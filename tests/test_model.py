@@ -6,7 +6,7 @@ import pytest
 import model
 from captioning.cli import InputError
 from captioning.config import ModelConfig
-from captioning.losses import gather_targets, masked_cross_entropy
+from captioning.losses import masked_cross_entropy
 from captioning.quiet_tensorflow import tf
 from model import BahdanauAttention, CaptionModel, CNNEncoder, EncodedImages, RNNDecoder, SamplingNoise
 
@@ -21,7 +21,7 @@ def make_tokens(rng, num_captions=3, length=7):
 
 def mean_loss(caption_model, features, tokens, image_index=None):
     outputs = caption_model(features, tokens, image_index)
-    losses, mask = masked_cross_entropy(outputs.logits, gather_targets(tokens, outputs.positions))
+    losses, mask = masked_cross_entropy(outputs.logits, outputs.targets)
     return tf.reduce_sum(losses) / tf.reduce_sum(mask)
 
 
