@@ -262,9 +262,9 @@ def compute_features(
         while batch := list(itertools.islice(images, batch_size)):
             yield [image_path for image_path, _ in batch], np.stack([image for _, image in batch])  # (B, 299, 299, 3)
 
-    # A thread runs the CNN, while this one waits for the images of the next batch.
-    for (image_paths, _), values in map_threads(lambda batch: extract(batch[1]).numpy(), stack(), 2, num_threads=1):
-        yield image_paths, values
+    # A thread runs the CNN while this one makes the next batch. On a GPU that one is queued before this one is awaited.
+    for (image_paths, _), values in map_threads(lambda batch: extract(batch[1]), stack(), 2, num_threads=1):
+        yield image_paths, values.numpy()
 
 
 def write_features(

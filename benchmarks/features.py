@@ -2,45 +2,159 @@
 
     python -m benchmarks.features
     python -m benchmarks.features --images 96 --batch-sizes 16 32
+    python -m benchmarks.features --only pipeline --readers 16 --cnn-rate 3000
 
-The variants, in images per second:
+cnn: the variants, in images per second:
 
     project   features.cache_features: decodes JPEGs of 500x375 pixels, runs the CNN and writes the files.
     cnn       the CNN alone, on pixels that are in memory, with the best of several batch sizes.
     tutorial  the tutorial's loop: tf.data decodes, the CNN is called eagerly for batches of 16 images, and np.save
               writes a file for each image.
 
+decoding: how many JPEGs of several sizes one core turns into pixels in a second, decoded in full and scaled.
+
+pipeline: how fast images are read, computed and written where there are more cores and a GPU than here. Readers that
+          only sleep as long as decoding takes stand for the cores, and a CNN that only sleeps for the GPU; the rest is
+          real: threads, batches, hashes of the images, and files. At best it is as fast as the slower of the two. It
+          needs some time of a real core for every image (`cpu_ms_per_image`), so two cores carry about 1,000 images/s.
+
 The weights are random, which does not change the speed. The last line is JSON.
 """
 
+import argparse
 import functools
 import json
+import os
 import tempfile
+import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
+from unittest import mock
 
 import numpy as np
 from PIL import Image
 
 import features
 from benchmarks.timing import interleaved_median_rates, items_per_second
+from captioning import images as captioning_images
 from captioning.cli import int_at_least, log, make_parser, run_main
-from captioning.feature_cache import FeatureCache
+from captioning.feature_cache import MIN_JPEG_SIDES, NUM_CHANNELS, NUM_LOCATIONS, SCALED_JPEG_SIDE, FeatureCache
 from captioning.quiet_tensorflow import tf
 
 BATCH_SIZES = [8, 16, 32, 64]
+PIPELINE_BATCH_SIZE = 32
+PHOTO_SIZE = (500, 375)  # as most of COCO and Flickr
+SIZES = (PHOTO_SIZE, (640, 480), (4000, 3000))
+MIN_CPU_SECONDS = 0.2  # of a measurement of decoding
 
 
-def draw_photos(folder: Path, num_images: int) -> list[str]:
-    """Writes JPEGs that take as long to decode as photographs: smooth noise, 500x375 pixels, about 60 KB each."""
+def draw_photos(folder: Path, num_images: int, size: tuple[int, int] = PHOTO_SIZE) -> list[str]:
+    """Writes JPEGs that take as long to decode as photographs: smooth noise, about 60 KB each at 500x375 pixels."""
     rng = np.random.default_rng(0)
     names = [f"{i}.jpg" for i in range(num_images)]
     for name in names:
-        coarse = Image.fromarray(rng.integers(0, 256, (47, 63, 3), np.uint8))
-        pixels = np.asarray(coarse.resize((500, 375), Image.Resampling.BICUBIC)).astype(np.int16)  # (375, 500, 3)
+        coarse = Image.fromarray(rng.integers(0, 256, (size[1] // 8 + 1, size[0] // 8 + 1, 3), np.uint8))
+        pixels = np.asarray(coarse.resize(size, Image.Resampling.BICUBIC)).astype(np.int16)  # (height, width, 3)
         pixels = (pixels + rng.normal(0, 6, pixels.shape)).clip(0, 255).astype(np.uint8)
         Image.fromarray(pixels).save(folder / name, quality=90)
     return names
+
+
+# Decoding.
+
+
+def decoding_rate(path: Path, min_jpeg_side: int | None) -> float:
+    """Measures `features.load_image` on one image, in images per second of a core."""
+    start, count = time.thread_time(), 0
+    while (seconds := time.thread_time() - start) < MIN_CPU_SECONDS or not count:
+        features.load_image(path, min_jpeg_side)
+        count += 1
+    return count / seconds
+
+
+def measure_decoding(root: Path, sizes: tuple[tuple[int, int], ...], rounds: int) -> dict[str, float]:
+    """Measures decoding of JPEGs, in full and scaled, in images per second of a core; see `measure` for the rest."""
+    variants = {}
+    for width, height in sizes:
+        folder = root / f"{width}x{height}"
+        folder.mkdir()
+        [name] = draw_photos(folder, 1, (width, height))
+        for decoding, min_jpeg_side in MIN_JPEG_SIDES.items():
+            run = functools.partial(decoding_rate, folder / name, min_jpeg_side)
+            variants[f"{width}x{height}, {decoding}"] = run
+    rates = interleaved_median_rates(variants, rounds, "images")
+    return {name: round(rate, 1) for name, rate in rates.items()}
+
+
+# The pipeline.
+
+
+def make_sleeping_cnn(rate: float) -> Callable[..., tf.Tensor]:
+    """Makes what stands for a CNN on a GPU, which takes no time of a core."""
+    values = tf.zeros((PIPELINE_BATCH_SIZE, NUM_LOCATIONS, NUM_CHANNELS), tf.float16)
+
+    def sleep(num_images: np.ndarray) -> np.ndarray:
+        time.sleep(num_images / rate)
+        return num_images
+
+    def extract(pixels: tf.Tensor, training: bool = False) -> tf.Tensor:
+        del training
+        num_images = tf.numpy_function(sleep, [tf.shape(pixels)[0]], tf.int32)
+        return tf.ensure_shape(values[:num_images], (None, NUM_LOCATIONS, NUM_CHANNELS))
+
+    return extract
+
+
+def measure_pipeline(
+    root: Path, num_images: int, cnn_rate: float, num_readers: int, decode_seconds: float
+) -> dict[str, float]:
+    """Measures the pipeline from the image files to those of the features, with readers and a CNN that sleep.
+
+    Args:
+        root: an empty folder.
+        num_images: at least two batches of `PIPELINE_BATCH_SIZE`.
+        cnn_rate: images per second.
+        num_readers: threads.
+        decode_seconds: how long a reader sleeps.
+
+    Returns:
+        The rates in images per second, their share of what is possible, and the cores' time for each image.
+    """
+    image_dir, pixels = root / "pipeline", np.zeros((299, 299, 3), np.uint8)
+    image_dir.mkdir()
+    [first] = draw_photos(image_dir, 1)
+    names = [f"{i}_of_many.jpg" for i in range(num_images)]
+    for name in names:
+        os.link(image_dir / first, image_dir / name)
+    cache = features.open_or_create_cache(root / "pipeline_cache", image_dir, names, "imagenet", "float16")
+    extractor = make_sleeping_cnn(cnn_rate)
+    run_cnn = make_cnn_run(extractor, np.stack([pixels] * 8 * PIPELINE_BATCH_SIZE))
+    run_cnn(PIPELINE_BATCH_SIZE)  # compiles
+    cnn = items_per_second(lambda: run_cnn(PIPELINE_BATCH_SIZE), 8 * PIPELINE_BATCH_SIZE)
+
+    def load_image(*_: Any) -> np.ndarray:
+        time.sleep(decode_seconds)
+        return pixels.copy()
+
+    cpu_start = time.process_time()
+    with (
+        mock.patch.object(features, "load_image", load_image),
+        mock.patch.object(features, "build_feature_extractor", lambda _: extractor),
+        mock.patch.object(captioning_images, "count_cores", lambda: num_readers),
+    ):
+        rate = project_rate(cache, image_dir, names)
+    possible = min(cnn, num_readers / decode_seconds)
+    return {
+        "decoding": round(num_readers / decode_seconds),
+        "cnn": round(cnn),
+        "pipeline": round(rate),
+        "share_of_possible": round(rate / possible, 3),
+        "cpu_ms_per_image": round(1000 * (time.process_time() - cpu_start) / num_images, 2),
+    }
+
+
+# The CNN.
 
 
 def tutorial_loop(extractor: tf.keras.Model, image_dir: Path, names: list[str], output: Path) -> None:
@@ -65,7 +179,7 @@ def project_rate(cache: FeatureCache, image_dir: Path, names: list[str]) -> floa
     """
     for path in cache.folder.glob("*.npy"):
         path.unlink()
-    batch_size = min(32, len(names) // 2)
+    batch_size = min(PIPELINE_BATCH_SIZE, len(names) // 2)
     features.cache_features(cache, image_dir, names, batch_size)
     written = sorted(path.stat().st_mtime_ns for path in cache.folder.glob("*.npy"))
     return (len(names) - batch_size) / (written[-1] - written[batch_size - 1]) * 1e9
@@ -93,8 +207,8 @@ def find_best_batch_size(run: Callable[[int], None], batch_sizes: list[int], num
     return max(rates, key=lambda batch_size: rates[batch_size])
 
 
-def measure(root: Path, num_images: int, batch_sizes: list[int], rounds: int) -> dict[str, object]:
-    """Measures all variants.
+def measure_cnn(root: Path, num_images: int, batch_sizes: list[int], rounds: int) -> dict[str, Any]:
+    """Measures the variants with the CNN.
 
     Args:
         root: an empty folder.
@@ -133,8 +247,22 @@ def measure(root: Path, num_images: int, batch_sizes: list[int], rounds: int) ->
     }
 
 
+def measure(root: Path, args: argparse.Namespace) -> dict[str, Any]:
+    """Measures the parts that the command line asks for, in an empty folder."""
+    results: dict[str, Any] = {}
+    if args.only in (None, "cnn"):
+        results |= measure_cnn(root, args.images, args.batch_sizes, args.rounds)
+    if args.only in (None, "decoding"):
+        results["decoded_per_second_of_a_core"] = measure_decoding(root, SIZES, args.rounds)
+    if args.only in (None, "pipeline"):
+        [name] = draw_photos(root, 1)
+        decode_seconds = 1 / decoding_rate(root / name, SCALED_JPEG_SIDE)
+        results["pipeline"] = measure_pipeline(root, args.pipeline_images, args.cnn_rate, args.readers, decode_seconds)
+    return results
+
+
 def main(argv: list[str] | None = None) -> None:
-    """Measures everything alternately, and prints the rates and ratios."""
+    """Measures all, or one part, and prints the rates and ratios."""
     parser = make_parser(__doc__, prog="python -m benchmarks.features")
     parser.add_argument(
         "--images",
@@ -154,9 +282,18 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument(
         "--rounds", type=int_at_least(1), metavar="N", default=3, help="measurements of each (default: %(default)s)"
     )
+    parser.add_argument("--only", choices=("cnn", "decoding", "pipeline"), help="measure only this part (default: all)")
+    text = "of the pipeline: threads that stand for cores (default: %(default)s)"
+    parser.add_argument("--readers", type=int_at_least(1), metavar="N", default=16, help=text)
+    text = "of the pipeline: images per second of what stands for the CNN (default: %(default)s)"
+    parser.add_argument("--cnn-rate", type=int_at_least(1), metavar="N", default=3000, help=text)
+    text = "of the pipeline (default: %(default)s)"
+    parser.add_argument(
+        "--pipeline-images", type=int_at_least(2 * PIPELINE_BATCH_SIZE), metavar="N", default=3200, help=text
+    )
     args = parser.parse_args(argv)
-    with tempfile.TemporaryDirectory() as root:
-        print(json.dumps(measure(Path(root), args.images, args.batch_sizes, args.rounds)))
+    with tempfile.TemporaryDirectory() as folder:
+        print(json.dumps(measure(Path(folder), args)))
 
 
 if __name__ == "__main__":

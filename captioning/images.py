@@ -61,7 +61,7 @@ def read_image(source: ImageSource, min_jpeg_side: int | None = None) -> Image.I
         source: a path; the content of a file, as bytes or as a file that is open in binary mode; pixels, (height,
             width) or (height, width, 1, 3 or 4), uint8 or floats from 0 to 1; or a Pillow image.
         min_jpeg_side: decodes a large JPEG file at 1/2, 1/4 or 1/8 of its size, the smallest that leaves its shorter
-            side so many pixels: 12 megapixels take a quarter of the time. None for all pixels. A file that is cut off
+            side so many pixels: 12 megapixels take a third of the time. None for all pixels. A file that is cut off
             has all of them in any case, and a Pillow image those that it has.
 
     Raises:

@@ -153,11 +153,28 @@ def test_captioning_variants_have_the_same_captions(caption_model, rng):
 
 @pytest.mark.slow
 def test_features_main_compares_with_the_cnn(capsys):
-    features.main(["--images", "4", "--batch-sizes", "2", "--rounds", "1"])
+    features.main(["--images", "4", "--batch-sizes", "2", "--rounds", "1", "--only", "cnn"])
     result = read_result(capsys)
     rates = result["images_per_second"]
     assert result["share_of_cnn"] == pytest.approx(rates["project"] / rates["cnn"], abs=0.01)
     assert set(rates) == {"project", "cnn", "tutorial"}
+
+
+def test_features_main_measures_decoding(monkeypatch, capsys):
+    monkeypatch.setattr(features, "SIZES", ((60, 40), (1300, 1200)))
+    monkeypatch.setattr(features, "MIN_CPU_SECONDS", 0)
+    features.main(["--only", "decoding", "--rounds", "1"])
+    rates = read_result(capsys)["decoded_per_second_of_a_core"]
+    assert list(rates) == ["60x40, full", "60x40, scaled", "1300x1200, full", "1300x1200, scaled"]
+    assert min(rates.values()) > 0
+
+
+def test_features_main_measures_the_pipeline(capsys):
+    features.main(["--only", "pipeline", "--pipeline-images", "70", "--readers", "3", "--cnn-rate", "2000"])
+    result = read_result(capsys)["pipeline"]
+    possible = min(result["decoding"], result["cnn"])
+    assert result["share_of_possible"] == pytest.approx(result["pipeline"] / possible, rel=0.05)
+    assert 0 < result["cnn"] < 2000
 
 
 @pytest.mark.slow

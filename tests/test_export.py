@@ -14,7 +14,7 @@ import features
 import inference
 from captioning.cli import InputError, run_main
 from captioning.config import DecodeConfig
-from captioning.files import read_json
+from captioning.files import read_json, write_json
 from captioning.litert_model import LiteRTModel, check_convertible, convert
 from captioning.quiet_tensorflow import tf
 from inference import Captioner
@@ -61,9 +61,12 @@ def test_export_passes_what_the_run_was_trained_with(run, small_cnn, monkeypatch
         calls.append((*model[2:], folder))
 
     monkeypatch.setattr(export, "save", save)
+    settings = read_json(run / "config.json")
+    settings["features"]["jpeg_decoding"] = "scaled"
+    write_json(run / "config.json", settings)
     export.main(["--run", str(run), "--output", "out/model"])
     tokenizer, config, dtype, min_jpeg_side, folder = calls[0]
-    assert min_jpeg_side is None, "the run is one of an earlier version"
+    assert min_jpeg_side == 598
     assert (config.max_words, config.num_beams, dtype) == (50, 1, "float16"), "the run's longest caption"
     assert tokenizer.index_word == inference.load_run(run)[1].index_word and str(folder) == "out/model"
 

@@ -7,7 +7,7 @@ import sys
 import numpy as np
 import pytest
 from PIL import Image
-from test_graph_images import EQUAL
+from test_graph_images import EQUAL, draw, encode
 
 import features
 import inference
@@ -126,6 +126,8 @@ def test_exported_model_captions_batches_and_pixels(captioner):
     for row, content in enumerate(contents):
         compare(to_python(result, row), captioner.caption(content))
         compare(to_python(of_pixels, row), captioner.caption(content))
+    large = encode(draw(size=(2000, 1500)), "JPEG")  # decoded at half its size
+    np.testing.assert_array_equal(model.load(tf.constant(large)), captioner.load_image(large))
     with pytest.raises(tf.errors.InvalidArgumentError, match="expected the content of a JPEG"):
         model.caption(tf.constant([EQUAL["PNG"], b"text"]))
 

@@ -81,6 +81,7 @@ def test_build_feature_extractor_explains_failed_download(monkeypatch):
 
 def test_load_inception_computes_in_float32_on_a_gpu_too(monkeypatch):
     policies = []
+    monkeypatch.setattr(features.devices, "check_gpus", lambda: None)
     monkeypatch.setattr(tf.config, "list_physical_devices", lambda *_: ["GPU"])
     monkeypatch.setattr(
         tf.keras.applications, "InceptionV3", lambda **_: policies.append(tf.keras.config.dtype_policy().name)

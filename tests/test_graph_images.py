@@ -4,6 +4,7 @@ import io
 import struct
 
 import numpy as np
+import PIL
 import pytest
 from PIL import Image
 
@@ -188,9 +189,10 @@ def test_orientation_is_read_as_pillow_reads_it(order):
     good = tiff(order, 3, 6)
     other = tiff(order, 3, 6, tag=0x0111)
     two = struct.pack(order + "H", 2)
-    several = good[:8] + two + good[10:22] + tiff(order, 3, 3)[10:]  # the first one counts
+    several = good[:8] + two + good[10:22] + tiff(order, 3, 3)[10:]  # the first one counts, since Pillow 13
     cases = [tiff(order, kind, 6) for kind in (1, 3, 4, 8, 9)]
-    cases += [other, several, tiff(order, 3, 6, count=2), tiff(order, 3, 300), tiff(order, 3, 6, magic=99)]
+    cases += [several] * (int(PIL.__version__.split(".")[0]) >= 13)
+    cases += [other, tiff(order, 3, 6, count=2), tiff(order, 3, 300), tiff(order, 3, 6, magic=99)]
     cases += [good[:cut] for cut in (0, 1, 3, 9, 12, 21, 22)] + [b"no TIFF at all"]
     for data in cases:
         content = encode(draw(), "JPEG", exif=b"Exif\0\0" + data)
