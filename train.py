@@ -13,7 +13,6 @@ and the record of the training (history.csv, loss.png, tensorboard/).
 import argparse
 import dataclasses
 import functools
-import math
 import signal
 import time
 from collections.abc import Callable
@@ -27,7 +26,7 @@ import model
 from captioning import devices, losses
 from captioning.annotations import Example
 from captioning.checkpoints import Checkpoints, TrainProgress
-from captioning.cli import InputError, add_quiet_option, defer_interrupts, log, make_parser, progress_bar, run_main
+from captioning.cli import add_quiet_option, defer_interrupts, log, make_parser, progress_bar, run_main
 from captioning.config import RECIPES, DataConfig, DecodeConfig, FeatureConfig, ModelConfig, RunConfig, TrainConfig
 from captioning.feature_cache import FeatureCache
 from captioning.files import lock_folder
@@ -117,7 +116,7 @@ def make_train_step(
         strategy: whose replicas get a part of every batch each.
         batch_spec: the shapes that `make_distributed_dataset` yields, so that the step is compiled once for all sizes.
     """
-    jit = devices.resolve_jit(config.jit)
+    jit = config.jit == "on"
     gradients_of = functools.partial(compute_gradients, state, config=config)
     if jit:
         gradients_of = tf.function(gradients_of, jit_compile=True)
@@ -168,7 +167,7 @@ def train_epoch(
     """Trains through the rest of an epoch, saving a checkpoint now and then.
 
     Raises:
-        InputError: the loss is not finite.
+        InputError: the loss or the weights are not finite; or the disk is full.
     """
     progress = state.progress
     epoch, done = progress.get("epoch"), progress.get("step")
@@ -182,9 +181,7 @@ def train_epoch(
     )
     if done == len(batches):
         return
-    dataset = make_distributed_dataset(
-        strategy, captions, batches[done:], cache.read, static_shapes=devices.resolve_jit(config.jit)
-    )
+    dataset = make_distributed_dataset(strategy, captions, batches[done:], cache.read, static_shapes=config.jit == "on")
     bar = progress_bar(
         total=len(captions.lengths),
         initial=sum(map(len, batches[:done])),
@@ -201,13 +198,8 @@ def train_epoch(
             if now - shown >= 1 or rows is batches[-1]:  # reading the loss waits for the step, so not every time
                 progress.seconds.assign_add(now - shown)
                 shown = now
-                loss = progress.mean_loss()
-                bar.set_postfix_str(f"loss {loss:.3f}", refresh=False)
-                if not math.isfinite(progress.get("loss_sum")):
-                    raise InputError(
-                        f"the loss is {loss} by step {progress.get('step')} of epoch {epoch + 1}; the last checkpoint "
-                        "is from before it: run again with a smaller --learning-rate in another --run"
-                    )
+                bar.set_postfix_str(f"loss {progress.mean_loss():.3f}", refresh=False)
+                checkpoints.check_loss()
             if now - saved >= 60 * config.checkpoint_minutes:
                 checkpoints.save()
                 saved = time.monotonic()
@@ -284,7 +276,7 @@ def build_train_state(run: Path, config: RunConfig, strategy: tf.distribute.Stra
         ema = WeightEMA(caption_model.trainable_variables, settings.ema_decay)
         progress = TrainProgress()
     # XLA needs shapes that are known, which only the plain loop has; and only that loop has hard attention.
-    if settings.fused and config.model.attention == "soft" and not devices.resolve_jit(settings.jit):
+    if settings.fused and config.model.attention == "soft" and settings.jit == "off":
         caption_model.decoder.fused = model.fused_decoder_matches()
         if not caption_model.decoder.fused:
             log("captioning/fused_decoder.py differs from RNNDecoder.step in model.py: training with the plain loop")
@@ -370,6 +362,8 @@ def main(argv: list[str] | None = None, on_step: Callable[[TrainState], None] | 
     devices.check_gpus()
     strategy = devices.make_strategy(train_config.strategy)
     devices.check_batch_size(train_config.batch_size, strategy)
+    if train_config.jit == "on":
+        devices.check_xla()
     data_config, feature_config = fill_locations(args.run, DataConfig.from_args(args), FeatureConfig.from_args(args))
     dataset = data_utils.load_dataset(data_config)
     all_images = {example.image_path for example in dataset.examples}

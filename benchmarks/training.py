@@ -30,7 +30,6 @@ import numpy as np
 import model
 import train
 from benchmarks.timing import interleaved_median_rates, items_per_second
-from captioning import devices
 from captioning.annotations import Example, read_annotations
 from captioning.checkpoints import TrainProgress
 from captioning.cli import int_at_least, log, make_parser, run_main
@@ -231,7 +230,7 @@ def make_variant(
     caption_model.decoder.fused = train_config.fused
     batch_spec = make_dataset(captions, [], cache.read).element_spec
     step = make_project_step(caption_model, train_config, batch_spec)
-    batches = project_batches(captions, cache, args.batch_size, devices.resolve_jit(args.jit))
+    batches = project_batches(captions, cache, args.batch_size, args.jit == "on")
     return Variant(step, batches, args.steps)
 
 
@@ -336,9 +335,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         help="the tutorial's steps in a round (default: %(default)s)",
     )
     add_options(parser, ModelConfig, only=("vocab_size", "embedding_dim", "units", "dropout"))
-    add_options(parser, TrainConfig, {"jit": "off"}, only=("batch_size", "mixed_precision", "jit"))
+    add_options(parser, TrainConfig, only=("batch_size", "mixed_precision", "jit"))
     args = parser.parse_args(argv)
-    if "fused" in args.variants and devices.resolve_jit(args.jit):
+    if "fused" in args.variants and args.jit == "on":
         parser.error(
             "--jit: expected off for the fused decoder, which XLA cannot compile; add --variants tutorial,plain"
         )

@@ -9,6 +9,7 @@ from captioning.optimizer import WeightEMA
 from captioning.quiet_tensorflow import tf
 from captioning.run_folder import latest_checkpoint
 
+MIN_LOSS_SCALE = 1.0  # in mixed precision it begins at 32768, and is halved when gradients overflow
 BASELINE_DECAY = 0.9  # of the baseline of REINFORCE
 
 
@@ -77,7 +78,7 @@ class Checkpoints:
         # One of each is kept. The old one is deleted when the new one is complete.
         self.last = tf.train.CheckpointManager(train_state, str(run / "checkpoints/last"), max_to_keep=1)
         self.best = tf.train.CheckpointManager(weights, str(run / "checkpoints/best"), max_to_keep=1)
-        self.progress = progress
+        self.model, self.optimizer, self.progress = model, optimizer, progress
         self.is_writer = is_writer  # of several machines one writes
 
     def restore(self) -> bool:
@@ -98,10 +99,32 @@ class Checkpoints:
             ) from None
         return True
 
+    def check_loss(self) -> None:
+        """Raises InputError if the loss is not finite, or if in float16 hardly any gradient is."""
+        if not math.isfinite(self.progress.get("loss_sum")):
+            raise self._divergence(f"the loss is {self.progress.mean_loss()}")
+        if float(getattr(self.optimizer, "dynamic_scale", MIN_LOSS_SCALE)) < MIN_LOSS_SCALE:
+            raise self._divergence("the gradients are too large for float16")
+
+    def _divergence(self, problem: str) -> InputError:
+        """Returns an error that says where the training has a problem."""
+        step, epoch = self.progress.get("step"), self.progress.get("epoch") + 1
+        return InputError(
+            f"{problem} by step {step} of epoch {epoch}; the last checkpoint is from before it: run again with a "
+            "smaller --learning-rate in another --run"
+        )
+
     def save(self) -> None:
-        """Saves the state of the training, unless its loss is not finite."""
-        if math.isfinite(self.progress.get("loss_sum")):
-            self._write(self.last)
+        """Saves the state of the training.
+
+        Raises:
+            InputError: its loss or its weights are not finite, so that nothing is saved; or the disk is full.
+        """
+        self.check_loss()
+        for variable in self.model.trainable_variables:  # of the next step the loss would not be finite either
+            if not tf.reduce_all(tf.math.is_finite(variable)):
+                raise self._divergence(f"{variable.path} is not finite")
+        self._write(self.last)
 
     def save_best(self) -> None:
         """Saves the current weights as the best."""

@@ -139,8 +139,12 @@ def explain_full_memory(error: Exception) -> str | None:
         return None
     on_gpu = any(sign in text for sign in GPU_SIGNS)
     smaller = advise("give a smaller --batch-size in another --run") or advise("give a smaller --cnn-batch-size")
-    others = "end other processes that use it" + ", which nvidia-smi lists" * on_gpu
-    return f"the memory of {'the GPU' if on_gpu else 'this machine'} is full; {smaller and smaller + ', or '}{others}"
+    where, others = ("the GPU", " (nvidia-smi lists them)") if on_gpu else ("this machine", "")
+    saved = advise("; it continues from the last checkpoint, see --checkpoint-minutes")
+    return (
+        f"the memory of {where} is full; {smaller and smaller + ', or '}end other processes that use it{others} and "
+        f"run the same command again{saved}"
+    )
 
 
 @contextlib.contextmanager

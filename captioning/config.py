@@ -4,7 +4,7 @@ A setting is a field of one of the frozen dataclasses below; `captioning.setting
 """
 
 import dataclasses
-from typing import Any
+from typing import Any, Self
 
 from captioning.cli import InputError
 from captioning.settings import Settings, option
@@ -177,9 +177,9 @@ class TrainConfig(Settings):
     )
     mixed_precision: bool = option(False, "compute in float16 on a GPU; weights stay float32")
     jit: str = option(
-        "auto",
-        "compile the training step with XLA; auto: on a GPU where XLA works",
-        choices=("auto", "on", "off"),
+        "off",
+        "compile the training step with XLA; on a CPU this is slower",
+        choices=("off", "on"),
         may_change=True,
     )
     strategy: str = option(
@@ -195,6 +195,13 @@ class TrainConfig(Settings):
         choices=tuple(RECIPES),
         may_change=True,
     )
+
+    @classmethod
+    def from_json(cls, values: Any) -> Self:
+        """Makes the settings from what `to_json` returned; `jit` may be `auto`, as it was when this was a choice."""
+        if isinstance(values, dict) and values.get("jit") == "auto":
+            values = values | {"jit": "off"}
+        return super().from_json(values)
 
 
 @dataclasses.dataclass(frozen=True)

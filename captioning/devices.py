@@ -14,7 +14,6 @@ from captioning.quiet_tensorflow import tf
 
 # One of them exists where there is a driver: on Linux, and in Linux on Windows (WSL2).
 NVIDIA_DRIVER_FILES = (Path("/proc/driver/nvidia/version"), Path("/dev/dxg"))
-NVIDIA_CONTAINER = "nvcr.io/nvidia/tensorflow"
 
 
 def has_gpu() -> bool:
@@ -49,8 +48,7 @@ def check_gpus() -> None:
             name, capability = details.get("device_name", gpu), ".".join(map(str, details["compute_capability"]))
             log(
                 f"TensorFlow {tf.__version__} has no kernels for {name}, of compute capability {capability}, only for "
-                f"{', '.join(built_for)}: it is not used; another version may have them, or NVIDIA's container, "
-                f"{NVIDIA_CONTAINER}"
+                f"{', '.join(built_for)}: it is not used; a TensorFlow that is built for it can use it"
             )
 
 
@@ -127,22 +125,13 @@ def broadcast_from_chief(strategy: tf.distribute.Strategy, values: Sequence[floa
     return strategy.experimental_local_results(total())[0].numpy().tolist()
 
 
-def resolve_jit(choice: str) -> bool:
-    """Decides whether XLA compiles; `auto`: on a GPU where XLA works, and not on a CPU, where it is slower."""
-    if choice != "auto":
-        return choice == "on"
-    return bool(tf.config.list_physical_devices("GPU")) and xla_works()
-
-
-@functools.cache  # train.py asks in every epoch, and the trial compiles a function
-def xla_works() -> bool:
-    """Tries XLA on a small function; prints a line if it fails."""
+def check_xla() -> None:
+    """Tries XLA on a small function; raises InputError if it fails, as on a GPU without the libraries it needs."""
     try:
         tf.function(lambda x: tf.tanh(x) + 1.0, jit_compile=True)(tf.zeros(8))
     except tf.errors.OpError as error:
-        log(f"XLA cannot be used on this GPU ({str(error).splitlines()[0][:100]}): training without it")
-        return False
-    return True
+        reason = str(error).splitlines()[0][:100]
+        raise InputError(f"--jit on: XLA cannot be used here ({reason}); train with --jit off") from None
 
 
 def check_batch_size(batch_size: int, strategy: tf.distribute.Strategy) -> None:
@@ -165,7 +154,7 @@ def separate_random_states(model: tf.keras.Model, strategy: tf.distribute.Strate
     """
 
     def fold() -> None:
-        replica = tf.distribute.get_replica_context().replica_id_in_sync_group
+        replica = tf.cast(tf.distribute.get_replica_context().replica_id_in_sync_group, tf.int64)  # as the states
         for state in model.non_trainable_variables:
             seed, counter = tf.unstack(tf.convert_to_tensor(state))
             folded = tf.random.experimental.stateless_fold_in([seed, 0], replica)[0]  # a resumed run folds the same

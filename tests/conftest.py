@@ -1,9 +1,7 @@
-"""Fixtures of all tests: small data, made in a temporary folder. No network, no GPU."""
+"""Fixtures of all tests: small data, made in a temporary folder. No network, and no GPU but with --gpu."""
 
 import os
 import random
-
-os.environ["CUDA_VISIBLE_DEVICES"] = "-1"  # before TensorFlow: the tests compare numbers exactly, subprocesses too
 
 import numpy as np
 import pytest
@@ -21,6 +19,16 @@ MANIFEST = {"cnn": "InceptionV3", "weights": "imagenet", "image_size": 299, "dty
 
 # They come first, so that no process is busy with one of them while the other has nothing left to do.
 LONGEST_FILES = ("train", "pipeline", "damaged", "interruptions", "devices", "benchmarks", "train_step")
+
+
+def pytest_addoption(parser):
+    parser.addoption("--gpu", action="store_true", help="let the tests use a GPU; only those in tests/gpu expect one")
+
+
+def pytest_configure(config):
+    """Hides GPUs, also from subprocesses, before TensorFlow looks for them: the tests compare numbers exactly."""
+    if not config.getoption("gpu"):
+        os.environ["CUDA_VISIBLE_DEVICES"] = "-1"
 
 
 def pytest_collection_modifyitems(items):

@@ -103,12 +103,27 @@ def test_checkpoints_keep_one_of_each(tmp_path, trained):
     assert list_files(tmp_path / "checkpoints/last") == ["ckpt-4.data-00000-of-00001", "ckpt-4.index"]
 
 
-def test_checkpoints_are_not_saved_after_a_loss_that_is_not_finite(tmp_path, trained):
+def test_checkpoints_are_not_saved_once_loss_or_weights_are_not_finite(tmp_path, trained):
     checkpoints = trained.checkpoints(tmp_path)
     checkpoints.save()
-    trained.progress.loss_sum.assign(np.nan)
-    checkpoints.save()
+    weights = trained.variables[1]
+    for variable, value, problem in (
+        (weights, tf.fill(weights.shape, np.inf), "bias is not finite"),
+        (trained.progress.loss_sum, np.nan, "the loss is nan"),
+    ):
+        variable.assign(value)
+        with pytest.raises(InputError, match=f"{problem} by step 1 of epoch 1; the last checkpoint is from before it"):
+            checkpoints.save()
     assert checkpoints.last.latest_checkpoint.endswith("ckpt-1")
+
+
+def test_checkpoints_are_not_saved_once_float16_holds_no_gradient(tmp_path, trained):
+    trained.optimizer = make_optimizer(1e-2, 5.0, mixed_precision=True)
+    trained.optimizer.build(trained.variables)
+    trained.checkpoints(tmp_path).save()
+    trained.optimizer.dynamic_scale.assign(0.5)
+    with pytest.raises(InputError, match="the gradients are too large for float16 by step 1 of epoch 1"):
+        trained.checkpoints(tmp_path).save()
 
 
 def test_checkpoints_are_written_by_one_machine_only(tmp_path, trained):

@@ -221,8 +221,12 @@ def test_suppress_stderr_holds_back_unless_the_block_fails(capfd, monkeypatch):
     ("error", "expected"),
     [
         (RuntimeError("OOM when allocating tensor on /device:GPU:0 by allocator GPU_0_bfc"), "the memory of the GPU"),
-        (RuntimeError("Failed copying: Dst tensor is not initialized."), "which nvidia-smi lists"),
+        (
+            RuntimeError("Failed copying: Dst tensor is not initialized."),
+            "end other processes that use it (nvidia-smi lists them)",
+        ),
         (RuntimeError("CUBLAS_STATUS_NOT_INITIALIZED"), "the memory of the GPU is full; give a smaller --batch-size"),
+        (RuntimeError("CUDA_ERROR_OUT_OF_MEMORY: out of memory"), "continues from the last checkpoint"),
         (RuntimeError("OOM when allocating tensor on /device:CPU:0 by allocator cpu"), "the memory of this machine"),
         (MemoryError(), "the memory of this machine is full"),
     ],
@@ -235,6 +239,14 @@ def test_run_main_says_that_memory_is_full(error, expected, all_options, capsys)
         run_main(main)
     message = capsys.readouterr().err
     assert stop.value.code == 2 and expected in message and message.count("\n") == 1
+
+
+def test_full_memory_is_explained_with_the_options_of_the_command(monkeypatch):
+    monkeypatch.setattr(cli.Command, "options", frozenset({"--cnn-batch-size"}))
+    assert cli.explain_full_memory(MemoryError()) == (
+        "the memory of this machine is full; give a smaller --cnn-batch-size, or end other processes that use it and "
+        "run the same command again"
+    )
 
 
 def test_run_main_shows_other_errors():

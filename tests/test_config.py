@@ -122,6 +122,13 @@ def test_from_json_refuses_other_values(values, message):
         DecodeConfig.from_json(values)
 
 
+def test_train_config_reads_a_choice_of_jit_that_is_no_more():
+    values = TrainConfig().to_json()
+    assert TrainConfig.from_json(values | {"jit": "auto"}) == TrainConfig(jit="off")
+    with pytest.raises(InputError, match="jit: expected off or on, found 'maybe'"):
+        TrainConfig.from_json(values | {"jit": "maybe"})
+
+
 # The command line.
 
 

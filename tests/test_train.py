@@ -385,3 +385,14 @@ def test_batch_size_below_the_number_of_devices_is_refused(monkeypatch):
     monkeypatch.setattr(devices, "make_strategy", lambda name: FourDevices())
     with pytest.raises(InputError, match=r"^--batch-size: expected at least 4, the number of devices, found 3$"):
         train.main(["--strategy", "mirrored", "--batch-size", "3"])
+
+
+def test_xla_is_tried_before_anything_else_only_if_asked_for(monkeypatch):
+    def fail():
+        raise InputError("no XLA")
+
+    monkeypatch.setattr(devices, "check_xla", fail)
+    with pytest.raises(InputError, match="no XLA"):
+        train.main(["--jit", "on", "--annotations", "none.csv"])
+    with pytest.raises(InputError, match=r"none\.csv"):
+        train.main(["--annotations", "none.csv"])

@@ -4,7 +4,8 @@
 
 GROUPS.json is a list of groups of jobs; the jobs of a group run at the same time. A job has these fields:
 
-    name         of its files: NAME.log, and NAME.npz with the loss of every step and the weights at the end
+    name         of its files: NAME.log, and NAME.npz with the loss of every step, the weights at the end, and random
+                 numbers that each device then draws as dropout does, one row each
     num_devices  CPU devices of its process
     args         the arguments of train.py
     tf_config    TF_CONFIG, or null
@@ -27,6 +28,13 @@ import train
 from captioning.quiet_tensorflow import tf
 
 
+def draw(cell: tf.keras.layers.Layer) -> list[tf.Tensor]:
+    """Draws numbers on every device."""
+    strategy = getattr(cell.seed_generator.state.value, "distribute_strategy", tf.distribute.get_strategy())
+    numbers = strategy.run(tf.function(lambda: tf.keras.random.uniform((8,), seed=cell.seed_generator)))
+    return strategy.experimental_local_results(numbers)
+
+
 def run_job(name: str, num_devices: int, args: list[str], tf_config: dict[str, Any] | None) -> None:
     """Sets up the devices, before anything else uses TensorFlow, and trains."""
     if tf_config:
@@ -42,7 +50,7 @@ def run_job(name: str, num_devices: int, args: list[str], tf_config: dict[str, A
 
     train.main(args, on_step=on_step)
     weights = [variable.numpy() for variable in states[0].model.trainable_variables]
-    np.savez(f"{name}.npz", *weights, losses=recorder.losses)
+    np.savez(f"{name}.npz", *weights, losses=recorder.losses, draws=draw(states[0].model.decoder.gru))
 
 
 def start_job(job: dict[str, Any]) -> int:
