@@ -209,7 +209,8 @@ class RNNDecoder(tf.keras.Model):
             logits (B, vocab_size), the new state (B, 512), and the location weights (B, L).
         """
         images = images if isinstance(images, EncodedImages) else self.encode(images)
-        dec_input = self.embedding(tf.reshape(token, [-1]))  # (B, 256)
+        token = tf.cast(tf.reshape(token, [-1]), tf.int64)  # (B,); a GPU's int32 would go through the host
+        dec_input = self.embedding(token)  # (B, 256)
         state, _, location_weights = self.step(dec_input, images, state)
         return self.to_logits(state), state, location_weights
 

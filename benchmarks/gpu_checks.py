@@ -35,6 +35,7 @@ from captioning.checkpoints import TrainProgress
 from captioning.cli import make_parser, run_main
 from captioning.config import TrainConfig
 from captioning.decoding import beam_search, greedy_search
+from captioning.feature_cache import CNN_FILE
 from captioning.files import read_json, write_json
 from captioning.input_pipeline import make_dataset, make_epoch_batches
 from captioning.optimizer import WeightEMA, make_optimizer
@@ -94,13 +95,15 @@ def losses_of_steps(data: Data, batch_size: int, fused: bool) -> np.ndarray:
 
 
 def compute_features(folder: Path, num_images: int) -> np.ndarray:
-    """Computes the features of some drawings with a CNN of random weights, which a CPU draws: (images, 64, 2048)."""
+    """Computes the features of some drawings with a CNN of random weights, which the CPU draws: (images, 64, 2048)."""
     image_dir = folder / "drawings"
     if not image_dir.exists():
         shapes.draw_dataset(image_dir, num_images=num_images)
     names = sorted(str(path.relative_to(image_dir)) for path in image_dir.rglob("*.png"))
-    cache = features.open_or_create_cache(folder / "random_cnn", image_dir, names, "random", "float32")
-    extractor = features.build_feature_extractor(cache.cnn_weights)
+    weights = folder / "random_cnn" / CNN_FILE
+    if not weights.exists():
+        features.open_or_create_cache(weights.parent, image_dir, names, "random", "float32")
+    extractor = features.build_feature_extractor(str(weights))
     pixels = np.stack([features.load_image(image_dir / name) for name in names])
     return tf.function(lambda batch: extractor(batch, training=False))(pixels).numpy()
 

@@ -234,7 +234,8 @@ def count(placed: dict[str, PlacedNode]) -> dict[str, Counts]:
 def plan(run: Callable[[], object]) -> dict[str, Counts]:
     """Calls a function that runs one `tf.function` for the first time; returns what that would do on a GPU.
 
-    What asks `captioning.devices.has_gpu` while the graph is made is told that there is one.
+    The caller keeps the `tf.function`: with it TensorFlow would forget what is placed on the CPU. What asks
+    `captioning.devices.has_gpu` while the graph is made is told that there is one.
     """
     from tensorflow.python.eager import context  # not a public name of TensorFlow
 

@@ -31,7 +31,7 @@ def constrain(log_probs: tf.Tensor, history: tf.Tensor, constraints: Constraints
 
     Args:
         log_probs: (R, V), log p of the next words.
-        history: (R, t) int32, the words so far.
+        history: (R, t) int32 or int64, the words so far.
         constraints: the rules.
 
     Returns:
@@ -62,6 +62,7 @@ def _ends_of_trigrams(history: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
 
 def _forbid(log_probs: tf.Tensor, tokens: tf.Tensor, is_forbidden: tf.Tensor) -> tf.Tensor:
     """Sets log p (R, V) of tokens (R, n) to -inf where `is_forbidden` (R, n) says so."""
-    rows = tf.repeat(tf.range(tf.shape(tokens)[0])[:, tf.newaxis], tf.shape(tokens)[1], axis=1)  # (R, n)
+    num_rows = tf.shape(tokens, tokens.dtype)[0]
+    rows = tf.repeat(tf.range(num_rows)[:, tf.newaxis], tf.shape(tokens)[1], axis=1)  # (R, n)
     values = tf.where(is_forbidden, -np.inf, np.inf)  # (R, n)
     return tf.tensor_scatter_nd_min(log_probs, tf.stack([rows, tokens], axis=2), tf.cast(values, log_probs.dtype))

@@ -1,7 +1,9 @@
 """Turns image features into token ids with a trained model: greedy search, beam search and sampling, in the graph.
 
-The model is any object that has the attributes of `StepModel`. In the comments B is the number of images, K the beam
-size, T the number of steps, L the number of image locations and V the vocabulary size.
+The model is any object that has the attributes of `StepModel`. Within the loops ids are int64: a GPU keeps int32 in the
+host's memory, and would wait at every word. It waits only once, to see whether all captions have ended. In the comments
+B is the number of images, K the beam size, T the number of steps, L the number of image locations and V the vocabulary
+size.
 """
 
 from collections.abc import Callable, Sequence
@@ -31,7 +33,10 @@ class StepModel(Protocol):
         """Returns the state before the first word, (batch_size, units), of the dtype that `step` returns."""
 
     def step(self, token: tf.Tensor, images: Any, state: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
-        """Returns the next word's logits (B, V), the new state (B, units) and the attention weights (B, L)."""
+        """Returns the next word's logits (B, V), the new state (B, units) and the attention weights (B, L).
+
+        `token` is (B,) int32.
+        """
 
 
 class DecodedBatch(NamedTuple):
@@ -87,7 +92,7 @@ def greedy_search(
     """
 
     def most_probable(log_probs: tf.Tensor, _: tf.Tensor) -> tf.Tensor:
-        return tf.argmax(log_probs, axis=1, output_type=tf.int32)
+        return tf.argmax(log_probs, axis=1)
 
     return _generate(model, model.encode(features), tf.shape(features)[0], most_probable, max_words, constraints)
 
@@ -117,7 +122,7 @@ def sample_words(
     images = tf.nest.map_structure(lambda x: tf.repeat(x, num_captions, axis=0), model.encode(features))
 
     def random_word(log_probs: tf.Tensor, t: tf.Tensor) -> tf.Tensor:
-        return draw(log_probs, numbers[:, t], temperature, top_p)
+        return tf.cast(draw(log_probs, numbers[:, t], temperature, top_p), tf.int64)
 
     return _generate(model, images, num_rows, random_word, tf.shape(numbers)[1], constraints)
 
@@ -132,30 +137,30 @@ def _generate(
 ) -> DecodedBatch:
     """Generates a caption of each of B encoded images, one word after the other.
 
-    `choose` returns the next words (B,) for log p of all words (B, V) and the step's number.
+    `choose` returns the next words (B,) int64 for log p of all words (B, V) and the step's number.
     """
     forbidden = forbidden_tokens(model.config.vocab_size)  # (V,)
-    token = tf.fill([batch_size], START_ID)  # (B,)
+    token = tf.fill([batch_size], tf.constant(START_ID, tf.int64))  # (B,)
     state = model.initial_state(batch_size)
     finished = tf.zeros([batch_size], tf.bool)
-    tokens = tf.zeros([batch_size, 0], tf.int32)  # (B, t)
+    tokens = tf.zeros([batch_size, 0], tf.int64)  # (B, t)
     probabilities = tf.TensorArray(tf.float32, 0, dynamic_size=True)
     attention = tf.TensorArray(tf.float32, 0, dynamic_size=True)
-    for t in tf.range(max_words):
+    t, is_done = tf.constant(0), tf.constant(False)
+    while tf.logical_and(t < max_words, ~is_done):
         tf.autograph.experimental.set_loop_options(shape_invariants=[(tokens, tf.TensorShape([None, None]))])
-        logits, state, attention_weights = model.step(token, images, state)
+        logits, state, attention_weights = model.step(tf.cast(token, tf.int32), images, state)
         logits = tf.where(forbidden, -np.inf, tf.cast(logits, tf.float32))  # (B, V)
         log_probs = tf.nn.log_softmax(logits)
         chosen_id = choose(constrain(log_probs, tokens, constraints), t)  # (B,)
-        token = tf.where(finished, PAD_ID, chosen_id)  # the next step's input
+        token = tf.where(finished, tf.constant(PAD_ID, tf.int64), chosen_id)  # the next step's input
         tokens = tf.concat([tokens, token[:, tf.newaxis]], axis=1)
         probabilities = probabilities.write(t, tf.exp(tf.gather(log_probs, chosen_id, batch_dims=1)))
         attention = attention.write(t, tf.cast(attention_weights, tf.float32))
         finished |= token == END_ID
-        if tf.reduce_all(finished):
-            break
+        t, is_done = t + 1, tf.reduce_all(finished)
     return DecodedBatch(
-        tokens=tokens,
+        tokens=tf.cast(tokens, tf.int32),
         probabilities=tf.transpose(probabilities.stack()),  # (T, B) -> (B, T)
         attention=tf.transpose(attention.stack(), [1, 0, 2]),  # (T, B, L) -> (B, T, L)
     )
@@ -171,11 +176,11 @@ class BeamState(NamedTuple):
     -inf.
     """
 
-    token: tf.Tensor  # (B, K) int32, the last word
-    state: tf.Tensor  # (B * K, units), the decoder's state; the captions of an image are consecutive rows
+    token: tf.Tensor  # (B * K,) int64, the last word; the captions of an image are consecutive rows
+    state: tf.Tensor  # (B * K, units), the decoder's state
     scores: tf.Tensor  # (B, K), log p of the caption
     finished: tf.Tensor  # (B, K) bool, whether the caption has its <end>
-    tokens: tf.Tensor  # (B, K, t) int32
+    tokens: tf.Tensor  # (B, K, t) int64
     probabilities: tf.Tensor  # (B, K, t)
     attention: tf.Tensor  # (B, K, t, L)
 
@@ -183,8 +188,8 @@ class BeamState(NamedTuple):
 class Expansion(NamedTuple):
     """The K best captions of each image that are one word longer; all (B, K)."""
 
-    parent: tf.Tensor  # int32, the beam that each one continues
-    token: tf.Tensor  # int32, its new word
+    parent: tf.Tensor  # int64, the beam that each one continues
+    token: tf.Tensor  # int64, its new word
     scores: tf.Tensor  # log p of the caption
     probabilities: tf.Tensor  # of the new word
 
@@ -220,17 +225,17 @@ def beam_search(
     vocab_size = model.config.vocab_size
     forbidden = forbidden_tokens(vocab_size)  # (V,)
     beams = init_beams(model, features, beam_size)
-    for _ in tf.range(max_words):
+    t, is_done = tf.constant(0), tf.constant(False)
+    while tf.logical_and(t < max_words, ~is_done):
         tf.autograph.experimental.set_loop_options(shape_invariants=[(beams, loop_shapes(beams))])
-        logits, state, attention_weights = model.step(tf.reshape(beams.token, [-1]), images, beams.state)
+        logits, state, attention_weights = model.step(tf.cast(beams.token, tf.int32), images, beams.state)
         logits = tf.where(forbidden, -np.inf, tf.cast(logits, tf.float32))  # (B * K, V)
         history = tf.reshape(beams.tokens, [-1, tf.shape(beams.tokens)[2]])  # (B * K, t)
         log_probs = constrain(tf.nn.log_softmax(logits), history, constraints)  # (B * K, V)
         log_probs = tf.reshape(log_probs, [-1, beam_size, vocab_size])  # (B, K, V)
         expansion = expand_beams(beams.scores, log_probs, beams.finished)
         beams = reorder_beams(beams, expansion, state, attention_weights)
-        if tf.reduce_all(beams.finished | (beams.scores == -np.inf)):
-            break
+        t, is_done = t + 1, tf.reduce_all(beams.finished | (beams.scores == -np.inf))
     return rank_beams(beams, length_penalty, num_captions)
 
 
@@ -239,11 +244,11 @@ def init_beams(model: StepModel, features: tf.Tensor, beam_size: int) -> BeamSta
     batch_size, num_locations = tf.shape(features)[0], features.shape[1]
     first_only = tf.one_hot(0, beam_size, on_value=0.0, off_value=-np.inf)  # (K,)
     return BeamState(
-        token=tf.fill([batch_size, beam_size], START_ID),
+        token=tf.fill([batch_size * beam_size], tf.constant(START_ID, tf.int64)),
         state=model.initial_state(batch_size * beam_size),
         scores=tf.tile(first_only[tf.newaxis], [batch_size, 1]),  # (B, K)
         finished=tf.zeros([batch_size, beam_size], tf.bool),
-        tokens=tf.zeros([batch_size, beam_size, 0], tf.int32),
+        tokens=tf.zeros([batch_size, beam_size, 0], tf.int64),
         probabilities=tf.zeros([batch_size, beam_size, 0]),
         attention=tf.zeros([batch_size, beam_size, 0, num_locations]),
     )
@@ -270,14 +275,18 @@ def expand_beams(scores: tf.Tensor, log_probs: tf.Tensor, finished: tf.Tensor) -
     log_probs = tf.where(is_finished, pad_only, log_probs)  # (B, K, V)
     totals = scores[:, :, tf.newaxis] + log_probs  # (B, K, V)
     ranks = tf.where(is_finished & (pad_only == 0), np.inf, totals)  # (B, K, V)
-    _, best = tf.math.top_k(tf.reshape(ranks, [batch_size, -1]), beam_size)  # (B, K), indices into K * V
+    _, best = tf.math.top_k(tf.reshape(ranks, [batch_size, -1]), beam_size)
+    best = tf.cast(best, tf.int64)  # (B, K), indices into K * V
+    # best // vocab_size, which LiteRT cannot compute of int64
+    is_reached = best[:, :, tf.newaxis] >= tf.range(beam_size, dtype=tf.int64) * vocab_size  # (B, K, K)
+    parent = tf.reduce_sum(tf.cast(is_reached, tf.int64), axis=2) - 1  # (B, K)
 
     def gather_best(tensor: tf.Tensor) -> tf.Tensor:
         return tf.gather(tf.reshape(tensor, [batch_size, -1]), best, batch_dims=1)  # (B, K, V) -> (B, K)
 
     return Expansion(
-        parent=best // vocab_size,
-        token=best % vocab_size,
+        parent=parent,
+        token=best - parent * vocab_size,
         scores=gather_best(totals),
         probabilities=tf.exp(gather_best(log_probs)),
     )
@@ -292,7 +301,7 @@ def reorder_beams(beams: BeamState, expansion: Expansion, state: tf.Tensor, atte
         state: (B * K, units), the decoder's state after the step.
         attention_weights: (B * K, L), of the step.
     """
-    batch_size, beam_size = tf.shape(expansion.parent)[0], beams.token.shape[1]
+    batch_size, beam_size = tf.shape(expansion.parent)[0], beams.scores.shape[1]
 
     def reorder(tensor: tf.Tensor) -> tf.Tensor:
         return tf.gather(tensor, expansion.parent, batch_dims=1)
@@ -304,9 +313,10 @@ def reorder_beams(beams: BeamState, expansion: Expansion, state: tf.Tensor, atte
     finished = (reorder(beams.finished) | (expansion.token == END_ID)) & is_valid
     # The attention of the step belongs to the captions as they were before it.
     attention_t = tf.reshape(tf.cast(attention_weights, tf.float32), [batch_size, beam_size, beams.attention.shape[3]])
-    beam_index = tf.range(batch_size)[:, tf.newaxis] * beam_size + expansion.parent  # (B, K), rows of B * K
+    first_beam = tf.range(tf.shape(expansion.parent, tf.int64)[0])[:, tf.newaxis] * beam_size  # (B, 1), rows of B * K
+    beam_index = first_beam + expansion.parent  # (B, K)
     return BeamState(
-        token=expansion.token,
+        token=tf.reshape(expansion.token, [-1]),
         state=tf.gather(state, tf.reshape(beam_index, [-1])),
         scores=expansion.scores,
         finished=finished,
@@ -324,7 +334,8 @@ def rank_beams(beams: BeamState, length_penalty: float, num_captions: int) -> De
     is_unfinished = tf.cast(~tf.gather(beams.finished, by_score, batch_dims=1), tf.int32)
     order = tf.gather(by_score, tf.argsort(is_unfinished, stable=True), batch_dims=1)[:, :num_captions]  # (B, N)
     is_caption = tf.gather(beams.scores, order, batch_dims=1) > -np.inf
-    tokens = tf.where(is_caption[..., tf.newaxis], tf.gather(beams.tokens, order, batch_dims=1), PAD_ID)  # (B, N, T)
+    tokens = tf.cast(tf.gather(beams.tokens, order, batch_dims=1), tf.int32)  # (B, N, T)
+    tokens = tf.where(is_caption[..., tf.newaxis], tokens, PAD_ID)
 
     def to_rows(tensor: tf.Tensor) -> tf.Tensor:
         return tf.reshape(tensor, tf.concat([[-1], tf.shape(tensor)[2:]], axis=0))  # (B, N, ...) -> (B * N, ...)

@@ -230,6 +230,8 @@ def run(dec_input, images, order, attention, gru) -> tuple[tf.Tensor, tf.Tensor]
     units, channels, dtype = images.keys.shape[2], images.features.shape[2], images.keys.dtype
     variables = attention.W2.kernel, attention.W2.bias, attention.V.kernel, *gru.trainable_variables
     query_kernel, query_bias, score_kernel, kernel, state_kernel, bias = (tf.cast(v, dtype) for v in variables)
+    # On the device that runs the loops: a number from another device would be sent to it in every iteration.
+    order = WordOrder(*map(tf.identity, order))
     # The biases of z and r are added with the words; that of g is multiplied by r, so it stays in the loop.
     token_bias = bias[0] + tf.pad(bias[1, : 2 * units], [[0, units]])  # (3U,)
     token_inputs = tf.matmul(dec_input, kernel[channels:]) + token_bias  # (N, 3U)

@@ -5,6 +5,7 @@ once for all of them.
 """
 
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
 import numpy as np
@@ -176,15 +177,21 @@ def copy_ahead(batches: Iterable[Batch], strategy: tf.distribute.Strategy) -> It
     if not has_gpu() or strategy is not tf.distribute.get_strategy():
         yield from batches
         return
-    ready = None
-    for batch in batches:
+    iterator = iter(batches)
+
+    def copy_next() -> Batch | None:
+        batch = next(iterator, None)
+        if batch is None:
+            return None
         with tf.device("GPU:0"):
-            copied = batch._replace(features=tf.identity(batch.features))  # returns before it is done
-        if ready is not None:
-            yield ready
-        ready = copied
-    if ready is not None:
-        yield ready
+            return batch._replace(features=tf.identity(batch.features))
+
+    # In a thread, since a copy returns when it is done, and waits for all work that the GPU has been given before.
+    with ThreadPoolExecutor(1) as thread:
+        copied = thread.submit(copy_next)
+        while (batch := copied.result()) is not None:
+            copied = thread.submit(copy_next)
+            yield batch
 
 
 def make_distributed_dataset(

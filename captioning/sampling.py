@@ -52,5 +52,5 @@ def draw(log_probs: tf.Tensor, numbers: tf.Tensor, temperature: float, top_p: fl
     # The probability of the words that are kept: the smallest cumulative one that reaches top_p.
     kept = tf.reduce_min(tf.where(cumulative >= tf.minimum(top_p, total), cumulative, total), axis=1, keepdims=True)
     # The product is smaller than `kept`, also when it is rounded: float32 below 1 differ from 1 by at least 2 ** -24.
-    rank = tf.math.count_nonzero(cumulative <= numbers[:, tf.newaxis] * kept, axis=1, dtype=tf.int32)  # (R,)
+    rank = tf.math.count_nonzero(cumulative <= numbers[:, tf.newaxis] * kept, axis=1)  # (R,)
     return tf.gather(ids, rank, batch_dims=1)

@@ -120,6 +120,23 @@ def test_fused_decoder_packs_rows_of_words_only(captions):
     assert not outputs.is_sampled.numpy().any()
 
 
+def test_order_words_goes_step_after_step_and_longest_first():
+    order = fused_decoder.order_words(np.array([[2, 5, 3, 0, 0], [2, 6, 7, 8, 3], [2, 9, 3, 0, 0], [2, 3, 0, 0, 0]]))
+    assert order.longest_first.tolist() == [1, 0, 2, 3], "captions of the same length keep their order"
+    assert order.num_active.tolist() == [4, 3, 1, 1] and order.step_start.tolist() == [0, 4, 7, 8]
+    assert order.positions.tolist() == [[1, 0], [0, 0], [2, 0], [3, 0], [1, 1], [0, 1], [2, 1], [1, 2], [1, 3]]
+    assert order.ranks.tolist() == [[0, 0], [1, 0], [2, 0], [3, 0], [0, 1], [1, 1], [2, 1], [0, 2], [0, 3]]
+    assert {array.dtype for array in order} == {np.dtype(np.int32)}
+
+
+def test_teacher_force_takes_an_order_that_is_computed_beforehand(captions):
+    caption_model = make_model()
+    caption_model.decoder.fused = True
+    order = fused_decoder.WordOrder(*map(tf.constant, fused_decoder.order_words(captions[1].numpy())))
+    for actual, expected in zip(caption_model(*captions, order=order), caption_model(*captions), strict=True):
+        np.testing.assert_array_equal(actual, expected)
+
+
 # Whether the fused decoder computes what RNNDecoder.step does.
 
 

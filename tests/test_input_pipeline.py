@@ -1,9 +1,15 @@
+import contextlib
+import threading
+
 import numpy as np
 import pytest
 
+from captioning import input_pipeline
 from captioning.annotations import Example
+from captioning.fused_decoder import order_words
 from captioning.input_pipeline import (
     EncodedCaptions,
+    copy_ahead,
     describe_cut,
     encode_captions,
     make_dataset,
@@ -121,6 +127,8 @@ def test_make_dataset_pairs_captions_with_their_features(captions, dataset, toke
         assert batch.features.shape[1:] == (64, 2048) and batch.features.dtype == tf.float16
         assert len(batch.features) == len(set(batch.image_index.numpy())), "each image is read once"
         assert batch.tokens.shape[1] == max(np.count_nonzero(batch.tokens, axis=1)), "padded to the longest, no more"
+        for actual, expected in zip(batch.order, order_words(batch.tokens.numpy()), strict=True):
+            np.testing.assert_array_equal(actual, expected)
         for features, tokens in zip(batch.features.numpy()[batch.image_index], batch.tokens.numpy(), strict=True):
             colour = COLOURS[int(features[10, :300:100].argmax())]
             noun = NOUNS[int(features[20, 1000:1400:100].argmax())]
@@ -144,8 +152,57 @@ def test_make_dataset_with_static_shapes_has_few_shapes(captions, cache):
         np.testing.assert_array_equal(padded.features[: len(plain.features)], plain.features)
         assert np.count_nonzero(padded.tokens) == np.count_nonzero(plain.tokens)
         assert (padded.tokens.shape[1] - 1) % 8 == 0 and len(padded.features) % 8 == 0
+        assert padded.order is None, "its shapes would be others in each batch"
         shapes.add(tuple(tuple(part.shape) for part in padded[:3]))
     assert len(batches[-1]) < 5 and len(shapes) == 1
+
+
+class FakeDevice:
+    """Stands for tf.device; says that the copy of batch number 1 has begun."""
+
+    def __init__(self):
+        self.names, self.threads, self.second_copy = [], set(), threading.Event()
+
+    def __call__(self, name):
+        self.names.append(name)
+        self.threads.add(threading.current_thread())
+        if len(self.names) == 2:
+            self.second_copy.set()
+        return contextlib.nullcontext()
+
+
+def test_copy_ahead_puts_the_next_features_on_the_gpu_in_a_thread(captions, cache, monkeypatch):
+    dataset = make_dataset(captions, make_epoch_batches(captions, 5, 0, 0), cache.read)
+    expected, device = list(dataset), FakeDevice()
+    monkeypatch.setattr(input_pipeline, "has_gpu", lambda: True)
+    monkeypatch.setattr(tf, "device", device)
+    batches = copy_ahead(dataset, tf.distribute.get_strategy())
+    first = next(batches)
+    assert device.second_copy.wait(10), "the next batch is copied while this one is used"
+    for actual, batch in zip([first, *batches], expected, strict=True):
+        for tensor, other in zip(tf.nest.flatten(actual), tf.nest.flatten(batch), strict=True):
+            np.testing.assert_array_equal(tensor, other)
+    assert device.names == ["GPU:0"] * len(expected)
+    assert threading.main_thread() not in device.threads, "a copy waits for what the GPU does"
+
+
+def test_copy_ahead_copies_only_where_one_gpu_trains(captions, cache, monkeypatch):
+    dataset, device = make_dataset(captions, make_epoch_batches(captions, 5, 0, 0), cache.read), FakeDevice()
+    monkeypatch.setattr(tf, "device", device)
+    for has_gpu, strategy in ((False, tf.distribute.get_strategy()), (True, "mirrored")):
+        monkeypatch.setattr(input_pipeline, "has_gpu", lambda has_gpu=has_gpu: has_gpu)
+        assert len(list(copy_ahead(dataset, strategy))) == len(dataset)
+    assert not device.names
+
+
+def test_copy_ahead_passes_an_error_on(monkeypatch):
+    def batches():
+        raise OSError("unreadable")
+        yield
+
+    monkeypatch.setattr(input_pipeline, "has_gpu", lambda: True)
+    with pytest.raises(OSError, match="unreadable"):
+        next(copy_ahead(batches(), tf.distribute.get_strategy()))
 
 
 def test_make_dataset_does_not_wait_for_the_autotuner(captions, cache):

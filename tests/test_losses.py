@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 
 import model
+from captioning import losses as losses_module
 from captioning.config import ModelConfig
 from captioning.losses import (
     cross_entropy,
@@ -37,8 +38,10 @@ def test_masked_cross_entropy_computes_in_float32(logits):
     np.testing.assert_allclose(losses, masked_cross_entropy(logits, TARGETS)[0], rtol=1e-2)
 
 
+@pytest.mark.parametrize("has_gpu", [False, True], ids=["cpu", "gpu"])
 @pytest.mark.parametrize("scale", [1.0, 100.0, 1e4])
-def test_cross_entropy_and_its_gradient_match_tensorflow(logits, scale):
+def test_cross_entropy_and_its_gradient_match_tensorflow(logits, scale, has_gpu, monkeypatch):
+    monkeypatch.setattr(losses_module, "has_gpu", lambda: has_gpu)
     logits, d_losses = tf.Variable(logits * scale), tf.constant([1.0, 0.5, 2.0, 0.0, -3.0])
 
     def reference(logits, targets):

@@ -1,6 +1,7 @@
 import numpy as np
 import pytest
 
+from captioning import optimizer as optimizer_module
 from captioning.optimizer import FusedAdam, WeightEMA, make_optimizer
 from captioning.quiet_tensorflow import tf
 
@@ -9,8 +10,10 @@ def make_variables():
     return [tf.keras.Variable(np.ones(shape, np.float32)) for shape in ((3, 4), (5,))]
 
 
+@pytest.mark.parametrize("has_gpu", [False, True], ids=["cpu", "gpu"])
 @pytest.mark.parametrize("clip_norm", [0.5, 1e6], ids=["clipped", "not clipped"])
-def test_fused_adam_matches_keras(rng, clip_norm):
+def test_fused_adam_matches_keras(rng, clip_norm, has_gpu, monkeypatch):
+    monkeypatch.setattr(optimizer_module, "has_gpu", lambda: has_gpu)
     steps = [[rng.normal(size=(3, 4)), rng.normal(size=5)] for _ in range(4)]
     results = []
     for make in (FusedAdam, tf.keras.optimizers.Adam):

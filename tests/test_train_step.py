@@ -179,6 +179,35 @@ def test_train_step_moves_the_baseline_to_the_log_prob_of_sampled_words(hard_mod
     assert state.progress.get("baseline") == pytest.approx(log_prob, rel=0.1)
 
 
+# Float16.
+
+
+@pytest.mark.slow
+def test_train_step_that_overflows_in_float16_changes_nothing(batch, tokenizer, make_step):
+    tf.keras.utils.set_random_seed(1)  # some captions are sampled in every step
+    config = TrainConfig(mixed_precision=True)
+    model_config = ModelConfig(len(tokenizer), embedding_dim=4, units=6, attention="hard")
+    caption_model = model.build(model_config, mixed_precision=True)
+    state, train_step = make_step(caption_model, make_optimizer(1e-2, 5.0, mixed_precision=True), config, 0.9)
+    bias, scale = caption_model.encoder.fc.bias, state.optimizer.dynamic_scale
+    kept = [*caption_model.trainable_variables, *state.optimizer.inner_optimizer.variables, *state.ema.variables]
+    kept += [state.progress.loss_sum, state.progress.token_count, state.progress.baseline]
+    for bias_value, first_scale, message in ((0, 1e30, "the gradients overflow"), (1e30, 1024, "so does the loss")):
+        bias.assign(tf.fill(bias.shape, bias_value))
+        scale.assign(first_scale)
+        before = [np.array(variable) for variable in kept]
+        train_step(batch)
+        for variable, old in zip(kept, before, strict=True):
+            np.testing.assert_array_equal(variable, old, err_msg=message)
+        assert float(scale) == pytest.approx(first_scale / 2)
+
+    bias.assign(tf.zeros_like(bias))
+    train_step(batch)
+    assert state.progress.mean_loss() == pytest.approx(math.log(len(tokenizer)), rel=0.3)
+    assert state.progress.get("baseline") < 0
+    assert state.ema.num_updates.numpy() == 1 and state.progress.get("step") == 3
+
+
 # All combinations.
 
 
