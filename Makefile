@@ -39,6 +39,8 @@ bench:  ## print the commands of the benchmarks, which take minutes each and wan
 	@echo "$(BIN)/python -m benchmarks.serving      # images per second of serve.py, and how long a client waits"
 	@echo "$(BIN)/python -m benchmarks.features     # images per second when caching features"
 	@echo "$(BIN)/python -m benchmarks.memory       # start time and memory of training on all of COCO"
+	@echo "$(BIN)/python -m benchmarks.gpu_plan     # kernels and waits of a step on a GPU, counted without one"
+	@echo "$(BIN)/python benchmarks/gpu.py          # on a machine with a GPU: whether all works there, and how fast"
 
 clean:  ## delete the caches of Python and of the tools; .venv, data, features and runs stay
 	rm -rf $(CACHES) $(CODE_FOLDERS:%=%/__pycache__) $(CODE_FOLDERS:%=%/.ipynb_checkpoints)
