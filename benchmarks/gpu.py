@@ -39,7 +39,6 @@ CHECKS = (
     Check("numbers", 120, compares=True),
     Check("variants", 240),
     Check("training", 150),
-    Check("xla", 150),
     Check("search", 60),
     Check("features", 90),
     Check("memory", 90, needs_gpu=True),
@@ -47,6 +46,7 @@ CHECKS = (
     Check("demo", 240, is_long=True),
     Check("captions", 60, compares=True, is_long=True),
     Check("several", 120, needs_gpu=True),
+    Check("xla", 150),  # last, since it takes long
 )
 
 Row = dict[str, Any]  # check, what, value, expected and passed, the last two None where there is nothing to expect

@@ -304,7 +304,6 @@ CHECKS: dict[str, Callable[..., list[Row]]] = {
     "numbers": check_numbers,
     "variants": check_variants,
     "training": gpu_speed.check_training,
-    "xla": gpu_speed.check_xla,
     "search": gpu_speed.check_search,
     "features": gpu_speed.check_features,
     "memory": check_memory,
@@ -312,6 +311,7 @@ CHECKS: dict[str, Callable[..., list[Row]]] = {
     "demo": check_demo,
     "captions": check_captions,
     "several": check_several,
+    "xla": gpu_speed.check_xla,
 }
 COMPARED = ("numbers", "captions")
 
