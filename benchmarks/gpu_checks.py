@@ -37,6 +37,7 @@ from captioning.config import TrainConfig
 from captioning.decoding import beam_search, greedy_search
 from captioning.feature_cache import CNN_FILE
 from captioning.files import read_json, write_json
+from captioning.images import count_cores
 from captioning.input_pipeline import make_dataset, make_epoch_batches
 from captioning.optimizer import WeightEMA, make_optimizer
 from captioning.quiet_tensorflow import tf
@@ -60,7 +61,7 @@ def check_device(folder: Path, sizes: Sizes) -> list[Row]:
     value = float(tf.reduce_sum(tf.tanh(tf.ones(8))))
     return [
         row("TensorFlow, Keras", f"{tf.__version__}, {keras.__version__}"),
-        row("Python, cores", f"{sys.version.split()[0]}, {os.cpu_count()}"),
+        row("Python, cores", f"{sys.version.split()[0]}, {count_cores()}"),
         row("GPU", ", ".join(names) or "none"),
         row("CUDA that TensorFlow was built with", str(tf.sysconfig.get_build_info().get("cuda_version", "none"))),
         row("one operation", round(value, 4), "6.0928", abs(value - 6.0928) < 1e-3),

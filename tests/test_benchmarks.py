@@ -11,6 +11,8 @@ import model
 from benchmarks import captioning, features, memory, serving, training
 from benchmarks.timing import interleaved_median_rates, items_per_second
 from captioning.config import ModelConfig
+from captioning.feature_cache import CNN_FILE
+from captioning.files import file_sha256
 from captioning.losses import masked_cross_entropy
 from captioning.quiet_tensorflow import tf
 
@@ -152,7 +154,14 @@ def test_captioning_variants_have_the_same_captions(caption_model, rng):
 
 
 @pytest.mark.slow
-def test_features_main_compares_with_the_cnn(capsys):
+def test_features_main_compares_with_the_cnn(monkeypatch, capsys):
+    def save_weights(folder, *_):
+        folder.mkdir()
+        (folder / CNN_FILE).write_text("stands for weights")
+        return file_sha256(folder / CNN_FILE)
+
+    monkeypatch.setattr("features._save_random_weights", save_weights)
+    monkeypatch.setattr("features.build_feature_extractor", build_small_cnn)
     features.main(["--images", "4", "--batch-sizes", "2", "--rounds", "1", "--only", "cnn"])
     result = read_result(capsys)
     rates = result["images_per_second"]

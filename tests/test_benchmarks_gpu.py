@@ -105,8 +105,8 @@ def test_numbers_are_of_features_losses_and_captions(tmp_path, monkeypatch):
 
 @pytest.mark.slow
 def test_the_command_runs_in_small_on_a_cpu():
-    command = [sys.executable, str(gpu.PROJECT / "benchmarks/gpu.py"), "--small", "--only", "search", "memory"]
+    command = [sys.executable, str(gpu.PROJECT / "benchmarks/gpu.py"), "--small", "--only", "memory"]
     result = subprocess.run(command, cwd=gpu.PROJECT.parent, capture_output=True, text=True, check=True)
     rows = json.loads(result.stdout.splitlines()[-1])["rows"]
-    assert all(row["value"] > 0 for row in rows if row["check"] == "search")
-    assert rows[-1]["what"] == "left out"
+    assert any(row["what"] == "one operation" and row["passed"] for row in rows)
+    assert (rows[-1]["what"], rows[-1]["value"]) == ("left out", "no GPU")
