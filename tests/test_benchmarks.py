@@ -147,6 +147,7 @@ def test_captioning_main_compares_a_folder_with_the_cnn(run, monkeypatch, capsys
     assert result["ratio"] == pytest.approx(expected, abs=0.01)
 
 
+@pytest.mark.slow
 def test_captioning_variants_have_the_same_captions(caption_model, rng):
     features = rng.random((3, 64, 2048), np.float32)
     expected = captioning.tutorial_captions(caption_model, features)
@@ -178,6 +179,7 @@ def test_features_main_measures_decoding(monkeypatch, capsys):
     assert min(rates.values()) > 0
 
 
+@pytest.mark.slow
 def test_features_main_measures_the_pipeline(capsys):
     features.main(["--only", "pipeline", "--pipeline-images", "70", "--readers", "3", "--cnn-rate", "2000"])
     result = read_result(capsys)["pipeline"]

@@ -27,7 +27,8 @@ def split_counts(plan):
     return plan[""], [counts for loop, counts in plan.items() if loop]
 
 
-@pytest.mark.parametrize("mixed_precision", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["32", "16"])
+@pytest.mark.slow
+@pytest.mark.parametrize("mixed_precision", [False, True], ids=["32", "16"])
 def test_training_step_waits_for_no_word(mixed_precision):
     outside, loops = split_counts(gpu_plan.plan_training(fused=True, mixed_precision=mixed_precision))
     assert len(loops) == 2, "forward and backward"
@@ -42,6 +43,7 @@ def test_training_step_waits_for_no_word(mixed_precision):
         )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("beam_size", [1, 3])
 def test_search_waits_once_a_word(beam_size):
     outside, (loop,) = split_counts(gpu_plan.plan_search(beam_size))
