@@ -52,12 +52,12 @@ CHECKS = (
 Row = dict[str, Any]  # check, what, value, expected and passed, the last two None where there is nothing to expect
 
 
-def run_check(check: Check, folder: Path, small: bool, seconds: float, environment: dict[str, str]) -> list[Row]:
-    """Runs a check in a process of its own, and returns its rows; one that fails has a row that says so."""
+def run_check(check: Check, folder: Path, small: bool, seconds: float, reference: bool = False) -> list[Row]:
+    """Runs a check in a process of its own, on the CPU for a reference; one that fails has a row that says so."""
     command = [sys.executable, "-m", "benchmarks.gpu_checks", check.name, str(folder)]
     if small:
         command.append("--small")
-    if "CUDA_VISIBLE_DEVICES" in environment:
+    if reference:
         command.append("--reference")
 
     def failure(reason: str) -> list[Row]:
@@ -69,7 +69,7 @@ def run_check(check: Check, folder: Path, small: bool, seconds: float, environme
             result = subprocess.run(
                 command,
                 cwd=PROJECT,
-                env=os.environ | environment,
+                env=os.environ | (WITHOUT_GPU if reference else {}),
                 stdout=subprocess.PIPE,
                 stderr=stderr,
                 text=True,
@@ -112,9 +112,9 @@ def run_checks(names: list[str], small: bool) -> list[Row]:
         if seconds < 15:
             return leave_out(check, f"{MINUTES} minutes are over")
         limit = min(seconds, check.seconds)
-        reference = run_check(check, folder, small, limit, WITHOUT_GPU) if check.compares else []
+        reference = run_check(check, folder, small, limit, reference=True) if check.compares else []
         failed = any(row["passed"] is False for row in reference)
-        return add(reference if failed else run_check(check, folder, small, limit, {}))
+        return add(reference if failed else run_check(check, folder, small, limit))
 
     with tempfile.TemporaryDirectory() as name:
         for check in CHECKS:

@@ -27,11 +27,9 @@ import demo
 import features
 import inference
 import model
-import train
 from benchmarks import gpu_speed, training
 from benchmarks.gpu_common import SMALL, Data, Row, Sizes, make_data, row
 from captioning import shapes
-from captioning.checkpoints import TrainProgress
 from captioning.cli import make_parser, run_main
 from captioning.config import TrainConfig
 from captioning.decoding import beam_search, greedy_search
@@ -39,7 +37,6 @@ from captioning.feature_cache import CNN_FILE
 from captioning.files import read_json, write_json
 from captioning.images import count_cores
 from captioning.input_pipeline import make_dataset, make_epoch_batches
-from captioning.optimizer import WeightEMA, make_optimizer
 from captioning.quiet_tensorflow import tf
 
 PROJECT = Path(__file__).resolve().parents[1]
@@ -48,6 +45,8 @@ MAX_LOSS_DIFFERENCE = 1e-4  # relative, of a step
 MIN_EQUAL_CAPTIONS = 0.95  # of an untrained model, where words are nearly equally probable
 MAX_MEMORY = 4e9  # bytes, of training with batches of 64
 NUM_STEPS = 5  # whose losses are compared
+SMALL_TRAINING = ["train.py", "--dataset", "shapes", "--num-captions", "600", "--cnn-weights", "random"]
+SMALL_TRAINING += ["--features-dir", "features", "--run", "run"]
 
 
 # Device.
@@ -80,18 +79,13 @@ def losses_of_steps(data: Data, batch_size: int, fused: bool) -> np.ndarray:
     for variable in caption_model.trainable_variables:  # not those that the device draws
         variable.assign(rng.normal(0, 0.05, variable.shape))
     caption_model.decoder.fused = fused
-    optimizer = make_optimizer(config.learning_rate, config.clip_norm, config.mixed_precision)
-    optimizer.build(caption_model.trainable_variables)
-    progress = TrainProgress()
-    state = train.TrainState(caption_model, optimizer, WeightEMA(caption_model.trainable_variables, 0.0), progress)
     batches = make_epoch_batches(data.captions, batch_size, seed=0, epoch=0)[:NUM_STEPS]
     dataset = make_dataset(data.captions, batches, data.cache.read)
-    step = train.make_train_step(state, config, tf.distribute.get_strategy(), dataset.element_spec)
-    losses = []
+    step = training.make_project_step(caption_model, config, dataset.element_spec)
+    losses, total = [], 0.0
     for batch in dataset:
-        progress.reset_epoch()
-        step(batch)
-        losses.append(progress.mean_loss())
+        before, total = total, float(step(batch))
+        losses.append((total - before) / np.count_nonzero(batch.tokens[:, 1:]))
     return np.array(losses)
 
 
@@ -217,8 +211,7 @@ def check_resume(folder: Path, sizes: Sizes) -> list[Row]:
     """Kills a training within an epoch, and continues it."""
     place = folder / "resume"
     place.mkdir()
-    command = ["train.py", "--dataset", "shapes", "--num-captions", "600", "--cnn-weights", "random", "--run", "run"]
-    command += ["--features-dir", "features", "--epochs", "200", "--checkpoint-minutes", "0.02", "--patience", "0"]
+    command = [*SMALL_TRAINING, "--epochs", "200", "--checkpoint-minutes", "0.02", "--patience", "0"]
     process = run_script(place, *command)
     deadline = time.monotonic() + 100
     while not list(place.glob("run/checkpoints/last/*.index")) and time.monotonic() < deadline:
@@ -278,18 +271,7 @@ def check_several(folder: Path, sizes: Sizes) -> list[Row]:
     for strategy in ("none", "mirrored"):
         place = folder / strategy
         place.mkdir()
-        command = [
-            "train.py",
-            "--dataset",
-            "shapes",
-            "--num-captions",
-            "600",
-            "--cnn-weights",
-            "random",
-            "--run",
-            "run",
-        ]
-        command += ["--features-dir", "features", "--epochs", "2", "--strategy", strategy]
+        command = [*SMALL_TRAINING, "--epochs", "2", "--strategy", strategy]
         run_script(place, *command).wait()
         with (place / "run/history.csv").open() as file:
             losses[strategy] = [float(line["train_loss"]) for line in csv.DictReader(file)]

@@ -7,7 +7,6 @@ from benchmarks import training
 from captioning.config import ModelConfig
 from captioning.feature_cache import FeatureCache
 from captioning.input_pipeline import EncodedCaptions, encode_captions
-from captioning.quiet_tensorflow import tf
 from tokenizer import Tokenizer
 
 Row = dict[str, Any]  # what, value, expected and passed, the last two None where nothing is expected
@@ -38,11 +37,6 @@ class Data(NamedTuple):
 def row(what: str, value: Any, expected: str | None = None, passed: bool | None = None) -> Row:
     """Makes a row of the table."""
     return {"what": what, "value": value, "expected": expected, "passed": passed}
-
-
-def has_gpu() -> bool:
-    """Tells whether TensorFlow computes on a GPU."""
-    return bool(tf.config.list_physical_devices("GPU"))
 
 
 def make_data(folder: Path, sizes: Sizes, attention: str = "soft") -> Data:

@@ -28,13 +28,11 @@ from unittest import mock
 import numpy as np
 
 import model
-import train
+from benchmarks.training import make_project_step
 from captioning import decoding
-from captioning.checkpoints import TrainProgress
 from captioning.cli import InputError, make_parser, run_main
 from captioning.config import ModelConfig, TrainConfig
 from captioning.input_pipeline import EncodedCaptions, make_dataset
-from captioning.optimizer import WeightEMA, make_optimizer
 from captioning.quiet_tensorflow import tf
 
 # They start no kernel: they pass a tensor on, look at its shape, or keep a list of tensors, or a variable.
@@ -272,15 +270,11 @@ def plan_training(attention: str = "soft", fused: bool = False, mixed_precision:
     """Plans a step of train.py."""
     caption_model = build_model(attention, fused, mixed_precision)
     config = TrainConfig(mixed_precision=mixed_precision, jit="off")
-    optimizer = make_optimizer(config.learning_rate, config.clip_norm, mixed_precision)
-    optimizer.build(caption_model.trainable_variables)
-    ema = WeightEMA(caption_model.trainable_variables, config.ema_decay)
     tokens = np.array([[2, 5, 6, 3, 0, 0], [2, 9, 8, 7, 6, 3], [2, 8, 3, 0, 0, 0]], np.int32)
     lengths = np.count_nonzero(tokens, axis=1).astype(np.int32)
     captions = EncodedCaptions(np.array(["a", "b"]), np.array([0, 1, 1], np.int32), tokens, lengths, lengths)
     dataset = make_dataset(captions, [np.arange(3)], lambda paths: tf.zeros((tf.shape(paths)[0], 4, 12), tf.float16))
-    state = train.TrainState(caption_model, optimizer, ema, TrainProgress())
-    train_step = train.make_train_step(state, config, tf.distribute.get_strategy(), dataset.element_spec)
+    train_step = make_project_step(caption_model, config, dataset.element_spec)
     return plan(lambda: train_step(next(iter(dataset))))
 
 

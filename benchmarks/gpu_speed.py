@@ -14,9 +14,10 @@ import features
 import model
 from benchmarks import captioning, training
 from benchmarks import features as features_benchmark
-from benchmarks.gpu_common import Data, Row, Sizes, has_gpu, make_data, row
+from benchmarks.gpu_common import Data, Row, Sizes, make_data, row
 from benchmarks.timing import items_per_second
 from captioning.config import FeatureConfig, ModelConfig
+from captioning.devices import has_gpu
 from captioning.quiet_tensorflow import tf
 
 

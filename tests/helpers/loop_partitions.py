@@ -11,11 +11,9 @@ import numpy as np
 from tensorflow.python.eager import context
 
 import model
-import train
-from captioning.checkpoints import TrainProgress
+from benchmarks.training import make_project_step
 from captioning.config import ModelConfig, TrainConfig
 from captioning.input_pipeline import EncodedCaptions, make_dataset
-from captioning.optimizer import WeightEMA, make_optimizer
 from captioning.quiet_tensorflow import tf
 
 TOKENS = np.array([[2, 5, 6, 3, 0], [2, 7, 3, 0, 0], [2, 5, 6, 7, 3]], np.int32)
@@ -47,12 +45,7 @@ def main():
     with tf.device("CPU:1"):
         caption_model = model.build(ModelConfig(vocab_size=20, embedding_dim=6, units=8))
         caption_model.decoder.fused = True
-        optimizer = make_optimizer(1e-3, 5.0, False)
-        optimizer.build(caption_model.trainable_variables)
-        ema = WeightEMA(caption_model.trainable_variables, 0.0)
-        state = train.TrainState(caption_model, optimizer, ema, TrainProgress())
-        config = TrainConfig(batch_size=3)
-        step = train.make_train_step(state, config, tf.distribute.get_strategy(), dataset.element_spec)
+        step = make_project_step(caption_model, TrainConfig(batch_size=3), dataset.element_spec)
         context.context().enable_run_metadata()
         step(batch)
         graphs = context.context().export_run_metadata().function_graphs
