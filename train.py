@@ -23,7 +23,7 @@ import data_utils
 import evaluate
 import features
 import model
-from captioning import devices, losses
+from captioning import devices, losses, self_critical
 from captioning.annotations import Example
 from captioning.checkpoints import Checkpoints, TrainProgress
 from captioning.cli import add_quiet_option, defer_interrupts, log, make_parser, progress_bar, run_main
@@ -41,7 +41,15 @@ from captioning.input_pipeline import (
 )
 from captioning.optimizer import WeightEMA, make_optimizer
 from captioning.quiet_tensorflow import tf
-from captioning.run_folder import fill_locations, init_run_dir
+from captioning.rewards import CaptionReward, Reward
+from captioning.run_folder import (
+    best_checkpoint,
+    check_same_data,
+    fill_locations,
+    init_run_dir,
+    restore_weights,
+    settings_to_continue,
+)
 from captioning.settings import add_options
 from captioning.training_log import TrainingLog
 from captioning.validation import EpochScore, Validator
@@ -59,44 +67,26 @@ class TrainState(NamedTuple):
     progress: TrainProgress
 
 
-class StepSums(NamedTuple):
-    """Sums over a batch, float32 scalars."""
-
-    loss: tf.Tensor  # the cross-entropy of all words, in nats
-    num_tokens: tf.Tensor
-    sampled_log_prob: tf.Tensor  # log p of the words whose location was sampled (hard attention)
-    num_sampled: tf.Tensor
-
-
 # One step.
 
 
-def compute_gradients(state: TrainState, batch: Batch, config: TrainConfig) -> tuple[list[tf.Tensor], StepSums]:
-    """Computes the gradients of the mean loss over the words of a batch, teacher forced."""
+def compute_gradients(
+    state: TrainState, batch: Batch, config: TrainConfig, reward: Reward | None = None
+) -> tuple[list[tf.Tensor], losses.StepSums]:
+    """Computes the gradients of the mean loss over the words of a batch, teacher forced.
+
+    With a `reward` these words are samples of the model (captioning/self_critical.py).
+    """
     variables = state.model.trainable_variables
+    if reward:
+        samples = self_critical.draw_samples(state.model, batch, config, reward, state.optimizer.iterations)
     with tf.GradientTape() as tape:
-        outputs = state.model(batch.features, batch.tokens, batch.image_index, training=True, order=batch.order)
-        word_losses, mask = losses.masked_cross_entropy(outputs.logits, outputs.targets)  # (N,)
-        sample_mask = mask * tf.cast(outputs.is_sampled[:, 0], tf.float32)  # (N,)
-        sums = StepSums(
-            loss=tf.reduce_sum(word_losses),
-            num_tokens=tf.reduce_sum(mask),
-            sampled_log_prob=tf.reduce_sum(-word_losses * sample_mask),
-            num_sampled=tf.reduce_sum(sample_mask),
-        )
-        objective = sums.loss
-        if config.label_smoothing:
-            objective += config.label_smoothing * losses.label_smoothing_term(outputs.logits, outputs.targets, mask)
-        if config.doubly_stochastic:
-            objective += config.doubly_stochastic * losses.doubly_stochastic_term(
-                outputs.attention_weights, mask, outputs.positions, batch.tokens
-            )
-        if state.model.decoder.attention.hard:
-            weights, samples = outputs.attention_weights, outputs.location_weights
-            place = state.progress.baseline, outputs.positions, batch.tokens
-            reinforce_loss, entropy = losses.reinforce_terms(weights, samples, sample_mask, word_losses, mask, *place)
-            objective += config.reinforce_weight * reinforce_loss - config.entropy_weight * entropy
-        mean_loss = objective / tf.maximum(sums.num_tokens, 1)
+        if reward:
+            mean_loss, sums = self_critical.self_critical_loss(state.model, batch, samples, config)
+        else:
+            outputs = state.model(batch.features, batch.tokens, batch.image_index, training=True, order=batch.order)
+            baseline = state.progress.baseline if state.model.decoder.attention.hard else None
+            mean_loss, sums = losses.mean_loss(outputs, batch.tokens, config, baseline)
         if config.mixed_precision:
             mean_loss = state.optimizer.scale_loss(mean_loss)
     gradients = tape.gradient(mean_loss, variables)
@@ -106,7 +96,11 @@ def compute_gradients(state: TrainState, batch: Batch, config: TrainConfig) -> t
 
 
 def make_train_step(
-    state: TrainState, config: TrainConfig, strategy: tf.distribute.Strategy, batch_spec: Any
+    state: TrainState,
+    config: TrainConfig,
+    strategy: tf.distribute.Strategy,
+    batch_spec: Any,
+    reward: Reward | None = None,
 ) -> Callable[[Batch], None]:
     """Makes the tutorial's `train_step`, for one device or several.
 
@@ -115,18 +109,19 @@ def make_train_step(
         config: the settings of the training.
         strategy: whose replicas get a part of every batch each.
         batch_spec: the shapes that `make_distributed_dataset` yields, so that the step is compiled once for all sizes.
+        reward: that of self-critical training, otherwise None.
     """
     jit = config.jit == "on"
-    gradients_of = functools.partial(compute_gradients, state, config=config)
+    gradients_of = functools.partial(compute_gradients, state, config=config, reward=reward)
     if jit:
         gradients_of = tf.function(gradients_of, jit_compile=True)
 
-    def replica_step(batch: Batch) -> StepSums:
+    def replica_step(batch: Batch) -> losses.StepSums:
         gradients, local_sums = gradients_of(batch)
         sums = local_sums
         if strategy.num_replicas_in_sync > 1:
             replica = tf.distribute.get_replica_context()
-            sums = StepSums(*replica.all_reduce(tf.distribute.ReduceOp.SUM, list(local_sums)))
+            sums = losses.StepSums(*replica.all_reduce(tf.distribute.ReduceOp.SUM, list(local_sums)))
             share = local_sums.num_tokens / sums.num_tokens  # so that the mean is that over all words
             gradients = replica.all_reduce(tf.distribute.ReduceOp.SUM, [share * gradient for gradient in gradients])
         state.optimizer.apply(gradients, state.model.trainable_variables)
@@ -135,11 +130,13 @@ def make_train_step(
     @tf.function(input_signature=None if jit else [batch_spec])
     def train_step(batch: Batch) -> None:
         steps_before = tf.identity(state.optimizer.iterations)
-        sums = StepSums(*(strategy.experimental_local_results(x)[0] for x in strategy.run(replica_step, (batch,))))
+        sums = losses.StepSums(
+            *(strategy.experimental_local_results(x)[0] for x in strategy.run(replica_step, (batch,)))
+        )
         is_new = 1.0
         if config.mixed_precision:  # the optimizer skips a step whose gradients overflow, and then so does the rest
             is_new = tf.cast(state.optimizer.iterations > steps_before, tf.float32)
-            sums = StepSums(*(tf.where(is_new > 0, x, 0.0) for x in sums))
+            sums = losses.StepSums(*(tf.where(is_new > 0, x, 0.0) for x in sums))
         state.ema.update(is_new)
         progress = state.progress
         if state.model.decoder.attention.hard:  # after the gradient, since a baseline must not depend on its samples
@@ -198,7 +195,8 @@ def train_epoch(
             if now - shown >= 1 or rows is batches[-1]:  # reading the loss waits for the step, so not every time
                 progress.seconds.assign_add(now - shown)
                 shown = now
-                bar.set_postfix_str(f"loss {progress.mean_loss():.3f}", refresh=False)
+                name, value = train_result(progress, config)
+                bar.set_postfix_str(f"{name.removeprefix('train_')} {value:.3f}", refresh=False)
                 checkpoints.check_loss()
             if now - saved >= 60 * config.checkpoint_minutes:
                 checkpoints.save()
@@ -239,8 +237,15 @@ def best_so_far(progress: TrainProgress) -> EpochScore:
     return EpochScore(*progress.get("best_score"))
 
 
+def train_result(progress: TrainProgress, config: TrainConfig) -> tuple[str, float]:
+    """Returns the name and the value of what an epoch has reached so far: its mean loss, or its mean reward."""
+    if config.self_critical:
+        return "train_reward", round(-100 * progress.mean_loss(), 2)  # in percent, as CIDEr
+    return "train_loss", round(progress.mean_loss(), 4)
+
+
 def validate_and_log(
-    validator: Validator, state: TrainState, checkpoints: Checkpoints, training_log: TrainingLog
+    validator: Validator, state: TrainState, checkpoints: Checkpoints, training_log: TrainingLog, config: TrainConfig
 ) -> EpochScore:
     """Validates an epoch, saves the weights if it is the best so far, and writes it down; returns its score."""
     progress = state.progress
@@ -250,27 +255,43 @@ def validate_and_log(
         if validation.score > best_score:
             best_score, best_epoch = validation.score, epoch
             checkpoints.save_best()
-    row = {
-        "epoch": epoch,
-        "train_loss": round(progress.mean_loss(), 4),
-        **validation.row,
-        "train_seconds": round(progress.get("seconds"), 1),
-    }
+    name, value = train_result(progress, config)
+    seconds = round(progress.get("seconds"), 1)
+    row = {"epoch": epoch, name: value, **validation.row, "train_seconds": seconds}
     training_log.add(row, best_epoch, best_score.column)
     log("  ".join(f"{name} {value}" for name, value in row.items() if value is not None))
     log(f"  {validation.sample or '(no words)'}")
     return validation.score
 
 
+def score_start(
+    validator: Validator, state: TrainState, checkpoints: Checkpoints, strategy: tf.distribute.Strategy
+) -> None:
+    """Scores the weights that self-critical training starts from; they stay the best until an epoch is better."""
+    score = EpochScore()
+    if devices.is_chief(strategy):
+        score = validator.evaluate().score
+        log(f"the start: {score}")
+        checkpoints.save_best()
+    state.progress.best_score.assign(devices.broadcast_from_chief(strategy, score))
+
+
 # A run.
 
 
-def build_train_state(run: Path, config: RunConfig, strategy: tf.distribute.Strategy) -> tuple[TrainState, Checkpoints]:
-    """Builds what is trained on the devices of a strategy, and restores the last checkpoint if there is one."""
+def build_train_state(
+    run: Path, config: RunConfig, strategy: tf.distribute.Strategy, start: Path | None = None
+) -> tuple[TrainState, Checkpoints]:
+    """Builds what is trained on the devices of a strategy, and restores the last checkpoint if there is one.
+
+    If there is none, it begins from the best weights of another run, `start`, if given.
+    """
     settings = config.train
     tf.keras.utils.set_random_seed(settings.seed)
     with strategy.scope():
         caption_model = model.build(config.model, mixed_precision=settings.mixed_precision)
+        if start:
+            restore_weights(best_checkpoint(start), caption_model)
         optimizer = make_optimizer(settings.learning_rate, settings.clip_norm, settings.mixed_precision)
         optimizer.build(caption_model.trainable_variables)  # before restoring: its slots must exist
         ema = WeightEMA(caption_model.trainable_variables, settings.ema_decay)
@@ -296,10 +317,14 @@ def train(
     tokenizer: Tokenizer,
     strategy: tf.distribute.Strategy,
     on_step: Callable[[TrainState], None] | None = None,
+    start: Path | None = None,
 ) -> None:
-    """Trains a run to its end, from wherever it stopped; calls `on_step` after every step."""
+    """Trains a run to its end, from wherever it stopped, or from the best weights of another run, `start`.
+
+    `on_step` is called after every step.
+    """
     settings = config.train
-    state, checkpoints = build_train_state(run, config, strategy)
+    state, checkpoints = build_train_state(run, config, strategy, start)
     progress = state.progress
     training_log = TrainingLog(run, progress.get("epoch")) if devices.is_chief(strategy) else None
     captions = encode_captions(dataset.split("train"), tokenizer.encode, cache.path, settings.max_length)
@@ -312,8 +337,14 @@ def train(
         f"{len(validator.references):,} images; at most {settings.epochs} epochs"
     )
     validator.log_best_so_far(best_so_far(progress))
+    if start and best_so_far(progress) == EpochScore():
+        score_start(validator, state, checkpoints, strategy)
+    reward = None
+    if settings.self_critical:
+        references = [map(tokenizer.encode, example.captions) for example in dataset.split("train")]
+        reward = CaptionReward(references, settings.bleu_weight)
     batch_spec = make_distributed_dataset(strategy, captions, [], cache.read).element_spec
-    train_step = make_train_step(state, settings, strategy, batch_spec)
+    train_step = make_train_step(state, settings, strategy, batch_spec, reward)
     try:
         while (epoch := progress.get("epoch")) < settings.epochs:
             if settings.patience and epoch - progress.get("best_epoch") >= settings.patience:
@@ -323,7 +354,7 @@ def train(
             train_epoch(train_step, captions, cache, state, checkpoints, settings, strategy, on_step)
             score = EpochScore()
             if training_log:
-                score = validate_and_log(validator, state, checkpoints, training_log)
+                score = validate_and_log(validator, state, checkpoints, training_log, settings)
             score = EpochScore(*devices.broadcast_from_chief(strategy, score))  # all machines stop at the same epoch
             with defer_interrupts():
                 if score > best_so_far(progress):
@@ -341,16 +372,25 @@ def train(
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
     """Parses the command line; a recipe changes the defaults of its settings, also in --help."""
     recipe_parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    add_options(recipe_parser, TrainConfig, only=("recipe",))
-    recipe = RECIPES[recipe_parser.parse_known_args(argv)[0].recipe]
+    add_options(recipe_parser, TrainConfig, only=("recipe", "self_critical"))
+    text = "run folder (default: runs/<name of the dataset>); with --self-critical the run to start from"
+    recipe_parser.add_argument("--run", type=Path, metavar="DIR", help=text)
+    first, _ = recipe_parser.parse_known_args(argv)
+    recipe = RECIPES["best-cider" if first.self_critical else first.recipe]
     parser = make_parser(__doc__, parents=[recipe_parser])
-    parser.add_argument("--run", type=Path, metavar="DIR", help="run folder (default: runs/<name of the dataset>)")
     add_quiet_option(parser)
     data_utils.add_data_options(parser)
     add_options(parser.add_argument_group("features"), FeatureConfig)
     add_options(parser.add_argument_group("model"), ModelConfig, recipe)
-    add_options(parser.add_argument_group("training"), TrainConfig, recipe, skip=("recipe", *SPEED_SETTINGS))
+    add_options(
+        parser.add_argument_group("training"), TrainConfig, recipe, skip=("recipe", "self_critical", *SPEED_SETTINGS)
+    )
     add_options(parser.add_argument_group("speed and devices"), TrainConfig, recipe, only=SPEED_SETTINGS)
+    if not first.self_critical:
+        return parser.parse_args(argv)
+    if not first.run:
+        parser.error("--self-critical: expected --run DIR, the run to start from")
+    parser.set_defaults(**(settings_to_continue(first.run) | recipe))
     return parser.parse_args(argv)
 
 
@@ -381,13 +421,16 @@ def main(argv: list[str] | None = None, on_step: Callable[[TrainState], None] | 
         data_fingerprint=dataset.fingerprint,
         vocabulary_sha256="",  # known once the vocabulary is saved
     )
-    run = args.run or Path("runs") / dataset.name
+    run, start = args.run or Path("runs") / dataset.name, None
+    if train_config.self_critical:
+        run, start = args.run.with_name(f"{args.run.name}_cider"), args.run
+        check_same_data(start, config)
     if not devices.is_chief(strategy):
-        train(run, dataset, cache, config, tokenizer, strategy, on_step)
+        train(run, dataset, cache, config, tokenizer, strategy, on_step, start)
         return
     with lock_folder(run):
         init_run_dir(run, config, tokenizer.save, cache.cnn_weights)
-        train(run, dataset, cache, config, tokenizer, strategy, on_step)
+        train(run, dataset, cache, config, tokenizer, strategy, on_step, start)
 
 
 if __name__ == "__main__":

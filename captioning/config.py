@@ -124,7 +124,17 @@ RECIPES: dict[str, dict[str, Any]] = {
         "learning_rate_decay": 0.9,
         "shuffle_by": "caption",
     },
+    "best-cider": {
+        "recipe": "best-cider",
+        "epochs": 3,
+        "learning_rate": 2e-5,
+        "clip_norm": 0.5,
+        "ema_decay": 0.998,
+        "dropout": 0.3,
+        "cross_entropy_weight": 0.1,
+    },
 }
+SELF_CRITICAL_SETTINGS = ("samples", "baseline", "bleu_weight", "cross_entropy_weight")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -169,6 +179,21 @@ class TrainConfig(Settings):
         "image: all captions of an image come in one batch, which is faster; caption: captions are shuffled one by one",
         choices=("image", "caption"),
     )
+    self_critical: bool = option(
+        False,
+        "train on the CIDEr of captions that the model samples: from the best weights of --run, which is not changed, "
+        "into a run of the same name with _cider added",
+    )
+    samples: int = option(5, "captions that are sampled of each image", minimum=2)
+    baseline: str = option(
+        "others",
+        "what a caption's reward is compared with: the mean of the image's other samples, or its greedy caption",
+        choices=("others", "greedy"),
+    )
+    bleu_weight: float = option(0.0, "how much of a caption's BLEU-4 is added to its CIDEr", minimum=0)
+    cross_entropy_weight: float = option(
+        0.0, "weight of the cross-entropy of the true captions, beside that of the rewards", minimum=0
+    )
     fused: bool = option(
         True,
         "train soft attention with captioning/fused_decoder.py; --no-fused trains with the plain loop in model.py, "
@@ -198,10 +223,28 @@ class TrainConfig(Settings):
 
     @classmethod
     def from_json(cls, values: Any) -> Self:
-        """Makes the settings from what `to_json` returned; `jit` may be `auto`, as it was when this was a choice."""
-        if isinstance(values, dict) and values.get("jit") == "auto":
-            values = values | {"jit": "off"}
+        """Makes the settings from what `to_json` returned, now or before there was self-critical training.
+
+        `jit` may be `auto`, as it was when this was a choice.
+        """
+        if isinstance(values, dict):
+            fields = cls.__dataclass_fields__
+            new = {name: fields[name].default for name in ("self_critical", *SELF_CRITICAL_SETTINGS)}
+            values = new | values | ({"jit": "off"} if values.get("jit") == "auto" else {})
         return super().from_json(values)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.self_critical:
+            for name in ("label_smoothing", "doubly_stochastic"):
+                if getattr(self, name):
+                    raise InputError(f"--{name.replace('_', '-')}: not for --self-critical; expected 0")
+            if self.jit == "on":
+                raise InputError("--jit on: not for --self-critical, whose rewards are computed on the CPU")
+            return
+        for name in SELF_CRITICAL_SETTINGS:
+            if getattr(self, name) != self.__dataclass_fields__[name].default:
+                raise InputError(f"--{name.replace('_', '-')}: only for --self-critical")
 
 
 @dataclasses.dataclass(frozen=True)

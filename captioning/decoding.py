@@ -94,7 +94,7 @@ def greedy_search(
     def most_probable(log_probs: tf.Tensor, _: tf.Tensor) -> tf.Tensor:
         return tf.argmax(log_probs, axis=1)
 
-    return _generate(model, model.encode(features), tf.shape(features)[0], most_probable, max_words, constraints)
+    return generate(model, model.encode(features), tf.shape(features)[0], most_probable, max_words, constraints)
 
 
 @tf.function(reduce_retracing=True)
@@ -124,16 +124,16 @@ def sample_words(
     def random_word(log_probs: tf.Tensor, t: tf.Tensor) -> tf.Tensor:
         return tf.cast(draw(log_probs, numbers[:, t], temperature, top_p), tf.int64)
 
-    return _generate(model, images, num_rows, random_word, tf.shape(numbers)[1], constraints)
+    return generate(model, images, num_rows, random_word, tf.shape(numbers)[1], constraints)
 
 
-def _generate(
+def generate(
     model: StepModel,
     images: Any,
     batch_size: tf.Tensor,
     choose: Callable[[tf.Tensor, tf.Tensor], tf.Tensor],
     max_words: int | tf.Tensor,
-    constraints: Constraints,
+    constraints: Constraints = NO_CONSTRAINTS,
 ) -> DecodedBatch:
     """Generates a caption of each of B encoded images, one word after the other.
 
@@ -143,24 +143,27 @@ def _generate(
     token = tf.fill([batch_size], tf.constant(START_ID, tf.int64))  # (B,)
     state = model.initial_state(batch_size)
     finished = tf.zeros([batch_size], tf.bool)
-    tokens = tf.zeros([batch_size, 0], tf.int64)  # (B, t)
+    history = tf.zeros([batch_size, 0], tf.int64)  # (B, t), or (B, 0) where nothing depends on it
+    tokens = tf.TensorArray(tf.int64, 0, dynamic_size=True)
     probabilities = tf.TensorArray(tf.float32, 0, dynamic_size=True)
     attention = tf.TensorArray(tf.float32, 0, dynamic_size=True)
     t, is_done = tf.constant(0), tf.constant(False)
     while tf.logical_and(t < max_words, ~is_done):
-        tf.autograph.experimental.set_loop_options(shape_invariants=[(tokens, tf.TensorShape([None, None]))])
+        tf.autograph.experimental.set_loop_options(shape_invariants=[(history, tf.TensorShape([None, None]))])
         logits, state, attention_weights = model.step(tf.cast(token, tf.int32), images, state)
         logits = tf.where(forbidden, -np.inf, tf.cast(logits, tf.float32))  # (B, V)
         log_probs = tf.nn.log_softmax(logits)
-        chosen_id = choose(constrain(log_probs, tokens, constraints), t)  # (B,)
+        chosen_id = choose(constrain(log_probs, history, constraints), t)  # (B,)
         token = tf.where(finished, tf.constant(PAD_ID, tf.int64), chosen_id)  # the next step's input
-        tokens = tf.concat([tokens, token[:, tf.newaxis]], axis=1)
+        tokens = tokens.write(t, token)
+        if constraints != NO_CONSTRAINTS:
+            history = tf.concat([history, token[:, tf.newaxis]], axis=1)
         probabilities = probabilities.write(t, tf.exp(tf.gather(log_probs, chosen_id, batch_dims=1)))
         attention = attention.write(t, tf.cast(attention_weights, tf.float32))
         finished |= token == END_ID
         t, is_done = t + 1, tf.reduce_all(finished)
     return DecodedBatch(
-        tokens=tf.cast(tokens, tf.int32),
+        tokens=tf.cast(tf.transpose(tokens.stack()), tf.int32),  # (T, B) -> (B, T)
         probabilities=tf.transpose(probabilities.stack()),  # (T, B) -> (B, T)
         attention=tf.transpose(attention.stack(), [1, 0, 2]),  # (T, B, L) -> (B, T, L)
     )

@@ -35,6 +35,7 @@ class Batch(NamedTuple):
     features: tf.Tensor  # (images, 64, 2048), in the cache's dtype
     image_index: tf.Tensor  # (B,) int32, the image of each caption
     tokens: tf.Tensor  # (B, T + 1) int32, padded with <pad> to the batch's longest caption
+    images: tf.Tensor  # (images,) int32, their numbers in the split
     order: WordOrder | None  # that of the words in fused_decoder.py; None with static shapes
 
 
@@ -162,8 +163,10 @@ def make_dataset(
         features = read_features(tf.gather(feature_paths, images))
         padding = round_up(tf.shape(features)[0]) - tf.shape(features)[0]
         features = tf.pad(features, [[0, padding], [0, 0], [0, 0]])
+        images = tf.ensure_shape(tf.pad(images, [[0, padding]]), (None,))
         word_order = WordOrder(*map(tf.ensure_shape, order, ORDER_SHAPES)) if order else None
-        return Batch(features, tf.ensure_shape(image_index, (None,)), tf.ensure_shape(tokens, (None, None)), word_order)
+        image_index, tokens = tf.ensure_shape(image_index, (None,)), tf.ensure_shape(tokens, (None, None))
+        return Batch(features, image_index, tokens, images, word_order)
 
     # Not from_generator: it makes malloc map and unmap every large tensor of the process, those of training included.
     return map_prefetch(tf.data.Dataset.range(len(batches)), load_batch)

@@ -5,11 +5,59 @@ locations, V the size of the vocabulary. Functions return sums over the batch un
 Log-probabilities are in nats.
 """
 
+from typing import Any, NamedTuple
+
+from captioning.config import TrainConfig
 from captioning.devices import has_gpu
 from captioning.quiet_tensorflow import tf
 from captioning.special_tokens import PAD_ID
 
 EPSILON = 1e-20  # the smallest weight or probability whose logarithm is taken
+
+
+class StepSums(NamedTuple):
+    """Sums over a batch, float32 scalars."""
+
+    loss: tf.Tensor  # the cross-entropy of all words, in nats; or the negative rewards of samples
+    num_tokens: tf.Tensor  # or the number of samples
+    sampled_log_prob: tf.Tensor  # log p of the words whose location was sampled (hard attention)
+    num_sampled: tf.Tensor
+
+
+def mean_loss(
+    outputs: Any, tokens: tf.Tensor, config: TrainConfig, baseline: tf.Tensor | None
+) -> tuple[tf.Tensor, StepSums]:
+    """Computes what a training step minimises, and what it reports.
+
+    Args:
+        outputs: the model's `TeacherForcingOutput`.
+        tokens: (B, T + 1), the captions.
+        config: which terms are added to the cross-entropy, with their weights.
+        baseline: of hard attention, see `reinforce_terms`; None for soft attention.
+
+    Returns:
+        The loss, a mean over the words of the batch; and sums.
+    """
+    word_losses, mask = masked_cross_entropy(outputs.logits, outputs.targets)  # (N,)
+    sample_mask = mask * tf.cast(outputs.is_sampled[:, 0], tf.float32)  # (N,)
+    sums = StepSums(
+        loss=tf.reduce_sum(word_losses),
+        num_tokens=tf.reduce_sum(mask),
+        sampled_log_prob=tf.reduce_sum(-word_losses * sample_mask),
+        num_sampled=tf.reduce_sum(sample_mask),
+    )
+    objective = sums.loss
+    if config.label_smoothing:
+        objective += config.label_smoothing * label_smoothing_term(outputs.logits, outputs.targets, mask)
+    if config.doubly_stochastic:
+        penalty = doubly_stochastic_term(outputs.attention_weights, mask, outputs.positions, tokens)
+        objective += config.doubly_stochastic * penalty
+    if baseline is not None:
+        weights, samples = outputs.attention_weights, outputs.location_weights
+        place = baseline, outputs.positions, tokens
+        reinforce_loss, entropy = reinforce_terms(weights, samples, sample_mask, word_losses, mask, *place)
+        objective += config.reinforce_weight * reinforce_loss - config.entropy_weight * entropy
+    return objective / tf.maximum(sums.num_tokens, 1), sums
 
 
 def masked_cross_entropy(logits: tf.Tensor, targets: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:

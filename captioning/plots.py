@@ -261,6 +261,8 @@ def plot_history(
 ) -> NotebookFigure:
     """Plots training and validation loss and CIDEr by epoch, and marks the best epoch.
 
+    Self-critical training has the CIDEr of its samples instead of a training loss.
+
     Args:
         rows: the rows of history.csv, one for each epoch. An epoch without CIDEr has None or an empty field.
         best_epoch: the epoch whose weights are kept. If it has no row, or its row no value, it is named but not
@@ -272,7 +274,8 @@ def plot_history(
     figure = NotebookFigure(figsize=(7.5, 4.5), dpi=DPI, layout="constrained")
     losses = figure.subplots()
     for name, label in (("train_loss", "training loss"), ("val_loss", "validation loss")):
-        losses.plot(epochs, [float(row[name]) for row in rows], marker="o", markersize=3.5, label=label)
+        if name in rows[0]:
+            losses.plot(epochs, [float(row[name]) for row in rows], marker="o", markersize=3.5, label=label)
     losses.set(xlabel="epoch", ylabel="loss (nats per word)", ylim=(0, None))
     losses.xaxis.set_major_locator(MaxNLocator(integer=True))
     losses.grid(alpha=0.25)
@@ -298,9 +301,13 @@ def plot_history(
 
 
 def _plot_scores(axes: Axes, scored: Sequence[dict[str, Any]]) -> Axes:
-    """Plots the CIDEr of the epochs that have one; returns the axes."""
+    """Plots the CIDEr of the epochs that have one, and rewards if there are any; returns the axes."""
     epochs, ciders = [int(row["epoch"]) for row in scored], [float(row["cider"]) for row in scored]
     axes.plot(epochs, ciders, color="tab:green", marker="s", markersize=3.5, label="CIDEr")
+    if "train_reward" in scored[0]:
+        rewards = [float(row["train_reward"]) for row in scored]
+        axes.plot(epochs, rewards, color="tab:olive", marker="^", markersize=3.5, label="reward of training samples")
+        ciders += rewards
     axes.set_ylabel("CIDEr of captions of validation images", color="tab:green")
     axes.tick_params(axis="y", colors="tab:green")
     axes.set_ylim(0, 1.08 * max(*ciders, 1e-3))

@@ -105,11 +105,28 @@ def restore_model(prefix: str, config: ModelConfig, build: Callable[[ModelConfig
         if missing := sizes - {size for shape in shapes for size in shape}:
             raise ValueError(f"no weights of size {min(missing)} in it")
         model = build(config)
+    except (tf.errors.OpError, ValueError, IndexError) as error:
+        raise _not_weights(prefix, error) from None
+    restore_weights(prefix, model)
+    return model
+
+
+def restore_weights(prefix: str, model: tf.keras.Model) -> None:
+    """Restores the weights of a model from a checkpoint.
+
+    Raises:
+        InputError: the checkpoint is damaged, or is that of another model.
+    """
+    try:
         tf.train.Checkpoint(model=model).restore(prefix).expect_partial().assert_existing_objects_matched()
     except (tf.errors.OpError, ValueError, IndexError, AssertionError) as error:
-        reason = str(error).strip().split("\n")[0][:200]
-        raise InputError(f"{prefix}: damaged, or not the weights of this config.json ({reason})") from None
-    return model
+        raise _not_weights(prefix, error) from None
+
+
+def _not_weights(prefix: str, error: Exception) -> InputError:
+    """Returns an error that says why a checkpoint cannot be restored."""
+    reason = str(error).strip().split("\n")[0][:200]
+    return InputError(f"{prefix}: damaged, or not the weights of this config.json ({reason})")
 
 
 # config.json.
@@ -189,6 +206,39 @@ def fill_locations(run: Path | None, data: DataConfig, features: FeatureConfig) 
     if features.features_dir is None and saved:
         features = dataclasses.replace(features, features_dir=saved.features["folder"])
     return data, features
+
+
+def settings_to_continue(run: Path) -> dict[str, Any]:
+    """Returns the settings, by name, that a training takes over that starts from the weights of a run.
+
+    Raises:
+        InputError: as `read_config`, or the run has no weights.
+    """
+    best_checkpoint(run)
+    config = read_config(run)
+    manifest = config.features
+    weights = manifest["weights"]
+    if weights not in ("imagenet", "random") and not Path(weights).exists():
+        weights = find_cnn_weights(run) or weights
+    return {
+        **config.data.to_json(),
+        **config.model.to_json(),
+        "cnn_weights": weights,
+        "features_dir": manifest["folder"],
+        "dtype": manifest["dtype"],
+        "max_length": config.train.max_length,
+        "max_val_images": config.train.max_val_images,
+    }
+
+
+def check_same_data(run: Path, config: RunConfig) -> None:
+    """Checks that a training has the data of the run whose weights it starts from.
+
+    Raises:
+        InputError: it has other images or captions, or others are for validation.
+    """
+    if read_config(run).data_fingerprint != config.data_fingerprint:
+        raise InputError(f"{run} was trained on other images or captions; expected the same to start from its weights")
 
 
 def init_run_dir(run: Path, config: RunConfig, save_vocabulary: Callable[[Path], None], cnn_weights: str) -> None:

@@ -11,6 +11,8 @@ from captioning.plots import plot_history
 from captioning.quiet_tensorflow import tf
 
 COLUMNS = ("epoch", "train_loss", "val_loss", "bleu4", "cider", "distinct_ratio", "train_seconds")
+# Of self-critical training, whose loss has no meaning: the reward of its samples, in percent as CIDEr is.
+REWARD_COLUMNS = tuple("train_reward" if name == "train_loss" else name for name in COLUMNS)
 SCORES = ("bleu4", "cider")  # empty where an epoch could not be scored
 
 
@@ -24,7 +26,7 @@ def read_history(path: Path) -> list[dict[str, str]]:
         with open(path, newline="", encoding="utf-8") as file:
             rows = list(csv.DictReader(file))
         for row in rows:
-            if list(row) != list(COLUMNS):
+            if tuple(row) not in (COLUMNS, REWARD_COLUMNS):
                 raise ValueError(f"its columns are {list(row)}")
             int(row["epoch"])
             for name, value in row.items():
@@ -56,13 +58,13 @@ class TrainingLog:
         """Adds an epoch and writes the files again; a score of None is left empty.
 
         Args:
-            row: the epoch, with the values of `COLUMNS`.
+            row: the epoch, with the values of `COLUMNS` or `REWARD_COLUMNS`.
             best_epoch: the best epoch so far, this one included.
             best_by: the column by which it is the best, `cider` or `val_loss`.
         """
         self.rows.append(row)
         with atomic_write(self.run / "history.csv") as file:
-            writer = csv.DictWriter(file, COLUMNS)
+            writer = csv.DictWriter(file, list(row))
             writer.writeheader()
             writer.writerows(self.rows)
         plot_history(self.rows, best_epoch, best_by, self.run / "loss.png")
