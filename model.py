@@ -9,38 +9,17 @@ After "Show, Attend and Tell" (Xu et al. 2015, https://arxiv.org/abs/1502.03044)
 of captions in a batch, T the number of steps, L the 64 locations of the 8x8 grid; the sizes are the defaults.
 """
 
-from typing import NamedTuple
-
-import numpy as np
+import dataclasses
 
 from captioning import devices, fused_decoder
 from captioning.cli import make_parser, run_main
 from captioning.config import ModelConfig
+from captioning.decoder_tensors import EncodedImages, SamplingNoise, TeacherForcingOutput
 from captioning.fused_decoder import WordOrder
 from captioning.quiet_tensorflow import tf
 from captioning.settings import add_options
 
 layers = tf.keras.layers
-
-
-class EncodedImages(NamedTuple):
-    """A batch of images as the decoder takes them, computed once for all words of a caption."""
-
-    features: tf.Tensor  # (B, L, 256)
-    keys: tf.Tensor  # (B, L, 512), W1 features
-
-    def for_captions(self, image_index: tf.Tensor | None) -> "EncodedImages":
-        """Repeats every image for each of its captions, whose numbers of an image are image_index (B,)."""
-        if image_index is None:
-            return self
-        # A product, since the gradient of a product is one too; that of tf.gather is slower.
-        one_hot = tf.one_hot(image_index, tf.shape(self.keys)[0], dtype=self.keys.dtype)  # (B, images)
-
-        def repeat(tensor: tf.Tensor) -> tf.Tensor:
-            shape = tensor.shape[1:]
-            return tf.reshape(tf.matmul(one_hot, tf.reshape(tensor, (-1, shape.num_elements()))), (-1, *shape))
-
-        return EncodedImages(*map(repeat, self))
 
 
 def project_locations(dense: tf.keras.layers.Dense, tensor: tf.Tensor) -> tf.Tensor:
@@ -49,28 +28,6 @@ def project_locations(dense: tf.keras.layers.Dense, tensor: tf.Tensor) -> tf.Ten
     Keras does so too, but asks a GPU for the shape, and waits for it.
     """
     return tf.reshape(dense(tf.reshape(tensor, (-1, tensor.shape[2]))), (-1, tensor.shape[1], dense.units))
-
-
-class SamplingNoise(NamedTuple):
-    """The random numbers that hard attention needs in training."""
-
-    gumbel: tf.Tensor  # (T, B, L), or (B, L) of one step
-    is_sampled: tf.Tensor  # (B, 1) bool: the captions whose locations are sampled; the others get the expectation
-
-
-class TeacherForcingOutput(NamedTuple):
-    """The outputs of teacher forcing, packed: one row for each of N words to predict.
-
-    `positions[i]` is the (caption, step) of row i: `tf.gather_nd(x, positions)` packs a tensor (B, T, ...), and
-    `tf.scatter_nd` unpacks it. The plain loop also has rows for padding, which the losses mask.
-    """
-
-    logits: tf.Tensor  # (N, vocab_size), of the next word
-    attention_weights: tf.Tensor  # (N, L), which sum to 1
-    location_weights: tf.Tensor  # (N, L), the weights of the context vector: in hard attention a one-hot row
-    is_sampled: tf.Tensor  # (N, 1) bool, whether the location was sampled; False in soft attention
-    positions: tf.Tensor  # (N, 2) int32
-    targets: tf.Tensor  # (N,) int32, the true next words
 
 
 class CNNEncoder(tf.keras.Model):
@@ -163,9 +120,9 @@ class RNNDecoder(tf.keras.Model):
         self.dropout = layers.Dropout(config.dropout)
         self.fused = False  # whether teacher forcing takes fused_decoder.py; train.py sets it
 
-    def initial_state(self, batch_size: int | tf.Tensor) -> tf.Tensor:
+    def initial_state(self, images: EncodedImages) -> tf.Tensor:
         """Returns the GRU's state before the first word: zeros, (B, 512)."""
-        return tf.zeros((batch_size, self.units), self.compute_dtype)
+        return tf.zeros((tf.shape(images.features)[0], self.units), self.compute_dtype)
 
     def encode(self, features: tf.Tensor) -> EncodedImages:
         """Adds the attention's keys to encoded features (B, L, 256)."""
@@ -193,8 +150,8 @@ class RNNDecoder(tf.keras.Model):
         state, _ = self.gru(gru_input, [state])  # (B, 512)
         return state, attention_weights, location_weights
 
-    def to_logits(self, states: tf.Tensor, training: bool = False) -> tf.Tensor:
-        """Maps the GRU's outputs (..., 512) to logits (..., vocab_size)."""
+    def to_logits(self, states: tf.Tensor, dec_input: tf.Tensor, training: bool = False) -> tf.Tensor:
+        """Maps the states (N, 512) after N words to logits (N, vocab_size); `PaperDecoder` needs dec_input (N, 256)."""
         return self.fc2(self.fc1(self.dropout(states, training=training)))
 
     def call(self, token: tf.Tensor, images: EncodedImages | tf.Tensor, state: tf.Tensor) -> tuple[tf.Tensor, ...]:
@@ -212,7 +169,7 @@ class RNNDecoder(tf.keras.Model):
         token = tf.cast(tf.reshape(token, [-1]), tf.int64)  # (B,); a GPU's int32 would go through the host
         dec_input = self.embedding(token)  # (B, 256)
         state, _, location_weights = self.step(dec_input, images, state)
-        return self.to_logits(state), state, location_weights
+        return self.to_logits(state, dec_input), state, location_weights
 
     @tf.autograph.to_graph  # which turns the loop over a tensor into a tf.while_loop; Keras does not
     def teacher_force(
@@ -241,7 +198,7 @@ class RNNDecoder(tf.keras.Model):
         if self.attention.hard and training:
             noise = self.attention.sample_noise(num_steps, num_captions, images.keys.shape[1])
 
-        state = self.initial_state(num_captions)  # (B, 512)
+        state = self.initial_state(images)  # (B, 512)
         states, attention_weights, location_weights = (tf.TensorArray(state.dtype, num_steps) for _ in range(3))
         for t in tf.range(num_steps):
             step_noise = None if noise is None else SamplingNoise(noise.gumbel[t], noise.is_sampled)
@@ -253,7 +210,8 @@ class RNNDecoder(tf.keras.Model):
         is_sampled = tf.zeros((num_captions, 1), tf.bool) if noise is None else noise.is_sampled
         row = tf.range(num_steps * num_captions)  # step after step, as `concat` packs them
         return TeacherForcingOutput(
-            logits=self.to_logits(states.concat(), training),  # for all words at once, in two large products
+            # For all words at once, in two large products.
+            logits=self.to_logits(states.concat(), tf.reshape(dec_input, (-1, dec_input.shape[2])), training),
             attention_weights=attention_weights.concat(),
             location_weights=location_weights.concat(),
             is_sampled=tf.tile(is_sampled, [num_steps, 1]),
@@ -272,8 +230,65 @@ class RNNDecoder(tf.keras.Model):
         dec_input = self.dropout(self.embedding(words), training=training)  # (N, 256)
         states, attention_weights = fused_decoder.run(dec_input, images, order, self.attention, self.gru)
         is_sampled = tf.zeros((tf.shape(words)[0], 1), tf.bool)
-        logits = self.to_logits(states, training)
+        logits = self.to_logits(states, dec_input, training)
         return TeacherForcingOutput(logits, attention_weights, attention_weights, is_sampled, order.positions, targets)
+
+
+class PaperDecoder(RNNDecoder):
+    """The decoder of the paper, which uses the image in three more places than the tutorial's (Xu et al. 2015).
+
+    The first state is made from the mean of all locations (section 3.1.2). The context vector is scaled by a gate, one
+    number for each word (4.2.1). The next word's logits depend on the previous word and the context vector, too (3.1.2,
+    equation 7). All that outlasts a step is one row: h, the LSTM's memory if it is one, the context vector, the gate.
+    """
+
+    def __init__(self, config: ModelConfig):
+        tf.keras.Model.__init__(self)  # without the layers of the tutorial
+        self.units = config.units
+        self.embedding = layers.Embedding(config.vocab_size, config.embedding_dim)
+        self.f_init_h = layers.Dense(config.units, activation="tanh")
+        self.f_init_c = layers.Dense(config.units, activation="tanh") if config.cell == "lstm" else None
+        self.attention = BahdanauAttention(config.units, config.attention == "hard")
+        self.f_beta = layers.Dense(1, activation="sigmoid")
+        cell = layers.GRUCell if self.f_init_c is None else layers.LSTMCell
+        self.cell = cell(config.units, recurrent_initializer="glorot_uniform")
+        self.L_h = layers.Dense(config.embedding_dim)
+        self.L_z = layers.Dense(config.embedding_dim, use_bias=False)  # L_h has one
+        self.L_o = layers.Dense(config.vocab_size)
+        self.dropout = layers.Dropout(config.dropout)
+        self.fused = False
+        num_cell_states = 1 if self.f_init_c is None else 2
+        self.state_sizes = [config.units] * num_cell_states + [config.embedding_dim, 1]
+
+    def initial_state(self, images: EncodedImages) -> tf.Tensor:
+        """Returns the state before the first word (B, 769), of an LSTM (B, 1281); no context vector and gate yet."""
+        mean = tf.reduce_mean(images.features, axis=1)  # (B, 256)
+        cell_states = [f_init(mean) for f_init in (self.f_init_h, self.f_init_c) if f_init]
+        return tf.concat([*cell_states, tf.zeros_like(mean), tf.zeros_like(mean[:, :1])], axis=1)  # (B, 769)
+
+    def step(
+        self, dec_input: tf.Tensor, images: EncodedImages, state: tf.Tensor, noise: SamplingNoise | None = None
+    ) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
+        """Runs one step, as `RNNDecoder.step` does; the context vector and the gate in `state` are not read."""
+        *cell_states, _, _ = tf.split(state, self.state_sizes, axis=1)
+        h = cell_states[0]  # (B, 512)
+        context_vector, attention_weights, location_weights = self.attention(images.features, h, images.keys, noise)
+        gate = self.f_beta(h)  # (B, 1)
+        context_vector *= gate
+        _, cell_states = self.cell(tf.concat([context_vector, dec_input], axis=-1), cell_states)
+        return tf.concat([*cell_states, context_vector, gate], axis=1), attention_weights, location_weights
+
+    def to_logits(self, states: tf.Tensor, dec_input: tf.Tensor, training: bool = False) -> tf.Tensor:
+        """Maps the states (N, 769) after N words with embeddings dec_input (N, 256) to logits (N, vocab_size)."""
+        h, *_, context_vector, _ = tf.split(states, self.state_sizes, axis=1)
+        h = self.dropout(h, training=training)  # (N, 512)
+        hidden = tf.tanh(dec_input + self.L_h(h) + self.L_z(context_vector))  # (N, 256)
+        return self.L_o(self.dropout(hidden, training=training))
+
+    def call(self, token: tf.Tensor, images: EncodedImages | tf.Tensor, state: tf.Tensor) -> tuple[tf.Tensor, ...]:
+        """Predicts the next word, as `RNNDecoder.call` does; the gate stands after the location weights, (B, L + 1)."""
+        logits, state, location_weights = super().call(token, images, state)
+        return logits, state, tf.concat([location_weights, state[:, -1:]], axis=1)
 
 
 class CaptionModel(tf.keras.Model):
@@ -283,15 +298,20 @@ class CaptionModel(tf.keras.Model):
         super().__init__()
         self.config = config
         self.encoder = CNNEncoder(config.embedding_dim)
-        self.decoder = RNNDecoder(config)
+        self.decoder = PaperDecoder(config) if config.decoder == "paper" else RNNDecoder(config)
+
+    @property
+    def has_gate(self) -> bool:
+        """Whether `step` returns a gate, too."""
+        return self.config.decoder == "paper"
 
     def encode(self, features: tf.Tensor) -> EncodedImages:
         """Encodes cached features (B, L, 2048), float16 or float32, for `step` and teacher forcing."""
         return self.decoder.encode(self.encoder(tf.cast(features, self.compute_dtype)))
 
-    def initial_state(self, batch_size: int | tf.Tensor) -> tf.Tensor:
+    def initial_state(self, images: EncodedImages) -> tf.Tensor:
         """Returns the decoder's state before the first word, (B, 512) float32, as `step` returns those after it."""
-        return tf.cast(self.decoder.initial_state(batch_size), tf.float32)
+        return tf.cast(self.decoder.initial_state(images), tf.float32)
 
     def step(self, token: tf.Tensor, images: EncodedImages, state: tf.Tensor) -> tuple[tf.Tensor, ...]:
         """Predicts the next word of captions.
@@ -302,7 +322,8 @@ class CaptionModel(tf.keras.Model):
             state: (B, 512).
 
         Returns:
-            logits (B, vocab_size), the new state (B, 512), and the location weights (B, L), all float32.
+            logits (B, vocab_size), the new state (B, 512), and the location weights (B, L), or (B, L + 1) with the
+            paper's decoder, the gate last; all float32.
         """
         return tuple(tf.cast(output, tf.float32) for output in self.decoder(token, images, state))
 
@@ -336,43 +357,18 @@ def build(
     finally:
         tf.keras.config.set_dtype_policy(policy)
     images = model.encode(tf.zeros((1, *features_shape)))
-    model.step(tf.zeros(1, tf.int32), images, model.initial_state(1))
+    model.step(tf.zeros(1, tf.int32), images, model.initial_state(images))
     model.built = True
     return model
 
 
-def fused_decoder_matches() -> bool:
-    """Tells whether fused_decoder.py computes what `RNNDecoder.step` does, and its gradient.
+def fused_decoder_matches(config: ModelConfig) -> bool:
+    """Tells whether fused_decoder.py computes what the decoder's `step` does, and its gradient.
 
     It does not once one of the two is changed. A small model with random weights decides.
     """
-    model = build(ModelConfig(vocab_size=8, embedding_dim=5, units=6), features_shape=(4, 7))
-    rng = np.random.default_rng(0)
-    for variable in model.trainable_variables:
-        variable.assign(rng.normal(0, 0.5, variable.shape))  # biases, too: they start from zeros
-    features, tokens = rng.normal(size=(2, 4, 7)).astype(np.float32), tf.constant([[2, 5, 4, 6, 3], [2, 7, 6, 5, 3]])
-
-    def compute() -> list[tf.Tensor]:
-        with tf.GradientTape() as tape:
-            outputs = model(features, tokens)
-            total = tf.reduce_sum(tf.math.log_softmax(outputs.logits)[:, 5]) + tf.nn.l2_loss(outputs.attention_weights)
-        variables = model.trainable_variables
-        gradients = [  # a layer that only one of the two uses has none (None) in the other
-            tf.zeros(variable.shape) if gradient is None else tf.convert_to_tensor(gradient)
-            for gradient, variable in zip(tape.gradient(total, variables), variables, strict=True)
-        ]
-        return [outputs.logits, outputs.attention_weights, *gradients]
-
-    plain = compute()
-    model.decoder.fused = True
-    try:
-        fused = compute()
-    except (AttributeError, TypeError, ValueError, tf.errors.OpError):  # the step has other layers, or other shapes
-        return False
-    return all(
-        x.shape == y.shape and np.allclose(x, y, rtol=1e-2, atol=1e-3)  # GPUs round TF32
-        for x, y in zip(plain, fused, strict=True)
-    )
+    small = dataclasses.replace(config, vocab_size=8, embedding_dim=5, units=6, dropout=0.0)
+    return fused_decoder.matches(build(small, features_shape=(4, 7)))
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -382,7 +378,7 @@ def main(argv: list[str] | None = None) -> None:
     model = build(ModelConfig.from_args(parser.parse_args(argv)))
     features = tf.zeros((16, 64, 2048))
     images = model.encode(features)
-    logits, state, attention_weights = model.step(tf.zeros(16, tf.int32), images, model.initial_state(16))
+    logits, state, attention_weights = model.step(tf.zeros(16, tf.int32), images, model.initial_state(images))
     shapes = {
         "features": features.shape,
         "encoded features": images.features.shape,

@@ -296,9 +296,9 @@ def build_train_state(
         optimizer.build(caption_model.trainable_variables)  # before restoring: its slots must exist
         ema = WeightEMA(caption_model.trainable_variables, settings.ema_decay)
         progress = TrainProgress()
-    # XLA needs shapes that are known, which only the plain loop has; and only that loop has hard attention.
-    if settings.fused and config.model.attention == "soft" and settings.jit == "off":
-        caption_model.decoder.fused = model.fused_decoder_matches()
+    # XLA needs shapes that are known, which only the plain loop has.
+    if settings.fused and config.model.can_be_fused and settings.jit == "off":
+        caption_model.decoder.fused = model.fused_decoder_matches(config.model)
         if not caption_model.decoder.fused:
             log("captioning/fused_decoder.py differs from RNNDecoder.step in model.py: training with the plain loop")
     checkpoints = Checkpoints(run, caption_model, optimizer, ema, progress, devices.is_chief(strategy))

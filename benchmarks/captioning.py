@@ -75,7 +75,7 @@ def tutorial_captions(caption_model: model.CaptionModel, features: np.ndarray) -
     """
     results = []
     for image_features in features:
-        hidden = caption_model.decoder.initial_state(1)
+        hidden = tf.zeros((1, caption_model.decoder.units))  # the tutorial's `reset_state`
         encoded = caption_model.encoder(tf.constant(image_features[np.newaxis], tf.float32))  # (1, 64, 256)
         dec_input = tf.constant([START_ID])
         result: list[int] = []

@@ -42,6 +42,7 @@ class Caption:
     probabilities: tuple[float, ...]  # of each word
     attention: np.ndarray  # (T, 64), the attention weights of each word, which sum to 1
     end_probability: float | None = None  # of <end> after the last word; None if the caption was cut before it
+    gates: tuple[float, ...] | None = None  # of each word, how much the image counted, from 0 to 1; None without gate
     alternatives: tuple["Caption", ...] = ()  # the further captions of the image that were asked for, best first
     image: ImageSource | None = dataclasses.field(default=None, repr=False, compare=False)  # what was captioned
 
@@ -77,12 +78,15 @@ class Caption:
 
         Returns:
             The fields `caption`, `confidence`, `log_prob`, `finished` and `words`, a list with the `word` and the
-            `probability` of each, and its `attention`; and `alternatives`, a list of such objects, if there are any.
+            `probability` of each, its `gate` if the decoder has one, and its `attention`; and `alternatives`, a list of
+            such objects, if there are any.
         """
         words: list[dict[str, Any]] = [
             {"word": word, "probability": round(probability, 4)}
             for word, probability in zip(self.words, self.probabilities, strict=True)
         ]
+        for word, gate in zip(words, self.gates or (), strict=False):
+            word["gate"] = round(gate, 4)
         if with_attention:
             for word, weights in zip(words, self.attention, strict=True):
                 word["attention"] = [round(weight, 4) for weight in weights.tolist()]
@@ -120,13 +124,19 @@ def to_captions(decoded: DecodedBatch, vocabulary: Vocabulary, num_captions: int
         A caption of each image.
     """
     captions: list[Caption | None] = []
-    for ids, probabilities, attention in zip(*(tensor.numpy() for tensor in decoded), strict=True):
+    gates = None if decoded.gates is None else decoded.gates.numpy()  # (R, T)
+    for row, (ids, probabilities, attention) in enumerate(zip(*(x.numpy() for x in decoded[:3]), strict=True)):
         ends = np.flatnonzero(ids == END_ID)
         length = ends[0] if len(ends) else len(ids)
         words = tuple(vocabulary.index_word[i] for i in ids[:length])
         end_probability = float(probabilities[length]) if len(ends) else None
         caption = Caption(
-            vocabulary.join(words), words, tuple(probabilities[:length].tolist()), attention[:length], end_probability
+            vocabulary.join(words),
+            words,
+            tuple(probabilities[:length].tolist()),
+            attention[:length],
+            end_probability,
+            None if gates is None else tuple(gates[row, :length].tolist()),
         )
         captions.append(None if ids[0] == PAD_ID else caption)
     groups = (captions[start : start + num_captions] for start in range(0, len(captions), num_captions))

@@ -112,6 +112,29 @@ class ModelConfig(Settings):
     attention: str = option(
         "soft", "soft: a weighted mean of all locations; hard: one location for each word", choices=("soft", "hard")
     )
+    decoder: str = option(
+        "tutorial",
+        "the tutorial's; or that of the paper, with a gate, a first state from the image, and deep output",
+        choices=("tutorial", "paper"),
+    )
+    cell: str = option("gru", "recurrent cell; lstm is for --decoder paper", choices=("gru", "lstm"))
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.cell == "lstm" and self.decoder != "paper":
+            raise InputError(f"--cell lstm is for --decoder paper, found --decoder {self.decoder}")
+
+    @classmethod
+    def from_json(cls, values: Any) -> Self:
+        """Makes the settings from what `to_json` returned; a run from before a decoder could be chosen has none."""
+        if isinstance(values, dict):
+            values = {"decoder": "tutorial", "cell": "gru"} | values
+        return super().from_json(values)
+
+    @property
+    def can_be_fused(self) -> bool:
+        """Whether captioning/fused_decoder.py has this attention and this decoder."""
+        return self.attention == "soft" and self.decoder == "tutorial"
 
 
 # What each recipe sets instead of the defaults below. "best" scored best on Flickr8k.

@@ -25,17 +25,19 @@ class StepModel(Protocol):
     """What decoding needs of a model. `config` has the field `vocab_size`."""
 
     config: Any
+    has_gate: bool  # whether the decoder has a gate, of which `step` returns the value
 
     def encode(self, features: tf.Tensor) -> Any:
         """Encodes features (B, L, channels) as a NamedTuple of tensors that have the images as their first axis."""
 
-    def initial_state(self, batch_size: tf.Tensor) -> tf.Tensor:
-        """Returns the state before the first word, (batch_size, units), of the dtype that `step` returns."""
+    def initial_state(self, images: Any) -> tf.Tensor:
+        """Returns the state before the first word of every encoded image, (B, units), of the dtype `step` returns."""
 
     def step(self, token: tf.Tensor, images: Any, state: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
         """Returns the next word's logits (B, V), the new state (B, units) and the attention weights (B, L).
 
-        `token` is (B,) int32.
+        `token` is (B,) int32. The gate (Xu et al. 2015, section 4.2.1), if there is one, is a column after the
+        attention weights: (B, L + 1).
         """
 
 
@@ -48,6 +50,14 @@ class DecodedBatch(NamedTuple):
     tokens: tf.Tensor  # (R, T) int32, <end> included, then padded with <pad>; only <pad>: there was no further caption
     probabilities: tf.Tensor  # (R, T), of each token, given those before it
     attention: tf.Tensor  # (R, T, L), the attention weights of each step
+    gates: tf.Tensor | None = None  # (R, T), the gate of each step; None if the decoder has none
+
+    @classmethod
+    def of(cls, model: StepModel, tokens: tf.Tensor, probabilities: tf.Tensor, attention: tf.Tensor) -> "DecodedBatch":
+        """Separates the gates from the attention (R, T, L + 1) of a decoder that has one."""
+        if not model.has_gate:
+            return cls(tokens, probabilities, attention)
+        return cls(tokens, probabilities, attention[:, :, :-1], attention[:, :, -1])
 
 
 def decode(
@@ -141,7 +151,7 @@ def generate(
     """
     forbidden = forbidden_tokens(model.config.vocab_size)  # (V,)
     token = tf.fill([batch_size], tf.constant(START_ID, tf.int64))  # (B,)
-    state = model.initial_state(batch_size)
+    state = model.initial_state(images)
     finished = tf.zeros([batch_size], tf.bool)
     history = tf.zeros([batch_size, 0], tf.int64)  # (B, t), or (B, 0) where nothing depends on it
     tokens = tf.TensorArray(tf.int64, 0, dynamic_size=True)
@@ -162,7 +172,8 @@ def generate(
         attention = attention.write(t, tf.cast(attention_weights, tf.float32))
         finished |= token == END_ID
         t, is_done = t + 1, tf.reduce_all(finished)
-    return DecodedBatch(
+    return DecodedBatch.of(
+        model,
         tokens=tf.cast(tf.transpose(tokens.stack()), tf.int32),  # (T, B) -> (B, T)
         probabilities=tf.transpose(probabilities.stack()),  # (T, B) -> (B, T)
         attention=tf.transpose(attention.stack(), [1, 0, 2]),  # (T, B, L) -> (B, T, L)
@@ -185,7 +196,7 @@ class BeamState(NamedTuple):
     finished: tf.Tensor  # (B, K) bool, whether the caption has its <end>
     tokens: tf.Tensor  # (B, K, t) int64
     probabilities: tf.Tensor  # (B, K, t)
-    attention: tf.Tensor  # (B, K, t, L)
+    attention: tf.Tensor  # (B, K, t, L), or (B, K, t, L + 1) with the gates
 
 
 class Expansion(NamedTuple):
@@ -227,7 +238,8 @@ def beam_search(
     images = tf.nest.map_structure(lambda x: tf.repeat(x, beam_size, axis=0), model.encode(features))  # (B * K, ...)
     vocab_size = model.config.vocab_size
     forbidden = forbidden_tokens(vocab_size)  # (V,)
-    beams = init_beams(model, features, beam_size)
+    num_weights = features.shape[1] + int(model.has_gate)
+    beams = init_beams(model.initial_state(images), beam_size, num_weights)
     t, is_done = tf.constant(0), tf.constant(False)
     while tf.logical_and(t < max_words, ~is_done):
         tf.autograph.experimental.set_loop_options(shape_invariants=[(beams, loop_shapes(beams))])
@@ -239,21 +251,27 @@ def beam_search(
         expansion = expand_beams(beams.scores, log_probs, beams.finished)
         beams = reorder_beams(beams, expansion, state, attention_weights)
         t, is_done = t + 1, tf.reduce_all(beams.finished | (beams.scores == -np.inf))
-    return rank_beams(beams, length_penalty, num_captions)
+    return DecodedBatch.of(model, *rank_beams(beams, length_penalty, num_captions))
 
 
-def init_beams(model: StepModel, features: tf.Tensor, beam_size: int) -> BeamState:
-    """Returns the beams before the first step: one empty caption, and K - 1 places without one."""
-    batch_size, num_locations = tf.shape(features)[0], features.shape[1]
+def init_beams(state: tf.Tensor, beam_size: int, num_weights: int) -> BeamState:
+    """Returns the beams before the first step: one empty caption, and K - 1 places without one.
+
+    Args:
+        state: (B * K, units), the decoder's state.
+        beam_size: K.
+        num_weights: the attention weights of a step, and its gate if there is one.
+    """
+    batch_size = tf.shape(state)[0] // beam_size
     first_only = tf.one_hot(0, beam_size, on_value=0.0, off_value=-np.inf)  # (K,)
     return BeamState(
         token=tf.fill([batch_size * beam_size], tf.constant(START_ID, tf.int64)),
-        state=model.initial_state(batch_size * beam_size),
+        state=state,
         scores=tf.tile(first_only[tf.newaxis], [batch_size, 1]),  # (B, K)
         finished=tf.zeros([batch_size, beam_size], tf.bool),
         tokens=tf.zeros([batch_size, beam_size, 0], tf.int64),
         probabilities=tf.zeros([batch_size, beam_size, 0]),
-        attention=tf.zeros([batch_size, beam_size, 0, num_locations]),
+        attention=tf.zeros([batch_size, beam_size, 0, num_weights]),
     )
 
 
@@ -302,7 +320,7 @@ def reorder_beams(beams: BeamState, expansion: Expansion, state: tf.Tensor, atte
         beams: the beams before the step.
         expansion: the captions that are kept.
         state: (B * K, units), the decoder's state after the step.
-        attention_weights: (B * K, L), of the step.
+        attention_weights: (B * K, L) or (B * K, L + 1), of the step.
     """
     batch_size, beam_size = tf.shape(expansion.parent)[0], beams.scores.shape[1]
 
@@ -329,8 +347,8 @@ def reorder_beams(beams: BeamState, expansion: Expansion, state: tf.Tensor, atte
     )
 
 
-def rank_beams(beams: BeamState, length_penalty: float, num_captions: int) -> DecodedBatch:
-    """Returns the N best captions of each image, best first, the finished ones before the others."""
+def rank_beams(beams: BeamState, length_penalty: float, num_captions: int) -> tuple[tf.Tensor, ...]:
+    """Returns tokens, probabilities and attention of the N best captions of each image, finished ones first."""
     lengths = tf.reduce_sum(tf.cast(beams.tokens != PAD_ID, tf.float32), axis=2)  # (B, K)
     final_scores = beams.scores / lengths**length_penalty  # (B, K)
     by_score = tf.argsort(final_scores, direction="DESCENDING", stable=True)  # (B, K)
@@ -343,8 +361,5 @@ def rank_beams(beams: BeamState, length_penalty: float, num_captions: int) -> De
     def to_rows(tensor: tf.Tensor) -> tf.Tensor:
         return tf.reshape(tensor, tf.concat([[-1], tf.shape(tensor)[2:]], axis=0))  # (B, N, ...) -> (B * N, ...)
 
-    return DecodedBatch(
-        tokens=to_rows(tokens),
-        probabilities=to_rows(tf.gather(beams.probabilities, order, batch_dims=1)),
-        attention=to_rows(tf.gather(beams.attention, order, batch_dims=1)),
-    )
+    values = (tf.gather(tensor, order, batch_dims=1) for tensor in (beams.probabilities, beams.attention))
+    return to_rows(tokens), *map(to_rows, values)

@@ -98,6 +98,8 @@ class ExportedModel(tf.Module):
             "finished": tf.reduce_any(decoded.tokens == END_ID, axis=1),
             **_sum_log_probs(decoded),
         }
+        if decoded.gates is not None:
+            results["gates"] = tf.where(is_word, decoded.gates[:, :num_words], 0)
         num_images = tf.shape(pixels)[0]
 
         def by_image(tensor: tf.Tensor) -> tf.Tensor:

@@ -237,3 +237,36 @@ def run(dec_input, images, order, attention, gru) -> tuple[tf.Tensor, tf.Tensor]
     token_inputs = tf.matmul(dec_input, kernel[channels:]) + token_bias  # (N, 3U)
     weights = query_kernel, score_kernel, kernel[:channels], state_kernel, bias[1, 2 * units :]
     return unroll(token_inputs, images.features, images.keys + query_bias, order, *weights)
+
+
+def matches(model: tf.keras.Model) -> bool:
+    """Tells whether `run` computes what the decoder of a caption model does step by step, and its gradient.
+
+    The model is a small one: 7 channels of features, 8 words. Its weights become random.
+    """
+    rng = np.random.default_rng(0)
+    for variable in model.trainable_variables:
+        variable.assign(rng.normal(0, 0.5, variable.shape))  # biases, too: they start from zeros
+    features, tokens = rng.normal(size=(2, 4, 7)).astype(np.float32), tf.constant([[2, 5, 4, 6, 3], [2, 7, 6, 5, 3]])
+
+    def compute() -> list[tf.Tensor]:
+        with tf.GradientTape() as tape:
+            outputs = model(features, tokens)
+            total = tf.reduce_sum(tf.math.log_softmax(outputs.logits)[:, 5]) + tf.nn.l2_loss(outputs.attention_weights)
+        variables = model.trainable_variables
+        gradients = [  # a layer that only one of the two uses has none (None) in the other
+            tf.zeros(variable.shape) if gradient is None else tf.convert_to_tensor(gradient)
+            for gradient, variable in zip(tape.gradient(total, variables), variables, strict=True)
+        ]
+        return [outputs.logits, outputs.attention_weights, *gradients]
+
+    plain = compute()
+    model.decoder.fused = True
+    try:
+        fused = compute()
+    except (AttributeError, TypeError, ValueError, tf.errors.OpError):  # the step has other layers, or other shapes
+        return False
+    return all(
+        x.shape == y.shape and np.allclose(x, y, rtol=1e-2, atol=1e-3)  # GPUs round TF32
+        for x, y in zip(plain, fused, strict=True)
+    )

@@ -49,7 +49,8 @@ class LiteRTModel(tf.Module):
             decoded = beam_search(
                 model, features, config.num_beams, config.length_penalty, max_words, constraints, config.captions
             )
-            return decoded._asdict()  # tokens (N, T), probabilities (N, T), attention (N, T, 64)
+            # tokens (N, T), probabilities (N, T), attention (N, T, 64), and gates (N, T) if the decoder has them
+            return {name: tensor for name, tensor in decoded._asdict().items() if tensor is not None}
 
         self.weights = list_variables(extractor, model)
         self.caption = tf.function(caption, input_signature=[tf.TensorSpec([1, *PIXELS], tf.uint8, "pixels")])

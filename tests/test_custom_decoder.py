@@ -36,12 +36,14 @@ def features(dataset, cache):
 def follow_step(caption_model, features, tokens):
     """Runs the decoder's step, without the code of captioning; returns log p and attention of each token."""
     decoder = caption_model.decoder
-    images, state = decoder.encode(caption_model.encoder(tf.cast(features, tf.float32))), decoder.initial_state(1)
+    images = decoder.encode(caption_model.encoder(tf.cast(features, tf.float32)))
+    state = decoder.initial_state(images)
     forbidden = forbidden_tokens(caption_model.config.vocab_size)
     previous, log_probs, attention = START_ID, [], []
     for token in tokens:
-        state, _, location_weights = decoder.step(decoder.embedding(tf.constant([previous])), images, state)
-        logits = tf.where(forbidden, -np.inf, decoder.to_logits(state))
+        dec_input = decoder.embedding(tf.constant([previous]))
+        state, _, location_weights = decoder.step(dec_input, images, state)
+        logits = tf.where(forbidden, -np.inf, decoder.to_logits(state, dec_input))
         log_probs.append(tf.nn.log_softmax(logits)[0, token])
         attention.append(location_weights[0])
         previous = token
@@ -66,7 +68,7 @@ def assert_captions_follow_step(run, features, config):
 def test_changed_step_trains_and_captions(data, features, tmp_path, monkeypatch, capsys):
     """With one function replaced, as a user edits model.py."""
     monkeypatch.setattr(model.RNNDecoder, "step", MeanDecoder.step)
-    assert not model.fused_decoder_matches()
+    assert not model.fused_decoder_matches(ModelConfig())
     decoders, recorder = [], LossRecorder()
 
     def on_step(state):
@@ -86,7 +88,7 @@ def test_changed_step_trains_and_captions(data, features, tmp_path, monkeypatch,
 def test_gated_decoder_trains_resumes_captions_and_plots(data, features, tmp_path, monkeypatch, capsys):
     """The gate of section 4.2.1 has weights, which are trained, saved and restored."""
     monkeypatch.setattr(model, "RNNDecoder", GatedDecoder)
-    assert not model.fused_decoder_matches()
+    assert not model.fused_decoder_matches(ModelConfig())
     settings = {"epochs": 3, "dropout": 0.2, "ema_decay": 0.5}
     with pytest.raises(SimulatedKill):
         run_training(tmp_path / "run", data, stop_after(10, SimulatedKill), **settings)

@@ -141,14 +141,14 @@ def test_teacher_force_takes_an_order_that_is_computed_beforehand(captions):
 
 
 def test_fused_decoder_matches_is_true_as_it_is():
-    assert model.fused_decoder_matches()
+    assert model.fused_decoder_matches(ModelConfig())
 
 
 @pytest.mark.filterwarnings("ignore:.build.* was called on layer")  # MeanDecoder leaves the attention unused
 @pytest.mark.parametrize("decoder", [GatedDecoder, MeanDecoder, WideDecoder])
 def test_fused_decoder_matches_is_false_for_another_step(decoder, monkeypatch):
     monkeypatch.setattr(model, "RNNDecoder", decoder)
-    assert not model.fused_decoder_matches()
+    assert not model.fused_decoder_matches(ModelConfig())
 
 
 @pytest.mark.parametrize("name", ["forward_step", "backward_step"])
@@ -159,4 +159,4 @@ def test_fused_decoder_matches_is_false_once_it_is_changed(name, monkeypatch):
         return original(1.1 * first, *args)
 
     monkeypatch.setattr(fused_decoder, name, changed)
-    assert not model.fused_decoder_matches()
+    assert not model.fused_decoder_matches(ModelConfig())

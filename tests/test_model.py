@@ -52,9 +52,8 @@ def test_build_gives_the_tutorials_architecture(rng):
     features = make_features(rng, 16)
     encoded = caption_model.encoder(features)
     assert encoded.shape == (16, 64, 256)
-    logits, state, weights = caption_model.decoder(
-        tf.zeros((16, 1), tf.int32), encoded, caption_model.initial_state(16)
-    )
+    state = caption_model.initial_state(caption_model.encode(features))
+    logits, state, weights = caption_model.decoder(tf.zeros((16, 1), tf.int32), encoded, state)
     assert (logits.shape, state.shape, weights.shape) == ((16, 5000), (16, 512), (16, 64))
     assert caption_model(features, tf.ones((16, 4), tf.int32)).logits.shape == (16 * 3, 5000)
     shapes = [tuple(variable.shape) for variable in caption_model.trainable_variables]
@@ -66,7 +65,8 @@ def test_encoder_and_decoder_can_be_used_alone(rng):
     features = make_features(rng)
     assert CNNEncoder(4)(features).shape == (3, 64, 4)
     decoder = RNNDecoder(ModelConfig(vocab_size=20, embedding_dim=4, units=6))
-    logits, _, _ = decoder(tf.zeros(3, tf.int32), tf.zeros((3, 64, 4)), decoder.initial_state(3))
+    images = decoder.encode(tf.zeros((3, 64, 4)))
+    logits, _, _ = decoder(tf.zeros(3, tf.int32), images.features, decoder.initial_state(images))
     assert logits.shape == (3, 20)
     assert isinstance(model.build(ModelConfig(vocab_size=20)), CaptionModel)
 
@@ -83,7 +83,8 @@ def test_build_restores_the_dtype_policy(rng):
     assert mixed_model.compute_dtype == "float16"
     assert {variable.dtype for variable in mixed_model.trainable_variables} == {"float32"}
     features, tokens = make_features(rng), tf.zeros(3, tf.int32)
-    outputs = mixed_model.step(tokens, mixed_model.encode(features), mixed_model.initial_state(3))
+    images = mixed_model.encode(features)
+    outputs = mixed_model.step(tokens, images, mixed_model.initial_state(images))
     assert {output.dtype for output in outputs} == {tf.float32}
     assert tf.keras.config.dtype_policy().name == "float32"
     assert model.build(ModelConfig(20, 4, 6)).compute_dtype == "float32"
@@ -144,9 +145,8 @@ def hard_model():
 
 def test_hard_attention_takes_the_most_probable_location_outside_training(hard_model, rng):
     features = tf.constant(rng.normal(size=(5, 2, 2048)).astype(np.float32))
-    _, _, step_location_weights = hard_model.step(
-        tf.fill([5], 2), hard_model.encode(features), hard_model.initial_state(5)
-    )
+    images = hard_model.encode(features)
+    _, _, step_location_weights = hard_model.step(tf.fill([5], 2), images, hard_model.initial_state(images))
     outputs = hard_model(features, tf.fill([5, 2], 2))
     expected = tf.one_hot(tf.argmax(outputs.attention_weights, axis=1), 2)
     np.testing.assert_array_equal(step_location_weights, expected)
@@ -239,7 +239,8 @@ def test_step_matches_teacher_force(caption_model, rng):
     outputs = caption_model(features, tokens)
     expected_logits = unpack(outputs.logits, outputs, tokens)
     expected_weights = unpack(outputs.attention_weights, outputs, tokens)
-    images, state = caption_model.encode(features), caption_model.initial_state(3)
+    images = caption_model.encode(features)
+    state = caption_model.initial_state(images)
     for t in range(6):
         logits, state, attention_weights = caption_model.step(tokens[:, t], images, state)
         np.testing.assert_allclose(logits, expected_logits[:, t], rtol=1e-4, atol=1e-5)

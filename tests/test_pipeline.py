@@ -54,7 +54,7 @@ def build_once(build):
 
 def decode_five_words(caption_model, image_features, config, keys=None):
     """Decodes, and cuts the captions: after one epoch they have 50 words, and their plots take long."""
-    return DecodedBatch(*(tensor[:, :5] for tensor in decode(caption_model, image_features, config, keys)))
+    return DecodedBatch(*(tensor[:, :5] for tensor in decode(caption_model, image_features, config, keys)[:3]))
 
 
 @pytest.fixture(scope="module")

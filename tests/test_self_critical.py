@@ -47,7 +47,7 @@ def batch(rng):
 def log_probabilities(tiny, features):
     """Computes log p of every caption of one image, step by step; only words and <end> can be sampled."""
     images, total = tiny.encode(tf.repeat(features[tf.newaxis], len(CAPTIONS), axis=0)), 0.0
-    state, token = tiny.initial_state(len(CAPTIONS)), tf.fill([len(CAPTIONS)], START_ID)
+    state, token = tiny.initial_state(images), tf.fill([len(CAPTIONS)], START_ID)
     for t in range(MAX_WORDS):
         logits, state, _ = tiny.step(token, images, state)
         log_probs = tf.nn.log_softmax(logits[:, END_ID:])  # of <end> and the words, which are the last ids

@@ -61,7 +61,8 @@ def eager_objective(caption_model, batch, config):
     loss = objective = 0.0
     for image, caption in zip(batch.image_index.numpy(), batch.tokens, strict=True):
         caption = caption[: np.count_nonzero(caption)]
-        images, state = caption_model.encode(batch.features[image : image + 1]), caption_model.initial_state(1)
+        images = caption_model.encode(batch.features[image : image + 1])
+        state = caption_model.initial_state(images)
         attention_sum = 0.0
         for token, target in itertools.pairwise(caption):
             logits, state, attention_weights = caption_model.step(token[tf.newaxis], images, state)

@@ -35,7 +35,7 @@ def test_validator_loss_is_the_mean_over_words(make_validator, dataset, tokenize
     for example in dataset.split("val")[:2]:
         images = small_model.encode(cache.read(tf.constant([str(cache.path(example.image_path))])))
         for caption in example.captions:
-            state = small_model.initial_state(1)
+            state = small_model.initial_state(images)
             for token, target in itertools.pairwise(tokenizer.encode(caption)):
                 logits, state, _ = small_model.step(tf.constant([token]), images, state)
                 losses.append(-tf.nn.log_softmax(logits)[0, target])
