@@ -1,0 +1,161 @@
+"""Trains and scores the rows of docs/results.md, and prints them as a table.
+
+    python -m benchmarks.scores -- --annotations captions.csv --images photos/       # all rows, which takes hours
+    python -m benchmarks.scores --rows best,paper --seeds 0,1 -- DATA                # two seeds tell what is chance
+
+What follows -- are options of train.py that all trainings get: the data, and where their features are. Every row is a
+training (`--recipe best --epochs 8`), or a self-critical one from the weights of another row; it is scored on the
+validation images with every beam. The runs are kept in --runs-dir, and the table is written there too, as scores.md
+and scores.json. Stopped and run again, the command continues; runs and scores that are complete are taken as they are.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from captioning.cli import InputError, log, make_parser, run_main
+from captioning.files import atomic_write, write_json
+from captioning.training_log import read_history
+
+ROOT = Path(__file__).resolve().parents[1]
+COLUMNS = ("BLEU-1", "BLEU-2", "BLEU-3", "BLEU-4", "METEOR", "CIDEr")
+RATIOS = ("distinct captions", "captions that stop in mid-sentence")
+
+
+class Row(NamedTuple):
+    """A training of the table."""
+
+    options: str  # of train.py
+    start: str | None = None  # the row whose weights self-critical training starts from
+
+
+ROWS = {
+    "tutorial": Row("--epochs 6"),
+    "best": Row("--recipe best --epochs 8"),
+    "image": Row("--recipe best --shuffle-by image --epochs 8"),
+    "paper": Row("--recipe best --decoder paper --epochs 8"),
+    "paper-lstm": Row("--recipe best --decoder paper --cell lstm --epochs 8"),
+    "hard": Row("--recipe best --attention hard --epochs 8"),
+    "best-cider": Row("--self-critical", start="best"),
+    "paper-cider": Row("--self-critical", start="paper"),
+}
+
+
+def names(text: str) -> list[str]:
+    """Parses names of rows, separated by commas."""
+    rows = text.split(",")
+    if unknown := [name for name in rows if name not in ROWS]:
+        raise argparse.ArgumentTypeError(f"expected some of {','.join(ROWS)}, found {unknown[0]!r}")
+    return rows
+
+
+def numbers(text: str) -> list[int]:
+    """Parses whole numbers, separated by commas."""
+    if not all(part.isdecimal() for part in text.split(",")):
+        raise argparse.ArgumentTypeError(f"expected whole numbers separated by commas, found {text!r}")
+    return [int(part) for part in text.split(",")]
+
+
+def run_script(*args: str) -> None:
+    """Runs a script of the project; raises InputError if it fails, which it has explained."""
+    log(f"$ python {' '.join(args)}")
+    if code := subprocess.run([sys.executable, str(ROOT / args[0]), *args[1:]]).returncode:
+        raise InputError(f"{args[0]} ended with code {code}: see above; run the same command again to continue")
+
+
+def run_folder(runs_dir: Path, name: str, seed: int) -> Path:
+    """Returns where the run of a row and a seed is."""
+    start = ROWS[name].start
+    return runs_dir / (f"{start}_{seed}_cider" if start else f"{name}_{seed}")
+
+
+def train_row(runs_dir: Path, name: str, seed: int, data: list[str]) -> Path:
+    """Trains a row, and what it starts from, as far as they are not trained yet; returns its run folder."""
+    run, row = run_folder(runs_dir, name, seed), ROWS[name]
+    if (run / "done").exists():
+        return run
+    options = [*row.options.split(), "--seed", str(seed)]
+    if row.start:
+        start = train_row(runs_dir, row.start, seed, data)
+        run_script("train.py", *options, "--run", str(start))
+    else:
+        run_script("train.py", *data, *options, "--run", str(run))
+    (run / "done").touch()
+    return run
+
+
+def score(run: Path, beam_size: int) -> dict[str, Any]:
+    """Scores a run with a beam, unless it has been scored since it was trained; returns its metrics."""
+    path = run / f"metrics_val{f'_beam{beam_size}' if beam_size > 1 else ''}.json"
+    if not path.exists() or path.stat().st_mtime < (run / "done").stat().st_mtime:
+        run_script("evaluate.py", "--run", str(run), "--beam-size", str(beam_size))
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def describe(name: str, seed: int, run: Path, beam_size: int) -> dict[str, Any]:
+    """Returns a line of the table: what was trained for how long, which epoch was the best, and its scores."""
+    metrics = score(run, beam_size)
+    history = read_history(run / "history.csv")
+    ciders = [float(row["cider"] or 0) for row in history]
+    return {
+        "row": name,
+        "options": ROWS[name].options,
+        "seed": seed,
+        "beam": beam_size,
+        "best epoch": int(history[ciders.index(max(ciders))]["epoch"]),
+        "epochs": len(history),
+        "minutes": round(sum(float(row["train_seconds"]) for row in history) / 60, 1),
+        **{column: metrics["scores"].get(column) for column in COLUMNS},
+        **{ratio: metrics.get(ratio) for ratio in RATIOS},
+    }
+
+
+def to_markdown(lines: list[dict[str, Any]]) -> str:
+    """Formats the lines as a table; the BLEUs share a column, and repeated names are left out."""
+    header = ["`train.py` DATA and", "seed", "best epoch", "minutes", "beam", "BLEU-1 / 2 / 3 / 4", "METEOR", "CIDEr"]
+    table = [[*header, "distinct", "mid-sentence"]]
+    previous: tuple = ()
+    for line in lines:
+        training = (line["row"], line["seed"])
+        bleu = " / ".join(f"{line[f'BLEU-{n}']:.1f}" for n in range(1, 5))
+        others = (line[column] for column in ("METEOR", "CIDEr", *RATIOS))
+        cells = [f"`{line['options']}`", str(line["seed"]), f"{line['best epoch']} of {line['epochs']}"]
+        cells = [*cells, f"{line['minutes']:.0f}"] if training != previous else [""] * 4
+        table.append([*cells, str(line["beam"]), bleu, *("" if value is None else f"{value:.1f}" for value in others)])
+        previous = training
+    table.insert(1, ["---"] * len(table[0]))
+    return "".join(f"| {' | '.join(cells)} |\n" for cells in table)
+
+
+def parse(argv: list[str] | None = None) -> argparse.Namespace:
+    """Parses the command line."""
+    parser = make_parser(__doc__, usage="[option ...] -- [option of train.py ...]", prog="python -m benchmarks.scores")
+    every = ",".join(ROWS)
+    parser.add_argument("--rows", type=names, default=list(ROWS), metavar="NAMES", help=f"of {every} (default: all)")
+    parser.add_argument("--seeds", type=numbers, default=[0], metavar="N,N", help="seeds of the trainings (default: 0)")
+    parser.add_argument("--beams", type=numbers, default=[1, 5], metavar="N,N", help="beams to score (default: 1,5)")
+    text = "folder of the runs and the table (default: %(default)s)"
+    parser.add_argument("--runs-dir", type=Path, default=Path("runs/scores"), metavar="DIR", help=text)
+    parser.add_argument("data", nargs="*", metavar="OPTION", help="of train.py, after --: the data and their features")
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Trains and scores the rows, and writes the table after each."""
+    args = parse(argv)
+    lines: list[dict[str, Any]] = []
+    for name in args.rows:
+        for seed in args.seeds:
+            run = train_row(args.runs_dir, name, seed, args.data)
+            lines += [describe(name, seed, run, beam_size) for beam_size in args.beams]
+            write_json(args.runs_dir / "scores.json", lines)
+            with atomic_write(args.runs_dir / "scores.md") as file:
+                file.write(to_markdown(lines))
+    print(to_markdown(lines), end="")
+
+
+if __name__ == "__main__":
+    run_main(main)
