@@ -14,20 +14,12 @@ import dataclasses
 from captioning import devices, fused_decoder
 from captioning.cli import make_parser, run_main
 from captioning.config import ModelConfig
-from captioning.decoder_tensors import EncodedImages, SamplingNoise, TeacherForcingOutput
+from captioning.decoder_tensors import EncodedImages, SamplingNoise, TeacherForcingOutput, project_locations
 from captioning.fused_decoder import WordOrder
 from captioning.quiet_tensorflow import tf
 from captioning.settings import add_options
 
 layers = tf.keras.layers
-
-
-def project_locations(dense: tf.keras.layers.Dense, tensor: tf.Tensor) -> tf.Tensor:
-    """Applies a Dense layer at every location of a tensor (B, L, C), as one product: (B, L, units of the layer).
-
-    Keras does so too, but asks a GPU for the shape, and waits for it.
-    """
-    return tf.reshape(dense(tf.reshape(tensor, (-1, tensor.shape[2]))), (-1, tensor.shape[1], dense.units))
 
 
 class CNNEncoder(tf.keras.Model):
@@ -228,10 +220,14 @@ class RNNDecoder(tf.keras.Model):
             index = order.longest_first if image_index is None else tf.gather(image_index, order.longest_first)
         images = images.for_captions(index)
         dec_input = self.dropout(self.embedding(words), training=training)  # (N, 256)
-        states, attention_weights = fused_decoder.run(dec_input, images, order, self.attention, self.gru)
+        states, attention_weights = self.run_fused(dec_input, images, order)
         is_sampled = tf.zeros((tf.shape(words)[0], 1), tf.bool)
         logits = self.to_logits(states, dec_input, training)
         return TeacherForcingOutput(logits, attention_weights, attention_weights, is_sampled, order.positions, targets)
+
+    def run_fused(self, dec_input: tf.Tensor, images: EncodedImages, order: WordOrder) -> tuple[tf.Tensor, tf.Tensor]:
+        """Runs all steps: the states (N, 512) and the attention weights (N, L) after the words dec_input (N, 256)."""
+        return fused_decoder.run(dec_input, images, order, self.attention, self.gru, self.initial_state(images))
 
 
 class PaperDecoder(RNNDecoder):
@@ -284,6 +280,12 @@ class PaperDecoder(RNNDecoder):
         h = self.dropout(h, training=training)  # (N, 512)
         hidden = tf.tanh(dec_input + self.L_h(h) + self.L_z(context_vector))  # (N, 256)
         return self.L_o(self.dropout(hidden, training=training))
+
+    def run_fused(self, dec_input: tf.Tensor, images: EncodedImages, order: WordOrder) -> tuple[tf.Tensor, tf.Tensor]:
+        """Runs all steps, as `RNNDecoder.run_fused`; only with a GRU."""
+        h = self.initial_state(images)[:, : self.units]  # (B, 512)
+        h, weights, *others = fused_decoder.run(dec_input, images, order, self.attention, self.cell, h, self.f_beta)
+        return tf.concat([h, *others], axis=1), weights
 
     def call(self, token: tf.Tensor, images: EncodedImages | tf.Tensor, state: tf.Tensor) -> tuple[tf.Tensor, ...]:
         """Predicts the next word, as `RNNDecoder.call` does; the gate stands after the location weights, (B, L + 1)."""

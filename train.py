@@ -300,7 +300,8 @@ def build_train_state(
     if settings.fused and config.model.can_be_fused and settings.jit == "off":
         caption_model.decoder.fused = model.fused_decoder_matches(config.model)
         if not caption_model.decoder.fused:
-            log("captioning/fused_decoder.py differs from RNNDecoder.step in model.py: training with the plain loop")
+            name = type(caption_model.decoder).__name__
+            log(f"captioning/fused_decoder.py differs from {name}.step in model.py: training with the plain loop")
     checkpoints = Checkpoints(run, caption_model, optimizer, ema, progress, devices.is_chief(strategy))
     if checkpoints.restore():
         done = f"{progress.get('epoch')} epochs and {progress.get('step')} batches"

@@ -133,8 +133,8 @@ class ModelConfig(Settings):
 
     @property
     def can_be_fused(self) -> bool:
-        """Whether captioning/fused_decoder.py has this attention and this decoder."""
-        return self.attention == "soft" and self.decoder == "tutorial"
+        """Whether captioning/fused_decoder.py has this attention and this cell."""
+        return self.attention == "soft" and self.cell == "gru"
 
 
 # What each recipe sets instead of the defaults below. "best" scored best on Flickr8k.

@@ -1,4 +1,4 @@
-"""The tensors that the parts of the model hand to each other.
+"""The tensors that the parts of the model hand to each other, and what projects them.
 
 B is the number of captions in a batch, T that of steps, L that of locations; the other sizes are the defaults.
 """
@@ -48,3 +48,11 @@ class TeacherForcingOutput(NamedTuple):
     is_sampled: tf.Tensor  # (N, 1) bool, whether the location was sampled; False in soft attention
     positions: tf.Tensor  # (N, 2) int32
     targets: tf.Tensor  # (N,) int32, the true next words
+
+
+def project_locations(dense: tf.keras.layers.Dense, tensor: tf.Tensor) -> tf.Tensor:
+    """Applies a Dense layer at every location of a tensor (B, L, C), as one product: (B, L, units of the layer).
+
+    Keras does so too, but asks a GPU for the shape, and waits for it.
+    """
+    return tf.reshape(dense(tf.reshape(tensor, (-1, tensor.shape[2]))), (-1, tensor.shape[1], dense.units))

@@ -1,6 +1,6 @@
 """Teacher forcing of soft attention with a hand-written backward pass, faster on a CPU than the plain loop in model.py.
 
-`RNNDecoder.step` is the definition; train.py compares the two before it trains. What makes this faster
+The decoder's `step` is the definition; train.py compares the two before it trains. What makes this faster
 (docs/performance.md): a caption that has ended takes no part in the steps after it; the words' part of the GRU's input
 is computed once for all; a kernel's gradient is one product after the loop; of a step's large tensors only e is kept.
 
@@ -9,7 +9,8 @@ At a step, n captions are active. L locations, C channels, U units; N is the sum
     q = h W2                               query                (n, U)       b2 is added to the keys beforehand
     e = tanh(keys + q)                     attention hidden     (n, L, U)
     a = softmax(e v)                       attention weights    (n, L)       v's bias cancels in the softmax
-    c = sum_l a_l f_l                      context vector       (n, C)
+    b = sigmoid(h wb + bb)                 gate                 (n, 1)       only of the paper's decoder; else 1
+    c = b sum_l a_l f_l                    context vector       (n, C)
     x = token_input + c Wc                 input part           (n, 3U)      of the gates z, r and g, in Keras's order
     u = h Wh                               recurrent part       (n, 3U)      the biases of z and r are in token_input
     z = sigmoid(x_z + u_z)   r = sigmoid(x_r + u_r)   p = u_g + b_g   g = tanh(x_g + r p)
@@ -62,6 +63,9 @@ def order_tensors(tokens: tf.Tensor) -> WordOrder:
     return WordOrder(*map(tf.ensure_shape, arrays, ORDER_SHAPES))
 
 
+NUM_WEIGHTS = 4  # of `forward_step`, without those of a gate
+
+
 class Residuals(NamedTuple):
     """What the forward step keeps for the backward step, besides e."""
 
@@ -72,32 +76,34 @@ class Residuals(NamedTuple):
     reset: tf.Tensor  # (n, U): r
     candidate: tf.Tensor  # (n, U): g
     recurrent_candidate: tf.Tensor  # (n, U): p
+    context_gate: tf.Tensor | None = None  # (n, 1): b, if there is one
 
 
 def forward_step(state, token_input, features, keys, weights) -> tuple[tf.Tensor, tf.Tensor, Residuals]:
     """Computes h', e and the rest from state (n, U), token_input (3, n, U), features (n, L, C) and keys (n, L, U).
 
-    The weights are Wh of z, r and g with W2, (4, U, U); Wc of z, r and g, (3, C, U); v, (U, 1); and b_g, (U,). They
-    are stacked so that the parts of a product need not be copied out of it.
+    The weights are Wh of z, r and g with W2, (4, U, U); Wc of z, r and g, (3, C, U); v, (U, 1); b_g, (U,); and with a
+    gate wb (U, 1) and bb (1,). They are stacked so that the parts of a product need not be copied out of it.
     """
-    state_kernels, context_kernels, score_kernel, candidate_bias = weights
+    state_kernels, context_kernels, score_kernel, candidate_bias, *gate_weights = weights
     num_locations, units = keys.shape[1:]
     recurrent = tf.matmul(state[tf.newaxis], state_kernels)  # (4, n, U): u_z, u_r, u_g, q
     hidden = tf.tanh(keys + recurrent[3, :, tf.newaxis])  # (n, L, U)
     scores = tf.matmul(tf.reshape(hidden, (-1, units)), score_kernel)  # (n L, 1)
     attention_weights = tf.nn.softmax(tf.reshape(scores, (-1, num_locations)))  # (n, L)
     context = tf.squeeze(tf.matmul(attention_weights[:, tf.newaxis], features), 1)  # (n, C)
+    context_gate = None
+    if gate_weights:
+        context_gate = tf.sigmoid(tf.matmul(state, gate_weights[0]) + gate_weights[1])  # (n, 1)
+        context *= context_gate
     inputs = token_input + tf.matmul(context[tf.newaxis], context_kernels)  # (3, n, U): x_z, x_r, x_g
     gates = tf.sigmoid(inputs[:2] + recurrent[:2])  # (2, n, U)
     update, reset = gates[0], gates[1]  # (n, U)
     recurrent_candidate = recurrent[2] + candidate_bias  # (n, U)
     candidate = tf.tanh(inputs[2] + reset * recurrent_candidate)  # (n, U)
     new_state = update * state + (1 - update) * candidate  # (n, U)
-    return (
-        new_state,
-        hidden,
-        Residuals(state, attention_weights, context, update, reset, candidate, recurrent_candidate),
-    )
+    res = Residuals(state, attention_weights, context, update, reset, candidate, recurrent_candidate, context_gate)
+    return new_state, hidden, res
 
 
 def gate_slopes(res: Residuals) -> tf.Tensor:
@@ -108,20 +114,29 @@ def gate_slopes(res: Residuals) -> tf.Tensor:
     return tf.stack([d_z, d_r, d_g, d_g * res.reset, res.update], 1)  # (N, 5, U)
 
 
-def backward_step(d_state, d_attention, slopes, attention_weights, hidden, features, kernels):
+def backward_step(
+    d_state, d_attention, slopes, attention_weights, hidden, features, kernels, d_context=None, context_gate=None
+):
     """Applies the chain rule to `forward_step`, from the bottom to the top.
 
     Takes the gradients of h' (n, U) and of a (n, L), the latter from outside such as that of a penalty on it, and the
     transposed kernels: Wc (3U, C), Wh with W2 (4U, U), v (U,). Returns the gradients that are summed over the steps, of
-    h, of the keys before the multiplication with tanh' and v, and of v; and those of x, u with q, the scores, and c.
+    h, of the keys before the multiplication with tanh' and v, and of v; and those of x, u with q, the scores, and the
+    sum over l. With a gate it also takes the gradient of c from outside (n, C) and b (n, 1); wb is the last row of the
+    kernel with Wh, and the gradient of h wb + bb stands after that of q.
     """
     units = hidden.shape[2]
     context_kernel, state_kernel, score_kernel = kernels
     d_gates = tf.reshape(d_state[:, tf.newaxis] * slopes, (-1, 5 * units))  # (n, 5U)
     d_inputs = d_gates[:, : 3 * units]  # (n, 3U)
-    d_context = tf.matmul(d_inputs, context_kernel)  # (n, C)
-    d_weights = tf.matmul(d_context[:, tf.newaxis], features, transpose_b=True)  # (n, 1, L)
-    d_weights = tf.squeeze(d_weights, 1) + d_attention  # (n, L)
+    d_sum = tf.matmul(d_inputs, context_kernel)  # (n, C)
+    if context_gate is not None:
+        d_sum = (d_sum + d_context) * context_gate  # (n, C)
+    d_weights = tf.squeeze(tf.matmul(d_sum[:, tf.newaxis], features, transpose_b=True), 1)  # (n, L)
+    d_gate_logit = []
+    if context_gate is not None:  # (1 - b) b dc . sum_l a_l f_l, of which d_weights has all but (1 - b) and a
+        d_gate_logit = [(1 - context_gate) * tf.reduce_sum(attention_weights * d_weights, 1, keepdims=True)]  # (n, 1)
+    d_weights += d_attention  # (n, L)
     mean = tf.reduce_sum(attention_weights * d_weights, 1, keepdims=True)  # (n, 1)
     d_scores = attention_weights * (d_weights - mean)  # (n, L), through the softmax
     d_score_kernel = tf.matmul(tf.reshape(d_scores, (1, -1)), tf.reshape(hidden, (-1, units)))  # (1, U)
@@ -129,10 +144,11 @@ def backward_step(d_state, d_attention, slopes, attention_weights, hidden, featu
     squared = tf.square(hidden)  # (n, L, U)
     from_squares = tf.squeeze(tf.matmul(d_scores[:, tf.newaxis], squared), 1)  # (n, U)
     d_query = (tf.reduce_sum(d_scores, 1, keepdims=True) - from_squares) * score_kernel  # (n, U)
-    d_recurrent = tf.concat([d_gates[:, : 2 * units], d_gates[:, 3 * units : 4 * units], d_query], 1)  # (n, 4U)
+    d_recurrent = [d_gates[:, : 2 * units], d_gates[:, 3 * units : 4 * units], d_query, *d_gate_logit]
+    d_recurrent = tf.concat(d_recurrent, 1)  # (n, 4U), or (n, 4U + 1) with a gate
     d_prev_state = d_gates[:, 4 * units :] + tf.matmul(d_recurrent, state_kernel)  # (n, U)
     d_keys = d_scores[:, :, tf.newaxis] * squared  # (n, L, U)
-    return (d_prev_state, d_keys, d_score_kernel), (d_inputs, d_recurrent, d_scores, d_context)
+    return (d_prev_state, d_keys, d_score_kernel), (d_inputs, d_recurrent, d_scores, d_sum)
 
 
 def loop(body, num_steps, carry, shapes, reverse=False):
@@ -151,7 +167,7 @@ def loop(body, num_steps, carry, shapes, reverse=False):
     return tf.while_loop(lambda i, *_: i < num_steps, iterate, (0, carry, arrays), shapes, parallel_iterations=1)[1:]
 
 
-def forward_loop(token_inputs, features, keys, order, weights):
+def forward_loop(token_inputs, features, keys, initial_state, order, weights):
     """Runs all steps; returns the new states (N, U), e as a TensorArray, since a copy would cost, and Residuals."""
     num_locations, units = keys.shape[1:]
 
@@ -159,17 +175,18 @@ def forward_loop(token_inputs, features, keys, order, weights):
         n, start = order.num_active[t], order.step_start[t]
         inputs = token_inputs[:, start : start + n], features[:n], keys[:n]
         new_state, hidden, res = forward_step(state[:n], *inputs, weights)
-        return [new_state], (hidden, new_state, *res)
+        return [new_state], [hidden, new_state, *(tensor for tensor in res if tensor is not None)]
 
     shapes = [(num_locations, units), *[(units,)] * 2, (num_locations,), (features.shape[2],), *[(units,)] * 4]
-    zeros = tf.zeros((order.num_active[0], units), keys.dtype)
-    hidden, *arrays = loop(body, tf.size(order.num_active), [zeros], shapes)[1]
+    if len(weights) > NUM_WEIGHTS:
+        shapes.append((1,))
+    hidden, *arrays = loop(body, tf.size(order.num_active), [initial_state], shapes)[1]
     states, *residuals = (array.concat() for array in arrays)  # (N, ...)
     return states, hidden, Residuals(*residuals)
 
 
-def backward_loop(d_states, d_attention, hidden, res, features, order, kernels):
-    """Runs `backward_step` from the last step to the first; returns its sums but that of h, and its other gradients."""
+def backward_loop(d_states, d_attention, d_contexts, hidden, res, features, order, kernels):
+    """Runs `backward_step` from the last step to the first; returns its sums and its other gradients."""
     units, num_locations = res.update.shape[1], d_attention.shape[1]
     slopes = gate_slopes(res)
 
@@ -179,46 +196,55 @@ def backward_loop(d_states, d_attention, hidden, res, features, order, kernels):
         ending = [[0, n - tf.shape(d_state)[0]], [0, 0]]  # captions that have no later step
         d_state = tf.pad(d_state, ending) + d_states[rows]  # (n, U)
         inputs = d_attention[rows], slopes[rows], res.attention_weights[rows], hidden.read(t), features[:n]
-        sums, others = backward_step(d_state, *inputs, kernels)
+        gating = () if res.context_gate is None else (d_contexts[rows], res.context_gate[rows])
+        sums, others = backward_step(d_state, *inputs, kernels, *gating)
         return [sums[0], tf.pad(d_keys, [*ending, [0, 0]]) + sums[1], d_score_kernel + sums[2]], others
 
     zeros = [tf.zeros(shape, d_states.dtype) for shape in ((0, units), (0, num_locations, units), (1, units))]
-    shapes = [(3 * units,), (4 * units,), (num_locations,), (features.shape[2],)]
-    (_, d_keys, d_score_kernel), arrays = loop(body, tf.size(order.num_active), zeros, shapes, reverse=True)
-    return d_keys, d_score_kernel, *[array.concat() for array in arrays]
+    shapes = [(3 * units,), (kernels[1].shape[0],), (num_locations,), (features.shape[2],)]
+    sums, arrays = loop(body, tf.size(order.num_active), zeros, shapes, reverse=True)
+    return *sums, *[array.concat() for array in arrays]
 
 
 @tf.custom_gradient
-def unroll(token_inputs, features, keys, order, query_kernel, score_kernel, context_kernel, kernel, bias):
-    """Runs all steps; its gradient has one product for each kernel. See `run` for shapes and results."""
+def unroll(
+    token_inputs, features, keys, initial_state, order, query_kernel, score_kernel, context_kernel, kernel, bias, *gate
+):
+    """Runs all steps; its gradient has one product for each kernel. See `run` for shapes and results.
+
+    With the gate's kernel and bias the context vectors and the gates are results, too; the latter have no gradient.
+    """
     units = keys.shape[2]
     state_kernels = tf.stack([*tf.split(kernel, 3, 1), query_kernel])  # (4, U, U)
-    weights = state_kernels, tf.stack(tf.split(context_kernel, 3, 1)), score_kernel, bias
+    weights = state_kernels, tf.stack(tf.split(context_kernel, 3, 1)), score_kernel, bias, *gate
     token_inputs = tf.stack(tf.split(token_inputs, 3, 1))  # (3, N, U)
-    states, hidden, res = forward_loop(token_inputs, features, keys, order, weights)
+    states, hidden, res = forward_loop(token_inputs, features, keys, initial_state, order, weights)
 
-    def gradient(d_states, d_attention):
-        state_kernel = tf.concat([tf.transpose(kernel), tf.transpose(query_kernel)], 0)  # (4U, U)
-        kernels = tf.transpose(context_kernel), state_kernel, score_kernel[:, 0]
-        grads = backward_loop(d_states, d_attention, hidden, res, features, order, kernels)
-        squares, d_score_kernel, d_inputs, d_recurrent, d_scores, d_context = grads
+    def gradient(d_states, d_attention, d_contexts=None, _=None):
+        state_kernel = tf.concat([kernel, query_kernel, *gate[:1]], 1)  # (U, 4U), or (U, 4U + 1) with a gate
+        kernels = tf.transpose(context_kernel), tf.transpose(state_kernel), score_kernel[:, 0]
+        grads = backward_loop(d_states, d_attention, d_contexts, hidden, res, features, order, kernels)
+        d_initial, squares, d_score_kernel, d_inputs, d_recurrent, d_scores, d_sum = grads
 
         def unpack(rows):  # (N, D) -> (B, T, D)
             return tf.scatter_nd(order.ranks, rows, (tf.shape(keys)[0], tf.size(order.num_active), rows.shape[1]))
 
-        d_features = tf.matmul(unpack(res.attention_weights), unpack(d_context), transpose_a=True)  # (B, L, C)
+        d_features = tf.matmul(unpack(res.attention_weights), unpack(d_sum), transpose_a=True)  # (B, L, C)
         d_keys = (tf.reduce_sum(unpack(d_scores), 1)[:, :, tf.newaxis] - squares) * score_kernel[:, 0]  # (B, L, U)
-        d_state = tf.matmul(res.prev_state, d_recurrent, transpose_a=True)  # (U, 4U): of Wh, and of W2
+        d_state = tf.matmul(res.prev_state, d_recurrent, transpose_a=True)  # (U, 4U): of Wh, and of W2; and of wb
         d_context_kernel = tf.matmul(res.context, d_inputs, transpose_a=True)  # (C, 3U)
         d_bias = tf.reduce_sum(d_recurrent[:, 2 * units : 3 * units], 0)  # (U,)
-        d_kernels = d_state[:, 3 * units :], tf.transpose(d_score_kernel), d_context_kernel, d_state[:, : 3 * units]
-        return d_inputs, d_features, d_keys, *[None] * len(order), *d_kernels, d_bias
+        d_query_kernel = d_state[:, 3 * units : 4 * units]  # (U, U)
+        d_kernels = d_query_kernel, tf.transpose(d_score_kernel), d_context_kernel, d_state[:, : 3 * units]
+        d_gate = (d_state[:, 4 * units :], tf.reduce_sum(d_recurrent[:, 4 * units :], 0)) if gate else ()
+        return d_inputs, d_features, d_keys, d_initial, *[None] * len(order), *d_kernels, d_bias, *d_gate
 
-    return (states, res.attention_weights), gradient
+    outputs = (states, res.attention_weights)
+    return (*outputs, res.context, res.context_gate) if gate else outputs, gradient
 
 
-def run(dec_input, images, order, attention, gru) -> tuple[tf.Tensor, tf.Tensor]:
-    """Runs all steps from a state of zeros; returns the new states (N, U) and the attention weights (N, L).
+def run(dec_input, images, order, attention, gru, initial_state, gate=None) -> tuple[tf.Tensor, ...]:
+    """Runs all steps.
 
     Args:
         dec_input: (N, E), the embedded input words, packed: step after step, in each the active captions in order.
@@ -226,17 +252,25 @@ def run(dec_input, images, order, attention, gru) -> tuple[tf.Tensor, tf.Tensor]
         order: the order of the words.
         attention: the `BahdanauAttention`.
         gru: the `GRUCell`; the first C rows of its kernel belong to the context.
+        initial_state: (B, U), that of the GRU before the first word, longest caption first.
+        gate: the Dense layer of the context vector's gate, if there is one.
+
+    Returns:
+        The new states (N, U) and the attention weights (N, L); with a gate also the context vectors (N, C), and the
+        gates (N, 1), which have no gradient.
     """
     units, channels, dtype = images.keys.shape[2], images.features.shape[2], images.keys.dtype
     variables = attention.W2.kernel, attention.W2.bias, attention.V.kernel, *gru.trainable_variables
     query_kernel, query_bias, score_kernel, kernel, state_kernel, bias = (tf.cast(v, dtype) for v in variables)
+    gate_weights = [tf.cast(v, dtype) for v in gate.trainable_variables] if gate else []
     # On the device that runs the loops: a number from another device would be sent to it in every iteration.
     order = WordOrder(*map(tf.identity, order))
     # The biases of z and r are added with the words; that of g is multiplied by r, so it stays in the loop.
     token_bias = bias[0] + tf.pad(bias[1, : 2 * units], [[0, units]])  # (3U,)
     token_inputs = tf.matmul(dec_input, kernel[channels:]) + token_bias  # (N, 3U)
     weights = query_kernel, score_kernel, kernel[:channels], state_kernel, bias[1, 2 * units :]
-    return unroll(token_inputs, images.features, images.keys + query_bias, order, *weights)
+    keys = images.keys + query_bias  # (B, L, U)
+    return unroll(token_inputs, images.features, keys, initial_state, order, *weights, *gate_weights)
 
 
 def matches(model: tf.keras.Model) -> bool:

@@ -10,10 +10,11 @@ from captioning.quiet_tensorflow import tf
 NUM_WORDS = 31  # to predict, in all of `captions`
 
 
-def make_model(mixed_precision=False):
+def make_model(mixed_precision=False, decoder="tutorial"):
     """Returns a small model with random weights, biases included, that are far from the linear range of tanh."""
     tf.keras.utils.set_random_seed(1)
-    caption_model = model.build(ModelConfig(vocab_size=30, embedding_dim=8, units=12), mixed_precision=mixed_precision)
+    config = ModelConfig(vocab_size=30, embedding_dim=8, units=12, decoder=decoder)
+    caption_model = model.build(config, mixed_precision=mixed_precision)
     for variable in caption_model.trainable_variables:
         variable.assign(2 * variable + 0.1 * tf.random.normal(variable.shape))
     return caption_model
@@ -73,9 +74,11 @@ def compute_loss(captions, rng):
     return compute_loss
 
 
-@pytest.mark.parametrize("graph", [False, True], ids=["eager", "graph"])
-def test_fused_decoder_matches_autodiff_of_the_plain_loop(captions, compute_loss, graph):
-    caption_model = make_model()
+@pytest.mark.parametrize(
+    ("decoder", "graph"), [("tutorial", False), ("tutorial", True), ("paper", True)], ids=["eager", "graph", "paper"]
+)
+def test_fused_decoder_matches_autodiff_of_the_plain_loop(captions, compute_loss, decoder, graph):
+    caption_model = make_model(decoder=decoder)
     plain, plain_gradients = run_decoder(caption_model, captions, compute_loss, fused=False)
     fused, fused_gradients = run_decoder(caption_model, captions, compute_loss, fused=True, graph=graph)
     assert len(plain.logits) == 7 * 6
@@ -89,9 +92,10 @@ def test_fused_decoder_matches_autodiff_of_the_plain_loop(captions, compute_loss
     assert_gradients_match(fused_gradients, plain_gradients)
 
 
-def test_fused_decoder_matches_the_plain_loop_in_mixed_precision(captions, compute_loss):
-    _, expected = run_decoder(make_model(), captions, compute_loss, fused=False)
-    outputs, gradients = run_decoder(make_model(mixed_precision=True), captions, compute_loss, fused=True)
+@pytest.mark.parametrize("decoder", ["tutorial", pytest.param("paper", marks=pytest.mark.slow)])
+def test_fused_decoder_matches_the_plain_loop_in_mixed_precision(captions, compute_loss, decoder):
+    _, expected = run_decoder(make_model(decoder=decoder), captions, compute_loss, fused=False)
+    outputs, gradients = run_decoder(make_model(True, decoder), captions, compute_loss, fused=True)
     assert outputs.logits.dtype == tf.float16
     assert_gradients_match(gradients, expected, tolerance=2e-2)
 
@@ -140,8 +144,9 @@ def test_teacher_force_takes_an_order_that_is_computed_beforehand(captions):
 # Whether the fused decoder computes what RNNDecoder.step does.
 
 
-def test_fused_decoder_matches_is_true_as_it_is():
-    assert model.fused_decoder_matches(ModelConfig())
+@pytest.mark.parametrize("decoder", ["tutorial", pytest.param("paper", marks=pytest.mark.slow)])
+def test_fused_decoder_matches_is_true_as_it_is(decoder):
+    assert model.fused_decoder_matches(ModelConfig(decoder=decoder, dropout=0.5))
 
 
 @pytest.mark.filterwarnings("ignore:.build.* was called on layer")  # MeanDecoder leaves the attention unused
