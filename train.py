@@ -270,7 +270,7 @@ def build_train_state(run: Path, config: RunConfig, strategy: tf.distribute.Stra
     settings = config.train
     tf.keras.utils.set_random_seed(settings.seed)
     with strategy.scope():
-        caption_model = model.build(config.model, mixed_precision=settings.mixed_precision)
+        caption_model = model.build(config.model, config.cnn.features_shape, settings.mixed_precision)
         optimizer = make_optimizer(settings.learning_rate, settings.clip_norm, settings.mixed_precision)
         optimizer.build(caption_model.trainable_variables)  # before restoring: its slots must exist
         ema = WeightEMA(caption_model.trainable_variables, settings.ema_decay)
