@@ -152,7 +152,7 @@ def open_or_create_cache(
     if were_moved:  # those with another content are computed again
         manifest["images"] = expected["images"]
     expected["jpeg_decoding"] = manifest.get("jpeg_decoding")  # a cache goes on as it began
-    # A file may have another name. The shape follows from the CNN and the image size; earlier versions did not write it.
+    # A file may have another name. The shape, which earlier versions did not write, follows from CNN and image size.
     keys = [key for key in expected if key != "shape" and (key != "weights" or "sha256" not in expected)]
     if key := find_difference(manifest, expected, keys):
         raise InputError(

@@ -111,9 +111,11 @@ def cnn_of_manifest(manifest: Mapping[str, Any]) -> CNN:
     """
     cnn = next((cnn for cnn in CNNS.values() if cnn.name == manifest["cnn"]), None)
     if cnn is None:
-        raise InputError(f"cnn: expected {', '.join(each.name for each in CNNS.values())}, found {manifest['cnn']!r}")
+        raise InputError(
+            f"cnn: expected {', '.join(each.name for each in CNNS.values())}, found {manifest['cnn'][:60]!r}"
+        )
     cnn = cnn.at(manifest["image_size"])
-    # Earlier versions wrote no shape; they had only InceptionV3.
-    if list(manifest.get("shape", cnn.features_shape)) != list(cnn.features_shape):
-        raise InputError(f"shape: expected {list(cnn.features_shape)}, found {str(manifest['shape'])[:60]}")
+    shape = list(cnn.features_shape)
+    if manifest.get("shape", shape) != shape:  # earlier versions wrote none; they had only InceptionV3
+        raise InputError(f"shape: expected {shape}, found {str(manifest['shape'])[:60]}")
     return cnn

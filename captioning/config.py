@@ -345,8 +345,8 @@ class RunConfig:
             if getattr(self, name) != getattr(other, name):
                 return name, getattr(self, name), getattr(other, name)
         for name in self.features.keys() | other.features.keys():
-            # A weights file is what it holds (its SHA-256), not what it is called. Earlier versions wrote no shape, which
-            # the CNN and the image size decide.
+            # A weights file is what it holds (its SHA-256), not what it is called. The shape, which earlier versions
+            # did not write, follows from the CNN and the image size.
             if name in ("folder", "shape") or (name == "weights" and "sha256" in self.features):
                 continue
             if self.features.get(name) != other.features.get(name):
