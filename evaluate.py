@@ -68,7 +68,7 @@ def generate_captions(
     num_rows = config.captions if config.sample else config.num_beams  # that are followed for each image
     batches = tf.data.Dataset.from_tensor_slices(paths).batch(max(1, batch_size // num_rows))
     captions = []
-    for features in map_prefetch(batches, cache.read):  # (B, 64, 2048)
+    for features in map_prefetch(batches, cache.read):  # (B, L, C)
         captions += inference.decode_captions(model, tokenizer, features, config)
     return captions
 

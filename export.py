@@ -35,6 +35,7 @@ def export_saved_model(captioner: Captioner, folder: Path) -> None:
         captioner.decode_config,
         captioner.config.features["dtype"],
         captioner.min_jpeg_side,
+        captioner.image_size,
     )
     save(model, folder)
 
@@ -42,7 +43,7 @@ def export_saved_model(captioner: Captioner, folder: Path) -> None:
 def export_litert(captioner: Captioner, path: Path, weights: str) -> Path:
     """Writes a LiteRT file, and the words of the ids as JSON beside it, whose path is returned."""
     dtype = captioner.config.features["dtype"]
-    model = LiteRTModel(captioner.extractor, captioner.model, captioner.decode_config, dtype)
+    model = LiteRTModel(captioner.extractor, captioner.model, captioner.decode_config, dtype, captioner.image_size)
     content = convert(model, weights)
     with atomic_write(path, "wb") as file:
         file.write(content)

@@ -1,4 +1,4 @@
-"""Computes the features of the images with InceptionV3 and caches them, one .npy file per image.
+"""Computes the features of the images with a CNN and caches them, one .npy file per image.
 
 Tutorial sections: "Preprocess the images using InceptionV3", "Initialize InceptionV3 and load the pretrained
 Imagenet weights" and "Caching the features extracted from InceptionV3".
@@ -6,10 +6,12 @@ Imagenet weights" and "Caching the features extracted from InceptionV3".
     python features.py                                              # the images of the default dataset, COCO
     python features.py --annotations captions.csv --images photos/  # your own images
     python features.py --shard 1/2                                  # half of the images, on one of two machines
+    python features.py --cnn vgg19                                  # the paper's CNN, 14x14 locations
 
-The features of an image are (64, 2048): 2,048 channels at the 8x8 locations of InceptionV3's last convolutional
-block. The CNN is not trained, so they are computed only once. Training then reads 256 KB per image (float16) and
-does not repeat 5.7 billion multiplications. The command can be stopped at any time. Run again, it continues.
+The features of an image are (L, C): C channels at the L locations of the CNN's last convolutional layer. Those of
+InceptionV3 are (64, 2048), from a grid of 8x8. The CNN is not trained, so they are computed only once. Training then
+reads 256 KB per image (float16) and does not repeat 5.7 billion multiplications. docs/use.md compares the CNNs.
+The command can be stopped at any time. Run again, it continues.
 """
 
 import argparse
@@ -18,7 +20,6 @@ import itertools
 import math
 import os
 import re
-import warnings
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -28,15 +29,13 @@ from PIL import Image
 from tqdm import tqdm
 
 import data_utils
-from captioning import devices
-from captioning.cli import InputError, add_quiet_option, advise, format_bytes, log, make_parser, progress_bar, run_main
+from captioning.cli import InputError, add_quiet_option, format_bytes, log, make_parser, progress_bar, run_main
+from captioning.cnn_loader import find_cnn, load_cnn, preprocess
+from captioning.cnns import CNN, INCEPTION_V3
 from captioning.config import DataConfig, FeatureConfig
 from captioning.feature_cache import (
     CNN_FILE,
-    IMAGE_SIZE,
     MANIFEST_FILE,
-    NUM_CHANNELS,
-    NUM_LOCATIONS,
     SCALED_JPEG_SIDE,
     FeatureCache,
     check_cnn_weights,
@@ -44,114 +43,86 @@ from captioning.feature_cache import (
     find_outdated,
     make_manifest,
     read_manifest,
+    scaled_jpeg_side,
 )
 from captioning.files import check_disk_space, file_sha256, write_json
 from captioning.image_records import ImageRecords
 from captioning.images import ImageSource, map_threads, read_image, set_max_megapixels
 from captioning.quiet_tensorflow import tf
-from captioning.random_cnn import apply_gaussian_window, calibrate_batch_norm
+from captioning.random_cnn import calibrate, make_local
 from captioning.settings import add_options
 
-CPU_IMAGES_PER_SECOND = 22  # measured on two cores of a Xeon
 NUM_CALIBRATION_IMAGES = 64
 NUM_WRITERS = 4  # threads
 NOT_WRITTEN = "its features cannot be written"
 NAME_ERRORS = (errno.ENAMETOOLONG, errno.EINVAL, errno.EILSEQ, errno.EISDIR, errno.ENOTDIR)  # of one file, not of all
-DECODE_BUFFER = 256  # largest number of decoded images that wait for the CNN: 69 MB
-IMAGENET_FILE = "inception_v3_weights_tf_dim_ordering_tf_kernels_notop.h5"
+DECODE_BUFFER = 69e6  # largest size of decoded images that wait for the CNN, in bytes
 
 
 # Preprocess the images using InceptionV3. Training and inference use the same function.
 
 
-def load_image(image: ImageSource, min_jpeg_side: int | None = SCALED_JPEG_SIDE) -> np.ndarray:
+def load_image(
+    image: ImageSource, min_jpeg_side: int | None = SCALED_JPEG_SIDE, image_size: int = INCEPTION_V3.image_size
+) -> np.ndarray:
     """Reads an image of any format that Pillow knows as the pixels that the CNN takes.
 
     The image is converted to upright RGB (`captioning.images.read_image`). As in the tutorial, it is squeezed to a
     square and not cropped. The feature extractor scales the pixels (`preprocess_input` in the tutorial).
-    `min_jpeg_side` is by default that of a new cache; `Captioner.load_image` takes that of its run.
+    `min_jpeg_side` and `image_size` are by default those of a new cache; `Captioner.load_image` takes those of its run.
 
     Returns:
-        (299, 299, 3) uint8.
+        (image_size, image_size, 3) uint8.
 
     Raises:
         InputError: see `read_image`.
     """
-    return to_pixels(read_image(image, min_jpeg_side))
+    return to_pixels(read_image(image, min_jpeg_side), image_size)
 
 
-def to_pixels(image: Image.Image) -> np.ndarray:
-    """Squeezes an image, upright and in RGB, to the pixels that the CNN takes: (299, 299, 3) uint8."""
-    return np.asarray(image.resize((IMAGE_SIZE, IMAGE_SIZE), Image.Resampling.BILINEAR))
+def to_pixels(image: Image.Image, image_size: int = INCEPTION_V3.image_size) -> np.ndarray:
+    """Squeezes an image, upright and in RGB, to what the CNN takes: (image_size, image_size, 3) uint8."""
+    return np.asarray(image.resize((image_size, image_size), Image.Resampling.BILINEAR))
 
 
 # Initialize InceptionV3 and load the pretrained ImageNet weights.
 
 
-def build_feature_extractor(cnn_weights: str = "imagenet") -> tf.keras.Model:
+def build_feature_extractor(cnn_weights: str = "imagenet", cnn: CNN = INCEPTION_V3) -> tf.keras.Model:
     """Builds the CNN that turns pixels into features (`image_features_extract_model` in the tutorial).
 
     It computes in float32, on a GPU too, so that all devices compute the same features.
 
     Args:
         cnn_weights: `imagenet` (downloaded on first use), `random` (see `captioning.random_cnn`), or a file of weights.
+        cnn: which one, and the size of its images.
 
     Returns:
-        A model from (B, 299, 299, 3) uint8 to (B, 64, 2048) float32.
+        A model from (B, size, size, 3) uint8 to (B, L, C) float32; InceptionV3: (B, 299, 299, 3) to (B, 64, 2048).
 
     Raises:
-        InputError: the weights cannot be downloaded, are missing, or do not belong to InceptionV3.
+        InputError: the weights cannot be downloaded, are missing, or do not belong to the CNN.
     """
     check_cnn_weights(cnn_weights)
-    cnn = load_inception(cnn_weights)
+    model = load_cnn(cnn, cnn_weights)
     if cnn_weights == "random":
-        apply_gaussian_window(cnn)
-    pixels = tf.keras.Input((IMAGE_SIZE, IMAGE_SIZE, 3), dtype="uint8")
-    x = tf.keras.layers.Rescaling(1 / 127.5, offset=-1.0)(pixels)  # the same as inception_v3.preprocess_input
-    x = cnn(x)  # (B, 8, 8, 2048)
-    x = tf.keras.layers.Reshape((NUM_LOCATIONS, NUM_CHANNELS), dtype="float32")(x)  # (B, 64, 2048)
+        make_local(model)
+    pixels = tf.keras.Input((cnn.image_size, cnn.image_size, 3), dtype="uint8")
+    x = model(preprocess(pixels, cnn))  # (B, H, W, C), of InceptionV3 (B, 8, 8, 2048)
+    x = tf.keras.layers.Reshape(cnn.features_shape, dtype="float32")(x)  # (B, L, C), row after row
     return tf.keras.Model(pixels, x)
-
-
-def load_inception(cnn_weights: str) -> tf.keras.Model:
-    """Makes InceptionV3 without its top.
-
-    Returns:
-        A model from (B, 299, 299, 3), between -1 and 1, to (B, 8, 8, 2048).
-
-    Raises:
-        InputError: the weights cannot be downloaded, or do not belong to InceptionV3.
-    """
-    if cnn_weights == "random":
-        tf.keras.utils.set_random_seed(0)
-    devices.check_gpus()
-    try:
-        cnn = tf.keras.applications.InceptionV3(
-            include_top=False,
-            weights="imagenet" if cnn_weights == "imagenet" else None,
-            input_shape=(IMAGE_SIZE, IMAGE_SIZE, 3),
-            name="inception_v3",
-        )
-        if cnn_weights not in ("imagenet", "random"):
-            with warnings.catch_warnings(action="error", category=UserWarning):
-                cnn.load_weights(cnn_weights)  # a layer that the file lacks is only a warning of Keras
-    except Exception as error:  # Keras raises a bare Exception if a download fails; h5py and Keras raise many types
-        reason = str(error).strip().split("\n")[0][:200]
-        if cnn_weights == "imagenet":
-            raise InputError(
-                f"InceptionV3's ImageNet weights cannot be downloaded ({reason}); put the file {IMAGENET_FILE} into "
-                f"{Path.home() / '.keras/models'}/"
-                + advise(", or give --cnn-weights FILE, or try the pipeline with --cnn-weights random")
-            ) from None
-        raise InputError(f"{cnn_weights}: not the weights of InceptionV3 without its top ({reason})") from None
-    return cnn
 
 
 # Caching the features extracted from InceptionV3.
 
 
 def open_or_create_cache(
-    folder: Path | str, image_dir: Path, image_paths: list[str], cnn_weights: str, dtype: str
+    folder: Path | str,
+    image_dir: Path,
+    image_paths: list[str],
+    cnn_weights: str,
+    dtype: str,
+    cnn: CNN = INCEPTION_V3,
 ) -> FeatureCache:
     """Opens the cache in a folder, or creates one there.
 
@@ -163,24 +134,26 @@ def open_or_create_cache(
         image_paths: the images, relative to `image_dir`.
         cnn_weights: `imagenet`, `random`, or a file of weights.
         dtype: `float16` or `float32`, the type of the stored features.
+        cnn: the CNN, and the size of its images.
 
     Raises:
-        InputError: the folder holds features of other images, of other weights, or of another dtype.
+        InputError: the folder holds features of other images, of another CNN, of other weights, or of another dtype.
     """
     folder = Path(folder)
     check_cnn_weights(cnn_weights)
-    expected = make_manifest(folder, image_dir, cnn_weights, dtype)
+    expected = make_manifest(folder, image_dir, cnn_weights, dtype, cnn)
     # A cache without features is created again. It may be left over from weights that could not be downloaded.
     if not (folder / MANIFEST_FILE).exists() or next(folder.rglob("*.npy"), None) is None:
         if cnn_weights == "random":
-            expected["sha256"] = _save_random_weights(folder, image_dir, image_paths)
+            expected["sha256"] = _save_random_weights(folder, image_dir, image_paths, cnn)
         write_json(folder / MANIFEST_FILE, expected)
     manifest = read_manifest(folder)
     were_moved = manifest["images"] != expected["images"] and not (folder / manifest["images"]).exists()
     if were_moved:  # those with another content are computed again
         manifest["images"] = expected["images"]
     expected["jpeg_decoding"] = manifest.get("jpeg_decoding")  # a cache goes on as it began
-    keys = [key for key in expected if key != "weights" or "sha256" not in expected]  # a file may have another name
+    # A file may have another name. The shape, which earlier versions did not write, follows from CNN and image size.
+    keys = [key for key in expected if key != "shape" and (key != "weights" or "sha256" not in expected)]
     if key := find_difference(manifest, expected, keys):
         raise InputError(
             f"{folder} holds features made with {key} {manifest.get(key)}, expected {expected[key]}; choose another "
@@ -192,40 +165,44 @@ def open_or_create_cache(
     return FeatureCache(folder, {**manifest, "weights": cnn_weights})
 
 
-def _save_random_weights(folder: Path, image_dir: Path, image_paths: list[str]) -> str:
+def _save_random_weights(folder: Path, image_dir: Path, image_paths: list[str], cnn: CNN) -> str:
     """Saves a calibrated random CNN in the cache's folder and returns the SHA-256 of the file."""
-    extractor = build_feature_extractor("random")
+    extractor = build_feature_extractor("random", cnn)
     candidates = image_paths[: 2 * NUM_CALIBRATION_IMAGES]  # twice as many, since some may be unreadable
-    loaded = load_images(image_dir, candidates, None, SCALED_JPEG_SIDE)
+    loaded = load_images(image_dir, candidates, None, scaled_jpeg_side(cnn), cnn.image_size)
     images = [image for _, image in loaded if isinstance(image, np.ndarray)]
     if not images:
         raise InputError(f"{image_dir}: none of the first {len(candidates)} images can be read")
-    calibrate_batch_norm(extractor, np.stack(images[:NUM_CALIBRATION_IMAGES]))
+    calibrate(extractor, np.stack(images[:NUM_CALIBRATION_IMAGES]), cnn)
     folder.mkdir(parents=True, exist_ok=True)
     partial = folder / f".{CNN_FILE}"  # not atomic_write: Keras demands the ending .weights.h5
-    extractor.get_layer("inception_v3").save_weights(partial)
+    find_cnn(extractor).save_weights(partial)
     os.replace(partial, folder / CNN_FILE)
     return file_sha256(folder / CNN_FILE)
 
 
 def load_images(
-    image_dir: Path, image_paths: Iterable[str], records: ImageRecords | None, min_jpeg_side: int | None
+    image_dir: Path,
+    image_paths: Iterable[str],
+    records: ImageRecords | None,
+    min_jpeg_side: int | None,
+    image_size: int = INCEPTION_V3.image_size,
 ) -> Iterator[tuple[str, np.ndarray | InputError]]:
     """Loads images in their order, with several threads, and notes their files in `records`.
 
     Yields:
-        The image's path, and its pixels, (299, 299, 3) uint8, or the reason why it cannot be read.
+        The image's path, and its pixels, (image_size, image_size, 3) uint8, or the reason why it cannot be read.
     """
 
     def load(image_path: str) -> np.ndarray | InputError:
         if records:
             records.note(image_path)
         try:
-            return load_image(image_dir / image_path, min_jpeg_side)
+            return load_image(image_dir / image_path, min_jpeg_side, image_size)
         except InputError as error:
             return error
 
-    return map_threads(load, image_paths, DECODE_BUFFER)
+    return map_threads(load, image_paths, math.ceil(DECODE_BUFFER / (3 * image_size**2)))
 
 
 def announce_extraction(cache: FeatureCache, missing: list[str], num_images: int) -> None:
@@ -234,10 +211,10 @@ def announce_extraction(cache: FeatureCache, missing: list[str], num_images: int
     Raises:
         InputError: the disk has too little space.
     """
-    num_bytes = len(missing) * NUM_LOCATIONS * NUM_CHANNELS * cache.dtype.itemsize
+    num_bytes = len(missing) * math.prod(cache.shape) * cache.dtype.itemsize
     cost = format_bytes(num_bytes)
     if not tf.config.list_physical_devices("GPU"):
-        cost += f", about {math.ceil(len(missing) / CPU_IMAGES_PER_SECOND / 60)} min on two CPU cores"
+        cost += f", about {math.ceil(cache.cnn.seconds(len(missing)) / 60)} min on two CPU cores"
     log(
         f"features: {num_images - len(missing):,} of {num_images:,} images are cached in {cache.folder}/, "
         f"computing {len(missing):,} ({cost})"
@@ -251,16 +228,16 @@ def compute_features(
     """Computes the features of images, given with their paths, in batches.
 
     Yields:
-        The paths of B images, and their features, (B, 64, 2048), rounded on the device: float16 is sooner copied.
+        The paths of B images, and their features, (B, L, C), rounded on the device: float16 is sooner copied.
     """
 
     @tf.function(reduce_retracing=True)
     def extract(pixels: tf.Tensor) -> tf.Tensor:
-        return tf.cast(extractor(pixels, training=False), dtype)  # (B, 64, 2048)
+        return tf.cast(extractor(pixels, training=False), dtype)  # (B, L, C)
 
     def stack() -> Iterator[tuple[list[str], np.ndarray]]:
         while batch := list(itertools.islice(images, batch_size)):
-            yield [image_path for image_path, _ in batch], np.stack([image for _, image in batch])  # (B, 299, 299, 3)
+            yield [image_path for image_path, _ in batch], np.stack([image for _, image in batch])
 
     # A thread runs the CNN while this one makes the next batch. On a GPU that one is queued before this one is awaited.
     for (image_paths, _), values in map_threads(lambda batch: extract(batch[1]), stack(), 2, num_threads=1):
@@ -280,7 +257,7 @@ def write_features(
     """
 
     def store(image_path: str, features: np.ndarray) -> None:
-        cache.write(image_path, features)  # np.save of one image's features, (64, 2048)
+        cache.write(image_path, features)  # np.save of one image's features, (L, C)
         records.add(image_path)
 
     def finish(pending: dict[str, Future]) -> None:
@@ -318,10 +295,10 @@ def cache_features(cache: FeatureCache, image_dir: Path, image_paths: list[str],
         return {}
     announce_extraction(cache, missing, len(image_paths))
     check_cnn_weights(cache.cnn_weights, cache.manifest.get("sha256"))
-    extractor = build_feature_extractor(cache.cnn_weights)
+    extractor = build_feature_extractor(cache.cnn_weights, cache.cnn)
     unreadable: dict[str, str] = {}
     with progress_bar(total=len(missing), unit="image", desc="features") as progress:
-        loaded = load_images(image_dir, missing, records, cache.min_jpeg_side)
+        loaded = load_images(image_dir, missing, records, cache.min_jpeg_side, cache.cnn.image_size)
         batches = compute_features(extractor, _skip_unreadable(loaded, unreadable), batch_size, cache.dtype)
         write_features(cache, records, batches, progress, unreadable)
         progress.update(len(missing) - progress.n)  # those that cannot be read
@@ -357,9 +334,10 @@ def extract_features(
         The cache, and the dataset without the images that cannot be read.
     """
     set_max_megapixels(config.max_megapixels)
-    folder = config.features_dir or f"features/{dataset.name}"
+    cnn = config.sized_cnn
+    folder = config.features_dir or f"features/{dataset.name}{cnn.suffix}"
     image_paths = [example.image_path for example in dataset.examples]
-    cache = open_or_create_cache(folder, dataset.image_dir, image_paths, config.cnn_weights, config.dtype)
+    cache = open_or_create_cache(folder, dataset.image_dir, image_paths, config.cnn_weights, config.dtype, cnn)
     unreadable = cache_features(cache, dataset.image_dir, image_paths[shard], config.cnn_batch_size)
     if unreadable:
         count = len(image_paths[shard])

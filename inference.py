@@ -60,7 +60,7 @@ NUM_AHEAD = 2  # batches of images that are read ahead
 def decode_captions(
     model: StepModel, tokenizer: Tokenizer, features: tf.Tensor, config: DecodeConfig = GREEDY
 ) -> list[Caption]:
-    """Captions a batch of image features, (B, 64, 2048)."""
+    """Captions a batch of image features, (B, L, C)."""
     return to_captions(decode(model, features, config), tokenizer, config.captions)
 
 
@@ -78,7 +78,8 @@ def load_run(run: Path | str) -> tuple[model.CaptionModel, Tokenizer, RunConfig]
         raise InputError(
             f"{run / VOCABULARY_FILE}: not the vocabulary these weights were trained with; put back that of this run"
         )
-    return restore_model(prefix, config.model, model.build), tokenizer, config
+    build = functools.partial(model.build, features_shape=config.cnn.features_shape)
+    return restore_model(prefix, config.model, build), tokenizer, config
 
 
 class Captioner:
@@ -90,6 +91,7 @@ class Captioner:
         config: the settings of the run.
         decode_config: how captions are searched for.
         min_jpeg_side: how large JPEGs were decoded for the training, see `captioning.images.read_image`.
+        image_size: pixels of both sides of what the CNN takes.
         run: the run folder.
     """
 
@@ -103,7 +105,7 @@ class Captioner:
     ):
         self.model, self.tokenizer, self.config, self.run = model, tokenizer, config, run
         self.decode_config = self._with_max_words(decode_config)
-        self.min_jpeg_side = min_jpeg_side(config.features)
+        self.min_jpeg_side, self.image_size = min_jpeg_side(config.features), config.cnn.image_size
         self._has_extracted = False  # features of any image
 
     @classmethod
@@ -137,8 +139,8 @@ class Captioner:
         """
         # Read the image and compute its features, both as for training.
         image = image.read() if hasattr(image, "read") else image  # an open file can be read only once
-        pixels = self.load_image(image)[np.newaxis]  # (1, 299, 299, 3)
-        image_features = self.extract_features(pixels)  # (1, 64, 2048)
+        pixels = self.load_image(image)[np.newaxis]  # (1, size, size, 3)
+        image_features = self.extract_features(pixels)  # (1, L, C)
         # Begin with <start>, and predict one word after the other, each from the word before it and the decoder's
         # state, until <end>. The tutorial draws a random word at every step; this takes the most probable one.
         decoded = decode(self.model, image_features, self.decode_config, image_keys(pixels))  # the tokens are (1, T)
@@ -163,20 +165,20 @@ class Captioner:
         return captions
 
     def load_image(self, image: ImageSource) -> np.ndarray:
-        """Reads an image as for the training, (299, 299, 3) uint8; see `features.load_image`."""
-        return features.load_image(image, self.min_jpeg_side)
+        """Reads an image as for the training, (size, size, 3) uint8; see `features.load_image`."""
+        return features.load_image(image, self.min_jpeg_side, self.image_size)
 
     def caption_pixels(self, pixels: np.ndarray) -> list[Caption]:
-        """Captions images read by `load_image`, (B, 299, 299, 3) uint8."""
+        """Captions images read by `load_image`, (B, size, size, 3) uint8."""
         decoded = decode(self.model, self.extract_features(pixels), self.decode_config, image_keys(pixels))
         return to_captions(decoded, self.tokenizer, self.decode_config.captions)
 
     def caption_features(self, features: tf.Tensor) -> list[Caption]:
-        """Captions image features, (B, 64, 2048)."""
+        """Captions image features, (B, L, C)."""
         return decode_captions(self.model, self.tokenizer, features, self.decode_config)
 
     def extract_features(self, pixels: np.ndarray) -> tf.Tensor:
-        """Computes the features (B, 64, 2048) of images (B, 299, 299, 3), rounded as those of the training were."""
+        """Computes the features (B, L, C) of images (B, size, size, 3), rounded as those of the training were."""
         # A graph is several times faster, but takes seconds to build: too long for the only image of a command.
         extract = self._extractor_graph if self._has_extracted or len(pixels) > 1 else self.extractor
         self._has_extracted = True
@@ -187,7 +189,7 @@ class Captioner:
         """The CNN whose features the run was trained on, built when it is first needed."""
         cnn_weights = find_cnn_weights(self.run) or self.config.features["weights"]
         check_cnn_weights(cnn_weights, self.config.features.get("sha256"))
-        return features.build_feature_extractor(cnn_weights)
+        return features.build_feature_extractor(cnn_weights, self.config.cnn)
 
     @functools.cached_property
     def _extractor_graph(self) -> tf.types.experimental.PolymorphicFunction:
@@ -244,7 +246,7 @@ def caption_stream(
             whole = open_image(image, captioner.min_jpeg_side)
         except InputError as error:
             return error
-        return features.to_pixels(whole), thumbnail(whole) if with_copies else None
+        return features.to_pixels(whole, captioner.image_size), thumbnail(whole) if with_copies else None
 
     loaded = map_threads(load, images, NUM_AHEAD * batch_size)
     while batch := list(itertools.islice(loaded, batch_size)):

@@ -6,13 +6,14 @@ Tutorial section: "Model".
     python model.py --units 1024 --vocab-size 10000
 
 After "Show, Attend and Tell" (Xu et al. 2015, https://arxiv.org/abs/1502.03044). In the comments B is the number
-of captions in a batch, T the number of steps, L the 64 locations of the 8x8 grid; the sizes are the defaults.
+of captions in a batch, T the number of steps, L that of the CNN's locations; the sizes are the defaults.
 """
 
 import dataclasses
 
 from captioning import devices, fused_decoder
 from captioning.cli import make_parser, run_main
+from captioning.cnns import INCEPTION_V3
 from captioning.config import ModelConfig
 from captioning.decoder_tensors import EncodedImages, SamplingNoise, TeacherForcingOutput, project_locations
 from captioning.fused_decoder import WordOrder
@@ -23,7 +24,7 @@ layers = tf.keras.layers
 
 
 class CNNEncoder(tf.keras.Model):
-    """Passes InceptionV3's features, which are computed beforehand, through one fully connected layer with ReLU."""
+    """Passes the CNN's features, which are computed beforehand, through one fully connected layer with ReLU."""
 
     def __init__(self, embedding_dim: int):
         super().__init__()
@@ -342,7 +343,7 @@ class CaptionModel(tf.keras.Model):
 
 
 def build(
-    config: ModelConfig, features_shape: tuple[int, int] = (64, 2048), mixed_precision: bool = False
+    config: ModelConfig, features_shape: tuple[int, int] = INCEPTION_V3.features_shape, mixed_precision: bool = False
 ) -> CaptionModel:
     """Builds a model whose weights exist, which restoring a checkpoint needs.
 
@@ -378,7 +379,7 @@ def main(argv: list[str] | None = None) -> None:
     parser = make_parser(__doc__)
     add_options(parser.add_argument_group("model"), ModelConfig)
     model = build(ModelConfig.from_args(parser.parse_args(argv)))
-    features = tf.zeros((16, 64, 2048))
+    features = tf.zeros((16, *INCEPTION_V3.features_shape))
     images = model.encode(features)
     logits, state, attention_weights = model.step(tf.zeros(16, tf.int32), images, model.initial_state(images))
     shapes = {

@@ -23,7 +23,6 @@ from captioning.caption_batcher import Service
 from captioning.captions import Caption
 from captioning.cli import add_quiet_option, log, make_parser, run_main
 from captioning.config import DecodeConfig, FeatureConfig
-from captioning.feature_cache import IMAGE_SIZE
 from captioning.images import set_max_megapixels
 from captioning.settings import add_options
 from captioning.web_server import CaptionServer, ServerConfig, is_loopback
@@ -38,8 +37,9 @@ def make_service(captioner: Captioner) -> Service:
     Raises:
         InputError: the CNN cannot be built.
     """
+    size = captioner.image_size
     for batch_size in (2, 3, 1):  # TensorFlow compiles for two images, and then for any number
-        captioner.caption_pixels(np.zeros((batch_size, IMAGE_SIZE, IMAGE_SIZE, 3), np.uint8))
+        captioner.caption_pixels(np.zeros((batch_size, size, size, 3), np.uint8))
 
     def caption_batch(pixels: Sequence[np.ndarray], config: DecodeConfig) -> list[Caption]:
         return captioner.with_decoding(config).caption_pixels(np.stack(pixels))

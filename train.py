@@ -289,7 +289,7 @@ def build_train_state(
     settings = config.train
     tf.keras.utils.set_random_seed(settings.seed)
     with strategy.scope():
-        caption_model = model.build(config.model, mixed_precision=settings.mixed_precision)
+        caption_model = model.build(config.model, config.cnn.features_shape, settings.mixed_precision)
         if start:
             restore_weights(best_checkpoint(start), caption_model)
         optimizer = make_optimizer(settings.learning_rate, settings.clip_norm, settings.mixed_precision)

@@ -3,6 +3,7 @@
     python -m benchmarks.features
     python -m benchmarks.features --images 96 --batch-sizes 16 32
     python -m benchmarks.features --only pipeline --readers 16 --cnn-rate 3000
+    python -m benchmarks.features --only cnns --images 64
 
 cnn: the variants, in images per second:
 
@@ -18,16 +19,19 @@ pipeline: how fast images are read, computed and written where there are more co
           real: threads, batches, hashes of the images, and files. At best it is as fast as the slower of the two. It
           needs some time of a real core for every image (`cpu_ms_per_image`), so two cores carry about 1,000 images/s.
 
+cnns: the CNNs of captioning/cnns.py alone, in images per second, and the multiplications for an image; if asked for.
+
 The weights are random, which does not change the speed. The last line is JSON.
 """
 
 import argparse
 import functools
 import json
+import math
 import os
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -39,7 +43,9 @@ import features
 from benchmarks.timing import interleaved_median_rates, items_per_second
 from captioning import images as captioning_images
 from captioning.cli import int_at_least, log, make_parser, run_main
-from captioning.feature_cache import MIN_JPEG_SIDES, NUM_CHANNELS, NUM_LOCATIONS, SCALED_JPEG_SIDE, FeatureCache
+from captioning.cnn_loader import find_cnn
+from captioning.cnns import CNNS, INCEPTION_V3
+from captioning.feature_cache import SCALED_JPEG_SIDE, FeatureCache
 from captioning.quiet_tensorflow import tf
 
 BATCH_SIZES = [8, 16, 32, 64]
@@ -80,7 +86,7 @@ def measure_decoding(root: Path, sizes: tuple[tuple[int, int], ...], rounds: int
         folder = root / f"{width}x{height}"
         folder.mkdir()
         [name] = draw_photos(folder, 1, (width, height))
-        for decoding, min_jpeg_side in MIN_JPEG_SIDES.items():
+        for decoding, min_jpeg_side in (("full", None), ("scaled", SCALED_JPEG_SIDE)):
             run = functools.partial(decoding_rate, folder / name, min_jpeg_side)
             variants[f"{width}x{height}, {decoding}"] = run
     rates = interleaved_median_rates(variants, rounds, "images")
@@ -92,7 +98,7 @@ def measure_decoding(root: Path, sizes: tuple[tuple[int, int], ...], rounds: int
 
 def make_sleeping_cnn(rate: float) -> Callable[..., tf.Tensor]:
     """Makes what stands for a CNN on a GPU, which takes no time of a core."""
-    values = tf.zeros((PIPELINE_BATCH_SIZE, NUM_LOCATIONS, NUM_CHANNELS), tf.float16)
+    values = tf.zeros((PIPELINE_BATCH_SIZE, *INCEPTION_V3.features_shape), tf.float16)
 
     def sleep(num_images: np.ndarray) -> np.ndarray:
         time.sleep(num_images / rate)
@@ -101,7 +107,7 @@ def make_sleeping_cnn(rate: float) -> Callable[..., tf.Tensor]:
     def extract(pixels: tf.Tensor, training: bool = False) -> tf.Tensor:
         del training
         num_images = tf.numpy_function(sleep, [tf.shape(pixels)[0]], tf.int32)
-        return tf.ensure_shape(values[:num_images], (None, NUM_LOCATIONS, NUM_CHANNELS))
+        return tf.ensure_shape(values[:num_images], (None, *INCEPTION_V3.features_shape))
 
     return extract
 
@@ -140,7 +146,7 @@ def measure_pipeline(
     cpu_start = time.process_time()
     with (
         mock.patch.object(features, "load_image", load_image),
-        mock.patch.object(features, "build_feature_extractor", lambda _: extractor),
+        mock.patch.object(features, "build_feature_extractor", lambda *_: extractor),
         mock.patch.object(captioning_images, "count_cores", lambda: num_readers),
     ):
         rate = project_rate(cache, image_dir, names)
@@ -186,7 +192,7 @@ def project_rate(cache: FeatureCache, image_dir: Path, names: list[str]) -> floa
 
 
 def make_cnn_run(extractor: tf.keras.Model, pixels: np.ndarray) -> Callable[[int], None]:
-    """Makes a function that runs the CNN on all pixels (images, 299, 299, 3), in batches of its argument."""
+    """Makes a function that runs the CNN on all pixels (images, size, size, 3), in batches of its argument."""
     extract = tf.function(lambda batch: extractor(batch, training=False), reduce_retracing=True)
 
     def run(batch_size: int) -> None:
@@ -247,6 +253,35 @@ def measure_cnn(root: Path, num_images: int, batch_sizes: list[int], rounds: int
     }
 
 
+# All CNNs.
+
+
+def count_multiplications(model: tf.keras.Model) -> int:
+    """Counts the multiplications of convolutions and Dense layers for one image."""
+    total = 0
+    for layer in model.layers:
+        if isinstance(layer, tf.keras.Model):
+            total += count_multiplications(layer)
+        elif isinstance(kernel := getattr(layer, "kernel", None), tf.keras.Variable):
+            total += math.prod(layer.output.shape[1:-1]) * math.prod(kernel.shape)
+    return total
+
+
+def measure_cnns(num_images: int, rounds: int, options: Sequence[str] = tuple(CNNS)) -> dict[str, dict[str, float]]:
+    """Measures CNNs alone, alternately, with images of their own size; returns the figures of each."""
+    figures, variants = {}, {}
+    for option in options:
+        extractor = features.build_feature_extractor("random", CNNS[option])
+        pixels = np.random.default_rng(0).integers(0, 256, (num_images, *extractor.input_shape[1:]), np.uint8)
+        run_cnn = make_cnn_run(extractor, pixels)
+        run_cnn(PIPELINE_BATCH_SIZE)  # compiles
+        run = functools.partial(run_cnn, PIPELINE_BATCH_SIZE)
+        variants[option] = functools.partial(items_per_second, run, num_images)
+        figures[option] = {"billion_multiplications": round(count_multiplications(find_cnn(extractor)) / 1e9, 2)}
+    rates = interleaved_median_rates(variants, rounds, "images")
+    return {option: figures[option] | {"images_per_second": round(rate, 1)} for option, rate in rates.items()}
+
+
 def measure(root: Path, args: argparse.Namespace) -> dict[str, Any]:
     """Measures the parts that the command line asks for, in an empty folder."""
     results: dict[str, Any] = {}
@@ -258,6 +293,8 @@ def measure(root: Path, args: argparse.Namespace) -> dict[str, Any]:
         [name] = draw_photos(root, 1)
         decode_seconds = 1 / decoding_rate(root / name, SCALED_JPEG_SIDE)
         results["pipeline"] = measure_pipeline(root, args.pipeline_images, args.cnn_rate, args.readers, decode_seconds)
+    if args.only == "cnns":
+        results["cnns"] = measure_cnns(args.images, args.rounds)
     return results
 
 
@@ -282,7 +319,8 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument(
         "--rounds", type=int_at_least(1), metavar="N", default=3, help="measurements of each (default: %(default)s)"
     )
-    parser.add_argument("--only", choices=("cnn", "decoding", "pipeline"), help="measure only this part (default: all)")
+    text = "measure only this part (default: all but cnns)"
+    parser.add_argument("--only", choices=("cnn", "decoding", "pipeline", "cnns"), help=text)
     text = "of the pipeline: threads that stand for cores (default: %(default)s)"
     parser.add_argument("--readers", type=int_at_least(1), metavar="N", default=16, help=text)
     text = "of the pipeline: images per second of what stands for the CNN (default: %(default)s)"

@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 
 from benchmarks import training
 from captioning.config import ModelConfig
-from captioning.feature_cache import FeatureCache
+from captioning.feature_cache import FeatureCache, make_manifest
 from captioning.input_pipeline import EncodedCaptions, encode_captions
 from tokenizer import Tokenizer
 
@@ -43,9 +43,9 @@ def make_data(folder: Path, sizes: Sizes, attention: str = "soft") -> Data:
     """Makes random captions, with the lengths of COCO's, and random features of their images."""
     examples = training.make_examples(sizes.num_captions, None, sizes.num_images)
     tokenizer = Tokenizer.fit((text for example in examples for text in example.captions), 5000)
-    cache = FeatureCache(folder / "features", {"weights": "imagenet", "dtype": "float16"})
+    cache = FeatureCache(folder / "features", make_manifest(folder / "features", folder, "imagenet", "float16"))
     if not cache.folder.exists():
-        cache = training.write_random_features(str(cache.folder), examples)
+        cache = training.write_random_features(cache.folder, examples)
     embedding_dim, units = sizes.model
     config = ModelConfig(len(tokenizer), embedding_dim, units, attention=attention)
     return Data(encode_captions(examples, tokenizer.encode, cache.path, training.MAX_LENGTH), cache, config)

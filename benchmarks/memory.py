@@ -24,7 +24,7 @@ from benchmarks.timing import items_per_second
 from benchmarks.training import sample_lengths
 from captioning.cli import int_at_least, make_parser, run_main
 from captioning.config import DataConfig
-from captioning.feature_cache import IMAGE_SIZE, MANIFEST_FILE, NUM_CHANNELS, NUM_LOCATIONS, FeatureCache
+from captioning.feature_cache import MANIFEST_FILE, FeatureCache, make_manifest, read_manifest
 from captioning.files import write_json
 from captioning.input_pipeline import encode_captions, make_dataset, make_epoch_batches
 from tokenizer import Tokenizer
@@ -63,11 +63,11 @@ def make_data(folder: Path, num_images: int, num_captions: int) -> None:
     write_json(folder / "captions.json", make_annotations(image_paths, num_captions, rng))
     image_dir = folder / "images"
     image_dir.mkdir()
-    manifest = {"cnn": "InceptionV3", "weights": "imagenet", "image_size": IMAGE_SIZE, "dtype": "float16"}
-    cache = FeatureCache(folder / "features", manifest | {"images": "../images"})
+    cache_dir = folder / "features"
+    cache = FeatureCache(cache_dir, make_manifest(cache_dir, image_dir, "imagenet", "float16"))
     for number, image_path in enumerate(image_paths):
         if number < NUM_FEATURE_FILES:
-            cache.write(image_path, rng.random((NUM_LOCATIONS, NUM_CHANNELS)))
+            cache.write(image_path, rng.random(cache.shape))
         else:
             os.link(cache.path(image_paths[number % NUM_FEATURE_FILES]), cache.path(image_path))
         if number % MAX_LINKS == 0:
@@ -113,7 +113,7 @@ def measure_reading(folder: Path) -> float:
     config = DataConfig(annotations=str(folder / "captions.json"), images=str(folder / "images"))
     examples = data_utils.load_dataset(config).split("train")
     tokenizer = Tokenizer.load(folder / "run/vocabulary.json")
-    cache = FeatureCache(folder / "features", {"weights": "imagenet", "dtype": "float16"})
+    cache = FeatureCache(folder / "features", read_manifest(folder / "features"))
     captions = encode_captions(examples, tokenizer.encode, cache.path)
     batches = make_epoch_batches(captions, BATCH_SIZE, seed=0, epoch=1)[:NUM_READ_BATCHES]
     dataset = iter(make_dataset(captions, batches, cache.read))

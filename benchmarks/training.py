@@ -23,6 +23,7 @@ import itertools
 import json
 import tempfile
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -33,8 +34,9 @@ from benchmarks.timing import interleaved_median_rates, items_per_second
 from captioning.annotations import Example, read_annotations
 from captioning.checkpoints import TrainProgress
 from captioning.cli import int_at_least, log, make_parser, run_main
+from captioning.cnns import INCEPTION_V3
 from captioning.config import ModelConfig, TrainConfig
-from captioning.feature_cache import NUM_CHANNELS, NUM_LOCATIONS, FeatureCache
+from captioning.feature_cache import FeatureCache, make_manifest
 from captioning.input_pipeline import Batch, EncodedCaptions, encode_captions, make_dataset, make_epoch_batches
 from captioning.optimizer import WeightEMA, make_optimizer
 from captioning.quiet_tensorflow import tf
@@ -71,12 +73,12 @@ def make_examples(num_captions: int, annotations: str | None, num_images: int) -
     return [Example(f"{i}.jpg", tuple(texts[i::num_images]), i, "train") for i in range(min(num_images, len(texts)))]
 
 
-def write_random_features(folder: str, examples: list[Example]) -> FeatureCache:
+def write_random_features(folder: Path, examples: list[Example]) -> FeatureCache:
     """Fills a cache with random features."""
-    cache = FeatureCache(folder, {"weights": "imagenet", "dtype": "float16"})
+    cache = FeatureCache(folder, make_manifest(folder, folder, "imagenet", "float16"))
     rng = np.random.default_rng(0)
     for example in examples:
-        cache.write(example.image_path, rng.random((NUM_LOCATIONS, NUM_CHANNELS)))
+        cache.write(example.image_path, rng.random(cache.shape))
     return cache
 
 
@@ -277,12 +279,13 @@ def flop_per_caption(config: ModelConfig, num_steps: float) -> float:
         config: the sizes of the model.
         num_steps: the decoder's steps for a caption.
     """
-    encoder_size = NUM_CHANNELS * config.embedding_dim  # of fc, applied at each of the 64 locations
+    num_locations, num_channels = INCEPTION_V3.features_shape
+    encoder_size = num_channels * config.embedding_dim  # of fc, applied at each location
     key_size = config.embedding_dim * config.units  # of W1, too
     gru_size = (2 * config.embedding_dim + config.units) * 3 * config.units
     step_size = 2 * config.units**2 + config.units * config.vocab_size + gru_size  # W2 and fc1, fc2, GRU
     # Backward, each product has two: for the weights and for the input; but the features need no gradient.
-    per_image = 2 * 2 * NUM_LOCATIONS * encoder_size + 3 * 2 * NUM_LOCATIONS * key_size
+    per_image = 2 * 2 * num_locations * encoder_size + 3 * 2 * num_locations * key_size
     return per_image + 3 * 2 * num_steps * step_size
 
 
@@ -351,7 +354,7 @@ def main(argv: list[str] | None = None) -> None:
     tokenizer = Tokenizer.fit((text for example in examples for text in example.captions), args.vocab_size)
     config = ModelConfig(len(tokenizer), args.embedding_dim, args.units, args.dropout)
     with tempfile.TemporaryDirectory() as folder:
-        cache = write_random_features(folder, examples)
+        cache = write_random_features(Path(folder), examples)
         captions = encode_captions(examples, tokenizer.encode, cache.path, MAX_LENGTH)
         variants = {name: make_variant(name, args, config, captions, cache) for name in args.variants}
         rates, first_step = measure_variants(variants, args.batch_size, args.rounds)

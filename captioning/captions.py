@@ -40,7 +40,7 @@ class Caption:
     text: str  # the words in one line, as the tokenizer joins them
     words: tuple[str, ...]
     probabilities: tuple[float, ...]  # of each word
-    attention: np.ndarray  # (T, 64), the attention weights of each word, which sum to 1
+    attention: np.ndarray  # (T, L), the attention weights of each word, which sum to 1
     end_probability: float | None = None  # of <end> after the last word; None if the caption was cut before it
     gates: tuple[float, ...] | None = None  # of each word, how much the image counted, from 0 to 1; None without gate
     alternatives: tuple["Caption", ...] = ()  # the further captions of the image that were asked for, best first
@@ -74,7 +74,7 @@ class Caption:
         """Returns the caption as an object for JSON.
 
         Args:
-            with_attention: whether each word has its attention weights, a list of 64 numbers.
+            with_attention: whether each word has its attention weights, a list of L numbers, row after row.
 
         Returns:
             The fields `caption`, `confidence`, `log_prob`, `finished` and `words`, a list with the `word` and the

@@ -7,6 +7,7 @@ import dataclasses
 from typing import Any, Self
 
 from captioning.cli import InputError
+from captioning.cnns import CNN, CNNS, cnn_of_manifest
 from captioning.settings import Settings, option
 
 SEED_LIMIT = 2**32  # NumPy's seeds are smaller
@@ -82,16 +83,30 @@ DATA_PATHS = tuple(field.name for field in dataclasses.fields(DataConfig) if fie
 class FeatureConfig(Settings):
     """How the features of the images are computed and stored."""
 
+    cnn: str = option(
+        "inception_v3", "the CNN that computes the features; docs/use.md compares them", choices=tuple(CNNS)
+    )
+    image_size: int | None = option(
+        None,
+        "pixels of both sides of the square that an image is squeezed to, which give the CNN's grid of locations "
+        "(default: the CNN's own, 299 of inception_v3)",
+        minimum=1,
+    )
     cnn_weights: str = option(
         "imagenet",
-        "weights of InceptionV3: imagenet (88 MB, downloaded by Keras on first use), random, or a file",
+        "weights of the CNN: imagenet (downloaded by Keras on first use, 88 MB of inception_v3), random, or a file",
         metavar="imagenet|random|FILE",
     )
     features_dir: str | None = option(
-        None, "folder of the cached features (default: features/<name of the dataset>)", metavar="DIR"
+        None,
+        "folder of the cached features (default: features/<name of the dataset>, and of other CNNs or image sizes "
+        "features/<name>_<CNN>_<size>)",
+        metavar="DIR",
     )
     dtype: str = option(
-        "float16", "number format of the stored features: 256 or 512 KB an image", choices=("float16", "float32")
+        "float16",
+        "number format of the stored features: 256 or 512 KB an image with inception_v3",
+        choices=("float16", "float32"),
     )
     cnn_batch_size: int = option(32, "images in a batch of the CNN", minimum=1)
     max_megapixels: int = option(
@@ -99,6 +114,15 @@ class FeatureConfig(Settings):
         "largest image that is read, in millions of pixels, which take 3 bytes of memory each",
         minimum=1,
     )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _ = self.sized_cnn  # which raises InputError if the CNN does not take images of this size
+
+    @property
+    def sized_cnn(self) -> CNN:
+        """The CNN, for images of the size that is asked for."""
+        return CNNS[self.cnn].at(self.image_size)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -353,6 +377,11 @@ class RunConfig:
     data_fingerprint: str  # of the images, their splits and their captions
     vocabulary_sha256: str  # of vocabulary.json
 
+    @property
+    def cnn(self) -> CNN:
+        """The CNN whose features the run was trained on, and the size of its images."""
+        return cnn_of_manifest(self.features)
+
     def to_json(self) -> dict[str, Any]:
         """Returns the content of config.json."""
         return {
@@ -382,8 +411,9 @@ class RunConfig:
             if getattr(self, name) != getattr(other, name):
                 return name, getattr(self, name), getattr(other, name)
         for name in self.features.keys() | other.features.keys():
-            # A weights file is what it holds (its SHA-256), not what it is called.
-            if name == "folder" or (name == "weights" and "sha256" in self.features):
+            # A weights file is what it holds (its SHA-256), not what it is called. The shape, which earlier versions
+            # did not write, follows from the CNN and the image size.
+            if name in ("folder", "shape") or (name == "weights" and "sha256" in self.features):
                 continue
             if self.features.get(name) != other.features.get(name):
                 return name, self.features.get(name), other.features.get(name)

@@ -19,14 +19,12 @@ from captioning.captions import SMALLEST_PROBABILITY, Vocabulary
 from captioning.cli import InputError
 from captioning.config import DecodeConfig
 from captioning.decoding import DecodedBatch, StepModel, decode
-from captioning.feature_cache import IMAGE_SIZE
 from captioning.graph_images import read_pixels
 from captioning.pillow_resize import pillow_takes_rows_first
 from captioning.quiet_tensorflow import tf
 from captioning.special_tokens import END_ID, PAD_ID
 
 SAVED_MODEL_FILE = "saved_model.pb"
-PIXELS = (IMAGE_SIZE, IMAGE_SIZE, 3)
 
 
 def check_exportable(config: DecodeConfig) -> None:
@@ -39,12 +37,13 @@ class ExportedModel(tf.Module):
     """Captions images: `caption` from the bytes of their files, `caption_pixels` from pixels.
 
     Args:
-        extractor: the CNN, from pixels (B, 299, 299, 3) uint8 to features (B, 64, 2048).
+        extractor: the CNN, from pixels (B, size, size, 3) uint8 to features (B, L, C).
         model: the caption model.
         vocabulary: the tokenizer.
         config: how captions are searched for, `max_words` included.
         features_dtype: that of the features of the training, to which they are rounded.
         min_jpeg_side: how large JPEGs were decoded for the training, see `captioning.images.read_image`.
+        image_size: pixels of both sides of what the CNN takes.
 
     Raises:
         InputError: see `check_exportable`.
@@ -58,17 +57,18 @@ class ExportedModel(tf.Module):
         config: DecodeConfig,
         features_dtype: str,
         min_jpeg_side: int | None,
+        image_size: int,
     ):
         super().__init__()
         check_exportable(config)
         rows_first = pillow_takes_rows_first()
 
         def decode_pixels(pixels: tf.Tensor) -> DecodedBatch:
-            features = tf.cast(extractor(pixels, training=False), features_dtype)  # (B, 64, 2048)
+            features = tf.cast(extractor(pixels, training=False), features_dtype)  # (B, L, C)
             return decode(model, features, config)
 
         def load(content: tf.Tensor) -> tf.Tensor:
-            return read_pixels(content, IMAGE_SIZE, rows_first, min_jpeg_side)
+            return read_pixels(content, image_size, rows_first, min_jpeg_side)
 
         # Only the variables are attributes: of its own models Keras would save more than what is called.
         self.weights = list_variables(extractor, model)
@@ -77,15 +77,16 @@ class ExportedModel(tf.Module):
         # Whether a word stands without a space beside one of its kind, as Chinese characters do.
         self.is_unspaced = tf.constant([vocabulary.join((w, w)) == w + w for w in vocabulary.index_word])
         self.caption = tf.function(self._caption, input_signature=[tf.TensorSpec([None], tf.string, "image")])
-        pixels = tf.TensorSpec([None, *PIXELS], tf.uint8, "pixels")
+        self.pixels_spec = tf.TensorSpec([image_size, image_size, 3], tf.uint8)  # of an image
+        pixels = tf.TensorSpec([None, *self.pixels_spec.shape], tf.uint8, "pixels")
         self.caption_pixels = tf.function(self._caption_pixels, input_signature=[pixels])
 
     def _caption(self, image: tf.Tensor) -> dict[str, tf.Tensor]:
         """Captions the content of image files, (B,)."""
-        return self._caption_pixels(tf.map_fn(self.load, image, fn_output_signature=tf.TensorSpec(PIXELS, tf.uint8)))
+        return self._caption_pixels(tf.map_fn(self.load, image, fn_output_signature=self.pixels_spec))
 
     def _caption_pixels(self, pixels: tf.Tensor) -> dict[str, tf.Tensor]:
-        """Captions pixels (B, 299, 299, 3). All results are (B, N, ...), the best caption of an image first."""
+        """Captions pixels (B, size, size, 3). All results are (B, N, ...), the best caption of an image first."""
         decoded = self.decode_pixels(pixels)
         is_word = (decoded.tokens != PAD_ID) & (decoded.tokens != END_ID)  # (B * N, T + 1)
         num_words = tf.reduce_max(tf.reduce_sum(tf.cast(is_word, tf.int32), axis=1))  # T, without <end>

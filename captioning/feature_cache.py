@@ -5,6 +5,7 @@ number formats are never mixed. features.py fills the cache. Training and evalua
 """
 
 import io
+import math
 import os
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -13,34 +14,43 @@ from typing import Any
 import numpy as np
 
 from captioning.cli import InputError, log
+from captioning.cnns import CNN, INCEPTION_V3, cnn_of_manifest
 from captioning.files import atomic_write, check_schema, file_sha256, read_json
 from captioning.image_records import ImageRecords
 from captioning.quiet_tensorflow import tf
 
-IMAGE_SIZE = 299  # pixels, InceptionV3's input
-NUM_LOCATIONS = 64  # the 8x8 grid of InceptionV3's last convolutional block, "mixed10"
-NUM_CHANNELS = 2048
-SCALED_JPEG_SIDE = 2 * IMAGE_SIZE  # pixels that the shorter side of a large JPEG keeps, which is then resized
-MIN_JPEG_SIDES = {"full": None, "scaled": SCALED_JPEG_SIDE}  # by the manifest's jpeg_decoding
+JPEG_DECODINGS = ("full", "scaled")  # the manifest's jpeg_decoding
 NUM_READERS = 8  # threads that read features, and batches that are read ahead
 MANIFEST_FILE = "features.json"
 MANIFEST_FIELDS = {
-    "cnn": str,  # InceptionV3
+    "cnn": str,  # its name in keras.applications, such as InceptionV3
     "weights": str,  # imagenet, random, or a file; with the file's "sha256" unless it is imagenet
     "image_size": int,
     "dtype": str,  # of the stored features: float16 or float32
     "images": str,  # the image folder, relative to the cache
-    # and "jpeg_decoding": scaled (see `captioning.images.read_image`), or full, which it is where there is no such key
+    # and two that earlier versions did not write:
+    # "shape", of the features of an image: [L, C], which the CNN and the image size decide
+    # "jpeg_decoding": scaled (see `captioning.images.read_image`), or full, which it is where there is no such key
 }
 CNN_FILE = "cnn.weights.h5"  # the CNN's weights, which are kept in the cache if they are random
+
+
+def scaled_jpeg_side(cnn: CNN) -> int:
+    """Returns the pixels that the shorter side of a large JPEG keeps, which is then resized for the CNN."""
+    return 2 * cnn.image_size
+
+
+SCALED_JPEG_SIDE = scaled_jpeg_side(INCEPTION_V3)
 
 
 class FeatureCache:
     """A folder of image features.
 
     Attributes:
-        folder: the folder; the features of `a/b.jpg` are in `a/b.jpg.npy`, (64, 2048).
+        folder: the folder; the features of `a/b.jpg` are in `a/b.jpg.npy`.
         manifest: the content of features.json.
+        cnn: the CNN that computes them, and the size of its images.
+        shape: of the features of an image: L locations and C channels, of InceptionV3 (64, 2048).
         dtype: the stored features' type, float16 or float32.
         min_jpeg_side: how large JPEGs are decoded, see `captioning.images.read_image`.
     """
@@ -48,9 +58,11 @@ class FeatureCache:
     def __init__(self, folder: Path | str, manifest: dict[str, Any]):
         self.folder = Path(folder)
         self.manifest = manifest
+        self.cnn = cnn_of_manifest(manifest)
+        self.shape = self.cnn.features_shape
         self.dtype = np.dtype(manifest["dtype"])
         self.min_jpeg_side = min_jpeg_side(manifest)
-        self._header = _npy_header(self.dtype)  # the first 128 bytes of every file
+        self._header = _npy_header(self.shape, self.dtype)  # the first 128 bytes of every file
 
     @property
     def cnn_weights(self) -> str:
@@ -69,7 +81,7 @@ class FeatureCache:
 
     def is_complete(self, path: Path) -> bool:
         """Tells whether a file has the size and the header that `write` gives it. `read` checks neither."""
-        num_bytes = len(self._header) + NUM_LOCATIONS * NUM_CHANNELS * self.dtype.itemsize
+        num_bytes = len(self._header) + math.prod(self.shape) * self.dtype.itemsize
         try:
             with open(path, "rb") as file:
                 return os.fstat(file.fileno()).st_size == num_bytes and file.read(len(self._header)) == self._header
@@ -77,7 +89,7 @@ class FeatureCache:
             return False
 
     def write(self, image_path: str, features: np.ndarray) -> None:
-        """Stores the features of one image, (64, 2048)."""
+        """Stores the features of one image, (L, C)."""
         with atomic_write(self.path(image_path), "wb") as file:
             np.save(file, features.astype(self.dtype, copy=False), allow_pickle=False)
 
@@ -91,11 +103,11 @@ class FeatureCache:
             paths: (B,) strings, the files.
 
         Returns:
-            (B, 64, 2048) float16 or float32, as stored.
+            (B, L, C) float16 or float32, as stored.
         """
 
         def load(paths: np.ndarray) -> np.ndarray:
-            features = np.empty((len(paths), NUM_LOCATIONS, NUM_CHANNELS), self.dtype)
+            features = np.empty((len(paths), *self.shape), self.dtype)
             for row, path in zip(features, paths, strict=True):
                 with open(path, "rb") as file:
                     file.seek(-row.nbytes, os.SEEK_END)  # skips the header
@@ -103,17 +115,13 @@ class FeatureCache:
             return features
 
         features = tf.numpy_function(load, [paths], self.dtype)
-        return tf.ensure_shape(features, (None, NUM_LOCATIONS, NUM_CHANNELS))  # (B, 64, 2048)
+        return tf.ensure_shape(features, (None, *self.shape))
 
 
-def _npy_header(dtype: np.dtype) -> bytes:
+def _npy_header(shape: tuple[int, int], dtype: np.dtype) -> bytes:
     """Returns the header that np.save writes before the features of an image."""
     header = io.BytesIO()
-    description = {
-        "descr": np.lib.format.dtype_to_descr(dtype),
-        "fortran_order": False,
-        "shape": (NUM_LOCATIONS, NUM_CHANNELS),
-    }
+    description = {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False, "shape": shape}
     np.lib.format.write_array_header_1_0(header, description)
     return header.getvalue()
 
@@ -155,8 +163,9 @@ def check_manifest(manifest: Any) -> None:
         check_schema(manifest, {"sha256": str})
     if manifest["dtype"] not in ("float16", "float32"):
         raise InputError(f"dtype: expected float16 or float32, found {manifest['dtype']!r}")
-    if (decoding := _jpeg_decoding(manifest)) not in list(MIN_JPEG_SIDES):
-        raise InputError(f"jpeg_decoding: expected {' or '.join(MIN_JPEG_SIDES)}, found {str(decoding)[:60]!r}")
+    if (decoding := _jpeg_decoding(manifest)) not in list(JPEG_DECODINGS):
+        raise InputError(f"jpeg_decoding: expected {' or '.join(JPEG_DECODINGS)}, found {str(decoding)[:60]!r}")
+    cnn_of_manifest(manifest)
 
 
 def _jpeg_decoding(manifest: dict[str, Any]) -> Any:
@@ -166,7 +175,7 @@ def _jpeg_decoding(manifest: dict[str, Any]) -> Any:
 
 def min_jpeg_side(manifest: dict[str, Any]) -> int | None:
     """Returns the `min_jpeg_side` of `captioning.images.read_image` with which the images of a manifest are read."""
-    return MIN_JPEG_SIDES[_jpeg_decoding(manifest)]
+    return scaled_jpeg_side(cnn_of_manifest(manifest)) if _jpeg_decoding(manifest) == "scaled" else None
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
@@ -183,7 +192,9 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     return manifest
 
 
-def make_manifest(folder: Path, image_dir: Path, cnn_weights: str, dtype: str) -> dict[str, Any]:
+def make_manifest(
+    folder: Path, image_dir: Path, cnn_weights: str, dtype: str, cnn: CNN = INCEPTION_V3
+) -> dict[str, Any]:
     """Makes the manifest of a cache, without the SHA-256 of random weights, which are drawn later.
 
     Args:
@@ -191,11 +202,13 @@ def make_manifest(folder: Path, image_dir: Path, cnn_weights: str, dtype: str) -
         image_dir: the folder of the images.
         cnn_weights: `imagenet`, `random`, or a file of weights, which exists.
         dtype: `float16` or `float32`.
+        cnn: the CNN, and the size of its images.
     """
     manifest = {
-        "cnn": "InceptionV3",
+        "cnn": cnn.name,
         "weights": cnn_weights,
-        "image_size": IMAGE_SIZE,
+        "image_size": cnn.image_size,
+        "shape": list(cnn.features_shape),
         "dtype": dtype,
         "jpeg_decoding": "scaled",
         # A relative path: a project that is moved as a whole keeps its cache.
@@ -247,7 +260,7 @@ def check_cnn_weights(cnn_weights: str, sha256: str | None = None) -> None:
     """
     if cnn_weights not in ("imagenet", "random") and not Path(cnn_weights).is_file():
         raise InputError(
-            f"{cnn_weights}: no such weights file; expected imagenet, random, or a file of InceptionV3's weights"
+            f"{cnn_weights}: no such weights file; expected imagenet, random, or a file of the CNN's weights"
         )
     # Random weights are read from the file that was saved with them, never drawn again.
     if sha256 and (cnn_weights == "random" or file_sha256(cnn_weights) != sha256):

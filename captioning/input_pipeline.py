@@ -32,7 +32,7 @@ class EncodedCaptions(NamedTuple):
 class Batch(NamedTuple):
     """B captions of some images."""
 
-    features: tf.Tensor  # (images, 64, 2048), in the cache's dtype
+    features: tf.Tensor  # (images, L, C), in the cache's dtype
     image_index: tf.Tensor  # (B,) int32, the image of each caption
     tokens: tf.Tensor  # (B, T + 1) int32, padded with <pad> to the batch's longest caption
     images: tf.Tensor  # (images,) int32, their numbers in the split
@@ -138,7 +138,7 @@ def make_dataset(
     Args:
         captions: those of the split.
         batches: caption indices, see `make_epoch_batches`.
-        read_features: maps the paths (images,) of feature files to their content, (images, 64, 2048).
+        read_features: maps the paths (images,) of feature files to their content, (images, L, C).
         static_shapes: whether to pad captions to the largest batch, and images and tokens to multiples of 8, so that
             there are few shapes: XLA compiles anew for each.
     """

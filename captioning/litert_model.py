@@ -12,7 +12,7 @@ from captioning.cli import InputError, suppress_stderr
 from captioning.config import DecodeConfig
 from captioning.constraints import Constraints
 from captioning.decoding import MAX_WORDS, StepModel, beam_search
-from captioning.exported_model import PIXELS, check_exportable, list_variables
+from captioning.exported_model import check_exportable, list_variables
 from captioning.quiet_tensorflow import tf
 
 
@@ -27,17 +27,23 @@ class LiteRTModel(tf.Module):
     """Captions the pixels of one image.
 
     Args:
-        extractor: the CNN, from pixels (1, 299, 299, 3) uint8 to features (1, 64, 2048).
+        extractor: the CNN, from pixels (1, size, size, 3) uint8 to features (1, L, C).
         model: the caption model.
         config: how captions are searched for, N at a time.
         features_dtype: that of the features of the training, to which they are rounded.
+        image_size: pixels of both sides of what the CNN takes.
 
     Raises:
         InputError: see `check_convertible`.
     """
 
     def __init__(
-        self, extractor: Callable[..., tf.Tensor], model: StepModel, config: DecodeConfig, features_dtype: str
+        self,
+        extractor: Callable[..., tf.Tensor],
+        model: StepModel,
+        config: DecodeConfig,
+        features_dtype: str,
+        image_size: int,
     ):
         super().__init__()
         check_convertible(config)
@@ -45,15 +51,16 @@ class LiteRTModel(tf.Module):
         max_words = config.max_words or MAX_WORDS
 
         def caption(pixels: tf.Tensor) -> dict[str, tf.Tensor]:
-            features = tf.cast(extractor(pixels, training=False), features_dtype)  # (1, 64, 2048)
+            features = tf.cast(extractor(pixels, training=False), features_dtype)  # (1, L, C)
             decoded = beam_search(
                 model, features, config.num_beams, config.length_penalty, max_words, constraints, config.captions
             )
-            # tokens (N, T), probabilities (N, T), attention (N, T, 64), and gates (N, T) if the decoder has them
+            # tokens (N, T), probabilities (N, T), attention (N, T, L), and gates (N, T) if the decoder has them
             return {name: tensor for name, tensor in decoded._asdict().items() if tensor is not None}
 
         self.weights = list_variables(extractor, model)
-        self.caption = tf.function(caption, input_signature=[tf.TensorSpec([1, *PIXELS], tf.uint8, "pixels")])
+        spec = tf.TensorSpec([1, image_size, image_size, 3], tf.uint8, "pixels")
+        self.caption = tf.function(caption, input_signature=[spec])
 
 
 def convert(model: LiteRTModel, weights: str) -> bytes:

@@ -1,6 +1,6 @@
 """Training losses: masked cross-entropy, two regularisers, and the REINFORCE terms of hard attention.
 
-In the comments B is the number of captions, T that of steps, N the rows of the decoder's packed outputs, L the 64
+In the comments B is the number of captions, T that of steps, N the rows of the decoder's packed outputs, L the
 locations, V the size of the vocabulary. Functions return sums over the batch unless they say (N,); padding is masked.
 Log-probabilities are in nats.
 """

@@ -22,7 +22,7 @@ LIMITS = """\
   sound like those of the training.
 - Captions of people repeat what annotators assumed: gender, age, work and origin are guessed from looks. The images of
   usual datasets show some countries, people and kinds of homes far more often than others.
-- An image is squeezed to a square of 299x299 pixels: small things and writing are lost.
+- An image is squeezed to a square of {size}x{size} pixels: small things and writing are lost.
 - Not for decisions about people, for surveillance, or where a wrong caption does harm; as an alternative text only
   after a person has read it."""
 
@@ -68,14 +68,14 @@ def make_card(
         "Data": _describe_data(config, metrics),
         "Settings": _describe_settings(config, weights_dtype, num_weights),
         "Scores": scores,
-        "Limits and biases": LIMITS,
+        "Limits and biases": LIMITS.format(size=config.cnn.image_size),
         "Licence": LICENCE,
         "Files": _describe_files(files),
         "Versions": f"Packed with {', '.join(f'{name} {version}' for name, version in versions.items())}.",
     }
     head = (
         f"# {name}\n\nAn image captioning model: it writes a sentence about an image, and shows for each word where in "
-        "the image it looked.\nInceptionV3 turns the image into features; a GRU with "
+        f"the image it looked.\n{config.cnn.name} turns the image into features; a GRU with "
         f"{config.model.attention} attention writes one word after the other\n(Xu et al. 2015, [Show, Attend and "
         "Tell](https://arxiv.org/abs/1502.03044)). This card was generated from the run; lines\nwith TO FILL IN are "
         "the author's.\n"

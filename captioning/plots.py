@@ -149,14 +149,14 @@ def wrap_text(text: str, width: float, points: float, max_lines: int = 9) -> lis
 
 
 def upsample_attention(attention_weights: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """Enlarges attention weights (64,) smoothly to an image of size (width, height): (height, width)."""
+    """Enlarges the weights (L,) of a square grid smoothly to an image of size (width, height): (height, width)."""
     side = math.isqrt(len(attention_weights))
-    grid = Image.fromarray(attention_weights.reshape(side, side).astype(np.float32))  # (8, 8)
+    grid = Image.fromarray(attention_weights.reshape(side, side).astype(np.float32))
     return np.asarray(grid.resize(size, Image.Resampling.BICUBIC)).clip(0)
 
 
 def overlay_attention(image: Image.Image, attention_weights: np.ndarray) -> np.ndarray:
-    """Lights an image where the attention weights (64,) are large: (height, width, 3) uint8.
+    """Lights an image where the attention weights (L,) are large: (height, width, 3) uint8.
 
     The location with the largest weight has full brightness, whatever the weight is.
     """
@@ -180,7 +180,7 @@ def plot_attention(
     Args:
         image: any image that Pillow can open.
         words: the T words of its caption.
-        attention: (T, 64), the attention weights of each word.
+        attention: (T, L), the attention weights of each word.
         probabilities: of each word, for its title; None to leave them out.
         path: the file to write, .png, .svg or .pdf; None to write none.
         text: the caption, where it is not its words with spaces between them.

@@ -224,6 +224,8 @@ def settings_to_continue(run: Path) -> dict[str, Any]:
         **config.data.to_json(),
         **config.model.to_json(),
         "cnn_weights": weights,
+        "cnn": config.cnn.option,
+        "image_size": config.cnn.image_size,
         "features_dir": manifest["folder"],
         "dtype": manifest["dtype"],
         "max_length": config.train.max_length,

@@ -76,7 +76,7 @@ def write_captions():
         Path(name).write_text(text)
 
 
-def mean_brightness_extractor(cnn_weights):
+def mean_brightness_extractor(cnn_weights, cnn=None):
     """Stands for the CNN: all features of an image are its mean brightness."""
 
     def extractor(pixels, training=False):

@@ -65,8 +65,8 @@ def test_export_passes_what_the_run_was_trained_with(run, small_cnn, monkeypatch
     settings["features"]["jpeg_decoding"] = "scaled"
     write_json(run / "config.json", settings)
     export.main(["--run", str(run), "--output", "out/model"])
-    tokenizer, config, dtype, min_jpeg_side, folder = calls[0]
-    assert min_jpeg_side == 598
+    tokenizer, config, dtype, min_jpeg_side, image_size, folder = calls[0]
+    assert (min_jpeg_side, image_size) == (598, 299)
     assert (config.max_words, config.num_beams, dtype) == (50, 1, "float16"), "the run's longest caption"
     assert tokenizer.index_word == inference.load_run(run)[1].index_word and str(folder) == "out/model"
 
@@ -108,7 +108,7 @@ def test_check_convertible_refuses_what_litert_lacks():
     with pytest.raises(InputError, match="--sample cannot be exported"):
         check_convertible(DecodeConfig(sample=True))
     with pytest.raises(InputError, match="--no-repeat"):
-        LiteRTModel(None, None, DecodeConfig(no_repeat=True), "float16")
+        LiteRTModel(None, None, DecodeConfig(no_repeat=True), "float16", 299)
 
 
 def test_convert_says_what_the_converter_says(monkeypatch):
@@ -121,7 +121,7 @@ def test_convert_says_what_the_converter_says(monkeypatch):
     with pytest.raises(
         InputError, match=r"cannot take this model with these settings \(no such operation: tf\.Magic\)"
     ):
-        convert(LiteRTModel(None, None, DecodeConfig(), "float16"), "float32")
+        convert(LiteRTModel(None, None, DecodeConfig(), "float16", 299), "float32")
 
 
 # A packed run.

@@ -37,7 +37,7 @@ print(json.dumps(results, default=bytes.decode))
 """
 
 
-def build_small_cnn(cnn_weights="imagenet"):
+def build_small_cnn(cnn_weights="imagenet", cnn=None):
     """Stands for InceptionV3, with variables: the mean colours on an 8x8 grid, times random numbers."""
     tf.keras.utils.set_random_seed(1)
     pixels = tf.keras.Input((299, 299, 3), dtype="uint8")
@@ -59,7 +59,7 @@ def captioner(run, monkeypatch):
 
 def export(captioner):
     parts = captioner.extractor, captioner.model, captioner.tokenizer, captioner.decode_config
-    return ExportedModel(*parts, captioner.config.features["dtype"], captioner.min_jpeg_side)
+    return ExportedModel(*parts, captioner.config.features["dtype"], captioner.min_jpeg_side, captioner.image_size)
 
 
 def compare(result, caption, tolerance=1e-4):

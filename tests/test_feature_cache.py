@@ -106,6 +106,7 @@ def test_make_manifest_identifies_file_by_content(tmp_path):
         "cnn": "InceptionV3",
         "weights": str(tmp_path / "cnn.h5"),
         "image_size": 299,
+        "shape": [64, 2048],
         "dtype": "float32",
         "jpeg_decoding": "scaled",
         "images": "../images",

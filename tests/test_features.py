@@ -12,12 +12,14 @@ import tensorflow as tf
 from PIL import Image
 
 import features
+from captioning import cnn_loader
 from captioning.annotations import Example
 from captioning.cli import Command, InputError
+from captioning.cnns import INCEPTION_V3
 from captioning.config import FeatureConfig
 from captioning.feature_cache import FeatureCache
 from captioning.image_records import RECORDS_FILE, ImageRecords
-from captioning.random_cnn import calibrate_batch_norm
+from captioning.random_cnn import calibrate
 from data_utils import CaptionDataset
 
 # The feature extractor.
@@ -48,9 +50,9 @@ def test_build_feature_extractor_scales_pixels_like_keras(random_extractor, rng)
 
 
 @pytest.mark.slow
-def test_calibrate_batch_norm_keeps_activations_alive(random_extractor, rng):
+def test_calibrate_keeps_activations_alive(random_extractor, rng):
     pixels = rng.integers(0, 256, (4, 299, 299, 3), dtype=np.uint8)
-    calibrate_batch_norm(random_extractor, pixels)
+    calibrate(random_extractor, pixels, INCEPTION_V3)
     values = random_extractor(pixels).numpy()
     assert values.std() > 0.1 and (values > 0).mean() > 0.2
     assert np.abs(values[0] - values[1]).mean() > 0.01, "different images must have different features"
@@ -79,14 +81,14 @@ def test_build_feature_extractor_explains_failed_download(monkeypatch):
         features.build_feature_extractor("imagenet")
 
 
-def test_load_inception_computes_in_float32_on_a_gpu_too(monkeypatch):
+def test_load_cnn_computes_in_float32_on_a_gpu_too(monkeypatch):
     policies = []
-    monkeypatch.setattr(features.devices, "check_gpus", lambda: None)
+    monkeypatch.setattr(cnn_loader.devices, "check_gpus", lambda: None)
     monkeypatch.setattr(tf.config, "list_physical_devices", lambda *_: ["GPU"])
     monkeypatch.setattr(
         tf.keras.applications, "InceptionV3", lambda **_: policies.append(tf.keras.config.dtype_policy().name)
     )
-    features.load_inception("imagenet")
+    cnn_loader.load_cnn(INCEPTION_V3, "imagenet")
     assert policies == ["float32"]
 
 
@@ -108,7 +110,7 @@ class MeanExtractor:
 @pytest.fixture
 def mean_extractor(monkeypatch):
     extractor = MeanExtractor()
-    monkeypatch.setattr(features, "build_feature_extractor", lambda cnn_weights: extractor)
+    monkeypatch.setattr(features, "build_feature_extractor", lambda *_: extractor)
     return extractor
 
 
@@ -304,8 +306,8 @@ def test_cache_features_leaves_out_images_that_were_damaged_since(full_cache, im
 def test_cache_features_computes_again_what_was_replaced_while_it_ran(full_cache, image_dir, monkeypatch):
     load_image = features.load_image
 
-    def load_and_replace(path, min_jpeg_side):
-        pixels = load_image(path, min_jpeg_side)
+    def load_and_replace(path, *size):
+        pixels = load_image(path, *size)
         Image.new("L", (8, 8), 150).save(path)
         return pixels
 
@@ -372,7 +374,7 @@ def test_open_or_create_cache_needs_image_for_random_weights(tmp_path, image_dir
 
 @pytest.mark.slow
 def test_open_or_create_cache_keeps_random_weights(tmp_path, image_dir, image_paths, random_extractor, monkeypatch):
-    monkeypatch.setattr(features, "build_feature_extractor", lambda cnn_weights: random_extractor)
+    monkeypatch.setattr(features, "build_feature_extractor", lambda *_: random_extractor)
     cache = features.open_or_create_cache(tmp_path / "cache", image_dir, image_paths[:2], "random", "float16")
     features.check_cnn_weights(cache.cnn_weights, cache.manifest["sha256"])
     cache.write("0.png", np.zeros((64, 2048)))

@@ -41,7 +41,7 @@ def decode_three_words(model, image_features, config, keys=None):
 @pytest.fixture
 def fast_run(run, monkeypatch):
     """The run, with short captions and without InceptionV3."""
-    monkeypatch.setattr(features, "build_feature_extractor", lambda cnn_weights: extract_mean)
+    monkeypatch.setattr(features, "build_feature_extractor", lambda *_: extract_mean)
     monkeypatch.setattr(model, "build", build_once)
     monkeypatch.setattr(inference, "decode", decode_three_words)
     return run
@@ -113,7 +113,7 @@ def test_captioner_rounds_features_as_the_cache(captioner, photo):
 
 def test_captioner_extractor_prefers_weights_in_the_run_folder(run, monkeypatch):
     used = []
-    monkeypatch.setattr(features, "build_feature_extractor", used.append)
+    monkeypatch.setattr(features, "build_feature_extractor", lambda cnn_weights, cnn: used.append(cnn_weights))
     assert Captioner.load(run).extractor is None
     (run / "cnn.h5").write_text("weights")
     captioner = Captioner.load(run)
@@ -272,7 +272,7 @@ def test_caption_stream_reads_only_some_images_ahead(captioner, photos, monkeypa
 
 
 def test_caption_images_fails_before_the_first_image_if_there_is_no_cnn(captioner, photos, monkeypatch):
-    def fail(cnn_weights):
+    def fail(cnn_weights, cnn):
         raise InputError("no weights")
 
     monkeypatch.setattr(features, "build_feature_extractor", fail)

@@ -188,7 +188,7 @@ def test_captioner_reads_images_as_for_the_training(captioner, large_jpeg, is_ol
         seen.append(tf.numpy_function(lambda batch: seen.append(batch), [pixels], []))
         return tf.zeros((tf.shape(pixels)[0], 64, 2048))
 
-    monkeypatch.setattr(features, "build_feature_extractor", lambda cnn_weights: extract)
+    monkeypatch.setattr(features, "build_feature_extractor", lambda *_: extract)
     for names in (["first.png"], ["photo.jpg"]):
         cache = features.open_or_create_cache(tmp_path / "cache", tmp_path, names, "imagenet", "float16")
         features.cache_features(cache, tmp_path, names, batch_size=4)

@@ -23,6 +23,7 @@ import tokenizer
 import train
 from captioning import metrics, shapes
 from captioning.cli import InputError, Verbosity, run_main
+from captioning.cnns import INCEPTION_V3
 from captioning.config import RECIPES
 from captioning.decoding import DecodedBatch, decode
 from captioning.files import file_sha256, lock_folder
@@ -40,13 +41,13 @@ def build_once(build):
     """Wraps build_feature_extractor so that the same weights are built only once; random ones are drawn every time."""
     extractors = {}
 
-    def build_cached(cnn_weights="imagenet"):
+    def build_cached(cnn_weights="imagenet", cnn=INCEPTION_V3):
         if cnn_weights in ("imagenet", "random"):
-            return build(cnn_weights)
+            return build(cnn_weights, cnn)
         features.check_cnn_weights(cnn_weights)
-        key = file_sha256(cnn_weights)
+        key = file_sha256(cnn_weights), cnn
         if key not in extractors:
-            extractors[key] = build(cnn_weights)
+            extractors[key] = build(cnn_weights, cnn)
         return extractors[key]
 
     return build_cached
@@ -84,7 +85,7 @@ def _no_java(monkeypatch):
 def small_cnn(monkeypatch, tmp_path):
     """Replaces InceptionV3 by an image's mean brightness; returns the options that choose it."""
 
-    def build(cnn_weights):
+    def build(cnn_weights, cnn):
         def extractor(pixels, training):
             mean = tf.reduce_mean(tf.cast(pixels, tf.float32), axis=(1, 2, 3)) / 255  # (B,)
             return tf.ones((tf.shape(pixels)[0], 64, 2048)) * mean[:, tf.newaxis, tf.newaxis]

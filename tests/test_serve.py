@@ -97,7 +97,7 @@ def test_service_answers_requests(service):
 def test_service_runs_the_cnn_only_in_graphs_that_it_has_compiled(small_run, monkeypatch):
     calls = []
 
-    def build_counting_cnn(cnn_weights):
+    def build_counting_cnn(cnn_weights, cnn):
         cnn = build_small_cnn(cnn_weights)
         return lambda pixels, training: calls.append(len(calls)) or cnn(pixels, training)
 

@@ -26,25 +26,25 @@ STAGE_FILES = {"features": "features/**/*.npy", "training": "run/checkpoints/*/c
 STAGES = ("start", "features", "features", "features", "start", *["training"] * 5)  # of the kills
 
 
-def build_small_cnn(cnn_weights: str):
+def build_small_cnn(cnn_weights: str, cnn=None):
     """Stands for InceptionV3: an image's mean colours on an 8x8 grid, repeated."""
 
-    def cnn(pixels, training):
+    def extract(pixels, training):
         colours = tf.image.resize(tf.cast(pixels, tf.float32) / 255, (8, 8), method="area")
         return tf.repeat(tf.reshape(colours, (-1, 64, 3)), 683, axis=2)[:, :, :2048]
 
-    return cnn
+    return extract
 
 
-def build_slow_cnn(cnn_weights: str):
+def build_slow_cnn(cnn_weights: str, cnn=None):
     """The same, with time to be killed in."""
     small_cnn = build_small_cnn(cnn_weights)
 
-    def cnn(pixels, training):
+    def extract(pixels, training):
         tf.numpy_function(lambda: time.sleep(0.1), [], [])
         return small_cnn(pixels, training)
 
-    return cnn
+    return extract
 
 
 def start_child() -> int:
