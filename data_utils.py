@@ -24,9 +24,10 @@ from typing import Any
 from captioning.annotations import SPLITS, Example
 from captioning.caption_rows import ReadOptions, read_text
 from captioning.cli import InputError, add_quiet_option, advise, log, make_parser, run_main
-from captioning.config import DATA_PATHS, DataConfig, RunConfig
+from captioning.config import DATA_PATHS, DataConfig
 from captioning.datasets import FLICKR8K_SPLIT_FILES, find_source
 from captioning.image_names import NameIndex, clean_name
+from captioning.run_config import RunConfig
 from captioning.settings import add_options
 from captioning.text import describe_unspaced
 

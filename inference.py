@@ -31,7 +31,7 @@ import features
 import model
 from captioning.captions import Caption, to_captions
 from captioning.cli import InputError, add_quiet_option, int_at_least, log, make_parser, progress_bar, run_main
-from captioning.config import DecodeConfig, FeatureConfig, RunConfig
+from captioning.config import DecodeConfig, FeatureConfig
 from captioning.decoding import StepModel, decode
 from captioning.downloads import redact_url
 from captioning.feature_cache import check_cnn_weights, find_cnn_weights, min_jpeg_side
@@ -44,6 +44,7 @@ from captioning.quiet_tensorflow import tf
 from captioning.report import ReportWriter
 from captioning.results import CaptionedImage, ResultWriter, write_plot
 from captioning.results_csv import ResultsCsv
+from captioning.run_config import RunConfig
 from captioning.run_folder import VOCABULARY_FILE, best_checkpoint, read_config, restore_model
 from captioning.sampling import image_keys
 from captioning.settings import add_options

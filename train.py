@@ -27,7 +27,7 @@ from captioning import devices, losses, self_critical
 from captioning.annotations import Example
 from captioning.checkpoints import Checkpoints, TrainProgress
 from captioning.cli import add_quiet_option, defer_interrupts, log, make_parser, progress_bar, run_main
-from captioning.config import RECIPES, DataConfig, DecodeConfig, FeatureConfig, ModelConfig, RunConfig, TrainConfig
+from captioning.config import RECIPES, DataConfig, DecodeConfig, FeatureConfig, ModelConfig, TrainConfig
 from captioning.feature_cache import FeatureCache
 from captioning.files import lock_folder
 from captioning.input_pipeline import (
@@ -42,6 +42,7 @@ from captioning.input_pipeline import (
 from captioning.optimizer import WeightEMA, make_optimizer
 from captioning.quiet_tensorflow import tf
 from captioning.rewards import CaptionReward, Reward
+from captioning.run_config import RunConfig
 from captioning.run_folder import (
     best_checkpoint,
     check_same_data,

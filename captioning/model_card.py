@@ -8,7 +8,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from captioning.cli import InputError
-from captioning.config import DecodeConfig, RunConfig
+from captioning.config import DecodeConfig
+from captioning.run_config import RunConfig
 from captioning.settings import Settings
 
 LICENCE = "TO FILL IN: the licence of these weights. Without one, nobody may use or share them."

@@ -1,6 +1,6 @@
 """The run folder: what train.py leaves, and everything that captioning needs.
 
-runs/coco/config.json                        the settings of the run (`captioning.config.RunConfig`)
+runs/coco/config.json                        the settings of the run (`captioning.run_config.RunConfig`)
 runs/coco/vocabulary.json                    the tokenizer
 runs/coco/cnn*.h5                            the CNN's weights, unless they are ImageNet's
 runs/coco/checkpoints/last, checkpoints/best the state of the training, and the weights with the best score
@@ -17,10 +17,11 @@ from pathlib import Path
 from typing import Any
 
 from captioning.cli import InputError, log
-from captioning.config import DATA_PATHS, FORMAT, DataConfig, FeatureConfig, ModelConfig, RunConfig, TrainConfig
+from captioning.config import DATA_PATHS, DataConfig, FeatureConfig, ModelConfig, TrainConfig
 from captioning.feature_cache import check_manifest, find_cnn_weights
 from captioning.files import atomic_write, check_schema, file_sha256, read_json, write_json
 from captioning.quiet_tensorflow import tf
+from captioning.run_config import FORMAT, RunConfig
 
 CONFIG_FILE = "config.json"
 VOCABULARY_FILE = "vocabulary.json"

@@ -111,7 +111,8 @@ def small_model(tokenizer):
 @pytest.fixture
 def run_config(small_model, dataset, cache):
     """The settings of a run with small_model on the small dataset."""
-    from captioning.config import DataConfig, RunConfig, TrainConfig
+    from captioning.config import DataConfig, TrainConfig
+    from captioning.run_config import RunConfig
 
     return RunConfig(
         model=small_model.config,

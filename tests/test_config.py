@@ -7,16 +7,8 @@ import math
 import pytest
 
 from captioning.cli import InputError, make_parser
-from captioning.config import (
-    FORMAT,
-    RECIPES,
-    DataConfig,
-    DecodeConfig,
-    FeatureConfig,
-    ModelConfig,
-    RunConfig,
-    TrainConfig,
-)
+from captioning.config import RECIPES, DataConfig, DecodeConfig, FeatureConfig, ModelConfig, TrainConfig
+from captioning.run_config import FORMAT, RunConfig
 from captioning.settings import Settings, add_options
 from captioning.web_server import ServerConfig
 

@@ -8,7 +8,7 @@ import pytest
 
 import data_utils
 from captioning.cli import InputError
-from captioning.config import FORMAT
+from captioning.run_config import FORMAT
 from captioning.run_folder import latest_run, read_config
 from inference import load_run
 

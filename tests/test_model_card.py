@@ -5,8 +5,9 @@ import dataclasses
 import pytest
 
 from captioning.cli import InputError
-from captioning.config import DataConfig, ModelConfig, RunConfig, TrainConfig
+from captioning.config import DataConfig, ModelConfig, TrainConfig
 from captioning.model_card import PackedFile, make_card
+from captioning.run_config import RunConfig
 
 CONFIG = RunConfig(
     model=ModelConfig(vocab_size=1234, attention="hard"),

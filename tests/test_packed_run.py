@@ -19,11 +19,12 @@ from helpers.pack_damages import DAMAGES, edit_weights, read_members, write_memb
 import inference
 from captioning import downloads, packed_run
 from captioning.cli import InputError
-from captioning.config import DataConfig, ModelConfig, RunConfig, TrainConfig
+from captioning.config import DataConfig, ModelConfig, TrainConfig
 from captioning.files import file_sha256, read_json, write_json
 from captioning.model_weights import read_checkpoint, read_weights, write_checkpoint, write_weights
 from captioning.packed_run import open_run, without_paths
 from captioning.quiet_tensorflow import tf
+from captioning.run_config import RunConfig
 from captioning.run_folder import best_checkpoint, read_config, write_config
 from captioning.run_packer import EPOCH, pack_run, run_name
 

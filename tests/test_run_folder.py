@@ -6,9 +6,10 @@ import re
 import pytest
 
 from captioning.cli import InputError
-from captioning.config import FORMAT, DataConfig, FeatureConfig, ModelConfig, RunConfig, TrainConfig
+from captioning.config import DataConfig, FeatureConfig, ModelConfig, TrainConfig
 from captioning.files import file_sha256, read_json, write_json
 from captioning.quiet_tensorflow import tf
+from captioning.run_config import FORMAT, RunConfig
 from captioning.run_folder import (
     best_checkpoint,
     fill_locations,

@@ -6,8 +6,9 @@ import dataclasses
 import numpy as np
 
 import train
-from captioning.config import DataConfig, ModelConfig, RunConfig, TrainConfig
+from captioning.config import DataConfig, ModelConfig, TrainConfig
 from captioning.quiet_tensorflow import tf
+from captioning.run_config import RunConfig
 from captioning.run_folder import init_run_dir
 
 # Times and counters of files, which differ between runs that are otherwise the same.
