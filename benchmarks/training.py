@@ -11,6 +11,8 @@ The variants train the same model on the same features, with the same batch size
               and the loss is a mean over padding too. It has no dropout.
     fused     train.py's step, with captioning/fused_decoder.py (the default of train.py).
     plain     train.py's step, with the plain loop of model.py (--no-fused).
+    paper, paper-plain        the same two with --decoder paper.
+    paper-lstm                the plain loop with --decoder paper --cell lstm.
 
 They are measured alternately, and compilation is not counted. The last line is JSON. Its `ratio` is that of the first
 variant that is not the tutorial's to the tutorial.
@@ -24,7 +26,7 @@ import json
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -45,7 +47,14 @@ from tokenizer import START_ID, Tokenizer
 
 layers = tf.keras.layers
 
-PROJECT_VARIANTS = ("fused", "plain")
+# Of each variant of the project, the settings of the model, and whether it takes the fused decoder.
+PROJECT_VARIANTS: dict[str, tuple[dict[str, Any], bool]] = {
+    "fused": ({}, True),
+    "plain": ({}, False),
+    "paper": ({"decoder": "paper"}, True),
+    "paper-plain": ({"decoder": "paper"}, False),
+    "paper-lstm": ({"decoder": "paper", "cell": "lstm"}, False),
+}
 VARIANTS = ("tutorial", *PROJECT_VARIANTS)
 MAX_LENGTH, MEAN_LENGTH = 49, 12.5  # tokens of COCO's captions, <start> and <end> included
 
@@ -225,10 +234,11 @@ def make_variant(
     if name == "tutorial":
         tutorial_step = make_tutorial_step(TutorialModel(config))
         return Variant(tutorial_step, tutorial_batches(captions, args.batch_size), args.tutorial_steps)
+    model_settings, fused = PROJECT_VARIANTS[name]
     train_config = TrainConfig(
-        batch_size=args.batch_size, jit=args.jit, mixed_precision=args.mixed_precision, fused=name == "fused"
+        batch_size=args.batch_size, jit=args.jit, mixed_precision=args.mixed_precision, fused=fused
     )
-    caption_model = model.build(config, mixed_precision=args.mixed_precision)
+    caption_model = model.build(dataclasses.replace(config, **model_settings), mixed_precision=args.mixed_precision)
     caption_model.decoder.fused = train_config.fused
     batch_spec = make_dataset(captions, [], cache.read).element_spec
     step = make_project_step(caption_model, train_config, batch_spec)
@@ -282,10 +292,16 @@ def flop_per_caption(config: ModelConfig, num_steps: float) -> float:
     num_locations, num_channels = INCEPTION_V3.features_shape
     encoder_size = num_channels * config.embedding_dim  # of fc, applied at each location
     key_size = config.embedding_dim * config.units  # of W1, too
-    gru_size = (2 * config.embedding_dim + config.units) * 3 * config.units
-    step_size = 2 * config.units**2 + config.units * config.vocab_size + gru_size  # W2 and fc1, fc2, GRU
+    num_gates = 4 if config.cell == "lstm" else 3
+    step_size = config.units**2 + (2 * config.embedding_dim + config.units) * num_gates * config.units  # W2, the cell
+    first_state_size = 0
+    if config.decoder == "paper":  # f_beta, L_h, L_z and L_o; and f_init
+        step_size += config.units + config.embedding_dim * (config.units + config.embedding_dim + config.vocab_size)
+        first_state_size = config.embedding_dim * config.units * (num_gates - 2)
+    else:
+        step_size += config.units * (config.units + config.vocab_size)  # fc1 and fc2
     # Backward, each product has two: for the weights and for the input; but the features need no gradient.
-    per_image = 2 * 2 * num_locations * encoder_size + 3 * 2 * num_locations * key_size
+    per_image = 2 * 2 * num_locations * encoder_size + 3 * 2 * (num_locations * key_size + first_state_size)
     return per_image + 3 * 2 * num_steps * step_size
 
 
@@ -295,7 +311,7 @@ def flop_per_caption(config: ModelConfig, num_steps: float) -> float:
 def parse_variants(text: str) -> tuple[str, ...]:
     """Parses the value of --variants: names separated by commas, at least one of them the project's."""
     names = tuple(text.split(","))
-    if not set(names) <= set(VARIANTS) or len(set(names)) < len(names) or not set(names) & set(PROJECT_VARIANTS):
+    if not set(names) <= set(VARIANTS) or len(set(names)) < len(names) or not set(names) & PROJECT_VARIANTS.keys():
         raise argparse.ArgumentTypeError(
             f"expected some of {','.join(VARIANTS)}, at least one of them not tutorial, found {text!r}"
         )
@@ -340,7 +356,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add_options(parser, ModelConfig, only=("vocab_size", "embedding_dim", "units", "dropout"))
     add_options(parser, TrainConfig, only=("batch_size", "mixed_precision", "jit"))
     args = parser.parse_args(argv)
-    if "fused" in args.variants and args.jit == "on":
+    if args.jit == "on" and any(PROJECT_VARIANTS[name][1] for name in args.variants if name != "tutorial"):
         parser.error(
             "--jit: expected off for the fused decoder, which XLA cannot compile; add --variants tutorial,plain"
         )
@@ -364,7 +380,7 @@ def main(argv: list[str] | None = None) -> None:
     if "tutorial" in rates:
         ratios = {name: round(rate / rates["tutorial"], 2) for name, rate in project_rates.items()}
     mean_length = float(captions.lengths.mean())
-    used = flop_per_caption(config, mean_length - 1) * rates[first]
+    used = flop_per_caption(dataclasses.replace(config, **PROJECT_VARIANTS[first][0]), mean_length - 1) * rates[first]
     result = {
         "captions": len(captions.lengths),
         "mean_tokens": round(mean_length, 2),

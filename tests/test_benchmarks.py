@@ -1,5 +1,6 @@
 """Every benchmark runs, with tiny sizes, and its last line is JSON. No speed is tested here."""
 
+import dataclasses
 import json
 import shutil
 
@@ -57,11 +58,11 @@ def test_training_main_compares_variants(tmp_path, capsys):
     path = tmp_path / "captions.csv"
     path.write_text("image,caption\n" + "".join(f"{i}.jpg,dog {'runs ' * (i % 3)}\n" for i in range(12)))
     sizes = ["--batch-size", "2", "--images", "10", "--rounds", "1", "--steps", "2", "--tutorial-steps", "1"]
-    variants = ["--variants", "tutorial,plain,fused", "--dropout", "0.1"]
+    variants = ["--variants", "tutorial,plain,fused,paper-lstm", "--dropout", "0.1"]
     training.main([*SMALL_MODEL, *sizes, *variants, "--annotations", str(path)])
     result = read_result(capsys)
     rates = result["captions_per_second"]
-    assert list(rates) == ["tutorial", "plain", "fused"]
+    assert list(rates) == ["tutorial", "plain", "fused", "paper-lstm"]
     assert result["ratio"] == pytest.approx(rates["plain"] / rates["tutorial"], rel=0.01)
     for name in ("plain", "fused"):
         assert result["ratios"][name] == pytest.approx(rates[name] / rates["tutorial"], rel=0.01)
@@ -110,14 +111,25 @@ def test_training_variants_have_the_same_loss(caption_model, tutorial_model, fus
     assert len(tutorial_model.trainable_variables) == len(caption_model.trainable_variables)
 
 
-def test_flop_per_caption_counts_the_products(caption_model):
+@pytest.mark.parametrize("variant", ["fused", "paper", "paper-lstm"])
+def test_flop_per_caption_counts_the_products(variant):
+    config = dataclasses.replace(CONFIG, **training.PROJECT_VARIANTS[variant][0])
+    caption_model = model.build(config)
     decoder = caption_model.decoder
-    step = [decoder.attention.W2, decoder.fc1, decoder.fc2]
-    step_size = sum(int(np.prod(layer.kernel.shape)) for layer in step)
-    step_size += int(np.prod(decoder.gru.kernel.shape)) + int(np.prod(decoder.gru.recurrent_kernel.shape))
-    image_size = 4 * int(np.prod(caption_model.encoder.fc.kernel.shape))
-    image_size += 6 * int(np.prod(decoder.attention.W1.kernel.shape))
-    assert training.flop_per_caption(CONFIG, 7.5) == 64 * image_size + 6 * 7.5 * step_size
+
+    def size(*layers):
+        return sum(int(np.prod(layer.kernel.shape)) for layer in layers)
+
+    first_state_size = 0
+    if variant == "fused":
+        cell, step_size = decoder.gru, size(decoder.fc1, decoder.fc2)
+    else:
+        cell, step_size = decoder.cell, size(decoder.f_beta, decoder.L_h, decoder.L_z, decoder.L_o)
+        first_state_size = size(*filter(None, (decoder.f_init_h, decoder.f_init_c)))
+    step_size += size(decoder.attention.W2, cell) + int(np.prod(cell.recurrent_kernel.shape))
+    image_size = 4 * size(caption_model.encoder.fc) + 6 * size(decoder.attention.W1)
+    expected = 64 * image_size + 6 * first_state_size + 6 * 7.5 * step_size
+    assert training.flop_per_caption(config, 7.5) == expected
 
 
 def test_sample_lengths_are_those_of_coco(rng):
