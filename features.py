@@ -9,9 +9,9 @@ Imagenet weights" and "Caching the features extracted from InceptionV3".
     python features.py --cnn vgg19                                  # the paper's CNN, 14x14 locations
 
 The features of an image are (L, C): C channels at the L locations of the CNN's last convolutional layer. Those of
-InceptionV3 are (64, 2048), from a grid of 8x8. The CNN is not trained, so they are computed only once. Training then
-reads 256 KB per image (float16) and does not repeat 5.7 billion multiplications. docs/use.md compares the CNNs.
-The command can be stopped at any time. Run again, it continues.
+InceptionV3 are (64, 2048), from a grid of 8x8. The CNN is not trained, so they are computed only once. Training
+then reads 256 KB per image (float16) and does not repeat 5.7 billion multiplications. docs/use.md compares the
+CNNs. The command can be stopped at any time. Run again, it continues.
 """
 
 import argparse

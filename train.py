@@ -5,6 +5,7 @@ Tutorial section: "Training".
     python train.py                                # MS-COCO 2014, 30,000 captions, as the tutorial
     python train.py --num-captions all             # all of its training images
     python train.py --annotations captions.csv --images photos/
+    python train.py --self-critical --run runs/coco    # then: trains on CIDEr, into runs/coco_cider
 
 A run folder, runs/<dataset>/, holds everything that captioning needs (config.json, vocabulary.json, checkpoints/)
 and the record of the training (history.csv, loss.png, tensorboard/).
@@ -378,7 +379,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     text = "run folder (default: runs/<name of the dataset>); with --self-critical the run to start from"
     recipe_parser.add_argument("--run", type=Path, metavar="DIR", help=text)
     first, _ = recipe_parser.parse_known_args(argv)
-    recipe = RECIPES["best-cider" if first.self_critical else first.recipe]
+    is_self_critical = first.self_critical or first.recipe == "best-cider"
+    recipe = RECIPES["best-cider" if is_self_critical else first.recipe]
     parser = make_parser(__doc__, parents=[recipe_parser])
     add_quiet_option(parser)
     data_utils.add_data_options(parser)
@@ -388,8 +390,10 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         parser.add_argument_group("training"), TrainConfig, recipe, skip=("recipe", "self_critical", *SPEED_SETTINGS)
     )
     add_options(parser.add_argument_group("speed and devices"), TrainConfig, recipe, only=SPEED_SETTINGS)
-    if not first.self_critical:
+    if not is_self_critical:
         return parser.parse_args(argv)
+    if first.recipe == "best":
+        parser.error("--recipe best: not for --self-critical, whose recipe is best-cider")
     if not first.run:
         parser.error("--self-critical: expected --run DIR, the run to start from")
     parser.set_defaults(**(settings_to_continue(first.run) | recipe))

@@ -173,6 +173,7 @@ RECIPES: dict[str, dict[str, Any]] = {
     },
     "best-cider": {
         "recipe": "best-cider",
+        "self_critical": True,
         "epochs": 3,
         "learning_rate": 2e-5,
         "clip_norm": 0.5,

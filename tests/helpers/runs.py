@@ -88,10 +88,10 @@ def read_history(run):
     return [{name: value for name, value in row.items() if name != "train_seconds"} for row in rows]
 
 
-def run_training(run, data, on_step=None, **settings):
-    """Starts, or resumes, a run on (dataset, cache, tokenizer)."""
+def run_training(run, data, on_step=None, start=None, **settings):
+    """Starts, or resumes, a run on (dataset, cache, tokenizer); self-critical training from the weights of `start`."""
     dataset, cache, tokenizer = data
     config = make_config(*data, **settings)
     init_run_dir(run, config, tokenizer.save, cache.cnn_weights)
-    train.train(run, dataset, cache, config, tokenizer, tf.distribute.get_strategy(), on_step)
+    train.train(run, dataset, cache, config, tokenizer, tf.distribute.get_strategy(), on_step, start)
     return run
