@@ -31,7 +31,13 @@ from captioning.feature_cache import FeatureCache, map_prefetch, open_run_cache
 from captioning.files import write_json
 from captioning.image_records import ImageRecords
 from captioning.images import map_threads, read_image
-from captioning.metrics import cider_by_image, distinct_ratio, has_pycocoevalcap, score_with_fallback
+from captioning.metrics import (
+    cider_by_image,
+    distinct_ratio,
+    has_pycocoevalcap,
+    mid_sentence_ratio,
+    score_with_fallback,
+)
 from captioning.packed_run import open_run
 from captioning.plots import thumbnail
 from captioning.quiet_tensorflow import tf
@@ -41,6 +47,7 @@ from captioning.settings import add_options
 from tokenizer import Tokenizer, split_words
 
 NO_DATA = DataConfig(dataset=None)  # the data options if none is given
+RATIOS = ("distinct captions", "end in mid-sentence", "unfinished captions")  # in percent, beside the scores
 
 
 # Captions of a split.
@@ -117,6 +124,7 @@ def score_run(
         "tokenizer": tokenizer_name,
         "scores": scores,
         "distinct captions": distinct_ratio(texts),
+        "end in mid-sentence": mid_sentence_ratio(texts),
         "unfinished captions": unfinished_ratio(captions),
     }
     return metrics, captions
@@ -203,6 +211,7 @@ def score_file(
         "tokenizer": tokenizer_name,
         "scores": scores,
         "distinct captions": distinct_ratio(texts),
+        "end in mid-sentence": mid_sentence_ratio(texts),
     }
 
 
@@ -301,7 +310,7 @@ def evaluate_run(args: argparse.Namespace) -> None:
 def print_metrics(source: Path, metrics: dict[str, Any]) -> None:
     """Prints the scores, one a line, below what was scored."""
     print(f"{source}, {metrics['split']}: {metrics['images']:,} images")
-    ratios = {name: metrics[name] for name in ("distinct captions", "unfinished captions") if name in metrics}
+    ratios = {name: metrics[name] for name in RATIOS if name in metrics}
     for name, value in {**metrics["scores"], **ratios}.items():
         print(f"{name:19} {value:6.1f}", flush=True)
 

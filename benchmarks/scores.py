@@ -22,7 +22,7 @@ from captioning.training_log import read_history
 
 ROOT = Path(__file__).resolve().parents[1]
 COLUMNS = ("BLEU-1", "BLEU-2", "BLEU-3", "BLEU-4", "METEOR", "CIDEr")
-RATIOS = ("distinct captions", "captions that stop in mid-sentence")
+RATIOS = ("distinct captions", "end in mid-sentence")
 
 
 class Row(NamedTuple):

@@ -101,6 +101,7 @@ def test_score_run_returns_metrics_and_captions(captioner, dataset, cache):
         "tokenizer",
         "scores",
         "distinct captions",
+        "end in mid-sentence",
         "unfinished captions",
     ]
     assert (scored["run"], scored["beam_size"], scored["length_penalty"]) == (str(captioner.run), 1, 1.0)
@@ -256,7 +257,7 @@ def test_main_writes_captions_and_metrics_of_a_run(captioner, dataset, monkeypat
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == f"{captioner.run}, val: 4 images"
     printed = {line[:-6].strip(): float(line[-6:]) for line in lines[1:]}
-    ratios = {name: written[name] for name in ("distinct captions", "unfinished captions")}
+    ratios = {name: written[name] for name in evaluate.RATIOS}
     assert printed == {name: round(value, 1) for name, value in (written["scores"] | ratios).items()}
     assert list(printed) == [*written["scores"], *ratios]
     evaluate.main(["--run", str(captioner.run), "--split", "all"])

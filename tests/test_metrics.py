@@ -141,3 +141,9 @@ def test_has_pycocoevalcap(monkeypatch):
 def test_distinct_ratio_of_collapsed_model():
     assert distinct_ratio(["a dog"] * 4) == 25.0
     assert distinct_ratio(["a dog", "a cat", "a dog"]) == 66.7
+
+
+def test_mid_sentence_ratio_counts_captions_that_go_on():
+    captions = ["a dog on a", "a dog runs in the .", "A man looks on", "two dogs run .", "a cat with"]
+    assert metrics.mid_sentence_ratio(captions) == 60
+    assert metrics.mid_sentence_ratio(["", "a dog"]) == 0
