@@ -24,11 +24,10 @@ import data_utils
 import evaluate
 import features
 import model
-from captioning import devices, losses, self_critical
-from captioning.annotations import Example
+from captioning import devices, losses, run_folder, self_critical
 from captioning.checkpoints import Checkpoints, TrainProgress
 from captioning.cli import add_quiet_option, defer_interrupts, log, make_parser, progress_bar, run_main
-from captioning.config import RECIPES, DataConfig, DecodeConfig, FeatureConfig, ModelConfig, TrainConfig
+from captioning.config import RECIPES, DataConfig, FeatureConfig, ModelConfig, TrainConfig
 from captioning.feature_cache import FeatureCache
 from captioning.files import lock_folder
 from captioning.input_pipeline import (
@@ -44,17 +43,10 @@ from captioning.optimizer import WeightEMA, make_optimizer
 from captioning.quiet_tensorflow import tf
 from captioning.rewards import CaptionReward, Reward
 from captioning.run_config import RunConfig
-from captioning.run_folder import (
-    best_checkpoint,
-    check_same_data,
-    fill_locations,
-    init_run_dir,
-    restore_weights,
-    settings_to_continue,
-)
+from captioning.run_folder import fill_locations, init_run_dir
 from captioning.settings import add_options
 from captioning.training_log import TrainingLog
-from captioning.validation import EpochScore, Validator
+from captioning.validation import EpochScore, Validator, make_validator, score_start
 from tokenizer import Tokenizer, split_words
 
 SPEED_SETTINGS = ("fused", "mixed_precision", "jit", "strategy")
@@ -197,7 +189,7 @@ def train_epoch(
             if now - shown >= 1 or rows is batches[-1]:  # reading the loss waits for the step, so not every time
                 progress.seconds.assign_add(now - shown)
                 shown = now
-                name, value = train_result(progress, config)
+                name, value = progress.result(config.self_critical)
                 bar.set_postfix_str(f"{name.removeprefix('train_')} {value:.3f}", refresh=False)
                 checkpoints.check_loss()
             if now - saved >= 60 * config.checkpoint_minutes:
@@ -208,74 +200,24 @@ def train_epoch(
     checkpoints.save()  # before validation, so that an epoch is not lost with it
 
 
-def make_validator(
-    caption_model: model.CaptionModel,
-    tokenizer: Tokenizer,
-    cache: FeatureCache,
-    examples: list[Example],
-    config: TrainConfig,
-) -> Validator:
-    """Makes the validator of a run, for at most `max_val_images` images."""
-    examples = examples[: config.max_val_images]
-
-    def generate_captions() -> list[str]:
-        decoding = DecodeConfig(max_words=config.max_length)
-        captions = evaluate.generate_captions(caption_model, tokenizer, cache, examples, config.batch_size, decoding)
-        return [caption.text for caption in captions]
-
-    return Validator(
-        caption_model,
-        encode_captions(examples, tokenizer.encode, cache.path, config.max_length),
-        [list(example.captions) for example in examples],
-        cache.read,
-        generate_captions,
-        functools.partial(split_words, words=tokenizer.words),
-        config.batch_size,
-    )
-
-
-def best_so_far(progress: TrainProgress) -> EpochScore:
-    """Returns the score of the best epoch so far."""
-    return EpochScore(*progress.get("best_score"))
-
-
-def train_result(progress: TrainProgress, config: TrainConfig) -> tuple[str, float]:
-    """Returns the name and the value of what an epoch has reached so far: its mean loss, or its mean reward."""
-    if config.self_critical:
-        return "train_reward", round(-100 * progress.mean_loss(), 2)  # in percent, as CIDEr
-    return "train_loss", round(progress.mean_loss(), 4)
-
-
 def validate_and_log(
     validator: Validator, state: TrainState, checkpoints: Checkpoints, training_log: TrainingLog, config: TrainConfig
 ) -> EpochScore:
     """Validates an epoch, saves the weights if it is the best so far, and writes it down; returns its score."""
     progress = state.progress
-    epoch, best_epoch, best_score = progress.get("epoch") + 1, progress.get("best_epoch"), best_so_far(progress)
+    epoch, best_epoch, best_score = progress.get("epoch") + 1, progress.get("best_epoch"), progress.best()
     with state.ema.applied():
         validation = validator.evaluate()
         if validation.score > best_score:
             best_score, best_epoch = validation.score, epoch
             checkpoints.save_best()
-    name, value = train_result(progress, config)
+    name, value = progress.result(config.self_critical)
     seconds = round(progress.get("seconds"), 1)
     row = {"epoch": epoch, name: value, **validation.row, "train_seconds": seconds}
     training_log.add(row, best_epoch, best_score.column)
     log("  ".join(f"{name} {value}" for name, value in row.items() if value is not None))
     log(f"  {validation.sample or '(no words)'}")
     return validation.score
-
-
-def score_start(
-    validator: Validator, state: TrainState, checkpoints: Checkpoints, strategy: tf.distribute.Strategy
-) -> None:
-    """Scores the weights that self-critical training starts from; they stay the best until an epoch is better."""
-    score = EpochScore()
-    if devices.is_chief(strategy):
-        score = validator.evaluate().score
-        log(f"the start: {score}")
-        checkpoints.save_best()
-    state.progress.best_score.assign(devices.broadcast_from_chief(strategy, score))
 
 
 # A run.
@@ -293,7 +235,7 @@ def build_train_state(
     with strategy.scope():
         caption_model = model.build(config.model, config.cnn.features_shape, settings.mixed_precision)
         if start:
-            restore_weights(best_checkpoint(start), caption_model)
+            run_folder.restore_weights(run_folder.best_checkpoint(start), caption_model)
         optimizer = make_optimizer(settings.learning_rate, settings.clip_norm, settings.mixed_precision)
         optimizer.build(caption_model.trainable_variables)  # before restoring: its slots must exist
         ema = WeightEMA(caption_model.trainable_variables, settings.ema_decay)
@@ -333,15 +275,17 @@ def train(
     captions = encode_captions(dataset.split("train"), tokenizer.encode, cache.path, settings.max_length)
     if cut := describe_cut(captions):
         log(cut)
-    validator = make_validator(state.model, tokenizer, cache, dataset.split("val"), settings)
+    split = functools.partial(split_words, words=tokenizer.words)
+    examples = dataset.split("val")
+    validator = make_validator(state.model, examples, tokenizer, cache, settings, evaluate.generate_captions, split)
     log(
         f"{run}: {len(captions.lengths):,} captions of {len(captions.feature_paths):,} images, "
         f"{len(tokenizer):,} words, {state.model.count_params():,} weights; validation on "
         f"{len(validator.references):,} images; at most {settings.epochs} epochs"
     )
-    validator.log_best_so_far(best_so_far(progress))
-    if start and best_so_far(progress) == EpochScore():
-        score_start(validator, state, checkpoints, strategy)
+    validator.log_best_so_far(progress.best())
+    if start and progress.best() == EpochScore():
+        progress.best_score.assign(score_start(validator, checkpoints.save_best, strategy))
     reward = None
     if settings.self_critical:
         references = [map(tokenizer.encode, example.captions) for example in dataset.split("train")]
@@ -360,7 +304,7 @@ def train(
                 score = validate_and_log(validator, state, checkpoints, training_log, settings)
             score = EpochScore(*devices.broadcast_from_chief(strategy, score))  # all machines stop at the same epoch
             with defer_interrupts():
-                if score > best_so_far(progress):
+                if score > progress.best():
                     progress.best_score.assign(score)
                     progress.best_epoch.assign(epoch + 1)
                 progress.epoch.assign(epoch + 1)
@@ -369,7 +313,7 @@ def train(
     except KeyboardInterrupt:
         checkpoints.save()
         raise
-    log(f"best: epoch {progress.get('best_epoch')}, {best_so_far(progress)}; see {run / 'loss.png'}")
+    log(f"best: epoch {progress.get('best_epoch')}, {progress.best()}; see {run / 'loss.png'}")
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
@@ -396,7 +340,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         parser.error("--recipe best: not for --self-critical, whose recipe is best-cider")
     if not first.run:
         parser.error("--self-critical: expected --run DIR, the run to start from")
-    parser.set_defaults(**(settings_to_continue(first.run) | recipe))
+    parser.set_defaults(**(run_folder.settings_to_continue(first.run) | recipe))
     return parser.parse_args(argv)
 
 
@@ -430,7 +374,7 @@ def main(argv: list[str] | None = None, on_step: Callable[[TrainState], None] | 
     run, start = args.run or Path("runs") / dataset.name, None
     if train_config.self_critical:
         run, start = args.run.with_name(f"{args.run.name}_cider"), args.run
-        check_same_data(start, config)
+        run_folder.check_start(start, config)
     if not devices.is_chief(strategy):
         train(run, dataset, cache, config, tokenizer, strategy, on_step, start)
         return

@@ -8,6 +8,7 @@ from captioning.cli import InputError
 from captioning.optimizer import WeightEMA
 from captioning.quiet_tensorflow import tf
 from captioning.run_folder import latest_checkpoint
+from captioning.validation import EpochScore
 
 MIN_LOSS_SCALE = 1.0  # in mixed precision it begins at 32768, and is halved when gradients overflow
 BASELINE_DECAY = 0.9  # of the baseline of REINFORCE
@@ -24,7 +25,7 @@ class TrainProgress(tf.Module):
         self.token_count = tf.Variable(0.0, dtype=tf.float64)
         self.seconds = tf.Variable(0.0, dtype=tf.float64)  # of training in the current epoch
         self.baseline = tf.Variable(0.0)  # moving average of a word's log p, for REINFORCE
-        # That of captioning.validation.EpochScore.
+        # That of an `EpochScore`.
         self.best_score = tf.Variable([-math.inf] * 3, dtype=tf.float64)
         self.best_epoch = tf.Variable(0, dtype=tf.int64)
 
@@ -35,6 +36,16 @@ class TrainProgress(tf.Module):
     def mean_loss(self) -> float:
         """Returns the mean loss of the current epoch so far, in nats per word; nan before the first word."""
         return self.get("loss_sum") / (self.get("token_count") or math.nan)
+
+    def result(self, self_critical: bool) -> tuple[str, float]:
+        """Returns the name and the value of what the epoch has reached so far: the mean loss, or the mean reward."""
+        if self_critical:
+            return "train_reward", round(-100 * self.mean_loss(), 2)  # in percent, as CIDEr
+        return "train_loss", round(self.mean_loss(), 4)
+
+    def best(self) -> EpochScore:
+        """Returns the score of the best epoch so far."""
+        return EpochScore(*self.get("best_score"))
 
     def update_baseline(self, log_prob: tf.Tensor, num_words: tf.Tensor) -> None:
         """Moves the baseline towards the mean log p of the sampled words of a step (Xu et al. 2015, section 4.1).

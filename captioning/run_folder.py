@@ -234,12 +234,14 @@ def settings_to_continue(run: Path) -> dict[str, Any]:
     }
 
 
-def check_same_data(run: Path, config: RunConfig) -> None:
-    """Checks that a training has the data of the run whose weights it starts from.
+def check_start(run: Path, config: RunConfig) -> None:
+    """Checks that self-critical training can start from the weights of a run.
 
     Raises:
-        InputError: it has other images or captions, or others are for validation.
+        InputError: it has other images or captions, or others are for validation; or the attention is hard.
     """
+    if config.model.attention == "hard":
+        raise InputError(f"--self-critical: expected soft attention, {run} has hard attention")
     if read_config(run).data_fingerprint != config.data_fingerprint:
         raise InputError(f"{run} was trained on other images or captions; expected the same to start from its weights")
 

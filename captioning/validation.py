@@ -4,9 +4,12 @@ import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from captioning import metrics
+from captioning import devices, metrics
+from captioning.annotations import Example
 from captioning.cli import log
-from captioning.input_pipeline import Batch, EncodedCaptions, make_dataset, make_epoch_batches
+from captioning.config import DecodeConfig, TrainConfig
+from captioning.feature_cache import FeatureCache
+from captioning.input_pipeline import Batch, EncodedCaptions, encode_captions, make_dataset, make_epoch_batches
 from captioning.losses import masked_cross_entropy
 from captioning.quiet_tensorflow import tf
 
@@ -127,3 +130,57 @@ class Validator:
             chooser = ", and the best epoch is chosen by the validation loss"
         if not self.has_scores:
             log(f"BLEU-4 and CIDEr are left out{chooser}: they need `pip install pycocoevalcap`")
+
+
+def make_validator(
+    model: tf.keras.Model,
+    examples: list[Example],
+    tokenizer: Any,
+    cache: FeatureCache,
+    config: TrainConfig,
+    generate_captions: Callable[..., list[Any]],
+    split_words: Callable[[str], list[str]],
+) -> Validator:
+    """Makes the validator of a run, for at most `max_val_images` images.
+
+    Args:
+        model: the caption model.
+        examples: the images for validation.
+        tokenizer: the `Tokenizer`.
+        cache: holds the features of the images.
+        config: the settings of the training.
+        generate_captions: `evaluate.generate_captions`.
+        split_words: splits a caption for the scores.
+    """
+    examples = examples[: config.max_val_images]
+
+    def generate() -> list[str]:
+        decoding = DecodeConfig(max_words=config.max_length)
+        captions = generate_captions(model, tokenizer, cache, examples, config.batch_size, decoding)
+        return [caption.text for caption in captions]
+
+    return Validator(
+        model,
+        encode_captions(examples, tokenizer.encode, cache.path, config.max_length),
+        [list(example.captions) for example in examples],
+        cache.read,
+        generate,
+        split_words,
+        config.batch_size,
+    )
+
+
+def score_start(validator: Validator, save_best: Callable[[], None], strategy: tf.distribute.Strategy) -> EpochScore:
+    """Scores the weights that self-critical training starts from; they stay the best until an epoch is better.
+
+    Args:
+        validator: that of the run.
+        save_best: saves the weights as the best.
+        strategy: of several machines, one validates.
+    """
+    score = EpochScore()
+    if devices.is_chief(strategy):
+        score = validator.evaluate().score
+        log(f"the start: {score}")
+        save_best()
+    return EpochScore(*devices.broadcast_from_chief(strategy, score))

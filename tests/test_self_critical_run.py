@@ -141,6 +141,11 @@ def test_command_refuses_other_data(command, run, dataset, cache, monkeypatch):
         command("--run", run)
 
 
+def test_command_refuses_hard_attention(command, run):
+    with pytest.raises(InputError, match="expected soft attention"):
+        command("--run", run, "--attention", "hard")
+
+
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
