@@ -354,7 +354,7 @@ def main(argv: list[str] | None = None) -> None:
     tokenizer = Tokenizer.fit((text for example in examples for text in example.captions), args.vocab_size)
     config = ModelConfig(len(tokenizer), args.embedding_dim, args.units, args.dropout)
     with tempfile.TemporaryDirectory() as folder:
-        cache = write_random_features(folder, examples)
+        cache = write_random_features(Path(folder), examples)
         captions = encode_captions(examples, tokenizer.encode, cache.path, MAX_LENGTH)
         variants = {name: make_variant(name, args, config, captions, cache) for name in args.variants}
         rates, first_step = measure_variants(variants, args.batch_size, args.rounds)
