@@ -200,6 +200,23 @@ def test_features_main_measures_the_pipeline(capsys):
     assert 0 < result["cnn"] < 2000
 
 
+def test_features_main_measures_all_cnns(monkeypatch, capsys):
+    layers = tf.keras.layers
+    convolutions = [layers.Conv2D(4, 3, strides=2, padding="same"), layers.DepthwiseConv2D(3, padding="same")]
+
+    def build(_, cnn):
+        pixels = tf.keras.Input((8, 8, 3), dtype="uint8")
+        cnn = tf.keras.Sequential([tf.keras.Input((8, 8, 3)), *convolutions, layers.Dense(5)])
+        return tf.keras.Model(pixels, cnn(tf.keras.ops.cast(pixels, "float32")))
+
+    assert features.count_multiplications(build("random", None)) == 16 * (3 * 3 * 3 * 4 + 3 * 3 * 4 + 4 * 5)
+    monkeypatch.setattr(features, "CNNS", {"small": "its row"})
+    monkeypatch.setattr("features.build_feature_extractor", build)
+    features.main(["--only", "cnns", "--images", "3", "--rounds", "1"])
+    [result] = read_result(capsys)["cnns"].values()
+    assert result["images_per_second"] > 0 and result["billion_multiplications"] == 0
+
+
 @pytest.mark.slow
 def test_memory_main_stops_after_some_steps(capsys):
     memory.main(["--images", "250", "--captions", "1250", "--steps", "2", "--", *SMALL_MODEL])
