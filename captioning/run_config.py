@@ -54,7 +54,7 @@ class RunConfig:
         for name in ("unreadable_images", "data_fingerprint"):
             if getattr(self, name) != getattr(other, name):
                 return name, getattr(self, name), getattr(other, name)
-        for name in self.features.keys() | other.features.keys():
+        for name in self.features | other.features:  # in the order of the manifest, the CNN first
             # A weights file is what it holds (its SHA-256), not what it is called. The shape, which earlier versions
             # did not write, follows from the CNN and the image size.
             if name in ("folder", "shape") or (name == "weights" and "sha256" in self.features):
