@@ -241,21 +241,21 @@ class PaperDecoder(RNNDecoder):
 
     def __init__(self, config: ModelConfig):
         tf.keras.Model.__init__(self)  # without the layers of the tutorial
+        is_lstm = config.cell == "lstm"
         self.units = config.units
         self.embedding = layers.Embedding(config.vocab_size, config.embedding_dim)
         self.f_init_h = layers.Dense(config.units, activation="tanh")
-        self.f_init_c = layers.Dense(config.units, activation="tanh") if config.cell == "lstm" else None
+        self.f_init_c = layers.Dense(config.units, activation="tanh") if is_lstm else None
         self.attention = BahdanauAttention(config.units, config.attention == "hard")
         self.f_beta = layers.Dense(1, activation="sigmoid")
-        cell = layers.GRUCell if self.f_init_c is None else layers.LSTMCell
-        self.cell = cell(config.units, recurrent_initializer="glorot_uniform")
+        cell_class = layers.LSTMCell if is_lstm else layers.GRUCell
+        self.cell = cell_class(config.units, recurrent_initializer="glorot_uniform")
         self.L_h = layers.Dense(config.embedding_dim)
         self.L_z = layers.Dense(config.embedding_dim, use_bias=False)  # L_h has one
         self.L_o = layers.Dense(config.vocab_size)
         self.dropout = layers.Dropout(config.dropout)
         self.fused = False
-        num_cell_states = 1 if self.f_init_c is None else 2
-        self.state_sizes = [config.units] * num_cell_states + [config.embedding_dim, 1]
+        self.state_sizes = [config.units] * (1 + is_lstm) + [config.embedding_dim, 1]
 
     def initial_state(self, images: EncodedImages) -> tf.Tensor:
         """Returns the state before the first word (B, 769), of an LSTM (B, 1281); no context vector and gate yet."""
@@ -267,18 +267,19 @@ class PaperDecoder(RNNDecoder):
         self, dec_input: tf.Tensor, images: EncodedImages, state: tf.Tensor, noise: SamplingNoise | None = None
     ) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
         """Runs one step, as `RNNDecoder.step` does; the context vector and the gate in `state` are not read."""
-        *cell_states, _, _ = tf.split(state, self.state_sizes, axis=1)
-        h = cell_states[0]  # (B, 512)
+        *cell_states, _, _ = tf.split(state, self.state_sizes, axis=1)  # (B, 512)
+        h = cell_states[0]
         context_vector, attention_weights, location_weights = self.attention(images.features, h, images.keys, noise)
         gate = self.f_beta(h)  # (B, 1)
         context_vector *= gate
-        _, cell_states = self.cell(tf.concat([context_vector, dec_input], axis=-1), cell_states)
-        return tf.concat([*cell_states, context_vector, gate], axis=1), attention_weights, location_weights
+        _, cell_states = self.cell(tf.concat([context_vector, dec_input], axis=-1), cell_states)  # (B, 512)
+        state = tf.concat([*cell_states, context_vector, gate], axis=1)  # (B, 769)
+        return state, attention_weights, location_weights
 
     def to_logits(self, states: tf.Tensor, dec_input: tf.Tensor, training: bool = False) -> tf.Tensor:
         """Maps the states (N, 769) after N words with embeddings dec_input (N, 256) to logits (N, vocab_size)."""
-        h, *_, context_vector, _ = tf.split(states, self.state_sizes, axis=1)
-        h = self.dropout(h, training=training)  # (N, 512)
+        h, *_, context_vector, _ = tf.split(states, self.state_sizes, axis=1)  # (N, 512), (N, 256)
+        h = self.dropout(h, training=training)
         hidden = tf.tanh(dec_input + self.L_h(h) + self.L_z(context_vector))  # (N, 256)
         return self.L_o(self.dropout(hidden, training=training))
 
@@ -286,12 +287,12 @@ class PaperDecoder(RNNDecoder):
         """Runs all steps, as `RNNDecoder.run_fused`; only with a GRU."""
         h = self.initial_state(images)[:, : self.units]  # (B, 512)
         h, weights, *others = fused_decoder.run(dec_input, images, order, self.attention, self.cell, h, self.f_beta)
-        return tf.concat([h, *others], axis=1), weights
+        return tf.concat([h, *others], axis=1), weights  # (N, 769), (N, 64)
 
     def call(self, token: tf.Tensor, images: EncodedImages | tf.Tensor, state: tf.Tensor) -> tuple[tf.Tensor, ...]:
         """Predicts the next word, as `RNNDecoder.call` does; the gate stands after the location weights, (B, L + 1)."""
         logits, state, location_weights = super().call(token, images, state)
-        return logits, state, tf.concat([location_weights, state[:, -1:]], axis=1)
+        return logits, state, tf.concat([location_weights, state[:, -1:]], axis=1)  # (B, L + 1)
 
 
 class CaptionModel(tf.keras.Model):

@@ -42,9 +42,9 @@ class Caption:
     probabilities: tuple[float, ...]  # of each word
     attention: np.ndarray  # (T, L), the attention weights of each word, which sum to 1
     end_probability: float | None = None  # of <end> after the last word; None if the caption was cut before it
-    gates: tuple[float, ...] | None = None  # of each word, how much the image counted, from 0 to 1; None without gate
     alternatives: tuple["Caption", ...] = ()  # the further captions of the image that were asked for, best first
     image: ImageSource | None = dataclasses.field(default=None, repr=False, compare=False)  # what was captioned
+    gates: tuple[float, ...] | None = None  # of each word, the gate of its context vector; None if the decoder has none
 
     @property
     def finished(self) -> bool:
@@ -136,7 +136,7 @@ def to_captions(decoded: DecodedBatch, vocabulary: Vocabulary, num_captions: int
             tuple(probabilities[:length].tolist()),
             attention[:length],
             end_probability,
-            None if gates is None else tuple(gates[row, :length].tolist()),
+            gates=None if gates is None else tuple(gates[row, :length].tolist()),
         )
         captions.append(None if ids[0] == PAD_ID else caption)
     groups = (captions[start : start + num_captions] for start in range(0, len(captions), num_captions))

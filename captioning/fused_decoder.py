@@ -63,9 +63,6 @@ def order_tensors(tokens: tf.Tensor) -> WordOrder:
     return WordOrder(*map(tf.ensure_shape, arrays, ORDER_SHAPES))
 
 
-NUM_WEIGHTS = 4  # of `forward_step`, without those of a gate
-
-
 class Residuals(NamedTuple):
     """What the forward step keeps for the backward step, besides e."""
 
@@ -79,13 +76,13 @@ class Residuals(NamedTuple):
     context_gate: tf.Tensor | None = None  # (n, 1): b, if there is one
 
 
-def forward_step(state, token_input, features, keys, weights) -> tuple[tf.Tensor, tf.Tensor, Residuals]:
+def forward_step(state, token_input, features, keys, weights, gate=()) -> tuple[tf.Tensor, tf.Tensor, Residuals]:
     """Computes h', e and the rest from state (n, U), token_input (3, n, U), features (n, L, C) and keys (n, L, U).
 
-    The weights are Wh of z, r and g with W2, (4, U, U); Wc of z, r and g, (3, C, U); v, (U, 1); b_g, (U,); and with a
-    gate wb (U, 1) and bb (1,). They are stacked so that the parts of a product need not be copied out of it.
+    The weights are Wh of z, r and g with W2, (4, U, U); Wc of z, r and g, (3, C, U); v, (U, 1); and b_g, (U,). They
+    are stacked so that the parts of a product need not be copied out of it. The gate is wb (U, 1) and bb (1,).
     """
-    state_kernels, context_kernels, score_kernel, candidate_bias, *gate_weights = weights
+    state_kernels, context_kernels, score_kernel, candidate_bias = weights
     num_locations, units = keys.shape[1:]
     recurrent = tf.matmul(state[tf.newaxis], state_kernels)  # (4, n, U): u_z, u_r, u_g, q
     hidden = tf.tanh(keys + recurrent[3, :, tf.newaxis])  # (n, L, U)
@@ -93,8 +90,8 @@ def forward_step(state, token_input, features, keys, weights) -> tuple[tf.Tensor
     attention_weights = tf.nn.softmax(tf.reshape(scores, (-1, num_locations)))  # (n, L)
     context = tf.squeeze(tf.matmul(attention_weights[:, tf.newaxis], features), 1)  # (n, C)
     context_gate = None
-    if gate_weights:
-        context_gate = tf.sigmoid(tf.matmul(state, gate_weights[0]) + gate_weights[1])  # (n, 1)
+    if gate:
+        context_gate = tf.sigmoid(tf.matmul(state, gate[0]) + gate[1])  # (n, 1)
         context *= context_gate
     inputs = token_input + tf.matmul(context[tf.newaxis], context_kernels)  # (3, n, U): x_z, x_r, x_g
     gates = tf.sigmoid(inputs[:2] + recurrent[:2])  # (2, n, U)
@@ -167,18 +164,18 @@ def loop(body, num_steps, carry, shapes, reverse=False):
     return tf.while_loop(lambda i, *_: i < num_steps, iterate, (0, carry, arrays), shapes, parallel_iterations=1)[1:]
 
 
-def forward_loop(token_inputs, features, keys, initial_state, order, weights):
+def forward_loop(token_inputs, features, keys, initial_state, order, weights, gate):
     """Runs all steps; returns the new states (N, U), e as a TensorArray, since a copy would cost, and Residuals."""
     num_locations, units = keys.shape[1:]
 
     def body(t, state):
         n, start = order.num_active[t], order.step_start[t]
         inputs = token_inputs[:, start : start + n], features[:n], keys[:n]
-        new_state, hidden, res = forward_step(state[:n], *inputs, weights)
+        new_state, hidden, res = forward_step(state[:n], *inputs, weights, gate)
         return [new_state], [hidden, new_state, *(tensor for tensor in res if tensor is not None)]
 
     shapes = [(num_locations, units), *[(units,)] * 2, (num_locations,), (features.shape[2],), *[(units,)] * 4]
-    if len(weights) > NUM_WEIGHTS:
+    if gate:
         shapes.append((1,))
     hidden, *arrays = loop(body, tf.size(order.num_active), [initial_state], shapes)[1]
     states, *residuals = (array.concat() for array in arrays)  # (N, ...)
@@ -216,9 +213,9 @@ def unroll(
     """
     units = keys.shape[2]
     state_kernels = tf.stack([*tf.split(kernel, 3, 1), query_kernel])  # (4, U, U)
-    weights = state_kernels, tf.stack(tf.split(context_kernel, 3, 1)), score_kernel, bias, *gate
+    weights = state_kernels, tf.stack(tf.split(context_kernel, 3, 1)), score_kernel, bias
     token_inputs = tf.stack(tf.split(token_inputs, 3, 1))  # (3, N, U)
-    states, hidden, res = forward_loop(token_inputs, features, keys, initial_state, order, weights)
+    states, hidden, res = forward_loop(token_inputs, features, keys, initial_state, order, weights, gate)
 
     def gradient(d_states, d_attention, d_contexts=None, _=None):
         state_kernel = tf.concat([kernel, query_kernel, *gate[:1]], 1)  # (U, 4U), or (U, 4U + 1) with a gate

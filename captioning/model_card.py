@@ -13,6 +13,7 @@ from captioning.run_config import RunConfig
 from captioning.settings import Settings
 
 LICENCE = "TO FILL IN: the licence of these weights. Without one, nobody may use or share them."
+CELLS = {"gru": "a GRU", "lstm": "an LSTM"}
 LIMITS = """\
 - The captions describe what the training captions describe, in their words. What they never mention, the model cannot
   name; the vocabulary has no other words.
@@ -76,7 +77,7 @@ def make_card(
     }
     head = (
         f"# {name}\n\nAn image captioning model: it writes a sentence about an image, and shows for each word where in "
-        f"the image it looked.\n{config.cnn.name} turns the image into features; a GRU with "
+        f"the image it looked.\n{config.cnn.name} turns the image into features; {CELLS[config.model.cell]} with "
         f"{config.model.attention} attention writes one word after the other\n(Xu et al. 2015, [Show, Attend and "
         "Tell](https://arxiv.org/abs/1502.03044)). This card was generated from the run; lines\nwith TO FILL IN are "
         "the author's.\n"

@@ -174,6 +174,7 @@ def plot_attention(
     probabilities: Sequence[float] | None = None,
     path: Path | str | None = None,
     text: str | None = None,
+    gates: Sequence[float] | None = None,
 ) -> NotebookFigure:
     """Plots an image, and for each word the image lit where the model attended to.
 
@@ -184,6 +185,7 @@ def plot_attention(
         probabilities: of each word, for its title; None to leave them out.
         path: the file to write, .png, .svg or .pdf; None to write none.
         text: the caption, where it is not its words with spaces between them.
+        gates: of each word, the gate of its context vector (Xu et al. 2015, section 4.2.1), for its title; or None.
     """
     image = thumbnail(image)
     aspect = image.width / image.height
@@ -209,9 +211,10 @@ def plot_attention(
         word, center = words[index - 1], left + cell_width / 2
         points = max(8.0, min(13.0, cell_width * POINTS_PER_INCH / (0.6 * max(1, count_cells(word)))))
         figure.add_text(center, top - 0.2, truncate_text(word, cell_width, points), points, va="bottom")
-        if probabilities is not None:
-            percent = format_percent(probabilities[index - 1])
-            figure.add_text(center, top - 0.04, percent, 8.5, va="bottom", color="dimgrey")
+        numbers = [] if probabilities is None else [format_percent(probabilities[index - 1])]
+        numbers += [] if gates is None else [f"gate {gates[index - 1]:.2f}"]
+        if numbers:
+            figure.add_text(center, top - 0.04, ", ".join(numbers), 8.5, va="bottom", color="dimgrey")
     if path:
         figure.save(path)
     return figure

@@ -36,7 +36,8 @@ def write_plot(image: Image.Image, caption: Caption, path: Path) -> bool:
         OSError: the disk is full.
     """
     try:
-        plot_attention(image, caption.words, caption.attention, caption.probabilities, path, caption.text)
+        words, attention = caption.words, caption.attention
+        plot_attention(image, words, attention, caption.probabilities, path, caption.text, caption.gates)
     except OSError as error:
         if error.errno == errno.ENOSPC:
             raise

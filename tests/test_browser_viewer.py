@@ -195,9 +195,10 @@ def test_tapped_word_stays_lit(browser, tmp_path):
 
 def test_words_and_captions_are_named_with_their_probability(browser, tmp_path):
     result = make_result("a red dog runs", alternatives=[make_result("two cats", log_prob=-4.25, confidence=0.001)])
+    result["words"][1]["gate"] = 0.826
     with open_report(browser, write_page(tmp_path / "a.html", {"result": result})) as page:
         names = [word.get_attribute("aria-label") for word in page.locator(".cv-line").first.locator("button").all()]
-        assert names == ["a, 98 %", "red, 50 %", "dog, 2 %", "runs, < 1 %"]
+        assert names == ["a, 98 %", "red, 50 %, gate 0.83", "dog, 2 %", "runs, < 1 %"]
         assert page.locator(".cv-word").first.get_attribute("title") == "a, 98 %"
         status = page.locator(".cv-status")
         assert status.get_attribute("aria-live") == "polite"

@@ -50,6 +50,10 @@ def test_make_card_has_every_section():
     assert "| `weights.npz` | 1,234,567 | `89ab` |" in text and "Packed with Python 3.11, numpy 2.0." in text
 
 
+def test_make_card_names_the_cell():
+    assert "an LSTM with soft attention" in card(model=ModelConfig(decoder="paper", cell="lstm"))
+
+
 def test_make_card_describes_data_and_settings():
     text = card({"a": SCORES, "b": GREEDY})
     assert "the dataset flickr8k" in text and "1,000 of test, 20 of val" in text and "1,234 entries" in text

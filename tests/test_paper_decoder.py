@@ -1,18 +1,23 @@
 """The decoder of Show, Attend and Tell: against its equations, in training, and in search."""
 
 import dataclasses
+from pathlib import Path
 
 import numpy as np
 import pytest
 from helpers.runs import LossRecorder, read_history, run_training
+from PIL import Image
+from test_exported_model import build_small_cnn
 
+import export
+import features as features_of
 import inference
 import model
 from captioning.cli import InputError
 from captioning.config import DecodeConfig, ModelConfig
 from captioning.decoding import beam_search, greedy_search
 from captioning.quiet_tensorflow import tf
-from captioning.run_folder import read_config
+from captioning.run_folder import init_run_dir, read_config
 from captioning.special_tokens import START_ID
 
 CONFIG = ModelConfig(vocab_size=30, embedding_dim=8, units=12, decoder="paper")
@@ -230,6 +235,46 @@ def test_captions_have_the_gate(config, tokenizer, rng):
             assert all(0 < gate < 1 for gate in caption.gates)
             assert [word["gate"] for word in words] == [round(gate, 4) for gate in caption.gates]
             np.testing.assert_allclose(caption.attention.sum(axis=1), 1, rtol=1e-5)
+
+
+@pytest.fixture
+def captioner(tmp_path, run_config, tokenizer, monkeypatch):
+    """An untrained run of the paper's decoder with an LSTM, and a small CNN."""
+    config = dataclasses.replace(run_config.model, decoder="paper", cell="lstm")
+    run = tmp_path / "runs/paper"
+    init_run_dir(run, dataclasses.replace(run_config, model=config), tokenizer.save, "imagenet")
+    checkpoint = tf.train.Checkpoint(model=model.build(config))
+    tf.train.CheckpointManager(checkpoint, str(run / "checkpoints/best"), 1).save()
+    monkeypatch.setattr("features.build_feature_extractor", build_small_cnn)
+    monkeypatch.chdir(tmp_path)
+    return inference.Captioner.load(run, DecodeConfig(beam_size=3, captions=2, min_words=2, max_words=5))
+
+
+@pytest.mark.slow
+def test_exports_caption_as_the_captioner(captioner, rng, capsys):
+    pixels = rng.integers(0, 256, (40, 60, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save("photo.png")
+    caption = captioner.caption("photo.png")
+    assert caption.gates and caption.alternatives
+    options = ["--run", "runs/paper", "--beam-size", "3", "--captions", "2", "--min-words", "2", "--max-words", "5"]
+    export.main(options)
+    export.main([*options, "--litert"])
+    export.main([*options[:2], "--pack", "--weights", "float32"])
+    saved_model = tf.saved_model.load("paper_saved_model")
+    of_saved_model = {
+        name: tensor[0] for name, tensor in saved_model.caption(tf.constant([Path("photo.png").read_bytes()])).items()
+    }
+    with pytest.warns(UserWarning, match=r"tf\.lite\.Interpreter is deprecated"):
+        interpreter = tf.lite.Interpreter(model_path="paper.tflite")
+    of_litert = interpreter.get_signature_runner("caption")(pixels=features_of.load_image("photo.png")[np.newaxis])
+    for rank, expected in enumerate((caption, *caption.alternatives)):
+        length = len(expected.words)
+        for results in (of_saved_model, of_litert):
+            for name in ("probabilities", "attention", "gates"):
+                values = np.asarray(results[name])[rank, :length]
+                np.testing.assert_allclose(values, getattr(expected, name), atol=1e-3, err_msg=name)
+    packed = inference.Captioner.load(Path("paper.zip"), captioner.decode_config).caption("photo.png")
+    assert (packed.text, packed.gates) == (caption.text, caption.gates)
 
 
 # Settings.

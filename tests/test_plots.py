@@ -66,6 +66,7 @@ def test_plot_attention_titles_each_word_with_its_probability():
     assert texts_of(figure) == ["a $5", "a", "90 %", "$5", "< 1 %"]
     assert len(figure.axes) == 3, "the image itself comes first"
     assert texts_of(plot_attention(image, ("a", "$5"), attention)) == ["a $5", "a", "$5"]
+    assert texts_of(plot_attention(image, ("a",), attention[:1], gates=(0.5,))) == ["a", "a", "gate 0.50"]
     assert texts_of(plot_attention(image, (), attention[:0])) == ["(no words)"]
     assert texts_of(plot_attention(image, ("狗", "猫"), attention, text="狗猫")) == ["狗猫", "狗", "猫"]
     assert texts_of(plot_attention(image, ("\u0301", "a"), attention)) == ["\u0301 a", "\u0301", "a"]

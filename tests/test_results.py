@@ -1,3 +1,4 @@
+import dataclasses
 import errno
 import json
 import os
@@ -45,7 +46,15 @@ def test_write_plot_titles_words_as_they_are_and_the_caption_as_it_is_joined(tmp
     monkeypatch.setattr(results, "plot_attention", lambda *args: calls.append(args))
     caption = Caption("一只", ("一", "只"), (0.5, 0.5), np.full((2, 64), 1 / 64), 1.0)
     assert write_plot(IMAGE, caption, tmp_path / "plot.png")
-    assert calls == [(IMAGE, ("一", "只"), caption.attention, (0.5, 0.5), tmp_path / "plot.png", "一只")]
+    assert calls == [(IMAGE, ("一", "只"), caption.attention, (0.5, 0.5), tmp_path / "plot.png", "一只", None)]
+
+
+def test_write_plot_shows_the_gate_of_each_word(tmp_path, monkeypatch):
+    figures, plot_attention = [], results.plot_attention
+    monkeypatch.setattr(results, "plot_attention", lambda *args: figures.append(plot_attention(*args)))
+    assert write_plot(IMAGE, dataclasses.replace(make_caption(), gates=(0.826, 0.004)), tmp_path / "plot.png")
+    texts = [text.get_text() for text in figures[0].texts]
+    assert texts == ["a dog", "a", "12 %, gate 0.83", "dog", "50 %, gate 0.00"]
 
 
 def test_write_plot_makes_a_picture(tmp_path):

@@ -24,6 +24,11 @@ window.captionViewer ??= (() => {
     return probability >= 0.005 ? `${Math.round(100 * probability)} %` : "< 1 %"; // as the plots have it
   }
 
+  function describeWord(word) {
+    const gate = word.gate == null ? "" : `, gate ${word.gate.toFixed(2)}`; // only of a decoder that has one
+    return `${word.word}, ${formatPercent(word.probability)}${gate}`;
+  }
+
   function formatScores(result) {
     const logProb = Number(result.log_prob).toFixed(2).replace("-", "−");
     return `log p ${logProb}, confidence ${formatPercent(result.confidence)}`;
@@ -99,7 +104,7 @@ window.captionViewer ??= (() => {
       shown?.button.classList.add("cv-lit");
       if (shown?.attention) drawAttention(this.canvas, shown.attention);
       this.box.classList.toggle("cv-dark", Boolean(shown?.attention));
-      this.status.textContent = shown ? `${shown.word}, ${formatPercent(shown.probability)}` : this.idleText;
+      this.status.textContent = shown ? describeWord(shown) : this.idleText;
     }
 
     keep(word) {
@@ -125,7 +130,7 @@ window.captionViewer ??= (() => {
   }
 
   function makeWord(fields, display) {
-    const label = `${fields.word}, ${formatPercent(fields.probability)}`;
+    const label = describeWord(fields);
     const attributes = { type: "button", title: label, "aria-label": label, "aria-pressed": false };
     const button = make("button", "cv-word", fields.word, attributes);
     const word = { ...fields, button };
