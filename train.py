@@ -41,7 +41,7 @@ from captioning.input_pipeline import (
 )
 from captioning.optimizer import WeightEMA, make_optimizer
 from captioning.quiet_tensorflow import tf
-from captioning.run_folder import fill_locations, init_run_dir
+from captioning.run_folder import check_run_cnn, fill_locations, init_run_dir
 from captioning.settings import add_options
 from captioning.training_log import TrainingLog
 from captioning.validation import EpochScore, Validator
@@ -369,6 +369,8 @@ def main(argv: list[str] | None = None, on_step: Callable[[TrainState], None] | 
     all_images = {example.image_path for example in dataset.examples}
     for split in ("train", "val"):
         dataset.split(split)  # an empty split is an error before hours of features, not after
+    run = args.run or Path("runs") / dataset.name
+    check_run_cnn(run, feature_config.sized_cnn)
     cache, dataset = features.extract_features(dataset, feature_config)
     train_captions = (text for example in dataset.split("train") for text in example.captions)
     tokenizer = Tokenizer.fit(train_captions, model_config.vocab_size, data_config.words)
@@ -381,7 +383,6 @@ def main(argv: list[str] | None = None, on_step: Callable[[TrainState], None] | 
         data_fingerprint=dataset.fingerprint,
         vocabulary_sha256="",  # known once the vocabulary is saved
     )
-    run = args.run or Path("runs") / dataset.name
     if not devices.is_chief(strategy):
         train(run, dataset, cache, config, tokenizer, strategy, on_step)
         return
