@@ -359,6 +359,8 @@ def main(argv: list[str] | None = None, on_step: Callable[[TrainState], None] | 
     all_images = {example.image_path for example in dataset.examples}
     for split in ("train", "val"):
         dataset.split(split)  # an empty split is an error before hours of features, not after
+    run = args.run or Path("runs") / dataset.name
+    run_folder.check_run_cnn(run, feature_config.sized_cnn)
     cache, dataset = features.extract_features(dataset, feature_config)
     train_captions = (text for example in dataset.split("train") for text in example.captions)
     tokenizer = Tokenizer.fit(train_captions, model_config.vocab_size, data_config.words)
@@ -371,9 +373,9 @@ def main(argv: list[str] | None = None, on_step: Callable[[TrainState], None] | 
         data_fingerprint=dataset.fingerprint,
         vocabulary_sha256="",  # known once the vocabulary is saved
     )
-    run, start = args.run or Path("runs") / dataset.name, None
+    start = None
     if train_config.self_critical:
-        run, start = args.run.with_name(f"{args.run.name}_cider"), args.run
+        run, start = run.with_name(f"{run.name}_cider"), run
         run_folder.check_start(start, config)
     if not devices.is_chief(strategy):
         train(run, dataset, cache, config, tokenizer, strategy, on_step, start)

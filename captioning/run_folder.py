@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from captioning.cli import InputError, log
+from captioning.cnns import CNN
 from captioning.config import DATA_PATHS, DataConfig, FeatureConfig, ModelConfig, TrainConfig
 from captioning.feature_cache import check_manifest, find_cnn_weights
 from captioning.files import atomic_write, check_schema, file_sha256, read_json, write_json
@@ -246,6 +247,27 @@ def check_start(run: Path, config: RunConfig) -> None:
         raise InputError(f"{run} was trained on other images or captions; expected the same to start from its weights")
 
 
+def check_run_cnn(run: Path, cnn: CNN) -> None:
+    """Checks that a run, if there is one in the folder, has this CNN: before hours of features, and not after.
+
+    Raises:
+        InputError: it was trained with another CNN, or images of another size.
+    """
+    if not (run / CONFIG_FILE).exists() or (saved := read_config(run).cnn) == cnn:
+        return
+    if saved.name != cnn.name:
+        raise _other_settings(run, "cnn", saved.name, cnn.name)
+    raise _other_settings(run, "image_size", saved.image_size, cnn.image_size)
+
+
+def _other_settings(run: Path, name: str, saved_value: Any, value: Any) -> InputError:
+    """Makes the error of a run folder that holds a run with another value of a setting."""
+    return InputError(
+        f"{run} was trained with {name} = {saved_value}, expected {value}; give its settings to resume it, or "
+        "another --run to start anew"
+    )
+
+
 def init_run_dir(run: Path, config: RunConfig, save_vocabulary: Callable[[Path], None], cnn_weights: str) -> None:
     """Creates a run folder, or checks that an existing one was made with the same settings.
 
@@ -263,10 +285,7 @@ def init_run_dir(run: Path, config: RunConfig, save_vocabulary: Callable[[Path],
         saved = read_config(run)
         if difference := config.difference(saved):
             name, value, saved_value = difference
-            raise InputError(
-                f"{run} was trained with {name} = {saved_value}, expected {value}; give its settings to resume it, or "
-                "another --run to start anew"
-            )
+            raise _other_settings(run, name, saved_value, value)
         if not vocabulary.exists() or file_sha256(vocabulary) != saved.vocabulary_sha256:
             log(f"{vocabulary} is missing or damaged: it is written again")
     save_vocabulary(vocabulary)

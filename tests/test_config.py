@@ -243,6 +243,9 @@ def test_run_config_difference_of_features(run_config):
     assert run_config.difference(with_features(folder="elsewhere")) is None
     assert run_config.difference(with_features(weights="random")) == ("weights", "imagenet", "random")
     assert run_config.difference(with_features(sha256="ab")) == ("sha256", None, "ab")
+    assert run_config.difference(with_features(shape=[64, 2048])) is None, "earlier versions did not write it"
+    another_cnn = with_features(cnn="VGG19", weights="random", image_size=224, sha256="ab")
+    assert run_config.difference(another_cnn) == ("cnn", "InceptionV3", "VGG19"), "what it is about comes first"
     first, second = with_features(weights="a.h5", sha256="ab"), with_features(weights="moved/a.h5", sha256="ab")
     assert first.difference(second) is None, "a weights file is its SHA-256"
     assert first.difference(with_features(weights="a.h5", sha256="cd")) == ("sha256", "ab", "cd")

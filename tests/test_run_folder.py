@@ -6,12 +6,14 @@ import re
 import pytest
 
 from captioning.cli import InputError
+from captioning.cnns import CNNS, INCEPTION_V3
 from captioning.config import DataConfig, FeatureConfig, ModelConfig, TrainConfig
 from captioning.files import file_sha256, read_json, write_json
 from captioning.quiet_tensorflow import tf
 from captioning.run_config import FORMAT, RunConfig
 from captioning.run_folder import (
     best_checkpoint,
+    check_run_cnn,
     fill_locations,
     init_run_dir,
     latest_checkpoint,
@@ -252,6 +254,15 @@ def test_init_run_dir_refuses_other_settings(run):
     assert (run / "config.json").read_bytes() == before
     init_run_dir(run, dataclasses.replace(CONFIG, train=TrainConfig(epochs=99)), save_vocabulary, "imagenet")
     assert read_config(run).train.epochs == 99, "more epochs may be asked for"
+
+
+def test_check_run_cnn_refuses_another_cnn_or_size(run):
+    check_run_cnn(run / "none", CNNS["vgg19"])
+    check_run_cnn(run, INCEPTION_V3)
+    with pytest.raises(InputError, match="was trained with cnn = InceptionV3, expected VGG19; give its settings to"):
+        check_run_cnn(run, CNNS["vgg19"])
+    with pytest.raises(InputError, match="was trained with image_size = 299, expected 400; give its settings to"):
+        check_run_cnn(run, INCEPTION_V3.at(400))
 
 
 def test_init_run_dir_restores_missing_or_damaged_vocabulary(run, capsys):
