@@ -201,9 +201,7 @@ class Captioner:
 def caption_and_plot(
     captioner: Captioner, path: Path, folder: Path, name: str | None = None, image_format: str = "png"
 ) -> tuple[Caption, Path | None]:
-    """Captions an image, and plots the attention into `<folder>/<name>_attention.<image_format>`.
-
-    The name is that of the image, if none is given.
+    """Captions an image, and plots the attention: `<folder>/<name, by default the image's>_attention.<image_format>`.
 
     Returns:
         The caption, and the path of the plot; None if it cannot be written there, which is logged.
