@@ -39,6 +39,7 @@ from captioning.input_pipeline import (
     make_distributed_dataset,
     make_epoch_batches,
 )
+from captioning.metrics import choose_tokenizer
 from captioning.optimizer import WeightEMA, make_optimizer
 from captioning.quiet_tensorflow import tf
 from captioning.run_folder import fill_locations, init_run_dir
@@ -229,7 +230,7 @@ def make_validator(
         [list(example.captions) for example in examples],
         cache.read,
         generate_captions,
-        functools.partial(split_words, words=tokenizer.words),
+        choose_tokenizer(tokenizer.words, split_words)[1],
         config.batch_size,
     )
 
