@@ -3,7 +3,7 @@ import re
 
 import pytest
 
-from captioning.metrics import has_java
+from captioning.java_scores import has_java
 from captioning.ptb_tokenizer import RULES, tokenize
 
 # What pycocoevalcap's PTBTokenizer answered, each caption followed by one that begins with "A dog".
@@ -83,6 +83,7 @@ ANSWERS = [
         "555-123-4567 or 555\u00a0123\u00a04567 +1 555\u00a0123\u00a04567",
     ),
     ("12-25-2010 and 1/2/34, (^-^) --- ;) '' ``", "12-25-2010 and 1/2/34 -lrb-^-^-rrb- ;-rrb-"),
+    ("a co\u00adoperative dog \u00ad 1\u00ad2", "a cooperative dog 12"),
     ("HE'LL go to M'Bala on 5/6-2010", "he 'll go to m'bala on 5/6-2010"),
     ("1st 2nd 10k 5x7 6'2\" 3D 4-wheeler a-1/2", "1st 2nd 10k 5x7 6 2 3d 4-wheeler a-1 / 2"),
     ("", ""),
