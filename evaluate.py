@@ -1,19 +1,19 @@
-"""Scores generated captions against reference captions: BLEU-1 to 4, METEOR, ROUGE-L and CIDEr.
+"""Scores generated captions against reference captions: BLEU-1 to 4, METEOR, ROUGE-L, CIDEr and SPICE.
 
 Tutorial section: none. The tutorial compares single captions by eye.
 
     python evaluate.py                                    # the latest run on its val split
     python evaluate.py --run runs/coco --split test --beam-size 5
     python evaluate.py --html report.html                 # a page of all images, the worst captions first
+    python evaluate.py --per-image scores.csv             # a table of all images, the worst captions first
     python evaluate.py --results captions.json --annotations captions_val2014.json
 
 The captions are generated without the reference captions. They are written into the run folder as COCO results,
 captions_<split>.json, and their scores as metrics_<split>.json. Scoring needs pycocoevalcap, the code of the COCO
-challenge. METEOR, and the tokenizer behind the published scores, need Java.
+challenge; captions are split into words as for published scores. METEOR and SPICE need Java.
 """
 
 import argparse
-import functools
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -31,18 +31,14 @@ from captioning.feature_cache import FeatureCache, map_prefetch, open_run_cache
 from captioning.files import write_json
 from captioning.image_records import ImageRecords
 from captioning.images import map_threads, read_image
-from captioning.metrics import (
-    cider_by_image,
-    distinct_ratio,
-    has_pycocoevalcap,
-    mid_sentence_ratio,
-    score_with_fallback,
-)
+from captioning.java_scores import check_spice
+from captioning.metrics import Scores, distinct_ratio, has_pycocoevalcap, mid_sentence_ratio, score_all
 from captioning.packed_run import open_run
 from captioning.plots import thumbnail
 from captioning.quiet_tensorflow import tf
 from captioning.report import ReportWriter
 from captioning.run_folder import read_config
+from captioning.score_table import check_table_path, write_score_table
 from captioning.settings import add_options
 from tokenizer import Tokenizer, split_words
 
@@ -106,28 +102,28 @@ def check_features(cache: FeatureCache, image_dir: Path, examples: list[Example]
 
 
 def score_run(
-    captioner: inference.Captioner, cache: FeatureCache, examples: list[Example]
-) -> tuple[dict[str, Any], list[inference.Caption]]:
+    captioner: inference.Captioner, cache: FeatureCache, examples: list[Example], with_spice: bool = False
+) -> tuple[dict[str, Any], list[inference.Caption], Scores]:
     """Captions images from their cached features, and scores the captions.
 
     Returns:
-        The metrics, and the caption of each image.
+        The metrics, the caption of each image, and the scores.
     """
     config = captioner.decode_config
     captions = generate_captions(captioner.model, captioner.tokenizer, cache, examples, config=config)
     texts = [caption.text for caption in captions]
     references = [list(example.captions) for example in examples]
-    scores, tokenizer_name = score_with_fallback(references, texts, split_words, captioner.tokenizer.words)
+    scores, tokenizer_name = score_all(references, texts, split_words, captioner.tokenizer.words, with_spice)
     metrics = {
         "run": str(captioner.run),
         **config.to_json(),
         "tokenizer": tokenizer_name,
-        "scores": scores,
+        "scores": scores.total,
         "distinct captions": distinct_ratio(texts),
         "end in mid-sentence": mid_sentence_ratio(texts),
         "unfinished captions": unfinished_ratio(captions),
     }
-    return metrics, captions
+    return metrics, captions, scores
 
 
 def write_report(
@@ -136,7 +132,7 @@ def write_report(
     captions: Sequence[inference.Caption],
     metrics: dict[str, Any],
     image_dir: Path,
-    words: str,
+    ciders: Sequence[float],
 ) -> None:
     """Writes a page of images, each with its caption, those of people and its CIDEr; the worst captions come first.
 
@@ -144,13 +140,10 @@ def write_report(
         path: the page.
         examples: the images.
         captions: the caption of each.
-        metrics: what `score_run` returned; CIDEr is computed with the same tokenizer.
+        metrics: what `score_run` returned.
         image_dir: the folder of the images. Those that cannot be read are left out, which is logged.
-        words: what a word is, see `tokenizer.split_words`.
+        ciders: the CIDEr of each caption, in percent.
     """
-    references, texts = [list(example.captions) for example in examples], [caption.text for caption in captions]
-    split = functools.partial(split_words, words=words)
-    ciders = cider_by_image(references, texts, metrics["tokenizer"] == "PTB", split)
     scores = ", ".join(f"{name} {metrics['scores'][name]:.1f}" for name in ("BLEU-4", "CIDEr"))
     search = DecodeConfig(**{name: metrics[name] for name in DecodeConfig().to_json()}).describe()
     subtitle = f"run {Path(metrics['run']).name}, {metrics['split']} images, {search}: {scores}"
@@ -168,13 +161,18 @@ def write_report(
                 log(f"left out of {path}: {image}", error=True)
                 continue
             result = captions[index].to_json(with_attention=True)
-            report.add(image, examples[index].image_path, result, references[index], ciders[index], "CIDEr")
+            references = list(examples[index].captions)
+            report.add(image, examples[index].image_path, result, references, ciders[index], "CIDEr")
     log(f"page: {path}")
 
 
 def score_file(
-    path: Path, examples: list[Example], all_examples: Sequence[Example] = (), words: str = "spaces"
-) -> dict[str, Any]:
+    path: Path,
+    examples: list[Example],
+    all_examples: Sequence[Example] = (),
+    words: str = "spaces",
+    with_spice: bool = False,
+) -> tuple[dict[str, Any], list[str], Scores]:
     """Scores a COCO results file against the reference captions of some images.
 
     Args:
@@ -182,6 +180,10 @@ def score_file(
         examples: the images.
         all_examples: those of all splits, whose captions are left out; none if `examples` are all.
         words: what a word is, see `tokenizer.split_words`.
+        with_spice: whether to compute SPICE.
+
+    Returns:
+        The metrics, the caption of each image, and the scores.
 
     Raises:
         InputError: an image has no caption; or see `read_results` and `match_results`.
@@ -205,14 +207,15 @@ def score_file(
         log(f"{path}: {num_others:,} captions of images of other splits are left out")
     texts = [captions[example] for example in examples]
     references = [list(example.captions) for example in examples]
-    scores, tokenizer_name = score_with_fallback(references, texts, split_words, words)
-    return {
+    scores, tokenizer_name = score_all(references, texts, split_words, words, with_spice)
+    metrics = {
         "results": str(path),
         "tokenizer": tokenizer_name,
-        "scores": scores,
+        "scores": scores.total,
         "distinct captions": distinct_ratio(texts),
         "end in mid-sentence": mid_sentence_ratio(texts),
     }
+    return metrics, texts, scores
 
 
 # The command.
@@ -234,6 +237,11 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     )
     text = "write a page of the images with their attention and people's captions, the worst first"
     parser.add_argument("--html", type=Path, metavar="FILE", help=text)
+    text = "write a table of the images with their captions, scores and references, the worst first"
+    parser.add_argument("--per-image", type=Path, metavar="FILE.csv", help=text)
+    parser.add_argument(
+        "--spice", action="store_true", help="SPICE too: needs Java 8 to 15; the first time downloads Stanford CoreNLP"
+    )
     group = parser.add_argument_group("features of the run, if they were moved")
     add_options(group, FeatureConfig, only=("features_dir",))
     title = "data of --results (default: the run's); or where those of the run are, if they were moved"
@@ -257,6 +265,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         raise InputError("--results holds captions already; --beam-size and the like are for a run")
     if args.results and args.html:
         raise InputError("--results has no attention; --html is for a run")
+    if args.per_image:
+        check_table_path(args.per_image)
     args.split = args.split or ("all" if args.other_data else "val")
     return args
 
@@ -264,6 +274,12 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 def select_split(dataset: data_utils.CaptionDataset, split: str) -> list[Example]:
     """Returns the examples of a split, or of all."""
     return list(dataset.examples) if split == "all" else dataset.split(split)
+
+
+def check_spice_words(args: argparse.Namespace, words: str) -> None:
+    """Checks that SPICE, if it is asked for, is of words between spaces; raises InputError if it is of characters."""
+    if args.spice and words == "characters":
+        raise InputError("--spice knows English words only, and these captions are split into characters; leave it out")
 
 
 def evaluate_results(args: argparse.Namespace) -> None:
@@ -279,21 +295,25 @@ def evaluate_results(args: argparse.Namespace) -> None:
         data_config, dataset = config.data, data_utils.load_run_dataset(config, False, locations)
         source = str(run)
     examples = select_split(dataset, args.split)
-    metrics = score_file(args.results, examples, dataset.examples, data_config.words)
+    check_spice_words(args, data_config.words)
+    metrics, texts, scores = score_file(args.results, examples, dataset.examples, data_config.words, args.spice)
     metrics |= {"references": source, "split": args.split, "images": len(examples)}
     print_metrics(args.results, metrics)
     write_json(args.results.parent / f"{args.results.stem}_metrics_{args.split}.json", metrics)
+    if args.per_image:
+        write_score_table(args.per_image, examples, texts, scores.by_image)
 
 
 def evaluate_run(args: argparse.Namespace) -> None:
     """Captions and scores the split of the command line, prints the scores and writes all into the run folder."""
     captioner = inference.Captioner.load(args.run, DecodeConfig.from_args(args))
+    check_spice_words(args, captioner.tokenizer.words)
     manifest = captioner.config.features
     cache = open_run_cache(manifest | {"folder": args.features_dir or manifest["folder"]})
     dataset = data_utils.load_run_dataset(captioner.config, locations=data_utils.locations_from_args(args))
     examples = select_split(dataset, args.split)
     check_features(cache, dataset.image_dir, examples)
-    metrics, captions = score_run(captioner, cache, examples)
+    metrics, captions, scores = score_run(captioner, cache, examples, args.spice)
     metrics |= {"split": args.split, "images": len(examples)}
     print_metrics(captioner.run, metrics)
     results = [
@@ -304,7 +324,9 @@ def evaluate_run(args: argparse.Namespace) -> None:
     write_json(captioner.run / f"captions_{name}", results)
     write_json(captioner.run / f"metrics_{name}", metrics)
     if args.html:
-        write_report(args.html, examples, captions, metrics, dataset.image_dir, captioner.tokenizer.words)
+        write_report(args.html, examples, captions, metrics, dataset.image_dir, scores.by_image["CIDEr"])
+    if args.per_image:
+        write_score_table(args.per_image, examples, [caption.text for caption in captions], scores.by_image)
 
 
 def print_metrics(source: Path, metrics: dict[str, Any]) -> None:
@@ -320,6 +342,8 @@ def main(argv: list[str] | None = None) -> None:
     args = parse(argv)
     if not has_pycocoevalcap():
         raise InputError("scoring needs pycocoevalcap, which is not installed; run `pip install pycocoevalcap`")
+    if args.spice:
+        check_spice()
     if args.results:
         evaluate_results(args)
     else:

@@ -39,6 +39,7 @@ from captioning.input_pipeline import (
     make_distributed_dataset,
     make_epoch_batches,
 )
+from captioning.metrics import choose_tokenizer
 from captioning.optimizer import WeightEMA, make_optimizer
 from captioning.quiet_tensorflow import tf
 from captioning.rewards import CaptionReward, Reward
@@ -275,7 +276,7 @@ def train(
     captions = encode_captions(dataset.split("train"), tokenizer.encode, cache.path, settings.max_length)
     if cut := describe_cut(captions):
         log(cut)
-    split = functools.partial(split_words, words=tokenizer.words)
+    _, split = choose_tokenizer(tokenizer.words, split_words)
     examples = dataset.split("val")
     validator = make_validator(state.model, examples, tokenizer, cache, settings, evaluate.generate_captions, split)
     log(

@@ -193,7 +193,7 @@ def suppress_stderr() -> Iterator[None]:
     """Holds back what is written to standard error, unless the block fails.
 
     TensorFlow's libraries write to the file descriptor while they load, before any of its settings for logging
-    takes effect; and so do the Java programs of pycocoevalcap.
+    takes effect.
     """
     if os.environ.get("TF_CPP_MIN_LOG_LEVEL") != "3":
         yield

@@ -58,7 +58,7 @@ class Validator:
         references: the reference captions of each image, as text.
         read_features: maps paths of feature files to their content; see `make_dataset`.
         generate_captions: captions the same images, without reference captions.
-        split_words: the tokenizer's way to split a caption.
+        split_words: splits a caption into the words that are scored, see `metrics.choose_tokenizer`.
         batch_size: captions in a batch.
     """
 
@@ -95,10 +95,10 @@ class Validator:
     def evaluate(self) -> Validation:
         """Computes the scores of an epoch."""
         texts = self.generate_captions()
-        scores = {}
+        scores: dict[str, float] = {}
         if self.has_scores:
             # Without Java, so that a run chooses the same epoch on every machine.
-            scores = metrics.score(self.references, texts, java=False, split_words=self.split_words)
+            scores = metrics.score(self.references, texts, self.split_words).total
         val_loss = round(self.loss(), 4)
         row = {
             "val_loss": val_loss,

@@ -1,3 +1,4 @@
+import csv
 import json
 from pathlib import Path
 
@@ -7,14 +8,14 @@ from PIL import Image
 
 import evaluate
 import inference
-from captioning import coco_results, metrics
+from captioning import coco_results, java_scores, metrics
 from captioning.annotations import Example
 from captioning.cli import InputError
 from captioning.config import DecodeConfig
 from captioning.files import write_json
 from captioning.quiet_tensorflow import tf
 from inference import Caption, Captioner
-from tokenizer import Tokenizer, split_words
+from tokenizer import Tokenizer
 
 REFERENCES = [
     ["A dog runs on the grass.", "the brown dog is running"],
@@ -85,7 +86,7 @@ def test_unfinished_ratio_of_collapsed_model():
 
 def test_score_run_returns_metrics_and_captions(captioner, dataset, cache):
     examples = dataset.split("val")
-    scored, captions = evaluate.score_run(captioner, cache, examples)
+    scored, captions, scores = evaluate.score_run(captioner, cache, examples)
     assert list(scored) == [
         "run",
         "beam_size",
@@ -107,8 +108,8 @@ def test_score_run_returns_metrics_and_captions(captioner, dataset, cache):
     assert (scored["run"], scored["beam_size"], scored["length_penalty"]) == (str(captioner.run), 1, 1.0)
     assert len(captions) == len(examples)
     texts, references = [caption.text for caption in captions], [list(example.captions) for example in examples]
-    assert scored["scores"] == metrics.score(references, texts, java=False, split_words=split_words)
-    assert scored["tokenizer"] == "plain"
+    assert scores == metrics.score(references, texts) and scored["scores"] == scores.total
+    assert scored["tokenizer"] == "PTB"
 
 
 def test_score_run_splits_words_as_the_run_does(captioner, dataset, cache):
@@ -139,9 +140,10 @@ def test_score_file_matches_captions_by_image_id(tmp_path, capsys):
     path = tmp_path / "results.json"
     rows = [{"image_id": "102", "caption": "two\r\nmen"}, *RESULTS[1:], {"image_id": 7, "caption": "of another split"}]
     path.write_text(json.dumps([*rows, {"image_id": "8.jpg", "caption": "of nothing"}]))
-    scored = evaluate.score_file(path, EXAMPLES, [*EXAMPLES, Example("7.jpg", ("a hat",), 7, "test")])
+    scored, captions, scores = evaluate.score_file(path, EXAMPLES, [*EXAMPLES, Example("7.jpg", ("a hat",), 7, "test")])
     texts = ["a dog runs on the grass", "a cat sleeps", "two men"]
-    assert scored["scores"] == metrics.score(REFERENCES, texts, java=False, split_words=split_words)
+    assert [" ".join(caption.split()) for caption in captions] == texts
+    assert scores == metrics.score(REFERENCES, texts) and scored["scores"] == scores.total
     assert scored["distinct captions"] == 100
     log = capsys.readouterr().err
     assert f"{path}: 1 captions of images of other splits are left out" in log
@@ -153,10 +155,12 @@ def test_score_file_of_characters(tmp_path, capsys):
     path = tmp_path / "results.json"
     path.write_text(json.dumps([{"image_id": 1, "caption": "一只狗在跑步"}, {"image_id": 2, "caption": "猫"}]))
     examples = [Example("1.jpg", ("一只狗在爬山。",), 1, "val"), Example("2.jpg", ("猫",), 2, "val")]
-    scored = evaluate.score_file(path, examples, words="characters")
+    scored, _, _ = evaluate.score_file(path, examples, words="characters")
     assert scored["scores"]["BLEU-1"] == pytest.approx(100 * 5 / 7, abs=0.01)
     assert scored["tokenizer"] == "characters" and "of characters" in capsys.readouterr().err
-    assert evaluate.score_file(path, examples)["scores"]["BLEU-1"] == pytest.approx(50, abs=0.01)
+    # As words one of two is right, and the full stop of the reference makes the captions too short: exp(1 - 3 / 2).
+    of_words = evaluate.score_file(path, examples)[0]["scores"]
+    assert of_words["BLEU-1"] == pytest.approx(100 / 2 * np.exp(-1 / 2), abs=0.01)
 
 
 FOLDERS = [
@@ -304,26 +308,32 @@ def test_write_report_begins_with_the_worst_caption(tmp_path, monkeypatch, capsy
         Caption(text, tuple(text.split()), (1.0,) * len(text.split()), np.zeros((len(text.split()), 64)), 1.0)
         for text in ("a dog runs on the grass", "a wrong caption", "two men")
     ]
-    metrics = {"run": "runs/x", "split": "val", "tokenizer": "plain", "scores": {"BLEU-4": 12.3, "CIDEr": 45.6}}
+    metrics = {"run": "runs/x", "split": "val", "tokenizer": "PTB", "scores": {"BLEU-4": 12.3, "CIDEr": 45.6}}
     metrics |= DecodeConfig(beam_size=3).to_json()
-    evaluate.write_report(tmp_path / "report.html", EXAMPLES, captions, metrics, tmp_path, "spaces")
+    evaluate.write_report(tmp_path / "report.html", EXAMPLES, captions, metrics, tmp_path, [90.0, 7.5, 30.0])
     assert FakeReport.last.args == (
         tmp_path / "report.html",
         "Captions",
         "run x, val images, beam search, 3 wide: BLEU-4 12.3, CIDEr 45.6",
     )
     (_, first, result, references, worst, name), (_, second, _, _, best, _) = FakeReport.last.entries
-    assert (first, second, name) == ("1.jpg", "0.jpg", "CIDEr") and worst < best
+    assert (first, second, name) == ("1.jpg", "0.jpg", "CIDEr") and (worst, best) == (7.5, 90.0)
     assert result == captions[1].to_json(with_attention=True) and references == REFERENCES[1]
     errors = capsys.readouterr().err
     assert "left out of" in errors and "2.jpg: no such image" in errors
 
 
-def test_main_writes_a_page(captioner, saved_dataset, tmp_path, monkeypatch):
+def test_main_writes_a_page_and_a_table(captioner, saved_dataset, tmp_path, monkeypatch):
     monkeypatch.setattr(Captioner, "load", lambda run, config: captioner)
     monkeypatch.setattr(evaluate.data_utils, "load_run_dataset", lambda config, locations: saved_dataset)
     monkeypatch.setattr(evaluate, "check_features", lambda *_: None)
-    evaluate.main(["--run", str(captioner.run), "--html", str(tmp_path / "report.html")])
+    arguments = ["--html", str(tmp_path / "report.html"), "--per-image", str(tmp_path / "scores.csv")]
+    evaluate.main(["--run", str(captioner.run), *arguments])
+    with open(tmp_path / "scores.csv", encoding="utf-8", newline="") as file:
+        table = list(csv.DictReader(file))
+    assert {row["image"] for row in table} == {example.image_path for example in saved_dataset.split("val")}
+    results = json.loads((captioner.run / "captions_val.json").read_text())
+    assert {row["caption"] for row in table} == {row["caption"] for row in results}
     page = (tmp_path / "report.html").read_text(encoding="utf-8")
     assert all(example.image_path in page for example in saved_dataset.split("val"))
 
@@ -347,7 +357,10 @@ def test_main_scores_results_against_other_data(tmp_path, monkeypatch):
     lines = [f"{i}.jpg,{caption}\n" for i, captions in enumerate(REFERENCES * 4) for caption in captions]
     annotations.write_text("image,caption\n" + "".join(lines))
     path.write_text(json.dumps([{"image_id": i, "caption": "a dog"} for i in range(12)]))
-    evaluate.main(["--results", str(path), "--annotations", str(annotations)])
+    table = tmp_path / "scores.csv"
+    evaluate.main(["--results", str(path), "--annotations", str(annotations), "--per-image", str(table)])
+    lines = table.read_text().splitlines()
+    assert lines[0].startswith("image,caption,CIDEr,") and len(lines) == 13
     written = json.loads((tmp_path / "mine_metrics_all.json").read_text())
     assert (written["references"], written["split"], written["images"]) == (str(annotations), "all", 12)
     assert written["distinct captions"] == 8.3
@@ -362,6 +375,7 @@ def test_main_scores_results_against_other_data(tmp_path, monkeypatch):
         (["--results", "r.json", "--length-penalty", "0"], "--results holds captions already"),
         (["--results", "r.json", "--no-repeat"], "--results holds captions already"),
         (["--results", "r.json", "--html", "a.html"], "--results has no attention"),
+        (["--per-image", "scores.txt"], r"--per-image scores\.txt: expected a name that ends in \.csv"),
         (["--results", "r.json", "--val-fraction", "0.5"], "expected --dataset or --annotations"),
         (["--results", "r.json", "--dataset", "coco", "--run", "run"], "only where they are can be named"),
     ],
@@ -381,6 +395,41 @@ def test_parse_chooses_split():
     assert evaluate.parse([]).split == "val" and evaluate.parse(["--results", "r.json"]).split == "val"
     assert evaluate.parse(["--results", "r.json", "--dataset", "coco"]).split == "all"
     assert evaluate.parse(["--results", "r.json", "--dataset", "coco", "--split", "test"]).split == "test"
+
+
+# SPICE.
+
+
+def test_main_refuses_spice_before_captions_are_generated(captioner, monkeypatch):
+    monkeypatch.setattr(Captioner, "load", lambda run, config: captioner)
+    with pytest.raises(InputError, match="--spice needs Java 8 to 15, found none"):
+        monkeypatch.setattr(java_scores, "java_version", lambda: None)
+        evaluate.main(["--run", str(captioner.run), "--spice"])
+    monkeypatch.setattr(evaluate, "check_spice", lambda: None)
+    captioner.tokenizer = Tokenizer(captioner.tokenizer.index_word, "characters")
+    with pytest.raises(InputError, match="--spice knows English words only"):
+        evaluate.main(["--run", str(captioner.run), "--spice"])
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_main_with_spice(tmp_path, monkeypatch, capsys, fails):
+    def spice(references, captions):
+        if fails:
+            raise java_scores.JavaError("there is no network")
+        return 0.5, [0.25, 0.75]
+
+    monkeypatch.setattr(evaluate, "check_spice", lambda: None)
+    monkeypatch.setattr(metrics, "spice", spice)
+    annotations, path, table = tmp_path / "captions.csv", tmp_path / "mine.json", tmp_path / "scores.csv"
+    annotations.write_text("image,caption\n0.jpg,a dog\n1.jpg,a cat\n")
+    path.write_text(json.dumps([{"image_id": number, "caption": "a dog"} for number in range(2)]))
+    arguments = ["--results", str(path), "--annotations", str(annotations), "--per-image", str(table), "--spice"]
+    evaluate.main(arguments)
+    written = json.loads((tmp_path / "mine_metrics_all.json").read_text())["scores"]
+    assert written.get("SPICE") == (None if fails else 50) and "CIDEr" in written
+    printed = capsys.readouterr()
+    assert ("SPICE" in printed.out) is not fails and ("SPICE is left out: there is no network" in printed.err) is fails
+    assert ("SPICE" in table.read_text()) is not fails
 
 
 def test_main_without_pycocoevalcap_is_an_error(monkeypatch):

@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 
 from captioning import metrics
-from captioning.metrics import JavaError, distinct_ratio, has_java, has_pycocoevalcap, score, score_with_fallback
+from captioning.java_scores import JavaError, has_java
+from captioning.metrics import choose_tokenizer, distinct_ratio, has_pycocoevalcap, score, score_all
 from tokenizer import split_words
 
 REFERENCES = [
@@ -14,122 +15,109 @@ REFERENCES = [
 ]
 CAPTIONS = ["a dog runs on the grass", "a cat sleeps", "two men"]
 
-needs_java = pytest.mark.skipif(not has_java(), reason="METEOR needs Java")
 
-
-def plain_score(references, captions):
-    return score(references, captions, java=False, split_words=split_words)
+def total(references, captions):
+    return score(references, captions).total
 
 
 def test_score_of_perfect_captions():
-    scores = plain_score(REFERENCES[:2], ["a dog runs on the grass", "A cat sleeps on a bed"])
+    scores = total(REFERENCES[:2], ["a dog runs on the grass", "A cat sleeps on a bed"])
     assert [scores[f"BLEU-{n}"] for n in (1, 2, 3, 4)] == [100] * 4
     assert scores["ROUGE-L"] == 100 and scores["CIDEr"] > 100
-    assert "METEOR" not in scores
+    assert list(scores) == ["BLEU-1", "BLEU-2", "BLEU-3", "BLEU-4", "ROUGE-L", "CIDEr"]
 
 
 def test_score_bleu_matches_hand_computation():
     # 3 of 4 words match; of 3 pairs "a dog" and "dog runs"; the reference is 6 words long: exp(1 - 6 / 4).
-    scores = plain_score([["a dog runs on the grass"]], ["a dog runs fast"])
+    scores = total([["a dog runs on the grass"]], ["a dog runs fast"])
     brevity_penalty = np.exp(1 - 6 / 4)
     assert scores["BLEU-1"] == pytest.approx(100 * brevity_penalty * 3 / 4, abs=0.01)
     assert scores["BLEU-2"] == pytest.approx(100 * brevity_penalty * np.sqrt(3 / 4 * 2 / 3), abs=0.01)
 
 
 def test_score_of_wrong_captions_is_lower():
-    right = plain_score(REFERENCES, CAPTIONS)
-    wrong = plain_score(REFERENCES, ["two men", "a dog runs on the grass", "a cat sleeps"])
+    right = total(REFERENCES, CAPTIONS)
+    wrong = total(REFERENCES, ["two men", "a dog runs on the grass", "a cat sleeps"])
     assert all(wrong[name] < right[name] for name in right)
 
 
-def test_score_splits_both_sides_with_the_given_function():
-    def split_letters(text):
-        return list(text)
+def test_score_splits_both_sides_as_published_scores_do():
+    # Of "the", "man", "'s" and "dog" three match; split at spaces it would be one of three.
+    assert total([["The man's cat."]], ["the man's dog"])["BLEU-1"] == pytest.approx(75, abs=0.01)
 
-    scores = score([["abcd"]], ["abcx"], java=False, split_words=split_letters)
-    assert scores["BLEU-1"] == pytest.approx(75, abs=0.01)
+
+def test_score_splits_both_sides_with_the_given_function():
+    assert score([["abcd"]], ["abcx"], list).total["BLEU-1"] == pytest.approx(75, abs=0.01)
+
+
+def test_score_by_image():
+    scores = score(REFERENCES, ["two dogs", "a cat sleeps on a bed", "men"])
+    assert list(scores.by_image) == list(scores.total)
+    assert all(len(values) == 3 for values in scores.by_image.values())
+    for name in ("ROUGE-L", "CIDEr"):
+        assert np.mean(scores.by_image[name]) == pytest.approx(scores.total[name], abs=0.01)
+    assert scores.by_image["BLEU-4"] == pytest.approx([0, 100, 0], abs=0.1), "of each caption alone"
+    assert scores.by_image["BLEU-1"][2] == pytest.approx(100, abs=0.1)
 
 
 @pytest.mark.slow
-@needs_java
+@pytest.mark.skipif(not has_java(), reason="METEOR needs Java")
 def test_score_with_java_includes_meteor():
-    scores = score(REFERENCES, CAPTIONS, java=True, split_words=split_words)
-    assert 30 < scores["METEOR"] <= 100
+    scores = score(REFERENCES, CAPTIONS, with_meteor=True)
+    assert list(scores.total) == ["BLEU-1", "BLEU-2", "BLEU-3", "BLEU-4", "METEOR", "ROUGE-L", "CIDEr"]
+    assert 30 < scores.total["METEOR"] <= 100 and len(scores.by_image["METEOR"]) == 3
 
 
-@needs_java
-def test_meteor_that_cannot_run_raises_and_does_not_hang(monkeypatch, tmp_path):
-    from pycocoevalcap.meteor import meteor
-
-    monkeypatch.setattr(meteor, "METEOR_JAR", str(tmp_path / "none.jar"))
-    with pytest.raises(JavaError, match="METEOR's Java program failed; it needs 2 GB of memory"):
-        metrics.meteor({0: ["a dog"]}, {0: ["a dog"]})
-    (tmp_path / "a b").mkdir()
-    monkeypatch.setattr(meteor, "__file__", str(tmp_path / "a b/meteor.py"))
-    with pytest.raises(JavaError, match="a folder with a space in its path"):
-        metrics.meteor({0: ["a dog"]}, {0: ["a dog"]})
+def test_tokenize_joins_words_by_spaces():
+    assert metrics.tokenize({7: ["A dog's bowl.", "two  men"]}, str.split) == {7: ["A dog's bowl.", "two men"]}
 
 
-def test_tokenize_without_java_uses_the_given_function():
-    assert metrics.tokenize({7: ["A dog.", "two  men"]}, False, split_words) == {7: ["a dog", "two men"]}
+def test_choose_tokenizer():
+    name, split = choose_tokenizer("spaces", split_words)
+    assert (name, split("A man's 狗狗.")) == ("PTB", ["a", "man", "'s", "狗狗"])
+    name, split = choose_tokenizer("characters", split_words)
+    assert (name, split("A man's 狗狗.")) == ("characters", ["a", "man's", "狗", "狗"])
 
 
-@needs_java
-def test_tokenize_with_java_raises_if_captions_are_lost(monkeypatch):
-    from pycocoevalcap.tokenizer.ptbtokenizer import PTBTokenizer
-
-    monkeypatch.setattr(PTBTokenizer, "tokenize", lambda self, rows: {0: ["a dog"]})
-    assert metrics.tokenize({0: ["a dog"]}, True, split_words) == {0: ["a dog"]}
-    with pytest.raises(JavaError, match="the PTB tokenizer failed"):
-        metrics.tokenize({0: ["a dog", "a cat"]}, True, split_words)
-
-
-@pytest.mark.parametrize("has_broken_java", [False, True])
-def test_score_with_fallback_logs_what_is_missing(monkeypatch, capsys, has_broken_java):
-    def fail(*_):
-        raise JavaError("METEOR stopped")
-
-    tokenize = metrics.tokenize
-    monkeypatch.setattr(metrics, "has_java", lambda: has_broken_java)
-    monkeypatch.setattr(metrics, "meteor", fail)
-    monkeypatch.setattr(metrics, "tokenize", lambda texts, java, split: tokenize(texts, False, split))
-    scores, tokenizer_name = score_with_fallback(
-        REFERENCES, ["a dog runs", "a cat sleeps", "two men"], split_words, "spaces"
+def test_score_all_without_java_leaves_out_meteor(monkeypatch, capsys):
+    monkeypatch.setattr(metrics, "has_java", lambda: False)
+    scores, tokenizer_name = score_all(REFERENCES, CAPTIONS, split_words, "spaces")
+    assert (scores, tokenizer_name) == (score(REFERENCES, CAPTIONS), "PTB")
+    (message,) = capsys.readouterr().err.splitlines()
+    assert message == (
+        "METEOR is left out: it needs Java (Debian, Ubuntu, Colab: apt-get install default-jre-headless)"
     )
-    assert tokenizer_name == ("PTB" if has_broken_java else "plain") and "METEOR" not in scores and len(scores) == 6
-    message = capsys.readouterr().err.splitlines()[-1]
-    assert "apt-get install default-jre-headless" in message and ("METEOR stopped" in message) == has_broken_java
 
 
-def test_score_with_fallback_uses_plain_tokenizer_if_ptb_fails(monkeypatch, capsys):
-    def fail_with_java(references, captions, java, split_words):
-        if java:
-            raise JavaError("the PTB tokenizer failed")
-        return {"BLEU-1": 50.0}
+def test_score_all_leaves_out_java_programs_that_fail(monkeypatch, capsys):
+    def fail(*_):
+        raise JavaError("it stopped")
 
     monkeypatch.setattr(metrics, "has_java", lambda: True)
-    monkeypatch.setattr(metrics, "score", fail_with_java)
-    assert score_with_fallback(REFERENCES, CAPTIONS, split_words, "spaces") == ({"BLEU-1": 50.0}, "plain")
-    assert "the PTB tokenizer failed" in capsys.readouterr().err
+    monkeypatch.setattr(metrics, "meteor", fail)
+    monkeypatch.setattr(metrics, "spice", fail)
+    scores, _ = score_all(REFERENCES, CAPTIONS, split_words, "spaces", with_spice=True)
+    assert scores == score(REFERENCES, CAPTIONS)
+    assert capsys.readouterr().err.splitlines() == ["METEOR is left out: it stopped", "SPICE is left out: it stopped"]
 
 
-def test_score_with_fallback_of_characters(monkeypatch, capsys):
+def test_score_all_has_what_java_programs_return(monkeypatch, capsys):
+    monkeypatch.setattr(metrics, "has_java", lambda: True)
+    monkeypatch.setattr(metrics, "meteor", lambda gts, res: (0.25, [0.1, 0.2, 0.45]))
+    monkeypatch.setattr(metrics, "spice", lambda gts, res: (0.5, [0.5, 0.5, 0.5]))
+    scores, _ = score_all(REFERENCES, CAPTIONS, split_words, "spaces", with_spice=True)
+    assert (scores.total["METEOR"], scores.total["SPICE"]) == (25, 50)
+    assert scores.by_image["METEOR"] == pytest.approx([10, 20, 45]) and not capsys.readouterr().err
+
+
+def test_score_all_of_characters(monkeypatch, capsys):
     monkeypatch.setattr(metrics, "has_java", lambda: True)
     references, captions = [["一只狗在跑步"], ["两个女人"]], ["一只 狗在跑步。", "两个男人"]
-    scores, tokenizer_name = score_with_fallback(references, captions, split_words, "characters")
-    assert scores["BLEU-1"] == pytest.approx(90, abs=0.01), "9 of 10 characters"
-    assert tokenizer_name == "characters" and "METEOR" not in scores
+    scores, tokenizer_name = score_all(references, captions, split_words, "characters")
+    assert scores.total["BLEU-1"] == pytest.approx(90, abs=0.01), "9 of 10 characters"
+    assert tokenizer_name == "characters" and "METEOR" not in scores.total
     (message,) = capsys.readouterr().err.splitlines()
-    assert message.startswith("METEOR and the PTB tokenizer know English words only") and "characters" in message
-
-
-@pytest.mark.parametrize(("returncode", "expected"), [(0, True), (1, False)])
-def test_has_java_runs_it(monkeypatch, returncode, expected):
-    monkeypatch.setattr(metrics.shutil, "which", lambda name: f"/usr/bin/{name}")
-    monkeypatch.setattr(metrics.subprocess, "run", lambda *_, **__: type("Done", (), {"returncode": returncode}))
-    assert has_java() is expected
-    monkeypatch.setattr(metrics.shutil, "which", lambda name: None)
-    assert has_java() is False
+    assert message == "METEOR knows English words only: it is left out, and scores are of characters"
 
 
 def test_has_pycocoevalcap(monkeypatch):

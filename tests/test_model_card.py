@@ -29,7 +29,7 @@ SCORES = {
     "no_repeat": True,
     "scores": {"BLEU-4": 19.64, "CIDEr": 47.1},
 }
-GREEDY = {"split": "val", "images": 20, "tokenizer": "plain", "scores": {"BLEU-4": 1.0, "METEOR": 2.0}}
+GREEDY = {"split": "val", "images": 20, "tokenizer": "characters", "scores": {"BLEU-4": 1.0, "METEOR": 2.0}}
 
 
 def card(metrics=None, **changes):
@@ -97,7 +97,7 @@ def test_make_card_has_a_table_of_scores():
         "| test | 1,000 | beam search, 5 wide, length penalty 0.7, cut after 50 words, no end before 3 words, "
         "no repetitions | PTB | 19.6 | 47.1 |  |"
     )
-    assert rows[3] == "| val | 20 | greedy search | plain | 1.0 |  | 2.0 |"
+    assert rows[3] == "| val | 20 | greedy search | characters | 1.0 |  | 2.0 |"
     assert "TO FILL IN: none were measured" in card()
 
 

@@ -243,15 +243,15 @@ def test_train_says_which_captions_are_cut(data, tmp_path, monkeypatch, capsys):
     ]
 
 
-def test_validation_splits_words_as_the_tokenizer_does(data, tmp_path, monkeypatch):
+def test_validation_splits_words_as_published_scores_do(data, tmp_path, monkeypatch):
     dataset, cache, tokenizer = data
     seen = []
     monkeypatch.setattr(train, "make_validator", lambda *args: seen.append(args[-1]) or 1 / 0)
-    for words, expected in (("spaces", ["一只", "dog"]), ("characters", ["一", "只", "dog"])):
+    for words, expected in (("spaces", ["一只", "dog", "'s"]), ("characters", ["一", "只", "dog's"])):
         tokenizer = Tokenizer(tokenizer.index_word, words)
         with pytest.raises(ZeroDivisionError):
             run_training(tmp_path / words, (dataset, cache, tokenizer), epochs=1)
-        assert seen[-1]("一只 dog") == expected
+        assert seen[-1]("一只 dog's") == expected
 
 
 # A run that was stopped.

@@ -3,11 +3,10 @@ import itertools
 import numpy as np
 import pytest
 
-from captioning import metrics, validation
+from captioning import metrics, ptb_tokenizer, validation
 from captioning.input_pipeline import encode_captions
 from captioning.quiet_tensorflow import tf
 from captioning.validation import EpochScore, Validator
-from tokenizer import split_words
 
 
 @pytest.fixture
@@ -22,7 +21,7 @@ def make_validator(dataset, tokenizer, cache, small_model):
             [list(examples[number % 2].captions) for number in range(num_images)],
             cache.read,
             lambda: texts,
-            split_words,
+            ptb_tokenizer.tokenize,
             batch_size,
         )
 
