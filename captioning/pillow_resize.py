@@ -14,7 +14,7 @@ from captioning.cli import log
 from captioning.quiet_tensorflow import tf
 
 PRECISION = 2.0**22  # of the weights
-NUM_BLOCKS = 13  # parts of the result, for each of which only some of the source is read; 299 is 13 * 23
+NUM_BLOCKS = 13  # parts of the result, for each of which only some of the source is read
 
 
 @functools.cache
@@ -37,7 +37,7 @@ def resize_like_pillow(image: tf.Tensor, size: int, rows_first: bool) -> tf.Tens
 
     Args:
         image: of any size above 0.
-        size: pixels of a side; a multiple of `NUM_BLOCKS`.
+        size: pixels of a side.
         rows_first: see `pillow_takes_rows_first`.
 
     Returns:
@@ -59,21 +59,23 @@ def _resize_columns(image: tf.Tensor, size: int) -> tf.Tensor:
 
 def _resize_rows(image: tf.Tensor, size: int) -> tf.Tensor:
     """Resizes the first axis of (n, m, 3) uint8: (size, m, 3)."""
-    first, last, weights = triangle_weights(tf.shape(image)[0], size)
-    block_size = size // NUM_BLOCKS
+    block_size = -(-size // NUM_BLOCKS)
+    # All blocks have as many rows, as map_fn needs: the last row is repeated until they are full.
+    rows = tf.minimum(tf.range(block_size * NUM_BLOCKS), size - 1)
+    first, last, weights = (tf.gather(each, rows) for each in triangle_weights(tf.shape(image)[0], size))
 
     def resize_block(start: tf.Tensor) -> tf.Tensor:
         """Computes some rows of the result, from the part of the image that they need: (block_size, m, 3)."""
         block = slice(start, start + block_size)
         begin, end = tf.reduce_min(first[block]), tf.reduce_max(last[block])
-        rows = tf.cast(image[begin:end], tf.float64)  # (r, m, 3)
-        values = tf.tensordot(_to_matrix(first[block], weights[block], begin, end), rows, 1)
+        source = tf.cast(image[begin:end], tf.float64)  # (r, m, 3)
+        values = tf.tensordot(_to_matrix(first[block], weights[block], begin, end), source, 1)
         return tf.cast(tf.clip_by_value(tf.floor((values + PRECISION / 2) / PRECISION), 0, 255), tf.uint8)
 
     # One after the other: a large photo in float64 would take 24 bytes a pixel.
-    starts = tf.range(0, size, block_size)
+    starts = tf.range(NUM_BLOCKS) * block_size
     blocks = tf.map_fn(resize_block, starts, parallel_iterations=1, fn_output_signature=tf.uint8)
-    return tf.reshape(blocks, [size, tf.shape(image)[1], 3])
+    return tf.reshape(blocks, [block_size * NUM_BLOCKS, tf.shape(image)[1], 3])[:size]
 
 
 def triangle_weights(num_source: tf.Tensor, size: int) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:

@@ -258,9 +258,9 @@ def test_run_with_another_cnn_from_drawings_to_export(tmp_path, monkeypatch, cap
     monkeypatch.setattr(model, "build", functools.cache(model.build))
     shapes.draw_dataset("shapes", num_images=12)
     data = ["--annotations", "shapes/dataset_shapes.json", "--images", "shapes"]
-    cnn = ["--cnn", "mobilenet_v3_large", "--image-size", "64", "--cnn-weights", "random"]
+    cnn = ["--cnn", "mobilenet_v3_large", "--image-size", "60", "--cnn-weights", "random"]
     features.main([*data, *cnn])
-    folder = Path("features/shapes_mobilenet_v3_large_64")
+    folder = Path("features/shapes_mobilenet_v3_large_60")
     cached = sorted((folder / "images").iterdir())
     assert len(cached) == 12 and np.load(cached[0]).shape == (4, 960)
     settings = ["--embedding-dim", "8", "--units", "16", "--epochs", "1", "--max-length", "6", "--no-fused"]
@@ -282,10 +282,11 @@ def test_run_with_another_cnn_from_drawings_to_export(tmp_path, monkeypatch, cap
     monkeypatch.setattr(export, "save", lambda model, _: exported.append(model))  # saving takes long
     export.main(["--run", "runs/shapes", "--output", "."])
     pixels = exported[0].load(tf.constant(Path(image).read_bytes()))
+    np.testing.assert_array_equal(pixels, inference.Captioner.load("runs/shapes").load_image(image))
     result = exported[0].caption_pixels(pixels[tf.newaxis])
     assert result["caption"][0, 0].numpy().decode() == text and result["attention"].shape[-1] == 4
     export.main(["--run", "runs/shapes", "--pack"])
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     unpacked = inference.Captioner.load("shapes.zip")
-    assert unpacked.config.cnn == CNNS["mobilenet_v3_large"].at(64)
+    assert unpacked.config.cnn == CNNS["mobilenet_v3_large"].at(60)
     assert "MobileNetV3Large turns the image" in (unpacked.run / "MODEL_CARD.md").read_text()

@@ -243,6 +243,13 @@ def test_resize_like_pillow_is_exact(width, height, rng):
         np.testing.assert_array_equal(resize(image), expected)
 
 
+@pytest.mark.parametrize("size", [224, 5])
+def test_resize_like_pillow_is_exact_for_cnns_of_other_sizes(size, rng):
+    image = rng.integers(0, 256, (30, 400, 3), np.uint8)
+    expected = np.asarray(Image.fromarray(image).resize((size, size), Image.Resampling.BILINEAR))
+    np.testing.assert_array_equal(resize_like_pillow(tf.constant(image), size, pillow_takes_rows_first()), expected)
+
+
 def test_resize_like_pillow_is_exact_for_many_sizes(rng):
     for _ in range(25):
         height, width = rng.integers(1, 900, 2)
