@@ -21,9 +21,11 @@ from typing import Any
 from PIL import Image
 
 import data_utils
+import features
 import inference
 from captioning.annotations import SPLITS, Example
 from captioning.cli import InputError, add_quiet_option, log, make_parser, run_main
+from captioning.cnn_training import ImageReader, TrainedCNN, explain_failure
 from captioning.coco_results import match_results, read_results
 from captioning.config import DATA_PATHS, DataConfig, DecodeConfig, FeatureConfig
 from captioning.decoding import StepModel
@@ -71,8 +73,8 @@ def generate_captions(
     num_rows = config.captions if config.sample else config.num_beams  # that are followed for each image
     batches = tf.data.Dataset.from_tensor_slices(paths).batch(max(1, batch_size // num_rows))
     captions = []
-    for features in map_prefetch(batches, cache.read):  # (B, L, C)
-        captions += inference.decode_captions(model, tokenizer, features, config)
+    for values in map_prefetch(batches, cache.read):  # (B, L, C), or pixels, which a trained CNN takes
+        captions += inference.decode_captions(model, tokenizer, values, config)
     return captions
 
 
@@ -304,16 +306,28 @@ def evaluate_results(args: argparse.Namespace) -> None:
         write_score_table(args.per_image, examples, texts, scores.by_image)
 
 
+def open_features(
+    captioner: inference.Captioner, image_dir: Path, examples: list[Example], features_dir: str | None
+) -> FeatureCache:
+    """Opens the features of images, or the images themselves if the run's CNN was trained and no folder is given."""
+    manifest = captioner.config.features
+    if captioner.config.train.train_cnn and not features_dir:
+        captioner.model.cnn = TrainedCNN(captioner.extractor, manifest["dtype"])
+        return ImageReader(image_dir, manifest, features.load_image, captioner.model.cnn)
+    cache = open_run_cache(manifest | {"folder": features_dir or manifest["folder"]})
+    check_features(cache, image_dir, examples)
+    return cache
+
+
 def evaluate_run(args: argparse.Namespace) -> None:
     """Captions and scores the split of the command line, prints the scores and writes all into the run folder."""
     captioner = inference.Captioner.load(args.run, DecodeConfig.from_args(args))
     check_spice_words(args, captioner.tokenizer.words)
-    manifest = captioner.config.features
-    cache = open_run_cache(manifest | {"folder": args.features_dir or manifest["folder"]})
     dataset = data_utils.load_run_dataset(captioner.config, locations=data_utils.locations_from_args(args))
     examples = select_split(dataset, args.split)
-    check_features(cache, dataset.image_dir, examples)
-    metrics, captions, scores = score_run(captioner, cache, examples, args.spice)
+    cache = open_features(captioner, dataset.image_dir, examples, args.features_dir)
+    with explain_failure(cache):
+        metrics, captions, scores = score_run(captioner, cache, examples, args.spice)
     metrics |= {"split": args.split, "images": len(examples)}
     print_metrics(captioner.run, metrics)
     results = [

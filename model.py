@@ -303,6 +303,7 @@ class CaptionModel(tf.keras.Model):
         self.config = config
         self.encoder = CNNEncoder(config.embedding_dim)
         self.decoder = PaperDecoder(config) if config.decoder == "paper" else RNNDecoder(config)
+        self.cnn: tf.keras.layers.Layer | None = None  # if it is trained too: captioning/cnn_training.py
 
     @property
     def has_gate(self) -> bool:
@@ -310,7 +311,8 @@ class CaptionModel(tf.keras.Model):
         return self.config.decoder == "paper"
 
     def encode(self, features: tf.Tensor) -> EncodedImages:
-        """Encodes cached features (B, L, 2048), float16 or float32, for `step` and teacher forcing."""
+        """Encodes cached features (B, L, 2048), float16 or float32; or with a CNN pixels (B, size, size, 3) uint8."""
+        features = self.cnn(features) if self.cnn else features  # (B, L, 2048)
         return self.decoder.encode(self.encoder(tf.cast(features, self.compute_dtype)))
 
     def initial_state(self, images: EncodedImages) -> tf.Tensor:
@@ -367,10 +369,7 @@ def build(
 
 
 def fused_decoder_matches(config: ModelConfig) -> bool:
-    """Tells whether fused_decoder.py computes what the decoder's `step` does, and its gradient.
-
-    It does not once one of the two is changed. A small model with random weights decides.
-    """
+    """Tells, by a small random model, whether fused_decoder.py has the values and gradients of the decoder's `step`."""
     small = dataclasses.replace(config, vocab_size=8, embedding_dim=5, units=6, dropout=0.0)
     return fused_decoder.matches(build(small, features_shape=(4, 7)))
 

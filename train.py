@@ -6,6 +6,7 @@ Tutorial section: "Training".
     python train.py --num-captions all             # all of its training images
     python train.py --annotations captions.csv --images photos/
     python train.py --self-critical --run runs/coco    # then: trains on CIDEr, into runs/coco_cider
+    python train.py --train-cnn 5 --run runs/coco      # or: trains the end of the CNN too, into runs/coco_cnn
 
 A run folder, runs/<dataset>/, holds everything that captioning needs (config.json, vocabulary.json, checkpoints/)
 and the record of the training (history.csv, loss.png, tensorboard/).
@@ -24,7 +25,7 @@ import data_utils
 import evaluate
 import features
 import model
-from captioning import devices, losses, run_folder, self_critical
+from captioning import cnn_training, devices, losses, run_folder, self_critical
 from captioning.checkpoints import Checkpoints, TrainProgress
 from captioning.cli import add_quiet_option, defer_interrupts, log, make_parser, progress_bar, run_main
 from captioning.config import RECIPES, DataConfig, FeatureConfig, ModelConfig, TrainConfig
@@ -40,7 +41,7 @@ from captioning.input_pipeline import (
     make_epoch_batches,
 )
 from captioning.metrics import choose_tokenizer
-from captioning.optimizer import WeightEMA, make_optimizer
+from captioning.optimizer import WeightEMA, make_optimizer, slow_down
 from captioning.quiet_tensorflow import tf
 from captioning.rewards import CaptionReward, Reward
 from captioning.run_config import RunConfig
@@ -50,6 +51,7 @@ from captioning.training_log import TrainingLog
 from captioning.validation import EpochScore, Validator, make_validator, score_start
 from tokenizer import Tokenizer, split_words
 
+KINDS = ("recipe", "self_critical", "train_cnn")  # of training, with defaults of their own
 SPEED_SETTINGS = ("fused", "mixed_precision", "jit", "strategy")
 
 
@@ -73,6 +75,8 @@ def compute_gradients(
     With a `reward` these words are samples of the model (captioning/self_critical.py).
     """
     variables = state.model.trainable_variables
+    if config.train_cnn:
+        batch = cnn_training.augment_batch(batch, config.seed, state.optimizer.iterations)
     if reward:
         samples = self_critical.draw_samples(state.model, batch, config, reward, state.optimizer.iterations)
     with tf.GradientTape() as tape:
@@ -225,11 +229,11 @@ def validate_and_log(
 
 
 def build_train_state(
-    run: Path, config: RunConfig, strategy: tf.distribute.Strategy, start: Path | None = None
+    run: Path, config: RunConfig, strategy: tf.distribute.Strategy, start: Path | None = None, cnn: Any = None
 ) -> tuple[TrainState, Checkpoints]:
     """Builds what is trained on the devices of a strategy, and restores the last checkpoint if there is one.
 
-    If there is none, it begins from the best weights of another run, `start`, if given.
+    If there is none, it begins from the best weights of another run, `start`, if given. A `cnn` is trained with it.
     """
     settings = config.train
     tf.keras.utils.set_random_seed(settings.seed)
@@ -237,8 +241,11 @@ def build_train_state(
         caption_model = model.build(config.model, config.cnn.features_shape, settings.mixed_precision)
         if start:
             run_folder.restore_weights(run_folder.best_checkpoint(start), caption_model)
+        caption_model.cnn = cnn
         optimizer = make_optimizer(settings.learning_rate, settings.clip_norm, settings.mixed_precision)
         optimizer.build(caption_model.trainable_variables)  # before restoring: its slots must exist
+        slow = cnn.trainable_variables if cnn else []
+        slow_down(optimizer, slow, settings.cnn_learning_rate / settings.learning_rate)
         ema = WeightEMA(caption_model.trainable_variables, settings.ema_decay)
         progress = TrainProgress()
     # XLA needs shapes that are known, which only the plain loop has.
@@ -247,7 +254,8 @@ def build_train_state(
         if not caption_model.decoder.fused:
             name = type(caption_model.decoder).__name__
             log(f"captioning/fused_decoder.py differs from {name}.step in model.py: training with the plain loop")
-    checkpoints = Checkpoints(run, caption_model, optimizer, ema, progress, devices.is_chief(strategy))
+    kind = cnn_training.CNNCheckpoints if cnn else Checkpoints
+    checkpoints = kind(run, caption_model, optimizer, ema, progress, devices.is_chief(strategy))
     if checkpoints.restore():
         done = f"{progress.get('epoch')} epochs and {progress.get('step')} batches"
         log(f"resuming {run} after {done}; best so far: epoch {progress.get('best_epoch')}")
@@ -270,7 +278,7 @@ def train(
     `on_step` is called after every step.
     """
     settings = config.train
-    state, checkpoints = build_train_state(run, config, strategy, start)
+    state, checkpoints = build_train_state(run, config, strategy, start, cache.trained_cnn)
     progress = state.progress
     training_log = TrainingLog(run, progress.get("epoch")) if devices.is_chief(strategy) else None
     captions = encode_captions(dataset.split("train"), tokenizer.encode, cache.path, settings.max_length)
@@ -320,28 +328,28 @@ def train(
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
     """Parses the command line; a recipe changes the defaults of its settings, also in --help."""
     recipe_parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    add_options(recipe_parser, TrainConfig, only=("recipe", "self_critical"))
-    text = "run folder (default: runs/<name of the dataset>); with --self-critical the run to start from"
+    add_options(recipe_parser, TrainConfig, only=KINDS)
+    text = "run folder (default: runs/<name of the dataset>); with --self-critical or --train-cnn the run to start from"
     recipe_parser.add_argument("--run", type=Path, metavar="DIR", help=text)
     first, _ = recipe_parser.parse_known_args(argv)
     is_self_critical = first.self_critical or first.recipe == "best-cider"
     recipe = RECIPES["best-cider" if is_self_critical else first.recipe]
+    recipe = cnn_training.CNN_RECIPE | recipe if first.train_cnn else recipe
     parser = make_parser(__doc__, parents=[recipe_parser])
     add_quiet_option(parser)
     data_utils.add_data_options(parser)
     add_options(parser.add_argument_group("features"), FeatureConfig)
     add_options(parser.add_argument_group("model"), ModelConfig, recipe)
-    add_options(
-        parser.add_argument_group("training"), TrainConfig, recipe, skip=("recipe", "self_critical", *SPEED_SETTINGS)
-    )
+    add_options(parser.add_argument_group("training"), TrainConfig, recipe, skip=(*KINDS, *SPEED_SETTINGS))
     add_options(parser.add_argument_group("speed and devices"), TrainConfig, recipe, only=SPEED_SETTINGS)
-    if not is_self_critical:
+    if not (is_self_critical or first.train_cnn):
         return parser.parse_args(argv)
-    if first.recipe == "best":
+    if is_self_critical and first.recipe == "best":
         parser.error("--recipe best: not for --self-critical, whose recipe is best-cider")
     if not first.run:
-        parser.error("--self-critical: expected --run DIR, the run to start from")
-    parser.set_defaults(**(run_folder.settings_to_continue(first.run) | recipe))
+        parser.error("--self-critical and --train-cnn: expected --run DIR, the run to start from")
+    settings = cnn_training.settings_to_train_cnn if first.train_cnn else run_folder.settings_to_continue
+    parser.set_defaults(**(settings(first.run) | recipe))
     return parser.parse_args(argv)
 
 
@@ -362,7 +370,12 @@ def main(argv: list[str] | None = None, on_step: Callable[[TrainState], None] | 
         dataset.split(split)  # an empty split is an error before hours of features, not after
     run = args.run or Path("runs") / dataset.name
     run_folder.check_run_cnn(run, feature_config.sized_cnn)
-    cache, dataset = features.extract_features(dataset, feature_config)
+    start, run = run if train_config.suffix else None, run.with_name(run.name + train_config.suffix)
+    if start and (block := train_config.train_cnn):
+        functions = features.load_image, features.build_feature_extractor
+        cache, dataset = cnn_training.open_images(run, start, dataset, feature_config, block, *functions)
+    else:
+        cache, dataset = features.extract_features(dataset, feature_config)
     train_captions = (text for example in dataset.split("train") for text in example.captions)
     tokenizer = Tokenizer.fit(train_captions, model_config.vocab_size, data_config.words)
     config = RunConfig(
@@ -374,14 +387,12 @@ def main(argv: list[str] | None = None, on_step: Callable[[TrainState], None] | 
         data_fingerprint=dataset.fingerprint,
         vocabulary_sha256="",  # known once the vocabulary is saved
     )
-    start = None
-    if train_config.self_critical:
-        run, start = run.with_name(f"{run.name}_cider"), run
+    if start:
         run_folder.check_start(start, config)
     if not devices.is_chief(strategy):
         train(run, dataset, cache, config, tokenizer, strategy, on_step, start)
         return
-    with lock_folder(run):
+    with lock_folder(run), cnn_training.explain_failure(cache):
         init_run_dir(run, config, tokenizer.save, cache.cnn_weights)
         train(run, dataset, cache, config, tokenizer, strategy, on_step, start)
 

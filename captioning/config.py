@@ -182,7 +182,10 @@ RECIPES: dict[str, dict[str, Any]] = {
         "cross_entropy_weight": 0.1,
     },
 }
+CNN_SETTINGS = ("cnn_learning_rate",)
 SELF_CRITICAL_SETTINGS = ("samples", "baseline", "bleu_weight", "cross_entropy_weight")
+
+NEW_SETTINGS = ("self_critical", *SELF_CRITICAL_SETTINGS, "train_cnn", *CNN_SETTINGS)  # which old runs lack
 
 
 @dataclasses.dataclass(frozen=True)
@@ -242,6 +245,16 @@ class TrainConfig(Settings):
     cross_entropy_weight: float = option(
         0.0, "weight of the cross-entropy of the true captions, beside that of the rewards", minimum=0
     )
+    train_cnn: int = option(
+        0,
+        "train the CNN too, from its block N on, of 1 to 5: a block begins where the grid gets smaller (inception_v3: "
+        "mixed0 to 2 are block 3, mixed3 to 7 block 4, mixed8 to 10 block 5); from the best weights of --run, which is "
+        "not changed, into a run of the same name with _cnn added; 0: the CNN stays as it is",
+        minimum=0,
+    )
+    cnn_learning_rate: float = option(
+        1e-5, "learning rate of the CNN in --train-cnn; --learning-rate is that of the decoder", above=0
+    )
     fused: bool = option(
         True,
         "train soft attention with captioning/fused_decoder.py; --no-fused trains with the plain loop in model.py, "
@@ -271,28 +284,45 @@ class TrainConfig(Settings):
 
     @classmethod
     def from_json(cls, values: Any) -> Self:
-        """Makes the settings from what `to_json` returned, now or before there was self-critical training.
+        """Makes the settings from what `to_json` returned, now or before there were those of `NEW_SETTINGS`.
 
         `jit` may be `auto`, as it was when this was a choice.
         """
         if isinstance(values, dict):
             fields = cls.__dataclass_fields__
-            new = {name: fields[name].default for name in ("self_critical", *SELF_CRITICAL_SETTINGS)}
+            new = {name: fields[name].default for name in NEW_SETTINGS}
             values = new | values | ({"jit": "off"} if values.get("jit") == "auto" else {})
         return super().from_json(values)
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.self_critical:
-            for name in ("label_smoothing", "doubly_stochastic"):
-                if getattr(self, name):
-                    raise InputError(f"--{name.replace('_', '-')}: not for --self-critical; expected 0")
+            self._refuse("--self-critical", ("label_smoothing", "doubly_stochastic", "train_cnn"))
             if self.jit == "on":
                 raise InputError("--jit on: not for --self-critical, whose rewards are computed on the CPU")
-            return
-        for name in SELF_CRITICAL_SETTINGS:
+        else:
+            self._require("--self-critical", SELF_CRITICAL_SETTINGS)
+        if self.train_cnn:
+            self._refuse("--train-cnn", ("jit", "strategy"))
+        else:
+            self._require("--train-cnn", CNN_SETTINGS)
+
+    def _refuse(self, kind: str, names: tuple[str, ...]) -> None:
+        """Raises InputError if a setting that a kind of training does not have is not its default."""
+        for name in names:
+            if getattr(self, name) != (default := self.__dataclass_fields__[name].default):
+                raise InputError(f"--{name.replace('_', '-')}: not for {kind}; expected {default}")
+
+    def _require(self, kind: str, names: tuple[str, ...]) -> None:
+        """Raises InputError if a setting that only another kind of training has is not its default."""
+        for name in names:
             if getattr(self, name) != self.__dataclass_fields__[name].default:
-                raise InputError(f"--{name.replace('_', '-')}: only for --self-critical")
+                raise InputError(f"--{name.replace('_', '-')}: only for {kind}")
+
+    @property
+    def suffix(self) -> str:
+        """What the name of the new run has more than that of the run whose weights it starts from; often nothing."""
+        return "_cider" if self.self_critical else "_cnn" if self.train_cnn else ""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -53,7 +53,10 @@ class FeatureCache:
         shape: of the features of an image: L locations and C channels, of InceptionV3 (64, 2048).
         dtype: the stored features' type, float16 or float32.
         min_jpeg_side: how large JPEGs are decoded, see `captioning.images.read_image`.
+        trained_cnn: a layer that turns what `read` returns into features; None if that are features.
     """
+
+    trained_cnn: Any = None
 
     def __init__(self, folder: Path | str, manifest: dict[str, Any]):
         self.folder = Path(folder)

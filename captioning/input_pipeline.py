@@ -32,7 +32,7 @@ class EncodedCaptions(NamedTuple):
 class Batch(NamedTuple):
     """B captions of some images."""
 
-    features: tf.Tensor  # (images, L, C), in the cache's dtype
+    features: tf.Tensor  # (images, L, C), in the cache's dtype; or pixels, see cnn_training.py
     image_index: tf.Tensor  # (B,) int32, the image of each caption
     tokens: tf.Tensor  # (B, T + 1) int32, padded with <pad> to the batch's longest caption
     images: tf.Tensor  # (images,) int32, their numbers in the split
@@ -162,7 +162,7 @@ def make_dataset(
         images, image_index, tokens, *order = tf.numpy_function(make_arrays, [number], [tf.int32] * num_arrays)
         features = read_features(tf.gather(feature_paths, images))
         padding = round_up(tf.shape(features)[0]) - tf.shape(features)[0]
-        features = tf.pad(features, [[0, padding], [0, 0], [0, 0]])
+        features = tf.pad(features, [[0, padding]] + [[0, 0]] * (len(features.shape) - 1))
         images = tf.ensure_shape(tf.pad(images, [[0, padding]]), (None,))
         word_order = WordOrder(*map(tf.ensure_shape, order, ORDER_SHAPES)) if order else None
         image_index, tokens = tf.ensure_shape(image_index, (None,)), tf.ensure_shape(tokens, (None, None))

@@ -16,6 +16,7 @@ import numpy as np
 from captioning.cli import InputError
 from captioning.quiet_tensorflow import tf
 
+CNN = "model/cnn/"  # a trained CNN, which has a file of its own
 MODEL, VALUE = "model/", "/.ATTRIBUTES/VARIABLE_VALUE"  # what a checkpoint puts around the name of a variable
 MAX_WEIGHTS = 10_000  # arrays of a file
 DTYPES = ("float16", "float32")
@@ -37,7 +38,8 @@ def read_checkpoint(prefix: str) -> dict[str, np.ndarray]:
     """
     try:
         reader = tf.train.load_checkpoint(prefix)
-        keys = sorted(key for key in reader.get_variable_to_shape_map() if key.startswith(MODEL) and VALUE in key)
+        names = (name for name in reader.get_variable_to_shape_map() if not name.startswith(CNN))
+        keys = sorted(key for key in names if key.startswith(MODEL) and VALUE in key)
         weights = {key.removeprefix(MODEL).removesuffix(VALUE): reader.get_tensor(key) for key in keys}
     except (tf.errors.OpError, ValueError, IndexError) as error:
         raise InputError(f"{prefix}: damaged ({str(error).strip().splitlines()[0][:200]})") from None

@@ -11,6 +11,9 @@ from captioning.quiet_tensorflow import tf
 class FusedAdam(tf.keras.optimizers.Adam):
     """Keras's Adam with its arithmetic in TensorFlow's one operation for it: one pass over the weights, not ten."""
 
+    slow: frozenset[int] = frozenset()  # the indices of the variables with a learning rate of their own
+    slow_factor = 1.0  # theirs is `learning_rate` times this
+
     def _backend_update_step(self, gradients: list[tf.Tensor], variables: list[Any], learning_rate: tf.Tensor) -> None:
         """Updates all variables; computes what depends only on the step once, and not for each of them."""
         step = tf.cast(self.iterations + 1, tf.float32)
@@ -21,6 +24,8 @@ class FusedAdam(tf.keras.optimizers.Adam):
         """Updates one variable and its two moments; `rates` are the learning rate and the powers of both betas."""
         index = self._get_variable_index(variable)
         learning_rate, beta1_power, beta2_power = rates
+        if index in self.slow:
+            learning_rate *= self.slow_factor
         tf.raw_ops.ResourceApplyAdam(
             var=variable.handle,
             m=self._momentums[index].handle,
@@ -54,6 +59,18 @@ def make_optimizer(learning_rate: float, clip_norm: float, mixed_precision: bool
     """Makes Adam; in mixed precision it scales the loss, so that small gradients are not lost in float16."""
     adam = FusedAdam(learning_rate, global_clipnorm=clip_norm)
     return tf.keras.optimizers.LossScaleOptimizer(adam) if mixed_precision else adam
+
+
+def slow_down(optimizer: tf.keras.optimizers.Optimizer, variables: list[Any], factor: float) -> None:
+    """Multiplies the learning rate of some variables by a factor.
+
+    Args:
+        optimizer: made by `make_optimizer`, and built.
+        variables: some of those that it was built with.
+        factor: the learning rate that is reported and that decays stays that of the others.
+    """
+    adam = getattr(optimizer, "inner_optimizer", optimizer)
+    adam.slow, adam.slow_factor = frozenset(map(adam._get_variable_index, variables)), factor
 
 
 class WeightEMA(tf.Module):

@@ -236,13 +236,14 @@ def settings_to_continue(run: Path) -> dict[str, Any]:
 
 
 def check_start(run: Path, config: RunConfig) -> None:
-    """Checks that self-critical training can start from the weights of a run.
+    """Checks that self-critical training, or that of the CNN, can start from the weights of a run.
 
     Raises:
         InputError: it has other images or captions, or others are for validation; or the attention is hard.
     """
     if config.model.attention == "hard":
-        raise InputError(f"--self-critical: expected soft attention, {run} has hard attention")
+        kind = "--train-cnn" if config.train.train_cnn else "--self-critical"
+        raise InputError(f"{kind}: expected soft attention, {run} has hard attention")
     if read_config(run).data_fingerprint != config.data_fingerprint:
         raise InputError(f"{run} was trained on other images or captions; expected the same to start from its weights")
 

@@ -19,6 +19,7 @@ from captioning import shapes
 from captioning.annotations import Example
 from captioning.cli import InputError, format_bytes
 from captioning.cnn_loader import find_cnn, preprocess
+from captioning.cnn_training import find_blocks
 from captioning.cnns import CNNS, INCEPTION_V3, cnn_of_manifest
 from captioning.config import FeatureConfig
 from captioning.feature_cache import FeatureCache, check_manifest, make_manifest, open_run_cache
@@ -221,6 +222,7 @@ def test_cnn_is_that_of_keras(option, downloads, recwarn, rng):
     extractor = features.build_feature_extractor("imagenet", cnn)
     assert downloads == [cnn.weights_file] and not [each for each in recwarn if each.category is UserWarning]
     assert (extractor.input_shape, extractor.output_shape) == ((None, 65, 65, 3), (None, *cnn.features_shape))
+    assert len(find_blocks(find_cnn(extractor))) == (4 if option == "convnext_tiny" else 5)
     scaling = {"convnext_tiny": "Normalization", "efficientnet_v2_s": "Rescaling", "mobilenet_v3_large": "Rescaling"}
     second_layer = type(find_cnn(extractor).layers[1]).__name__
     assert (cnn.preprocessing == "inside") == (option in scaling) and second_layer == scaling.get(option, second_layer)
