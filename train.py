@@ -1,6 +1,4 @@
-"""Trains the model by teacher forcing. Run the same command again, and it resumes where it stopped.
-
-Tutorial section: "Training".
+"""Trains the model by teacher forcing (tutorial section "Training"). Run again, it resumes where it stopped.
 
     python train.py                                # MS-COCO 2014, 30,000 captions, as the tutorial
     python train.py --num-captions all             # all of its training images
@@ -244,8 +242,8 @@ def build_train_state(
         caption_model.cnn = cnn
         optimizer = make_optimizer(settings.learning_rate, settings.clip_norm, settings.mixed_precision)
         optimizer.build(caption_model.trainable_variables)  # before restoring: its slots must exist
-        slow = cnn.trainable_variables if cnn else []
-        slow_down(optimizer, slow, settings.cnn_learning_rate / settings.learning_rate)
+        if cnn:
+            slow_down(optimizer, cnn.trainable_variables, settings.cnn_learning_rate / settings.learning_rate)
         ema = WeightEMA(caption_model.trainable_variables, settings.ema_decay)
         progress = TrainProgress()
     # XLA needs shapes that are known, which only the plain loop has.
@@ -348,8 +346,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         parser.error("--recipe best: not for --self-critical, whose recipe is best-cider")
     if not first.run:
         parser.error("--self-critical and --train-cnn: expected --run DIR, the run to start from")
-    settings = cnn_training.settings_to_train_cnn if first.train_cnn else run_folder.settings_to_continue
-    parser.set_defaults(**(settings(first.run) | recipe))
+    settings_of = cnn_training.settings_to_train_cnn if first.train_cnn else run_folder.settings_to_continue
+    parser.set_defaults(**(settings_of(first.run) | recipe))
     return parser.parse_args(argv)
 
 
