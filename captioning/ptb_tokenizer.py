@@ -3,9 +3,9 @@ r"""Splits English captions into the words that published scores are of, without
 Papers are scored with pycocoevalcap, the code of the COCO challenge. Its words are those of the Penn Treebank: `can't`
 is two, ca and n't; t-shirt, 5:30 and p.m. are one each; full stops, commas and quotes are left out. It calls a Java
 program for them, PTBTokenizer of Stanford CoreNLP 3.4.1 with -preserveLines -lowerCase, and drops its own list of
-punctuation. `tokenize` gives the same words. It was written from the answers of that program, not from its code, and
-compared with it: none of 60,000 captions of Flickr8k and COCO differs, nor does any of 50,608 other forms of them
-(without the spaces that stand before their apostrophes, hyphens and full stops).
+punctuation. `tokenize` gives the same words. Its rules were fitted to the answers of that program, and compared with
+it: none of 60,000 captions of Flickr8k and COCO differs, nor does any of 50,608 other forms of them (without the spaces
+that stand before their apostrophes, hyphens and full stops).
 
     tokenize("A man can't swim (yet).")   # ["a", "man", "ca", "n't", "swim", "-lrb-", "yet", "-rrb-"]
 
