@@ -13,11 +13,17 @@ SCORES = ("CIDEr", "BLEU-4", "ROUGE-L", "METEOR", "SPICE")  # in this order, tho
 
 
 def check_table_path(path: Path) -> None:
-    """Checks a file that a table will be written into, before hours of work; raises InputError if it cannot be."""
+    """Checks a file that a table will be written into, before hours of work, and makes its folder.
+
+    Raises:
+        InputError: it has another ending, or is a folder.
+        OSError: its folder cannot be made.
+    """
     if path.suffix.lower() != ".csv":
         raise InputError(f"--per-image {path}: expected a name that ends in .csv")
     if path.is_dir():
         raise InputError(f"--per-image {path}: is a folder, expected a file")
+    path.parent.mkdir(parents=True, exist_ok=True)
 
 
 def write_score_table(

@@ -84,6 +84,7 @@ ANSWERS = [
     ),
     ("12-25-2010 and 1/2/34, (^-^) --- ;) '' ``", "12-25-2010 and 1/2/34 -lrb-^-^-rrb- ;-rrb-"),
     ("a co\u00adoperative dog \u00ad 1\u00ad2", "a cooperative dog 12"),
+    ("wait...2 dogs, a non-U.S. or non-U.S. x, 1-a. b, 1.5-a.,", "wait 2 dogs a non-u.s. or non-u.s. x 1-a b 1.5-a."),
     ("HE'LL go to M'Bala on 5/6-2010", "he 'll go to m'bala on 5/6-2010"),
     ("1st 2nd 10k 5x7 6'2\" 3D 4-wheeler a-1/2", "1st 2nd 10k 5x7 6 2 3d 4-wheeler a-1 / 2"),
     ("", ""),

@@ -51,6 +51,9 @@ def test_write_score_table_that_fails_leaves_the_old_one(tmp_path):
 
 def test_check_table_path(tmp_path):
     check_table_path(tmp_path / "new/scores.CSV")
+    (tmp_path / "file").touch()
+    with pytest.raises(OSError, match="file"):
+        check_table_path(tmp_path / "file/scores.csv")
     with pytest.raises(InputError, match=r"scores\.json: expected a name that ends in \.csv"):
         check_table_path(tmp_path / "scores.json")
     (tmp_path / "a.csv").mkdir()
