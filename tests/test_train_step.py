@@ -209,6 +209,20 @@ def test_train_step_that_overflows_in_float16_changes_nothing(batch, tokenizer, 
     assert state.ema.num_updates.numpy() == 1 and state.progress.get("step") == 3
 
 
+@pytest.mark.slow
+def test_train_step_teaches_the_papers_lstm_with_hard_attention(batch, tokenizer, make_step):
+    tf.keras.utils.set_random_seed(0)
+    config = ModelConfig(len(tokenizer), embedding_dim=16, units=32, attention="hard", decoder="paper", cell="lstm")
+    state, train_step = make_step(model.build(config), make_optimizer(1e-2, 5.0, False), TrainConfig())
+    losses = []
+    for _ in range(30):
+        train_step(batch)
+        losses.append(state.progress.mean_loss())
+        state.progress.reset_epoch()
+    assert losses[0] == pytest.approx(math.log(len(tokenizer)), rel=0.1)
+    assert losses[-1] < 0.5 * losses[0]
+
+
 # All combinations.
 
 
