@@ -25,7 +25,7 @@ class CNN(NamedTuple):
     # `keras.applications.imagenet_utils.preprocess_input`; "inside": it takes the pixels, its first layers do the rest.
     preprocessing: str
     weights_file: str  # of ImageNet's weights without the top, as Keras names it
-    images_per_second: float  # measured with `python -m benchmarks.features --only cnns`, on two cores of a Xeon
+    images_per_second: float  # on two cores of a Xeon: InceptionV3's 22, times the ratio of docs/use.md
     layer: str | None = None  # whose output is used; None for the last one without the top
 
     @property
@@ -92,12 +92,12 @@ _MOBILENET_FILE = "weights_mobilenet_v3_large_224_1.0_float_no_top_v2.h5"
 _TABLE = (
     CNN("inception_v3", "InceptionV3", 299, _inception_v3_side, 2048, "tf", f"inception_v3_{_KERNELS}", 22),
     # The 14x14 locations of Xu et al. 2015, section 4.3: the last block, before its max pooling.
-    CNN("vgg19", "VGG19", 224, _floor16, 512, "caffe", f"vgg19_{_KERNELS}", 5, layer="block5_conv4"),
-    CNN("resnet50", "ResNet50", 224, _ceil32, 2048, "caffe", f"resnet50_{_KERNELS}", 20),
-    CNN("resnet101_v2", "ResNet101V2", 224, _ceil32, 2048, "tf", f"resnet101v2_{_KERNELS}", 12),
-    CNN("efficientnet_v2_s", "EfficientNetV2S", 384, _ceil32, 1280, "inside", "efficientnetv2-s_notop.h5", 8),
-    CNN("convnext_tiny", "ConvNeXtTiny", 224, _floor32, 768, "inside", "convnext_tiny_notop.h5", 15),
-    CNN("mobilenet_v3_large", "MobileNetV3Large", 224, _ceil32, 960, "inside", _MOBILENET_FILE, 60),
+    CNN("vgg19", "VGG19", 224, _floor16, 512, "caffe", f"vgg19_{_KERNELS}", 8, layer="block5_conv4"),
+    CNN("resnet50", "ResNet50", 224, _ceil32, 2048, "caffe", f"resnet50_{_KERNELS}", 30),
+    CNN("resnet101_v2", "ResNet101V2", 224, _ceil32, 2048, "tf", f"resnet101v2_{_KERNELS}", 17),
+    CNN("efficientnet_v2_s", "EfficientNetV2S", 384, _ceil32, 1280, "inside", "efficientnetv2-s_notop.h5", 13),
+    CNN("convnext_tiny", "ConvNeXtTiny", 224, _floor32, 768, "inside", "convnext_tiny_notop.h5", 5.5),
+    CNN("mobilenet_v3_large", "MobileNetV3Large", 224, _ceil32, 960, "inside", _MOBILENET_FILE, 160),
 )
 CNNS = {cnn.option: cnn for cnn in _TABLE}
 INCEPTION_V3 = CNNS["inception_v3"]
