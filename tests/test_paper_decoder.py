@@ -1,21 +1,20 @@
 """The decoder of Show, Attend and Tell: against its equations, in training, and in search."""
 
 import dataclasses
-from pathlib import Path
+import io
 
 import numpy as np
 import pytest
 from helpers.runs import LossRecorder, read_history, run_training
 from PIL import Image
-from test_exported_model import build_small_cnn
+from test_exported_model import build_small_cnn, export
 
-import export
-import features as features_of
 import inference
 import model
 from captioning.cli import InputError
 from captioning.config import DecodeConfig, ModelConfig
 from captioning.decoding import beam_search, greedy_search
+from captioning.litert_model import LiteRTModel, convert
 from captioning.quiet_tensorflow import tf
 from captioning.run_folder import init_run_dir, read_config
 from captioning.special_tokens import START_ID
@@ -245,35 +244,29 @@ def captioner(tmp_path, run_config, tokenizer, monkeypatch):
     checkpoint = tf.train.Checkpoint(model=model.build(config))
     tf.train.CheckpointManager(checkpoint, str(run / "checkpoints/best"), 1).save()
     monkeypatch.setattr("features.build_feature_extractor", build_small_cnn)
-    monkeypatch.chdir(tmp_path)
     return inference.Captioner.load(run, DecodeConfig(beam_size=3, captions=2, min_words=2, max_words=5))
 
 
 @pytest.mark.slow
-def test_exports_caption_as_the_captioner(captioner, rng, capsys):
-    pixels = rng.integers(0, 256, (40, 60, 3), dtype=np.uint8)
-    Image.fromarray(pixels).save("photo.png")
-    caption = captioner.caption("photo.png")
+def test_exports_caption_as_the_captioner(captioner, rng):
+    buffer = io.BytesIO()
+    Image.fromarray(rng.integers(0, 256, (40, 60, 3), dtype=np.uint8)).save(buffer, "png")
+    photo = buffer.getvalue()
+    caption = captioner.caption(photo)
     assert caption.gates and caption.alternatives
-    options = ["--run", "runs/paper", "--beam-size", "3", "--captions", "2", "--min-words", "2", "--max-words", "5"]
-    export.main(options)
-    export.main([*options, "--litert"])
-    export.main([*options[:2], "--pack", "--weights", "float32"])
-    saved_model = tf.saved_model.load("paper_saved_model")
-    of_saved_model = {
-        name: tensor[0] for name, tensor in saved_model.caption(tf.constant([Path("photo.png").read_bytes()])).items()
-    }
+    of_graph = {name: tensor[0] for name, tensor in export(captioner).caption(tf.constant([photo])).items()}
+    parts = captioner.extractor, captioner.model, captioner.decode_config
+    content = convert(LiteRTModel(*parts, captioner.config.features["dtype"]), "float32")
     with pytest.warns(UserWarning, match=r"tf\.lite\.Interpreter is deprecated"):
-        interpreter = tf.lite.Interpreter(model_path="paper.tflite")
-    of_litert = interpreter.get_signature_runner("caption")(pixels=features_of.load_image("photo.png")[np.newaxis])
+        interpreter = tf.lite.Interpreter(model_content=content)
+    of_litert = interpreter.get_signature_runner("caption")(pixels=captioner.load_image(photo)[np.newaxis])
     for rank, expected in enumerate((caption, *caption.alternatives)):
         length = len(expected.words)
-        for results in (of_saved_model, of_litert):
+        for results in (of_graph, of_litert):
             for name in ("probabilities", "attention", "gates"):
                 values = np.asarray(results[name])[rank, :length]
                 np.testing.assert_allclose(values, getattr(expected, name), atol=1e-3, err_msg=name)
-    packed = inference.Captioner.load(Path("paper.zip"), captioner.decode_config).caption("photo.png")
-    assert (packed.text, packed.gates) == (caption.text, caption.gates)
+        assert not np.asarray(of_graph["gates"])[rank, length:].any()
 
 
 # Settings.
