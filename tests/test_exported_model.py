@@ -158,7 +158,7 @@ class Decoded:
             tf.constant(rng.uniform(size=(*np.shape(tokens), 64)), tf.float32),
         )
         config = DecodeConfig(captions=num_captions)
-        self.model = ExportedModel(lambda pixels, training: pixels, None, vocabulary, config, "float32", None)
+        self.model = ExportedModel(lambda pixels, training: pixels, None, vocabulary, config, "float32", None, 299)
         self.model.decode_pixels = lambda pixels: self.batch
         self.num_images = len(tokens) // num_captions
 
