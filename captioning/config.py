@@ -146,7 +146,7 @@ class ModelConfig(Settings):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.cell == "lstm" and self.decoder != "paper":
-            raise InputError(f"--cell lstm is for --decoder paper, found --decoder {self.decoder}")
+            raise InputError(f"cell: lstm is only for the paper's decoder, found the {self.decoder}'s")
 
     @classmethod
     def from_json(cls, values: Any) -> Self:
@@ -297,27 +297,27 @@ class TrainConfig(Settings):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.self_critical:
-            self._refuse("--self-critical", ("label_smoothing", "doubly_stochastic", "train_cnn"))
+            self._refuse("self-critical training", ("label_smoothing", "doubly_stochastic", "train_cnn"))
             if self.jit == "on":
-                raise InputError("--jit on: not for --self-critical, whose rewards are computed on the CPU")
+                raise InputError("jit on: not for self-critical training, whose rewards are computed on the CPU")
         else:
-            self._require("--self-critical", SELF_CRITICAL_SETTINGS)
+            self._require("self-critical training", SELF_CRITICAL_SETTINGS)
         if self.train_cnn:
-            self._refuse("--train-cnn", ("jit", "strategy"))
+            self._refuse("training the CNN", ("jit", "strategy"))
         else:
-            self._require("--train-cnn", CNN_SETTINGS)
+            self._require("training the CNN", CNN_SETTINGS)
 
     def _refuse(self, kind: str, names: tuple[str, ...]) -> None:
         """Raises InputError if a setting that a kind of training does not have is not its default."""
         for name in names:
-            if getattr(self, name) != (default := self.__dataclass_fields__[name].default):
-                raise InputError(f"--{name.replace('_', '-')}: not for {kind}; expected {default}")
+            if (value := getattr(self, name)) != (default := self.__dataclass_fields__[name].default):
+                raise InputError(f"{name}: not for {kind}; expected {default}, found {value}")
 
     def _require(self, kind: str, names: tuple[str, ...]) -> None:
         """Raises InputError if a setting that only another kind of training has is not its default."""
         for name in names:
-            if getattr(self, name) != self.__dataclass_fields__[name].default:
-                raise InputError(f"--{name.replace('_', '-')}: only for {kind}")
+            if (value := getattr(self, name)) != (default := self.__dataclass_fields__[name].default):
+                raise InputError(f"{name}: only for {kind}; expected {default}, found {value}")
 
     @property
     def suffix(self) -> str:

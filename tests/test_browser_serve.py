@@ -81,7 +81,7 @@ def wait_for_batches(captioner, count):
 
 
 def test_file_that_is_chosen_is_captioned(page, captioner):
-    assert page.locator("#run").inner_text() == "run: small"
+    page.wait_for_function("document.querySelector('#run').innerText === 'run: small'")
     page.set_input_files("#file", RED)
     wait_for_caption(page, "a red image")
     image = page.locator(".caption-viewer img")

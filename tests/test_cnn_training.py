@@ -324,9 +324,9 @@ def copy_run(source, target):
 @pytest.mark.parametrize(
     ("setting", "message"),
     [
-        ({"self_critical": True}, "--train-cnn: not for --self-critical"),
-        ({"strategy": "mirrored"}, "--strategy: not for --train-cnn; expected none"),
-        ({"jit": "on"}, "--jit: not for --train-cnn; expected off"),
+        ({"self_critical": True}, "train_cnn: not for self-critical training"),
+        ({"strategy": "mirrored"}, "strategy: not for training the CNN; expected none"),
+        ({"jit": "on"}, "jit: not for training the CNN; expected off"),
     ],
 )
 def test_settings_that_do_not_go_with_it_are_refused(setting, message):
@@ -346,7 +346,7 @@ def test_settings_of_a_run_from_before():
     ("argv", "message"),
     [
         (["--train-cnn", "5"], "--train-cnn: expected --run DIR, the run to start from"),
-        (["--cnn-learning-rate", "1e-4"], "--cnn-learning-rate: only for --train-cnn"),
+        (["--cnn-learning-rate", "1e-4"], "cnn_learning_rate: only for training the CNN"),
         (["--train-cnn", "-1"], "expected a whole number of at least 0, found '-1'"),
     ],
 )

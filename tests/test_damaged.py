@@ -86,7 +86,7 @@ def mean_brightness_extractor(cnn_weights, cnn=None):
     return extractor
 
 
-def write_empty_plot(image, words, attention, probabilities, path, text):
+def write_empty_plot(image, words, attention, probabilities, path, text, gates):
     """Stands for plot_attention, which takes longer than all the rest."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.touch()

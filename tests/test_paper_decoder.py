@@ -256,7 +256,8 @@ def test_exports_caption_as_the_captioner(captioner, rng):
     assert caption.gates and caption.alternatives
     of_graph = {name: tensor[0] for name, tensor in export(captioner).caption(tf.constant([photo])).items()}
     parts = captioner.extractor, captioner.model, captioner.decode_config
-    content = convert(LiteRTModel(*parts, captioner.config.features["dtype"]), "float32")
+    litert_model = LiteRTModel(*parts, captioner.config.features["dtype"], captioner.image_size)
+    content = convert(litert_model, "float32")
     with pytest.warns(UserWarning, match=r"tf\.lite\.Interpreter is deprecated"):
         interpreter = tf.lite.Interpreter(model_content=content)
     of_litert = interpreter.get_signature_runner("caption")(pixels=captioner.load_image(photo)[np.newaxis])
@@ -274,7 +275,7 @@ def test_exports_caption_as_the_captioner(captioner, rng):
 
 def test_lstm_is_refused_with_the_tutorials_decoder():
     assert ModelConfig(decoder="paper", cell="lstm").cell == "lstm"
-    with pytest.raises(InputError, match=r"^--cell lstm is for --decoder paper, found --decoder tutorial$"):
+    with pytest.raises(InputError, match=r"^cell: lstm is only for the paper's decoder, found the tutorial's$"):
         ModelConfig(cell="lstm")
 
 

@@ -150,7 +150,7 @@ def test_command_refuses_hard_attention(command, run):
     ("argv", "message"),
     [
         (["--self-critical"], "expected --run DIR, the run to start from"),
-        (["--samples", "4"], "--samples: only for --self-critical"),
+        (["--samples", "4"], "samples: only for self-critical training; expected 5, found 4"),
         (["--recipe", "best-cider"], "expected --run DIR, the run to start from"),
         (["--self-critical", "--recipe", "best", "--run", "x"], "--recipe best: not for --self-critical"),
     ],
@@ -169,9 +169,9 @@ def test_command_refuses_a_folder_that_is_no_run(tmp_path):
 @pytest.mark.parametrize(
     ("setting", "message"),
     [
-        ({"label_smoothing": 0.1}, "--label-smoothing: not for --self-critical"),
-        ({"doubly_stochastic": 1.0}, "--doubly-stochastic: not for --self-critical"),
-        ({"jit": "on"}, "--jit on: not for --self-critical"),
+        ({"label_smoothing": 0.1}, "label_smoothing: not for self-critical training"),
+        ({"doubly_stochastic": 1.0}, "doubly_stochastic: not for self-critical training"),
+        ({"jit": "on"}, "jit on: not for self-critical training"),
     ],
 )
 def test_settings_that_it_would_not_use_are_refused(setting, message):
