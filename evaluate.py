@@ -29,7 +29,7 @@ from captioning.cnn_training import ImageReader, TrainedCNN, explain_failure
 from captioning.coco_results import match_results, read_results
 from captioning.config import DATA_PATHS, DataConfig, DecodeConfig, FeatureConfig
 from captioning.decoding import StepModel
-from captioning.feature_cache import FeatureCache, map_prefetch, open_run_cache
+from captioning.feature_cache import FeatureCache, FeatureSource, map_prefetch, open_run_cache
 from captioning.files import write_json
 from captioning.image_records import ImageRecords
 from captioning.images import map_threads, read_image
@@ -54,7 +54,7 @@ RATIOS = ("distinct captions", "end in mid-sentence", "unfinished captions")  # 
 def generate_captions(
     model: StepModel,
     tokenizer: Tokenizer,
-    cache: FeatureCache,
+    cache: FeatureSource,
     examples: list[Example],
     batch_size: int = 64,
     config: DecodeConfig = inference.GREEDY,
@@ -104,7 +104,7 @@ def check_features(cache: FeatureCache, image_dir: Path, examples: list[Example]
 
 
 def score_run(
-    captioner: inference.Captioner, cache: FeatureCache, examples: list[Example], with_spice: bool = False
+    captioner: inference.Captioner, cache: FeatureSource, examples: list[Example], with_spice: bool = False
 ) -> tuple[dict[str, Any], list[inference.Caption], Scores]:
     """Captions images from their cached features, and scores the captions.
 
@@ -308,7 +308,7 @@ def evaluate_results(args: argparse.Namespace) -> None:
 
 def open_features(
     captioner: inference.Captioner, image_dir: Path, examples: list[Example], features_dir: str | None
-) -> FeatureCache:
+) -> FeatureSource:
     """Opens the features of images, or the images themselves if the run's CNN was trained and no folder is given."""
     manifest = captioner.config.features
     if captioner.config.train.train_cnn and not features_dir:

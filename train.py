@@ -27,7 +27,7 @@ from captioning import cnn_training, devices, losses, run_folder, self_critical
 from captioning.checkpoints import Checkpoints, TrainProgress
 from captioning.cli import add_quiet_option, defer_interrupts, log, make_parser, progress_bar, run_main
 from captioning.config import RECIPES, DataConfig, FeatureConfig, ModelConfig, TrainConfig
-from captioning.feature_cache import FeatureCache
+from captioning.feature_cache import FeatureSource
 from captioning.files import lock_folder
 from captioning.input_pipeline import (
     Batch,
@@ -151,7 +151,7 @@ def make_train_step(
 def train_epoch(
     train_step: Callable[[Batch], None],
     captions: EncodedCaptions,
-    cache: FeatureCache,
+    cache: FeatureSource,
     state: TrainState,
     checkpoints: Checkpoints,
     config: TrainConfig,
@@ -264,7 +264,7 @@ def build_train_state(
 def train(
     run: Path,
     dataset: data_utils.CaptionDataset,
-    cache: FeatureCache,
+    cache: FeatureSource,
     config: RunConfig,
     tokenizer: Tokenizer,
     strategy: tf.distribute.Strategy,

@@ -19,7 +19,7 @@ from captioning.cli import InputError
 from captioning.cnn_loader import find_cnn
 from captioning.cnns import CNN
 from captioning.config import FeatureConfig
-from captioning.feature_cache import CNN_FILE, FeatureCache, check_cnn_weights, find_cnn_weights
+from captioning.feature_cache import CNN_FILE, FeatureSource, check_cnn_weights, find_cnn_weights, min_jpeg_side
 from captioning.files import file_sha256
 from captioning.images import set_max_megapixels
 from captioning.input_pipeline import Batch
@@ -119,7 +119,7 @@ class TrainedCNN(tf.keras.layers.Layer):
 # Images instead of features.
 
 
-class ImageReader(FeatureCache):
+class ImageReader:
     """Reads images where a training with a fixed CNN reads their cached features.
 
     Args:
@@ -132,7 +132,7 @@ class ImageReader(FeatureCache):
     def __init__(
         self, image_dir: Path, manifest: dict[str, Any], load_image: Callable[..., np.ndarray], trained_cnn: TrainedCNN
     ):
-        super().__init__(manifest["folder"], manifest)
+        self.folder, self.manifest = Path(manifest["folder"]), manifest
         self.image_dir, self.load_image, self.trained_cnn = image_dir, load_image, trained_cnn
         self.failure: InputError | None = None  # an image that could not be read
 
@@ -150,11 +150,12 @@ class ImageReader(FeatureCache):
 
         An image that cannot be read is an error of the pipeline; see `explain_failure`.
         """
-        size = self.cnn.image_size
+        size, min_side = self.manifest["image_size"], min_jpeg_side(self.manifest)
 
         def load(paths: np.ndarray) -> np.ndarray:
             try:
-                return np.stack([self.load_image(os.fsdecode(path), self.min_jpeg_side, size) for path in paths])
+                images = [self.load_image(os.fsdecode(path), min_side, size) for path in paths]
+                return np.stack(images)  # (I, size, size, 3)
             except InputError as error:
                 self.failure = error
                 raise
@@ -163,7 +164,7 @@ class ImageReader(FeatureCache):
 
 
 @contextlib.contextmanager
-def explain_failure(cache: FeatureCache) -> Iterator[None]:
+def explain_failure(cache: FeatureSource) -> Iterator[None]:
     """Turns the error of a tf.data pipeline into the `InputError` behind it, if an image could not be read."""
     try:
         yield
@@ -184,10 +185,11 @@ def augment(pixels: tf.Tensor, seed: tf.Tensor) -> tf.Tensor:
         (I, size, size, 3) uint8.
     """
     num_images, size = tf.shape(pixels)[0], pixels.shape[1]
-    numbers = tf.random.stateless_uniform((6, num_images), seed)
+    numbers = tf.random.stateless_uniform((6, num_images), seed)  # (6, I)
     height, width = (1 - (1 - MIN_CROP) * number for number in (numbers[0], numbers[1]))  # (I,)
-    top, left = numbers[2] * (1 - height), numbers[3] * (1 - width)
+    top, left = numbers[2] * (1 - height), numbers[3] * (1 - width)  # (I,)
     boxes = tf.stack([top, left, top + height, left + width], axis=1)  # (I, 4)
+    # (I, size, size, 3), bilinear
     images = tf.image.crop_and_resize(tf.cast(pixels, tf.float32), boxes, tf.range(num_images), (size, size))
     contrast = 1 + MAX_CONTRAST * (2 * numbers[4] - 1)
     brightness = MAX_BRIGHTNESS * (2 * numbers[5] - 1)
@@ -202,7 +204,7 @@ def _per_image(values: tf.Tensor) -> tf.Tensor:
 
 
 def augment_batch(batch: Batch, seed: int, step: tf.Tensor) -> Batch:
-    """Augments the images of a batch; the seed and the number of the step decide how, so that a resumed run does it so.
+    """Augments the images of a batch; seed and step decide how, so that a resumed run draws the same.
 
     Args:
         batch: its `features` are pixels (I, size, size, 3) uint8.
@@ -235,7 +237,7 @@ def open_images(
     block: int,
     load_image: Callable[..., np.ndarray],
     build_extractor: Callable[[str, CNN], tf.keras.Model],
-) -> tuple[FeatureCache, Any]:
+) -> tuple[FeatureSource, Any]:
     """Opens the images of a dataset in the place of a cache, and builds the CNN that is trained.
 
     Args:

@@ -8,7 +8,7 @@ from captioning import devices, metrics
 from captioning.annotations import Example
 from captioning.cli import log
 from captioning.config import DecodeConfig, TrainConfig
-from captioning.feature_cache import FeatureCache
+from captioning.feature_cache import FeatureSource
 from captioning.input_pipeline import Batch, EncodedCaptions, encode_captions, make_dataset, make_epoch_batches
 from captioning.losses import masked_cross_entropy
 from captioning.quiet_tensorflow import tf
@@ -136,7 +136,7 @@ def make_validator(
     model: tf.keras.Model,
     examples: list[Example],
     tokenizer: Any,
-    cache: FeatureCache,
+    cache: FeatureSource,
     config: TrainConfig,
     generate_captions: Callable[..., list[Any]],
     split_words: Callable[[str], list[str]],
