@@ -27,6 +27,7 @@ from captioning.config import CNN_SETTINGS, TrainConfig
 from captioning.files import file_sha256, read_json
 from captioning.input_pipeline import encode_captions, make_dataset, make_epoch_batches
 from captioning.quiet_tensorflow import tf
+from captioning.validation import EpochScore
 
 layers = tf.keras.layers
 CNN = ["--cnn", "mobilenet_v3_large", "--image-size", "64", "--cnn-weights", "random"]
@@ -57,7 +58,7 @@ def _small_and_quick():
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A folder with runs/shapes, trained for an epoch with the CNN fixed, and runs/paper, with the paper's decoder."""
+    """A folder with runs/shapes, trained for an epoch with the CNN fixed."""
     folder = tmp_path_factory.mktemp("folder")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
@@ -133,15 +134,15 @@ def test_blocks_that_a_cnn_lacks_are_refused(block):
 def test_augment_keeps_shape_range_and_sides(rng):
     pixels = np.zeros((40, 32, 32, 3), np.uint8)
     pixels[:, :, 16:] = rng.integers(100, 256, (40, 32, 16, 3))  # the right half is bright
-    pixels[0], pixels[1] = 0, 255
+    pixels[:8], pixels[8:16] = 0, 255
     images = augment(tf.constant(pixels), tf.constant([3, 5], tf.int64)).numpy()
     assert images.shape == pixels.shape and images.dtype == np.uint8
-    assert (images[2:, :, 20:].mean((1, 2, 3)) > images[2:, :, :12].mean((1, 2, 3)) + 50).all(), "a mirror image"
-    assert images[0].max() <= 26 and images[1].min() >= 229, "neither wraps around nor changes much"
-    assert len({image.tobytes() for image in images[2:]}) == 38
+    assert (images[16:, :, 20:].mean((1, 2, 3)) > images[16:, :, :12].mean((1, 2, 3)) + 50).all(), "a mirror image"
+    assert images[:8].max() <= 26 and images[8:16].min() >= 229, "neither wraps around nor changes much"
+    assert len({image.tobytes() for image in images[16:]}) == 24
     again = augment(tf.constant(pixels), tf.constant([3, 5], tf.int64)).numpy()
     np.testing.assert_array_equal(again, images)
-    assert (augment(tf.constant(pixels), tf.constant([3, 6], tf.int64)).numpy() != images).any((1, 2, 3))[2:].all()
+    assert (augment(tf.constant(pixels), tf.constant([3, 6], tf.int64)).numpy() != images).any((1, 2, 3))[16:].all()
 
 
 def test_augment_cuts_at_most_a_tenth():
@@ -152,6 +153,7 @@ def test_augment_cuts_at_most_a_tenth():
     assert 0.9 * 0.9 - 0.02 < share.min() < 0.93 and 1 < share.max() < 1.1 + 0.02
 
 
+@pytest.mark.slow
 def test_trained_cnn_rounds_features_as_inference_does(rng):
     extractor = features.build_feature_extractor("random", CNNS["mobilenet_v3_large"].at(64))
     pixels = tf.constant(rng.integers(0, 256, (2, 64, 64, 3)), tf.uint8)
@@ -240,79 +242,69 @@ def test_the_new_run_captions_with_its_trained_cnn(inside, trained, monkeypatch,
 
 
 @pytest.mark.slow
-def test_a_stopped_run_resumes_exactly(inside, trained, tmp_path):
-    run = copy_run("runs/shapes", tmp_path / "again")
+def test_a_run_that_is_stopped_in_many_ways_resumes_exactly(inside, trained, tmp_path, monkeypatch):
+    run, new_run, photo = copy_run("runs/shapes", tmp_path / "again"), tmp_path / "again_cnn", "images/shapes_00020.png"
     settings = ["--ema-decay", "0.5", "--checkpoint-minutes", "0"]
-    for num_steps, error in ((3, KeyboardInterrupt), (4, SimulatedKill)):
-        with pytest.raises(error):
-            train_cnn(*settings, run=run, on_step=stop_after(num_steps, error))
-    train_cnn(*settings, run=run)
-    again = tmp_path / "again_cnn"
-    assert_same_checkpoint(read_checkpoint(again), read_checkpoint(RUN))
-    assert read_history(again) == read_history(RUN)
+    with pytest.raises(KeyboardInterrupt):
+        train_cnn(*settings, run=run, on_step=stop_after(3, KeyboardInterrupt))
+    assert inference.Captioner.load(new_run).extractor, "the start is the best so far, and complete"
 
+    content = Path("shapes", photo).read_bytes()
+    Path("shapes", photo).unlink()
+    try:
+        with pytest.raises(InputError, match=r"shapes_00020\.png: no such image"):
+            train_cnn(*settings, run=run)
+    finally:
+        Path("shapes", photo).write_bytes(content)
 
-@pytest.mark.slow
-def test_a_kill_between_the_files_of_the_best_epoch_is_noticed(inside, tmp_path, monkeypatch):
-    run = copy_run("runs/shapes", tmp_path / "killed")
-    writes = []
+    def write_config(*_):
+        raise SimulatedKill
 
-    def write_config(*args):
-        writes.append(args)
-        if len(writes) == 2:  # of the first epoch; the start was the best before
-            raise SimulatedKill
-        original(*args)
-
-    original = cnn_training.write_config
     with monkeypatch.context() as patch, pytest.raises(SimulatedKill):
-        patch.setattr(cnn_training, "write_config", write_config)
-        train_cnn(run=run)
-    captioner = inference.Captioner.load(tmp_path / "killed_cnn")
+        patch.setattr(cnn_training, "write_config", write_config)  # of the second epoch, which is the best
+        train_cnn(*settings, run=run)
     with pytest.raises(InputError, match=r"cnn\.weights\.h5: not the weights of the CNN that computed the features"):
-        captioner.caption("shapes/images/shapes_00000.png")
-    train_cnn(run=run)
-    assert inference.Captioner.load(tmp_path / "killed_cnn").caption("shapes/images/shapes_00000.png").text
+        _ = inference.Captioner.load(new_run).extractor
+
+    train_cnn(*settings, run=run)
+    assert_same_checkpoint(read_checkpoint(new_run), read_checkpoint(RUN))
+    assert read_history(new_run) == read_history(RUN)
 
 
 @pytest.mark.slow
-def test_paper_decoder_and_mixed_precision(inside, tmp_path):
-    run = tmp_path / "paper"
-    settings = ["--decoder", "paper", "--features-dir", "features/shapes_mobilenet_v3_large_64", "--mixed-precision"]
-    train.main([*DATA, *CNN, *MODEL, *settings, "--epochs", "1", "--run", str(run)])
-    seen = []
+def test_paper_decoder_and_mixed_precision(inside, tmp_path, monkeypatch):
+    run = copy_run("runs/shapes", tmp_path / "paper", decoder="paper", cell="lstm")
+    config = inference.read_config(run)
+    checkpoint = tf.train.Checkpoint(model=model.build(config.model, config.cnn.features_shape))
+    tf.train.CheckpointManager(checkpoint, str(run / "checkpoints/best"), 1).save()
+    seen, augmented = [], []
 
     def on_step(state):
         cnn = state.model.cnn
         seen.append((state.model.compute_dtype, find_cnn(cnn.extractor).layers[-1].compute_dtype, cnn.compute_dtype))
         raise SimulatedKill
 
+    def augment_batch(batch, seed, step):
+        augmented.append((batch.features.dtype, seed))
+        return original(batch, seed, step)
+
+    original = cnn_training.augment_batch
+    monkeypatch.setattr(cnn_training, "augment_batch", augment_batch)
+    monkeypatch.setattr(train, "score_start", lambda *_: EpochScore(0.0, 0.0, -9.0))
     with pytest.raises(SimulatedKill):
-        train_cnn("--mixed-precision", run=run, on_step=on_step)
+        train_cnn("--mixed-precision", "--seed", "7", run=run, on_step=on_step)
     assert seen == [("float16", "float32", "float32")]
+    assert set(augmented) == {(tf.uint8, 7)}
 
 
-@pytest.mark.slow
-def test_an_image_that_is_gone_is_named(inside, tmp_path):
-    run = copy_run("runs/shapes", tmp_path / "gone")
-    with pytest.raises(SimulatedKill):
-        train_cnn(run=run, on_step=stop_after(1, SimulatedKill))
-    image = Path("shapes/images/shapes_00020.png")
-    content = image.read_bytes()
-    try:
-        image.unlink()
-        with pytest.raises(InputError, match=r"shapes_00020\.png: no such file"):
-            train_cnn(run=run)
-    finally:
-        image.write_bytes(content)
-
-
-def copy_run(source, target):
+def copy_run(source, target, **model_settings):
     """Copies what a training starts from into another folder, so that its new run lies there, too."""
     config = read_json(Path(source) / "config.json")
     for section, names in (("data", ("annotations", "images", "data_dir")), ("features", ("folder",))):
         for name in names:
             path = config[section].get(name)
             config[section][name] = path and str((Path(source) / path).resolve())
+    config["model"] |= model_settings
     shutil.copytree(source, target)
     (target / "config.json").write_text(json.dumps(config))
     return target
@@ -363,6 +355,7 @@ def test_command_says_what_belongs_to_it(argv, message, capsys):
         (["--cnn", "vgg19"], "runs/shapes was trained with cnn = MobileNetV3Large, expected VGG19"),
         (["--features-dir", "other"], "--features-dir: not for --train-cnn"),
         (["--train-cnn", "6"], "--train-cnn 6: expected 1 to 5"),
+        (["--attention", "hard"], "--train-cnn: expected soft attention, runs/shapes has hard attention"),
         (["--cnn-weights", "shapes/dataset_shapes.json"], "not the weights of the CNN that computed the features"),
         (["--val-fraction", "0.5", "--annotations", "some.csv"], "runs/shapes was trained on other images or captions"),
     ],
