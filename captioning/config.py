@@ -175,7 +175,7 @@ RECIPES: dict[str, dict[str, Any]] = {
         "recipe": "best-cider",
         "self_critical": True,
         "epochs": 3,
-        "learning_rate": 2e-5,
+        "learning_rate": 4e-5,
         "clip_norm": 0.5,
         "ema_decay": 0.998,
         "dropout": 0.3,
