@@ -58,13 +58,13 @@ def test_training_main_compares_variants(tmp_path, capsys):
     path = tmp_path / "captions.csv"
     path.write_text("image,caption\n" + "".join(f"{i}.jpg,dog {'runs ' * (i % 3)}\n" for i in range(12)))
     sizes = ["--batch-size", "2", "--images", "10", "--rounds", "1", "--steps", "2", "--tutorial-steps", "1"]
-    variants = ["--variants", "tutorial,plain,fused,paper-lstm", "--dropout", "0.1"]
+    variants = ["--variants", "tutorial,plain,paper-lstm", "--dropout", "0.1"]
     training.main([*SMALL_MODEL, *sizes, *variants, "--annotations", str(path)])
     result = read_result(capsys)
     rates = result["captions_per_second"]
-    assert list(rates) == ["tutorial", "plain", "fused", "paper-lstm"]
+    assert list(rates) == ["tutorial", "plain", "paper-lstm"]
     assert result["ratio"] == pytest.approx(rates["plain"] / rates["tutorial"], rel=0.01)
-    for name in ("plain", "fused"):
+    for name in ("plain", "paper-lstm"):
         assert result["ratios"][name] == pytest.approx(rates[name] / rates["tutorial"], rel=0.01)
     assert (result["captions"], result["longest"]) == (10, 5)
 
