@@ -48,7 +48,7 @@ def start(data, tmp_path_factory):
     """The run to start from."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(training_log, "plot_history", lambda *_: None)
-        return run_training(tmp_path_factory.mktemp("start") / "small", data, epochs=5)
+        return run_training(tmp_path_factory.mktemp("start") / "small", data, epochs=8)
 
 
 @pytest.fixture(scope="module")
@@ -66,7 +66,7 @@ def test_self_critical_training_raises_the_reward(start, trained):
     _, _, config = inference.load_run(trained)
     assert config.train.self_critical
     # The run that it started from is as it was.
-    assert len(read_history(start)) == 5
+    assert len(read_history(start)) == 8
     assert not inference.load_run(start)[2].train.self_critical
 
 
