@@ -140,20 +140,14 @@ class ModelConfig(Settings):
         "tutorial",
         "the tutorial's; or that of the paper, with a gate, a first state from the image, and deep output",
         choices=("tutorial", "paper"),
+        is_new=True,
     )
-    cell: str = option("gru", "recurrent cell; lstm is for --decoder paper", choices=("gru", "lstm"))
+    cell: str = option("gru", "recurrent cell; lstm is for --decoder paper", choices=("gru", "lstm"), is_new=True)
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.cell == "lstm" and self.decoder != "paper":
             raise InputError(f"cell: lstm is only for the paper's decoder, found the {self.decoder}'s")
-
-    @classmethod
-    def from_json(cls, values: Any) -> Self:
-        """Makes the settings from what `to_json` returned; a run from before a decoder could be chosen has none."""
-        if isinstance(values, dict):
-            values = {"decoder": "tutorial", "cell": "gru"} | values
-        return super().from_json(values)
 
     @property
     def can_be_fused(self) -> bool:
@@ -184,8 +178,6 @@ RECIPES: dict[str, dict[str, Any]] = {
 }
 CNN_SETTINGS = ("cnn_learning_rate",)
 SELF_CRITICAL_SETTINGS = ("samples", "baseline", "bleu_weight", "cross_entropy_weight")
-
-NEW_SETTINGS = ("self_critical", *SELF_CRITICAL_SETTINGS, "train_cnn", *CNN_SETTINGS)  # which old runs lack
 
 
 @dataclasses.dataclass(frozen=True)
@@ -234,16 +226,18 @@ class TrainConfig(Settings):
         False,
         "train on the CIDEr of captions that the model samples: from the best weights of --run, which is not changed, "
         "into a run of the same name with _cider added",
+        is_new=True,
     )
-    samples: int = option(5, "captions that are sampled of each image", minimum=2)
+    samples: int = option(5, "captions that are sampled of each image", minimum=2, is_new=True)
     baseline: str = option(
         "others",
         "what a caption's reward is compared with: the mean of the image's other samples, or its greedy caption",
         choices=("others", "greedy"),
+        is_new=True,
     )
-    bleu_weight: float = option(0.0, "how much of a caption's BLEU-4 is added to its CIDEr", minimum=0)
+    bleu_weight: float = option(0.0, "how much of a caption's BLEU-4 is added to its CIDEr", minimum=0, is_new=True)
     cross_entropy_weight: float = option(
-        0.0, "weight of the cross-entropy of the true captions, beside that of the rewards", minimum=0
+        0.0, "weight of the cross-entropy of the true captions, beside that of the rewards", minimum=0, is_new=True
     )
     train_cnn: int = option(
         0,
@@ -251,9 +245,10 @@ class TrainConfig(Settings):
         "mixed0 to 2 are block 3, mixed3 to 7 block 4, mixed8 to 10 block 5); from the best weights of --run, which is "
         "not changed, into a run of the same name with _cnn added; 0: the CNN stays as it is",
         minimum=0,
+        is_new=True,
     )
     cnn_learning_rate: float = option(
-        1e-5, "learning rate of the CNN in --train-cnn; --learning-rate is that of the decoder", above=0
+        1e-5, "learning rate of the CNN in --train-cnn; --learning-rate is that of the decoder", above=0, is_new=True
     )
     fused: bool = option(
         True,
@@ -285,40 +280,30 @@ class TrainConfig(Settings):
 
     @classmethod
     def from_json(cls, values: Any) -> Self:
-        """Makes the settings from what `to_json` returned, now or before there were those of `NEW_SETTINGS`.
-
-        `jit` may be `auto`, as it was when this was a choice.
-        """
-        if isinstance(values, dict):
-            fields = cls.__dataclass_fields__
-            new = {name: fields[name].default for name in NEW_SETTINGS}
-            values = new | values | ({"jit": "off"} if values.get("jit") == "auto" else {})
+        """Makes the settings from what `to_json` returned; `jit` may be `auto`, as it was when this was a choice."""
+        if isinstance(values, dict) and values.get("jit") == "auto":
+            values = values | {"jit": "off"}
         return super().from_json(values)
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.self_critical:
-            self._refuse("self-critical training", ("label_smoothing", "doubly_stochastic", "train_cnn"))
+            unused = ("label_smoothing", "doubly_stochastic", "train_cnn")
+            self._expect_defaults(unused, "not for self-critical training")
             if self.jit == "on":
                 raise InputError("jit on: not for self-critical training, whose rewards are computed on the CPU")
         else:
-            self._require("self-critical training", SELF_CRITICAL_SETTINGS)
+            self._expect_defaults(SELF_CRITICAL_SETTINGS, "only for self-critical training")
         if self.train_cnn:
-            self._refuse("training the CNN", ("jit", "strategy"))
+            self._expect_defaults(("jit", "strategy"), "not for training the CNN")
         else:
-            self._require("training the CNN", CNN_SETTINGS)
+            self._expect_defaults(CNN_SETTINGS, "only for training the CNN")
 
-    def _refuse(self, kind: str, names: tuple[str, ...]) -> None:
-        """Raises InputError if a setting that a kind of training does not have is not its default."""
+    def _expect_defaults(self, names: tuple[str, ...], reason: str) -> None:
+        """Raises InputError if a setting that this kind of training does not have is not its default."""
         for name in names:
             if (value := getattr(self, name)) != (default := self.__dataclass_fields__[name].default):
-                raise InputError(f"{name}: not for {kind}; expected {default}, found {value}")
-
-    def _require(self, kind: str, names: tuple[str, ...]) -> None:
-        """Raises InputError if a setting that only another kind of training has is not its default."""
-        for name in names:
-            if (value := getattr(self, name)) != (default := self.__dataclass_fields__[name].default):
-                raise InputError(f"{name}: only for {kind}; expected {default}, found {value}")
+                raise InputError(f"{name}: {reason}; expected {default}, found {value}")
 
     @property
     def suffix(self) -> str:

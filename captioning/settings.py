@@ -28,6 +28,7 @@ def option(
     words: Mapping[str, Any] | None = None,
     may_change: bool = False,
     is_path: bool = False,
+    is_new: bool = False,
 ) -> Any:
     """Declares a setting as a dataclass field.
 
@@ -44,6 +45,7 @@ def option(
         may_change: whether a run may be resumed with another value.
         is_path: whether it names a file or a folder. A run may be resumed with another one, since what they hold is
             compared instead; and `captioning.run_folder` saves it so that it is found from any folder.
+        is_new: whether there are runs from before there was the setting; they were trained with its default.
     """
     return dataclasses.field(
         default=default,
@@ -58,6 +60,7 @@ def option(
             "words": words or {},
             "may_change": may_change or is_path,
             "is_path": is_path,
+            "is_new": is_new,
         },
     )
 
@@ -77,12 +80,15 @@ class Settings:
 
     @classmethod
     def from_json(cls, values: Any) -> Self:
-        """Makes the settings from what `to_json` returned.
+        """Makes the settings from what `to_json` returned, now or before there were the new ones.
 
         Raises:
             InputError: a value is missing, unknown, or not what its field allows.
         """
-        names = [field.name for field in dataclasses.fields(cls)]  # type: ignore[arg-type]
+        fields = dataclasses.fields(cls)  # type: ignore[arg-type]
+        names = [field.name for field in fields]
+        if isinstance(values, dict):
+            values = {field.name: field.default for field in fields if field.metadata["is_new"]} | values
         if not isinstance(values, dict) or (missing := [name for name in names if name not in values]):
             raise InputError(f"{missing[0]} is missing" if isinstance(values, dict) else f"expected {', '.join(names)}")
         if unknown := [name for name in values if name not in names]:
