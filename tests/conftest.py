@@ -1,5 +1,6 @@
 """Fixtures of all tests: small data, made in a temporary folder. No network, and no GPU but with --gpu."""
 
+import functools
 import os
 import random
 
@@ -96,6 +97,25 @@ def dataset(tmp_path, cache, _examples_and_cache):
 @pytest.fixture
 def tokenizer(dataset):
     return Tokenizer.fit(caption for example in dataset.split("train") for caption in example.captions)
+
+
+@pytest.fixture(scope="module")
+def data(_examples_and_cache, tmp_path_factory):
+    """The small dataset with its cache and tokenizer, shared by all runs of a file."""
+    examples, cache = _examples_and_cache
+    dataset = CaptionDataset("small", tmp_path_factory.mktemp("images"), examples)
+    captions = (caption for example in dataset.split("train") for caption in example.captions)
+    return dataset, cache, Tokenizer.fit(captions)
+
+
+@pytest.fixture(scope="module")
+def compare_decoders_once():
+    """Lets all runs of a file share one comparison of the decoders, which takes half a second."""
+    import model
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(model, "fused_decoder_matches", functools.cache(model.fused_decoder_matches))
+        yield
 
 
 @pytest.fixture

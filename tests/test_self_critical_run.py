@@ -1,6 +1,5 @@
 """Runs of self-critical training: from the weights of a run into a new one, stopped and resumed."""
 
-import functools
 import json
 
 import numpy as np
@@ -15,32 +14,16 @@ from helpers.runs import (
 )
 
 import inference
-import model
 import train
 from captioning import training_log
 from captioning.cli import InputError
 from captioning.config import RECIPES, SELF_CRITICAL_SETTINGS, TrainConfig
 from captioning.training_log import REWARD_COLUMNS
 from data_utils import CaptionDataset
-from tokenizer import Tokenizer
 
 SETTINGS = {"self_critical": True, "epochs": 2, "learning_rate": 3e-3, "ema_decay": 0.5, "dropout": 0.1}
 
-
-@pytest.fixture(scope="module")
-def data(_examples_and_cache, tmp_path_factory):
-    """The small dataset with its cache and tokenizer."""
-    examples, cache = _examples_and_cache
-    dataset = CaptionDataset("small", tmp_path_factory.mktemp("images"), examples)
-    captions = (caption for example in dataset.split("train") for caption in example.captions)
-    return dataset, cache, Tokenizer.fit(captions)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _compare_decoders_once():
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(model, "fused_decoder_matches", functools.cache(model.fused_decoder_matches))
-        yield
+pytestmark = pytest.mark.usefixtures("compare_decoders_once")
 
 
 @pytest.fixture(scope="module")

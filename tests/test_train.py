@@ -1,5 +1,4 @@
 import dataclasses
-import functools
 import importlib.util
 import json
 import shutil
@@ -18,35 +17,18 @@ from helpers.runs import (
 )
 
 import inference
-import model
 import train
 from captioning import devices, metrics, training_log, validation
 from captioning.cli import InputError
 from captioning.config import RECIPES, ModelConfig, TrainConfig
 from captioning.quiet_tensorflow import tf
 from captioning.validation import EpochScore, Validation, Validator
-from data_utils import CaptionDataset
 from tokenizer import Tokenizer
 
 NUM_STEPS = 7  # of an epoch with batches of 5
 RUN_SETTINGS = {"epochs": 3, "dropout": 0.3, "ema_decay": 0.9, "learning_rate_decay": 0.5}
 
-
-@pytest.fixture(scope="module")
-def data(_examples_and_cache, tmp_path_factory):
-    """The small dataset with its cache and tokenizer, shared by all runs of this file."""
-    examples, cache = _examples_and_cache
-    dataset = CaptionDataset("small", tmp_path_factory.mktemp("images"), examples)
-    captions = (caption for example in dataset.split("train") for caption in example.captions)
-    return dataset, cache, Tokenizer.fit(captions)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _compare_decoders_once():
-    """Lets all runs share one comparison of the decoders, which takes half a second."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(model, "fused_decoder_matches", functools.cache(model.fused_decoder_matches))
-        yield
+pytestmark = pytest.mark.usefixtures("compare_decoders_once")
 
 
 @pytest.fixture(autouse=True)
