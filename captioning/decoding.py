@@ -129,12 +129,17 @@ def sample_words(
     """
     num_rows = tf.shape(numbers)[0]
     num_captions = num_rows // tf.maximum(1, tf.shape(features)[0])
-    images = tf.nest.map_structure(lambda x: tf.repeat(x, num_captions, axis=0), model.encode(features))
+    images = repeat_images(model.encode(features), num_captions)
 
     def random_word(log_probs: tf.Tensor, t: tf.Tensor) -> tf.Tensor:
         return tf.cast(draw(log_probs, numbers[:, t], temperature, top_p), tf.int64)
 
     return generate(model, images, num_rows, random_word, tf.shape(numbers)[1], constraints)
+
+
+def repeat_images(images: Any, count: int | tf.Tensor) -> Any:
+    """Repeats encoded images, each `count` times in consecutive rows."""
+    return tf.nest.map_structure(lambda x: tf.repeat(x, count, axis=0), images)
 
 
 def generate(
@@ -235,7 +240,7 @@ def beam_search(
         num_captions: N, the captions of each image to return; at most K.
     """
     # The captions of an image are consecutive rows of one batch.
-    images = tf.nest.map_structure(lambda x: tf.repeat(x, beam_size, axis=0), model.encode(features))  # (B * K, ...)
+    images = repeat_images(model.encode(features), beam_size)  # (B * K, ...)
     vocab_size = model.config.vocab_size
     forbidden = forbidden_tokens(vocab_size)  # (V,)
     num_weights = features.shape[1] + int(model.has_gate)

@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 from captioning.config import TrainConfig
 from captioning.constraints import forbidden_tokens
-from captioning.decoding import StepModel, generate
+from captioning.decoding import StepModel, generate, greedy_search, repeat_images
 from captioning.input_pipeline import Batch
 from captioning.losses import StepSums, masked_cross_entropy
 from captioning.quiet_tensorflow import tf
@@ -41,7 +41,7 @@ def sample_captions(
         seed: (2,), of the random numbers.
     """
     num_rows = num_samples * tf.shape(features)[0]
-    images = tf.nest.map_structure(lambda x: tf.repeat(x, num_samples, axis=0), model.encode(features))
+    images = repeat_images(model.encode(features), num_samples)
     numbers = tf.random.stateless_uniform((max_words, num_rows), seed)
 
     def random_word(log_probs: tf.Tensor, t: tf.Tensor) -> tf.Tensor:
@@ -50,12 +50,6 @@ def sample_captions(
         return tf.math.count_nonzero(cumulative <= numbers[t][:, tf.newaxis] * cumulative[:, -1:], axis=1)  # (R,)
 
     return generate(model, images, num_rows, random_word, max_words).tokens
-
-
-def best_captions(model: StepModel, features: tf.Tensor, max_words: int) -> tf.Tensor:
-    """Takes the most probable word at every step: (I, T) int32."""
-    num_images = tf.shape(features)[0]
-    return generate(model, model.encode(features), num_images, lambda x, _: tf.argmax(x, axis=1), max_words).tokens
 
 
 def advantages(rewards: tf.Tensor, num_samples: int, greedy_rewards: tf.Tensor | None = None) -> tf.Tensor:
@@ -91,7 +85,7 @@ def draw_samples(model: StepModel, batch: Batch, config: TrainConfig, reward: Re
     rewards = tf.ensure_shape(tf.numpy_function(reward, [tokens, numbers], tf.float32), [None])
     greedy_rewards = None
     if config.baseline == "greedy":
-        greedy = best_captions(model, batch.features, max_words)
+        greedy = greedy_search(model, batch.features, max_words).tokens
         greedy_rewards = tf.numpy_function(reward, [greedy, batch.images], tf.float32)
     return Samples(tokens, rewards, advantages(rewards, config.samples, greedy_rewards))
 
