@@ -104,7 +104,7 @@ def greedy_search(
     def most_probable(log_probs: tf.Tensor, _: tf.Tensor) -> tf.Tensor:
         return tf.argmax(log_probs, axis=1)
 
-    return generate(model, model.encode(features), tf.shape(features)[0], most_probable, max_words, constraints)
+    return generate(model, model.encode(features), most_probable, max_words, constraints)
 
 
 @tf.function(reduce_retracing=True)
@@ -127,14 +127,13 @@ def sample_words(
         top_p: see `captioning.sampling.draw`.
         constraints: which words may not come next.
     """
-    num_rows = tf.shape(numbers)[0]
-    num_captions = num_rows // tf.maximum(1, tf.shape(features)[0])
+    num_captions = tf.shape(numbers)[0] // tf.maximum(1, tf.shape(features)[0])
     images = repeat_images(model.encode(features), num_captions)
 
     def random_word(log_probs: tf.Tensor, t: tf.Tensor) -> tf.Tensor:
         return tf.cast(draw(log_probs, numbers[:, t], temperature, top_p), tf.int64)
 
-    return generate(model, images, num_rows, random_word, tf.shape(numbers)[1], constraints)
+    return generate(model, images, random_word, tf.shape(numbers)[1], constraints)
 
 
 def repeat_images(images: Any, count: int | tf.Tensor) -> Any:
@@ -145,7 +144,6 @@ def repeat_images(images: Any, count: int | tf.Tensor) -> Any:
 def generate(
     model: StepModel,
     images: Any,
-    batch_size: tf.Tensor,
     choose: Callable[[tf.Tensor, tf.Tensor], tf.Tensor],
     max_words: int | tf.Tensor,
     constraints: Constraints = NO_CONSTRAINTS,
@@ -155,8 +153,9 @@ def generate(
     `choose` returns the next words (B,) int64 for log p of all words (B, V) and the step's number.
     """
     forbidden = forbidden_tokens(model.config.vocab_size)  # (V,)
-    token = tf.fill([batch_size], tf.constant(START_ID, tf.int64))  # (B,)
     state = model.initial_state(images)
+    batch_size = tf.shape(state)[0]
+    token = tf.fill([batch_size], tf.constant(START_ID, tf.int64))  # (B,)
     finished = tf.zeros([batch_size], tf.bool)
     history = tf.zeros([batch_size, 0], tf.int64)  # (B, t), or (B, 0) where nothing depends on it
     tokens = tf.TensorArray(tf.int64, 0, dynamic_size=True)

@@ -49,7 +49,7 @@ def sample_captions(
         # The last sum is 1 but for rounding. A word of probability 0 never passes the number, which is below it.
         return tf.math.count_nonzero(cumulative <= numbers[t][:, tf.newaxis] * cumulative[:, -1:], axis=1)  # (R,)
 
-    return generate(model, images, num_rows, random_word, max_words).tokens
+    return generate(model, images, random_word, max_words).tokens
 
 
 def advantages(rewards: tf.Tensor, num_samples: int, greedy_rewards: tf.Tensor | None = None) -> tf.Tensor:
