@@ -26,13 +26,14 @@ layers = tf.keras.layers
 class CNNEncoder(tf.keras.Model):
     """Passes the CNN's features, which are computed beforehand, through one fully connected layer with ReLU."""
 
-    def __init__(self, embedding_dim: int):
+    def __init__(self, embedding_dim: int, dropout: float = 0.0):
         super().__init__()
         self.fc = layers.Dense(embedding_dim, activation="relu")
+        self.dropout = layers.Dropout(dropout)
 
-    def call(self, features: tf.Tensor) -> tf.Tensor:
+    def call(self, features: tf.Tensor, training: bool = False) -> tf.Tensor:
         """Encodes features (B, L, 2048) as (B, L, 256)."""
-        return project_locations(self.fc, features)
+        return self.dropout(project_locations(self.fc, features), training=training)
 
 
 class BahdanauAttention(tf.keras.Model):
@@ -301,7 +302,7 @@ class CaptionModel(tf.keras.Model):
     def __init__(self, config: ModelConfig):
         super().__init__()
         self.config = config
-        self.encoder = CNNEncoder(config.embedding_dim)
+        self.encoder = CNNEncoder(config.embedding_dim, config.feature_dropout)
         self.decoder = PaperDecoder(config) if config.decoder == "paper" else RNNDecoder(config)
         self.cnn: tf.keras.layers.Layer | None = None  # if it is trained too: captioning/cnn_training.py
 
@@ -310,10 +311,10 @@ class CaptionModel(tf.keras.Model):
         """Whether `step` returns a gate, too."""
         return self.config.decoder == "paper"
 
-    def encode(self, features: tf.Tensor) -> EncodedImages:
+    def encode(self, features: tf.Tensor, training: bool = False) -> EncodedImages:
         """Encodes cached features (B, L, 2048), float16 or float32; or with a CNN pixels (B, size, size, 3) uint8."""
         features = self.cnn(features) if self.cnn else features  # (B, L, 2048)
-        return self.decoder.encode(self.encoder(tf.cast(features, self.compute_dtype)))
+        return self.decoder.encode(self.encoder(tf.cast(features, self.compute_dtype), training=training))
 
     def initial_state(self, images: EncodedImages) -> tf.Tensor:
         """Returns the decoder's state before the first word, (B, 512) float32, as `step` returns those after it."""
@@ -342,7 +343,7 @@ class CaptionModel(tf.keras.Model):
         order: WordOrder | None = None,
     ) -> TeacherForcingOutput:
         """Runs teacher forcing on features (images, L, 2048) and captions (B, T + 1); see `teacher_force`."""
-        return self.decoder.teacher_force(tokens, self.encode(features), image_index, training, order)
+        return self.decoder.teacher_force(tokens, self.encode(features, training), image_index, training, order)
 
 
 def build(

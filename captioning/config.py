@@ -133,6 +133,7 @@ class ModelConfig(Settings):
     embedding_dim: int = option(256, "size of a word embedding, and of an encoded image location", minimum=1)
     units: int = option(512, "size of the GRU's state and of the attention", minimum=1)
     dropout: float = option(0.0, "dropout rate of the word embeddings and of the GRU's outputs", minimum=0, below=1)
+    feature_dropout: float = option(0.0, "dropout rate of the encoded features", minimum=0, below=1, is_new=True)
     attention: str = option(
         "soft", "soft: a weighted mean of all locations; hard: one location for each word", choices=("soft", "hard")
     )
@@ -160,6 +161,7 @@ RECIPES: dict[str, dict[str, Any]] = {
     "tutorial": {},
     "best": {
         "dropout": 0.3,
+        "feature_dropout": 0.3,
         "ema_decay": 0.998,
         "label_smoothing": 0.1,
         "learning_rate_decay": 0.9,
@@ -173,6 +175,7 @@ RECIPES: dict[str, dict[str, Any]] = {
         "clip_norm": 0.5,
         "ema_decay": 0.998,
         "dropout": 0.3,
+        "feature_dropout": 0.3,
         "cross_entropy_weight": 0.1,
     },
 }

@@ -299,9 +299,10 @@ def test_padding_changes_no_gradient(caption_model, rng):
         np.testing.assert_allclose(short, long, rtol=1e-4, atol=1e-7)
 
 
+@pytest.mark.parametrize("name", ["dropout", "feature_dropout"])
 @pytest.mark.parametrize("fused", [False, True])
-def test_dropout_acts_in_training_only(rng, fused):
-    caption_model = model.build(ModelConfig(vocab_size=30, embedding_dim=8, units=12, dropout=0.5))
+def test_dropout_acts_in_training_only(rng, fused, name):
+    caption_model = model.build(ModelConfig(vocab_size=30, embedding_dim=8, units=12, **{name: 0.5}))
     caption_model.decoder.fused = fused
     features, tokens = make_features(rng), make_tokens(rng, 3, 6)
     first, second = (caption_model(features, tokens).logits for _ in range(2))

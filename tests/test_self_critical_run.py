@@ -111,7 +111,8 @@ def test_command_takes_the_settings_of_the_start(command, run):
     new_run, _, _, config, _, _, _, start = command("--run", run, "--samples", "4")
     assert (new_run, start) == (run.with_name("small_cider"), run)
     expected = json.loads((run / "config.json").read_text())
-    assert config.model.to_json() == expected["model"] | {"dropout": RECIPES["best-cider"]["dropout"]}
+    rates = {name: RECIPES["best-cider"][name] for name in ("dropout", "feature_dropout")}
+    assert config.model.to_json() == expected["model"] | rates
     assert (config.train.samples, config.train.recipe) == (4, "best-cider")
     assert config.train.learning_rate == RECIPES["best-cider"]["learning_rate"]
     assert config.features == expected["features"] | {"folder": config.features["folder"]}
