@@ -5,12 +5,15 @@
 
 What follows -- are options of train.py that all trainings get: the data, and where their features are. Every row is a
 training (`--recipe best --epochs 8`), or a self-critical one from the weights of another row; it is scored on the
-validation images with every beam. The runs are kept in --runs-dir, and the table is written there too, as scores.md
-and scores.json. Stopped and run again, the command continues; runs and scores that are complete are taken as they are.
+validation images with every beam; 5:0.85 is one of five with a --length-penalty of 0.85. The runs are kept in
+--runs-dir, and the table is written there too, as scores.md and scores.json. Stopped and run again, the command
+continues; runs and scores that are complete are taken as they are.
 """
 
 import argparse
 import json
+import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -23,6 +26,16 @@ from captioning.training_log import read_history
 ROOT = Path(__file__).resolve().parents[1]
 COLUMNS = ("BLEU-1", "BLEU-2", "BLEU-3", "BLEU-4", "METEOR", "CIDEr")
 RATIOS = ("distinct captions", "end in mid-sentence")
+
+
+class Beam(NamedTuple):
+    """How captions are searched for."""
+
+    size: int
+    length_penalty: float
+
+    def __str__(self) -> str:
+        return f"{self.size}" if self.length_penalty == 1 else f"{self.size}:{self.length_penalty:g}"
 
 
 class Row(NamedTuple):
@@ -59,6 +72,14 @@ def numbers(text: str) -> list[int]:
     return [int(part) for part in text.split(",")]
 
 
+def beams(text: str) -> list[Beam]:
+    """Parses beams, separated by commas, each a width or WIDTH:PENALTY."""
+    matches = [re.fullmatch(r"(\d+)(?::(\d+(?:\.\d+)?))?", part) for part in text.split(",")]
+    if not all(matches):
+        raise argparse.ArgumentTypeError(f"expected widths or WIDTH:PENALTY separated by commas, found {text!r}")
+    return [Beam(int(match[1]), float(match[2] or 1)) for match in matches if match]
+
+
 def run_script(*args: str) -> None:
     """Runs a script of the project; raises InputError if it fails, which it has explained."""
     log(f"$ python {' '.join(args)}")
@@ -87,24 +108,27 @@ def train_row(runs_dir: Path, name: str, seed: int, data: list[str]) -> Path:
     return run
 
 
-def score(run: Path, beam_size: int) -> dict[str, Any]:
+def score(run: Path, beam: Beam) -> dict[str, Any]:
     """Scores a run with a beam, unless it has been scored since it was trained; returns its metrics."""
-    path = run / f"metrics_val{f'_beam{beam_size}' if beam_size > 1 else ''}.json"
+    written = run / f"metrics_val{f'_beam{beam.size}' if beam.size > 1 else ''}.json"  # of any length penalty
+    path = run / f"scores_{str(beam).replace(':', '_')}.json"
     if not path.exists() or path.stat().st_mtime < (run / "done").stat().st_mtime:
-        run_script("evaluate.py", "--run", str(run), "--beam-size", str(beam_size))
+        options = ["--beam-size", str(beam.size), "--length-penalty", f"{beam.length_penalty:g}"]
+        run_script("evaluate.py", "--run", str(run), *options)
+        shutil.copyfile(written, path)
     return json.loads(path.read_text(encoding="utf-8"))
 
 
-def describe(name: str, seed: int, run: Path, beam_size: int) -> dict[str, Any]:
+def describe(name: str, seed: int, run: Path, beam: Beam) -> dict[str, Any]:
     """Returns a line of the table: what was trained for how long, which epoch was the best, and its scores."""
-    metrics = score(run, beam_size)
+    metrics = score(run, beam)
     history = read_history(run / "history.csv")
     ciders = [float(row["cider"] or 0) for row in history]
     return {
         "row": name,
         "options": ROWS[name].options,
         "seed": seed,
-        "beam": beam_size,
+        "beam": str(beam),
         "best epoch": int(history[ciders.index(max(ciders))]["epoch"]),
         "epochs": len(history),
         "minutes": round(sum(float(row["train_seconds"]) for row in history) / 60, 1),
@@ -124,7 +148,7 @@ def to_markdown(lines: list[dict[str, Any]]) -> str:
         others = (line[column] for column in ("METEOR", "CIDEr", *RATIOS))
         cells = [f"`{line['options']}`", str(line["seed"]), f"{line['best epoch']} of {line['epochs']}"]
         cells = [*cells, f"{line['minutes']:.0f}"] if training != previous else [""] * 4
-        table.append([*cells, str(line["beam"]), bleu, *("" if value is None else f"{value:.1f}" for value in others)])
+        table.append([*cells, line["beam"], bleu, *("" if value is None else f"{value:.1f}" for value in others)])
         previous = training
     table.insert(1, ["---"] * len(table[0]))
     return "".join(f"| {' | '.join(cells)} |\n" for cells in table)
@@ -136,7 +160,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     every = ",".join(ROWS)
     parser.add_argument("--rows", type=names, default=list(ROWS), metavar="NAMES", help=f"of {every} (default: all)")
     parser.add_argument("--seeds", type=numbers, default=[0], metavar="N,N", help="seeds of the trainings (default: 0)")
-    parser.add_argument("--beams", type=numbers, default=[1, 5], metavar="N,N", help="beams to score (default: 1,5)")
+    text = "widths to score, with a length penalty if it is not 1 (default: %(default)s)"
+    parser.add_argument("--beams", type=beams, default="1,5,5:0.85", metavar="N,N:P", help=text)
     text = "folder of the runs and the table (default: %(default)s)"
     parser.add_argument("--runs-dir", type=Path, default=Path("runs/scores"), metavar="DIR", help=text)
     parser.add_argument("data", nargs="*", metavar="OPTION", help="of train.py, after --: the data and their features")
@@ -150,7 +175,7 @@ def main(argv: list[str] | None = None) -> None:
     for name in args.rows:
         for seed in args.seeds:
             run = train_row(args.runs_dir, name, seed, args.data)
-            lines += [describe(name, seed, run, beam_size) for beam_size in args.beams]
+            lines += [describe(name, seed, run, beam) for beam in args.beams]
             write_json(args.runs_dir / "scores.json", lines)
             with atomic_write(args.runs_dir / "scores.md") as file:
                 file.write(to_markdown(lines))

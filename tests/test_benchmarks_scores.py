@@ -23,8 +23,12 @@ def commands(monkeypatch):
         run = scores.Path(args[args.index("--run") + 1])
         if script == "evaluate.py":
             beam = int(args[args.index("--beam-size") + 1])
+            penalty = float(args[args.index("--length-penalty") + 1])
             names = ("BLEU-1", "BLEU-2", "BLEU-3", "BLEU-4", "METEOR", "CIDEr")
-            metrics = {"scores": {name: beam + i + 0.04 for i, name in enumerate(names)}, "distinct captions": 91.2}
+            metrics = {
+                "scores": {name: beam + i + penalty - 0.96 for i, name in enumerate(names)},
+                "distinct captions": 91.2,
+            }
             path = run / f"metrics_val{'_beam5' if beam == 5 else ''}.json"
             path.write_text(json.dumps(metrics))
             return
@@ -44,7 +48,8 @@ def commands(monkeypatch):
 
 
 def test_rows_are_trained_once_and_scored_with_every_beam(commands, tmp_path, capsys):
-    argv = ["--rows", "best-cider,best", "--seeds", "0,1", "--runs-dir", str(tmp_path), "--", *DATA]
+    argv = ["--rows", "best-cider,best", "--seeds", "0,1", "--beams", "1,5,5:0.5"]
+    argv = [*argv, "--runs-dir", str(tmp_path), "--", *DATA]
     scores.main(argv)
     trainings = [command for command in commands if command[0] == "train.py"]
     best, cider = ["--recipe", "best", "--epochs", "8"], ["--self-critical"]
@@ -54,19 +59,20 @@ def test_rows_are_trained_once_and_scored_with_every_beam(commands, tmp_path, ca
         [*DATA, *best, "--seed", "1", "--run", str(tmp_path / "best_1")],
         [*cider, "--seed", "1", "--run", str(tmp_path / "best_1")],
     ]
-    assert len(commands) == len(trainings) + 8, "4 runs, 2 beams"
+    assert len(commands) == len(trainings) + 12, "4 runs, 3 beams"
     table = capsys.readouterr().out
     assert table == (tmp_path / "scores.md").read_text(encoding="utf-8")
     lines = table.splitlines()
-    assert len(lines) == 2 + 8
+    assert len(lines) == 2 + 12
     assert lines[2] == ("| `--self-critical` | 0 | 2 of 3 | 4 | 1 | 1.0 / 2.0 / 3.0 / 4.0 | 5.0 | 6.0 | 91.2 |  |")
     assert lines[3] == "|  |  |  |  | 5 | 5.0 / 6.0 / 7.0 / 8.0 | 9.0 | 10.0 | 91.2 |  |"
+    assert lines[4] == "|  |  |  |  | 5:0.5 | 4.5 / 5.5 / 6.5 / 7.5 | 8.5 | 9.5 | 91.2 |  |"
     assert {line.count("|") for line in lines} == {11}
 
     del commands[:]
     scores.main(argv)
     assert commands == [], "all is done"
-    os.utime(tmp_path / "best_0/metrics_val.json", (0, 0))
+    os.utime(tmp_path / "best_0/scores_1.json", (0, 0))
     scores.main(argv)
     assert [command[0] for command in commands] == ["evaluate.py"], "of before the training"
 
@@ -90,6 +96,7 @@ def test_run_script_reports_the_code():
     ("option", "value", "message"),
     [
         ("--rows", "best,bets", "expected some of tutorial,best"),
+        ("--beams", "5:", "expected widths or WIDTH:PENALTY separated by commas, found '5:'"),
         ("--seeds", "0,x", "expected whole numbers separated by commas, found '0,x'"),
     ],
 )
