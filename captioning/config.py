@@ -175,7 +175,8 @@ RECIPES: dict[str, dict[str, Any]] = {
         "clip_norm": 0.5,
         "ema_decay": 0.998,
         "dropout": 0.3,
-        "feature_dropout": 0.3,
+        "feature_dropout": 0.5,
+        "bleu_weight": 1.0,
         "cross_entropy_weight": 0.1,
     },
 }
