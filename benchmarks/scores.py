@@ -20,22 +20,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from captioning.cli import InputError, log, make_parser, run_main
+from captioning.config import DecodeConfig
 from captioning.files import atomic_write, write_json
 from captioning.training_log import read_history
 
 ROOT = Path(__file__).resolve().parents[1]
 COLUMNS = ("BLEU-1", "BLEU-2", "BLEU-3", "BLEU-4", "METEOR", "CIDEr")
 RATIOS = ("distinct captions", "end in mid-sentence")
-
-
-class Beam(NamedTuple):
-    """How captions are searched for."""
-
-    size: int
-    length_penalty: float
-
-    def __str__(self) -> str:
-        return f"{self.size}" if self.length_penalty == 1 else f"{self.size}:{self.length_penalty:g}"
 
 
 class Row(NamedTuple):
@@ -72,12 +63,17 @@ def numbers(text: str) -> list[int]:
     return [int(part) for part in text.split(",")]
 
 
-def beams(text: str) -> list[Beam]:
+def beams(text: str) -> list[DecodeConfig]:
     """Parses beams, separated by commas, each a width or WIDTH:PENALTY."""
     matches = [re.fullmatch(r"(\d+)(?::(\d+(?:\.\d+)?))?", part) for part in text.split(",")]
     if not all(matches):
         raise argparse.ArgumentTypeError(f"expected widths or WIDTH:PENALTY separated by commas, found {text!r}")
-    return [Beam(int(match[1]), float(match[2] or 1)) for match in matches if match]
+    return [DecodeConfig(int(match[1]), float(match[2] or 1)) for match in matches if match]
+
+
+def beam_name(beam: DecodeConfig) -> str:
+    """Returns what `beams` parses: the width, and the length penalty if it is not 1."""
+    return f"{beam.beam_size}" if beam.length_penalty == 1 else f"{beam.beam_size}:{beam.length_penalty:g}"
 
 
 def run_script(*args: str) -> None:
@@ -108,18 +104,18 @@ def train_row(runs_dir: Path, name: str, seed: int, data: list[str]) -> Path:
     return run
 
 
-def score(run: Path, beam: Beam) -> dict[str, Any]:
+def score(run: Path, beam: DecodeConfig) -> dict[str, Any]:
     """Scores a run with a beam, unless it has been scored since it was trained; returns its metrics."""
-    written = run / f"metrics_val{f'_beam{beam.size}' if beam.size > 1 else ''}.json"  # of any length penalty
-    path = run / f"scores_{str(beam).replace(':', '_')}.json"
+    path = run / f"scores_{beam_name(beam).replace(':', '_')}.json"
     if not path.exists() or path.stat().st_mtime < (run / "done").stat().st_mtime:
-        options = ["--beam-size", str(beam.size), "--length-penalty", f"{beam.length_penalty:g}"]
+        options = ["--beam-size", str(beam.beam_size), "--length-penalty", f"{beam.length_penalty:g}"]
         run_script("evaluate.py", "--run", str(run), *options)
-        shutil.copyfile(written, path)
+        # The next length penalty is written over it.
+        shutil.copyfile(run / f"metrics_val{beam.suffix}.json", path)
     return json.loads(path.read_text(encoding="utf-8"))
 
 
-def describe(name: str, seed: int, run: Path, beam: Beam) -> dict[str, Any]:
+def describe(name: str, seed: int, run: Path, beam: DecodeConfig) -> dict[str, Any]:
     """Returns a line of the table: what was trained for how long, which epoch was the best, and its scores."""
     metrics = score(run, beam)
     history = read_history(run / "history.csv")
@@ -128,7 +124,7 @@ def describe(name: str, seed: int, run: Path, beam: Beam) -> dict[str, Any]:
         "row": name,
         "options": ROWS[name].options,
         "seed": seed,
-        "beam": str(beam),
+        "beam": beam_name(beam),
         "best epoch": int(history[ciders.index(max(ciders))]["epoch"]),
         "epochs": len(history),
         "minutes": round(sum(float(row["train_seconds"]) for row in history) / 60, 1),
