@@ -13,7 +13,6 @@ continues; runs and scores that are complete are taken as they are.
 import argparse
 import json
 import re
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -106,12 +105,10 @@ def train_row(runs_dir: Path, name: str, seed: int, data: list[str]) -> Path:
 
 def score(run: Path, beam: DecodeConfig) -> dict[str, Any]:
     """Scores a run with a beam, unless it has been scored since it was trained; returns its metrics."""
-    path = run / f"scores_{beam_name(beam).replace(':', '_')}.json"
+    path = run / f"metrics_val{beam.suffix}.json"
     if not path.exists() or path.stat().st_mtime < (run / "done").stat().st_mtime:
         options = ["--beam-size", str(beam.beam_size), "--length-penalty", f"{beam.length_penalty:g}"]
         run_script("evaluate.py", "--run", str(run), *options)
-        # The next length penalty is written over it.
-        shutil.copyfile(run / f"metrics_val{beam.suffix}.json", path)
     return json.loads(path.read_text(encoding="utf-8"))
 
 

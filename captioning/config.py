@@ -359,9 +359,11 @@ class DecodeConfig(Settings):
 
     @property
     def suffix(self) -> str:
-        """What the names of files with captions end in: `_beam5`, or nothing for greedy search."""
+        """What the names of files with captions end in: `_beam5_penalty0.85`, or nothing for greedy search."""
+        is_beam = self.num_beams > 1 and not self.sample
         parts = {
-            f"_beam{self.num_beams}": self.num_beams > 1 and not self.sample,
+            f"_beam{self.num_beams}": is_beam,
+            f"_penalty{self.length_penalty:g}": is_beam and self.length_penalty != 1,
             "_sample": self.sample,
             f"_min{self.min_words}": self.min_words > 0,
             "_norepeat": self.no_repeat,

@@ -29,8 +29,8 @@ def commands(monkeypatch):
                 "scores": {name: beam + i + penalty - 0.96 for i, name in enumerate(names)},
                 "distinct captions": 91.2,
             }
-            path = run / f"metrics_val{'_beam5' if beam == 5 else ''}.json"
-            path.write_text(json.dumps(metrics))
+            suffix = "_beam5" * (beam == 5) + f"_penalty{penalty:g}" * (penalty != 1)
+            (run / f"metrics_val{suffix}.json").write_text(json.dumps(metrics))
             return
         is_self_critical = "--self-critical" in args
         run = run.with_name(f"{run.name}_cider") if is_self_critical else run
@@ -72,7 +72,7 @@ def test_rows_are_trained_once_and_scored_with_every_beam(commands, tmp_path, ca
     del commands[:]
     scores.main(argv)
     assert commands == [], "all is done"
-    os.utime(tmp_path / "best_0/scores_1.json", (0, 0))
+    os.utime(tmp_path / "best_0/metrics_val.json", (0, 0))
     scores.main(argv)
     assert [command[0] for command in commands] == ["evaluate.py"], "of before the training"
 

@@ -273,7 +273,8 @@ def test_main_writes_captions_and_metrics_of_a_run(captioner, dataset, monkeypat
     ("config", "suffix"),
     [
         (DecodeConfig(), ""),
-        (DecodeConfig(beam_size=5, length_penalty=0.5), "_beam5"),
+        (DecodeConfig(length_penalty=0.5), ""),
+        (DecodeConfig(beam_size=5, length_penalty=0.5), "_beam5_penalty0.5"),
         (DecodeConfig(captions=3), "_beam3"),
         (DecodeConfig(sample=True, captions=3, temperature=2.0), "_sample"),
         (DecodeConfig(beam_size=2, min_words=4, no_repeat=True), "_beam2_min4_norepeat"),
