@@ -24,6 +24,7 @@ from captioning.cnn_loader import find_cnn
 from captioning.cnn_training import CNN_RECIPE, ImageReader, TrainedCNN, augment, find_blocks, trainable_from
 from captioning.cnns import CNNS
 from captioning.config import CNN_SETTINGS, TrainConfig
+from captioning.feature_cache import open_run_cache
 from captioning.files import file_sha256, read_json
 from captioning.input_pipeline import encode_captions, make_dataset, make_epoch_batches
 from captioning.quiet_tensorflow import tf
@@ -269,6 +270,20 @@ def test_a_run_that_is_stopped_in_many_ways_resumes_exactly(inside, trained, tmp
     train_cnn(*settings, run=run)
     assert_same_checkpoint(read_checkpoint(new_run), read_checkpoint(RUN))
     assert read_history(new_run) == read_history(RUN)
+
+
+@pytest.mark.slow
+def test_self_critical_training_continues_with_the_trained_cnn(inside, trained, tmp_path):
+    start = copy_run(RUN, tmp_path / "start")
+    train.main(["--self-critical", "--run", str(start), "--epochs", "1"])
+    captioner = inference.Captioner.load(tmp_path / "start_cider")
+    assert (captioner.config.train.self_critical, captioner.config.train.train_cnn) == (True, 0)
+    cache = open_run_cache(captioner.config.features)
+    image = "images/shapes_00000.png"
+    pixels = captioner.load_image(f"shapes/{image}")[np.newaxis]
+    of_start = inference.Captioner.load(RUN).extract_features(pixels)
+    np.testing.assert_allclose(np.load(cache.path(image)), of_start[0], atol=1e-3)
+    np.testing.assert_array_equal(captioner.extract_features(pixels), of_start)
 
 
 @pytest.mark.slow
