@@ -254,9 +254,9 @@ def test_main_writes_captions_and_metrics_of_a_run(captioner, dataset, monkeypat
     monkeypatch.setattr(Captioner, "load", load)
     monkeypatch.setattr(evaluate.data_utils, "load_run_dataset", lambda config, locations: dataset)
     evaluate.main(["--run", str(captioner.run), "--beam-size", "2", "--length-penalty", "0.5"])
-    written = json.loads((captioner.run / "metrics_val_beam2.json").read_text())
+    written = json.loads((captioner.run / "metrics_val_beam2_penalty0.5.json").read_text())
     assert (written["split"], written["images"], written["beam_size"], written["length_penalty"]) == ("val", 4, 2, 0.5)
-    results = json.loads((captioner.run / "captions_val_beam2.json").read_text())
+    results = json.loads((captioner.run / "captions_val_beam2_penalty0.5.json").read_text())
     assert [row["image_id"] for row in results] == [16, 17, 18, 19]
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == f"{captioner.run}, val: 4 images"

@@ -147,7 +147,7 @@ def test_beam_search_captions_plots_and_is_scored(trained_run, _no_java, capsys)
     inference.main(["shapes/images/shapes_00000.png", "--beam-size", "3", "--output-dir", "beam"])
     assert Path("beam/shapes_00000_attention.png").stat().st_size > 1000
     evaluate.main(["--beam-size", "3", "--length-penalty", "0.5"])
-    metrics = json.loads(Path("runs/shapes/metrics_val_beam3.json").read_text())
+    metrics = json.loads(Path("runs/shapes/metrics_val_beam3_penalty0.5.json").read_text())
     assert (metrics["split"], metrics["beam_size"], metrics["length_penalty"]) == ("val", 3, 0.5)
     printed = capsys.readouterr().out
     for name in ("BLEU-1", "BLEU-4", "ROUGE-L", "CIDEr", "distinct captions", "unfinished captions"):
@@ -155,8 +155,8 @@ def test_beam_search_captions_plots_and_is_scored(trained_run, _no_java, capsys)
         assert re.search(rf"^{name} +{value:.1f}$", printed, re.MULTILINE)
     # The captions it wrote, scored as if another program had made them, with and without the run.
     for named in ([], ["--annotations", "shapes/dataset_shapes.json", "--split", "val"]):
-        evaluate.main(["--results", "runs/shapes/captions_val_beam3.json", *named])
-        scored = json.loads(Path("runs/shapes/captions_val_beam3_metrics_val.json").read_text())
+        evaluate.main(["--results", "runs/shapes/captions_val_beam3_penalty0.5.json", *named])
+        scored = json.loads(Path("runs/shapes/captions_val_beam3_penalty0.5_metrics_val.json").read_text())
         assert scored["scores"] == metrics["scores"]
 
 
