@@ -15,10 +15,10 @@ demo: .venv/ready  ## run the whole pipeline on drawn shapes: about 5 minutes on
 	$(BIN)/python demo.py
 
 test: .venv/ready  ## run all tests
-	$(BIN)/python -m pytest -q $(IN_PARALLEL) tests
+	$(BIN)/python -m pytest -q $(IN_PARALLEL)
 
 test-fast: .venv/ready  ## run the tests that are not marked slow
-	$(BIN)/python -m pytest -q $(IN_PARALLEL) -m "not slow" tests
+	$(BIN)/python -m pytest -q $(IN_PARALLEL) -m "not slow"
 
 lint: .venv/ready  ## check style, format and types
 	$(BIN)/ruff check .
@@ -36,7 +36,7 @@ notebook: .venv/ready  ## execute the notebook with small sizes, into runs/
 bench:  ## print the commands of the benchmarks, which take minutes each and want a machine that does nothing else
 	@echo "$(BIN)/python -m benchmarks.training     # captions per second in training"
 	@echo "$(BIN)/python -m benchmarks.captioning   # captions per second; a folder against the CNN alone; inference.py as a process"
-	@echo "$(BIN)/python -m benchmarks.serving      # images per second of serve.py, and how long a client waits"
+	@echo "$(BIN)/python -m benchmarks.serving      # images per second of beyond.serve, and how long a client waits"
 	@echo "$(BIN)/python -m benchmarks.features     # images per second when caching features"
 	@echo "$(BIN)/python -m benchmarks.memory       # start time and memory of training on all of COCO"
 	@echo "$(BIN)/python -m benchmarks.gpu_plan     # kernels and waits of a step on a GPU, counted without one"

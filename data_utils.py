@@ -21,15 +21,15 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from captioning.annotations import SPLITS, Example
-from captioning.caption_rows import ReadOptions, read_text
-from captioning.cli import InputError, add_quiet_option, advise, log, make_parser, run_main
-from captioning.config import DATA_PATHS, DataConfig
-from captioning.datasets import FLICKR8K_SPLIT_FILES, find_source
-from captioning.image_names import NameIndex, clean_name
-from captioning.run_config import RunConfig
-from captioning.settings import add_options
-from captioning.text import describe_unspaced
+from captioning.base.cli import InputError, add_quiet_option, advise, log, make_parser, run_main
+from captioning.base.text import describe_unspaced
+from captioning.config.options import add_options
+from captioning.config.run_config import RunConfig
+from captioning.config.settings import DATA_PATHS, DataConfig
+from captioning.data.annotations import SPLITS, Example
+from captioning.data.caption_rows import ReadOptions, read_text
+from captioning.data.datasets import FLICKR8K_SPLIT_FILES, find_source
+from captioning.images.image_names import NameIndex, clean_name
 
 FORMAT_SETTINGS = ("image_column", "caption_column", "separator", "encoding", "words")
 

@@ -20,10 +20,10 @@ import data_utils
 import evaluate
 import inference
 import train
-from captioning import shapes
-from captioning.cli import log, make_parser, run_main
-from captioning.feature_cache import open_run_cache
-from captioning.files import read_json
+from captioning.base.cli import log, make_parser, run_main
+from captioning.base.files import read_json
+from captioning.data import shapes
+from captioning.images.feature_cache import open_run_cache
 
 RUN = Path("runs/demo")
 # Small batches and dropout, since there are only 1,900 images to learn from.

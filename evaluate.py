@@ -23,25 +23,25 @@ from PIL import Image
 import data_utils
 import features
 import inference
-from captioning.annotations import SPLITS, Example
-from captioning.cli import InputError, add_quiet_option, log, make_parser, run_main
-from captioning.cnn_training import ImageReader, TrainedCNN, explain_failure
-from captioning.coco_results import match_results, read_results
-from captioning.config import DATA_PATHS, DataConfig, DecodeConfig, FeatureConfig
-from captioning.decoding import StepModel
-from captioning.feature_cache import FeatureCache, FeatureSource, map_prefetch, open_run_cache
-from captioning.files import write_json
-from captioning.image_records import ImageRecords
-from captioning.images import map_threads, read_image
-from captioning.java_scores import check_spice
-from captioning.metrics import Scores, distinct_ratio, has_pycocoevalcap, mid_sentence_ratio, score_all
-from captioning.packed_run import open_run
-from captioning.plots import thumbnail
-from captioning.quiet_tensorflow import tf
-from captioning.report import ReportWriter
-from captioning.run_folder import read_config
-from captioning.score_table import check_table_path, write_score_table
-from captioning.settings import add_options
+from beyond.finetune.cnn_training import ImageReader, TrainedCNN, explain_failure
+from beyond.report.report import ReportWriter
+from beyond.share.packed_run import open_run
+from captioning.base.cli import InputError, add_quiet_option, log, make_parser, run_main
+from captioning.base.files import write_json
+from captioning.base.quiet_tensorflow import tf
+from captioning.config.options import add_options
+from captioning.config.settings import DATA_PATHS, DataConfig, DecodeConfig, FeatureConfig
+from captioning.data.annotations import SPLITS, Example
+from captioning.decoder.decoding import StepModel
+from captioning.images.feature_cache import FeatureCache, FeatureSource, map_prefetch, open_run_cache
+from captioning.images.image_records import ImageRecords
+from captioning.images.reading import map_threads, read_image
+from captioning.output.plots import thumbnail
+from captioning.runs.run_folder import read_config
+from captioning.scores.coco_results import match_results, read_results
+from captioning.scores.java_scores import check_spice
+from captioning.scores.metrics import Scores, distinct_ratio, has_pycocoevalcap, mid_sentence_ratio, score_all
+from captioning.scores.score_table import check_table_path, write_score_table
 from tokenizer import Tokenizer, split_words
 
 NO_DATA = DataConfig(dataset=None)  # the data options if none is given

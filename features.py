@@ -29,11 +29,14 @@ from PIL import Image
 from tqdm import tqdm
 
 import data_utils
-from captioning.cli import InputError, add_quiet_option, format_bytes, log, make_parser, progress_bar, run_main
-from captioning.cnn_loader import find_cnn, load_cnn, preprocess
-from captioning.cnns import CNN, INCEPTION_V3
-from captioning.config import DataConfig, FeatureConfig
-from captioning.feature_cache import (
+from captioning.base.cli import InputError, add_quiet_option, format_bytes, log, make_parser, progress_bar, run_main
+from captioning.base.files import check_disk_space, file_sha256, write_json
+from captioning.base.quiet_tensorflow import tf
+from captioning.config.cnns import CNN, INCEPTION_V3
+from captioning.config.options import add_options
+from captioning.config.settings import DataConfig, FeatureConfig
+from captioning.images.cnn_loader import find_cnn, load_cnn, preprocess
+from captioning.images.feature_cache import (
     CNN_FILE,
     MANIFEST_FILE,
     SCALED_JPEG_SIDE,
@@ -45,12 +48,9 @@ from captioning.feature_cache import (
     read_manifest,
     scaled_jpeg_side,
 )
-from captioning.files import check_disk_space, file_sha256, write_json
-from captioning.image_records import ImageRecords
-from captioning.images import ImageSource, map_threads, read_image, set_max_megapixels
-from captioning.quiet_tensorflow import tf
-from captioning.random_cnn import calibrate, make_local
-from captioning.settings import add_options
+from captioning.images.image_records import ImageRecords
+from captioning.images.random_cnn import calibrate, make_local
+from captioning.images.reading import ImageSource, map_threads, read_image, set_max_megapixels
 
 NUM_CALIBRATION_IMAGES = 64
 NUM_WRITERS = 4  # threads
@@ -67,7 +67,7 @@ def load_image(
 ) -> np.ndarray:
     """Reads an image of any format that Pillow knows as the pixels that the CNN takes.
 
-    The image is converted to upright RGB (`captioning.images.read_image`). As in the tutorial, it is squeezed to a
+    The image is converted to upright RGB (`reading.read_image`). As in the tutorial, it is squeezed to a
     square and not cropped. The feature extractor scales the pixels (`preprocess_input` in the tutorial).
     `min_jpeg_side` and `image_size` are by default those of a new cache; `Captioner.load_image` takes those of its run.
 
@@ -94,7 +94,7 @@ def build_feature_extractor(cnn_weights: str = "imagenet", cnn: CNN = INCEPTION_
     It computes in float32, on a GPU too, so that all devices compute the same features.
 
     Args:
-        cnn_weights: `imagenet` (downloaded on first use), `random` (see `captioning.random_cnn`), or a file of weights.
+        cnn_weights: `imagenet` (downloaded on first use), `random` (see `random_cnn`), or a file of weights.
         cnn: which one, and the size of its images.
 
     Returns:

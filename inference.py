@@ -29,25 +29,25 @@ from PIL import Image
 import data_utils
 import features
 import model
-from captioning.captions import Caption, to_captions
-from captioning.cli import InputError, add_quiet_option, int_at_least, log, make_parser, progress_bar, run_main
-from captioning.config import DecodeConfig, FeatureConfig
-from captioning.decoding import StepModel, decode
-from captioning.downloads import redact_url
-from captioning.feature_cache import check_cnn_weights, find_cnn_weights, min_jpeg_side
-from captioning.files import file_sha256
-from captioning.image_args import find_images, is_url, open_image, plot_paths
-from captioning.images import ImageSource, map_threads, read_image, set_max_megapixels
-from captioning.packed_run import open_run
-from captioning.plots import FORMATS, MAX_GRID_IMAGES, thumbnail
-from captioning.quiet_tensorflow import tf
-from captioning.report import ReportWriter
-from captioning.results import CaptionedImage, ResultWriter, write_plot
-from captioning.results_csv import ResultsCsv
-from captioning.run_config import RunConfig
-from captioning.run_folder import VOCABULARY_FILE, best_checkpoint, read_config, restore_model
-from captioning.sampling import image_keys
-from captioning.settings import add_options
+from beyond.report.report import ReportWriter
+from beyond.share.packed_run import open_run
+from captioning.base.cli import InputError, add_quiet_option, int_at_least, log, make_parser, progress_bar, run_main
+from captioning.base.downloads import redact_url
+from captioning.base.files import file_sha256
+from captioning.base.quiet_tensorflow import tf
+from captioning.config.options import add_options
+from captioning.config.run_config import RunConfig
+from captioning.config.settings import DecodeConfig, FeatureConfig
+from captioning.decoder.decoding import StepModel, decode
+from captioning.decoder.sampling import image_keys
+from captioning.images.feature_cache import check_cnn_weights, find_cnn_weights, min_jpeg_side
+from captioning.images.image_args import find_images, is_url, open_image, plot_paths
+from captioning.images.reading import ImageSource, map_threads, read_image, set_max_megapixels
+from captioning.output.captions import Caption, to_captions
+from captioning.output.plots import FORMATS, MAX_GRID_IMAGES, thumbnail
+from captioning.output.results import CaptionedImage, ResultWriter, write_plot
+from captioning.output.results_csv import ResultsCsv
+from captioning.runs.run_folder import VOCABULARY_FILE, best_checkpoint, read_config, restore_model
 from tokenizer import Tokenizer
 
 GREEDY = DecodeConfig()  # the default: the most probable word at every step
@@ -91,7 +91,7 @@ class Captioner:
         tokenizer: its vocabulary.
         config: the settings of the run.
         decode_config: how captions are searched for.
-        min_jpeg_side: how large JPEGs were decoded for the training, see `captioning.images.read_image`.
+        min_jpeg_side: how large JPEGs were decoded for the training, see `captioning.images.reading.read_image`.
         image_size: pixels of both sides of what the CNN takes.
         run: the run folder.
     """
@@ -114,7 +114,7 @@ class Captioner:
         """Loads a run: its folder, a .zip of it or the address of one; None for the latest in runs/.
 
         Raises:
-            InputError: as `captioning.packed_run.open_run` and `load_run` do.
+            InputError: as `beyond.share.packed_run.open_run` and `load_run` do.
         """
         folder = open_run(run)
         return cls(*load_run(folder), folder, config)
@@ -133,7 +133,7 @@ class Captioner:
         """Captions one image: the tutorial's `evaluate(image)`.
 
         Args:
-            image: a path, a file's content, an open file, pixels or a Pillow image; see `captioning.images.read_image`.
+            image: a path, a file's content, an open file, pixels or a Pillow image; see `reading.read_image`.
 
         Raises:
             InputError: the image cannot be read, or the CNN cannot be built.
@@ -323,7 +323,7 @@ def caption_test_images(
 def add_model_options(parser: argparse.ArgumentParser) -> None:
     """Adds the options of every script that captions: the run, and how captions are searched for."""
     group = parser.add_argument_group("model")
-    text = "run folder, a .zip that export.py packed, or the https address of one (default: the latest in runs/)"
+    text = "run folder, a .zip that beyond.export packed, or the https address of one (default: the latest in runs/)"
     group.add_argument("--run", metavar="DIR|ZIP|URL", help=text)
     add_options(parser.add_argument_group("decoding"), DecodeConfig)
 

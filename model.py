@@ -11,14 +11,15 @@ of captions in a batch, T the number of steps, L that of the CNN's locations; th
 
 import dataclasses
 
-from captioning import devices, fused_decoder
-from captioning.cli import make_parser, run_main
-from captioning.cnns import INCEPTION_V3
-from captioning.config import ModelConfig
-from captioning.decoder_tensors import EncodedImages, SamplingNoise, TeacherForcingOutput, project_locations
-from captioning.fused_decoder import WordOrder
-from captioning.quiet_tensorflow import tf
-from captioning.settings import add_options
+from captioning.base import devices
+from captioning.base.cli import make_parser, run_main
+from captioning.base.quiet_tensorflow import tf
+from captioning.config.cnns import INCEPTION_V3
+from captioning.config.options import add_options
+from captioning.config.settings import ModelConfig
+from captioning.decoder import fused_decoder
+from captioning.decoder.decoder_tensors import EncodedImages, SamplingNoise, TeacherForcingOutput, project_locations
+from captioning.decoder.fused_decoder import WordOrder
 
 layers = tf.keras.layers
 
@@ -214,7 +215,7 @@ class RNNDecoder(tf.keras.Model):
         )
 
     def _teacher_force_fused(self, tokens, images, image_index, training, order) -> TeacherForcingOutput:
-        """Does the same for soft attention, faster, and without rows for padding; see captioning/fused_decoder.py."""
+        """Does the same for soft attention, faster, and without rows for padding; see fused_decoder.py."""
         with tf.device("CPU:0"):  # where the batch comes from: integers would go to a GPU and back
             order = fused_decoder.order_tensors(tokens) if order is None else order
             words = tf.gather_nd(tokens, order.positions)  # (N,)
@@ -304,7 +305,7 @@ class CaptionModel(tf.keras.Model):
         self.config = config
         self.encoder = CNNEncoder(config.embedding_dim, config.feature_dropout)
         self.decoder = PaperDecoder(config) if config.decoder == "paper" else RNNDecoder(config)
-        self.cnn: tf.keras.layers.Layer | None = None  # if it is trained too: captioning/cnn_training.py
+        self.cnn: tf.keras.layers.Layer | None = None  # if it is trained too: beyond/finetune/cnn_training.py
 
     @property
     def has_gate(self) -> bool:

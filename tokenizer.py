@@ -14,12 +14,12 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from captioning.cli import InputError, int_at_least, make_parser, run_main
-from captioning.config import DataConfig
-from captioning.files import read_json, write_json
-from captioning.settings import add_options
-from captioning.special_tokens import END_ID, PAD_ID, SPECIAL_TOKENS, START_ID, UNK_ID
-from captioning.text import join_words, normalize_text, punctuation_to_spaces, split_characters
+from captioning.base.cli import InputError, int_at_least, make_parser, run_main
+from captioning.base.files import read_json, write_json
+from captioning.base.special_tokens import END_ID, PAD_ID, SPECIAL_TOKENS, START_ID, UNK_ID
+from captioning.base.text import join_words, normalize_text, punctuation_to_spaces, split_characters
+from captioning.config.options import add_options
+from captioning.config.settings import DataConfig
 
 FILTERS = '!"#$%&()*+.,-/:;=?@[\\]^_`{|}~'  # the tutorial's; the apostrophe stays, so "man's" is one word
 _TO_SPACES = str.maketrans(dict.fromkeys(FILTERS, " "))
@@ -29,7 +29,7 @@ def split_words(caption: str, words: str = "spaces") -> list[str]:
     """Splits a caption into words, in lower case and without punctuation: `FILTERS`, and that of other scripts.
 
     Args:
-        caption: the text, which is brought to one form first (`captioning.text.normalize_text`).
+        caption: the text, which is brought to one form first (`captioning.base.text.normalize_text`).
         words: what a word is. `spaces`: what stands between spaces; `characters`: the same, but of scripts without
             spaces every character.
     """

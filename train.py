@@ -23,13 +23,23 @@ import data_utils
 import evaluate
 import features
 import model
-from captioning import cnn_training, devices, losses, run_folder, self_critical
-from captioning.checkpoints import Checkpoints, TrainProgress
-from captioning.cli import add_quiet_option, defer_interrupts, log, make_parser, progress_bar, run_main
-from captioning.config import RECIPES, DataConfig, FeatureConfig, ModelConfig, TrainConfig
-from captioning.feature_cache import FeatureSource
-from captioning.files import lock_folder
-from captioning.input_pipeline import (
+from beyond.cider import self_critical
+from beyond.cider.rewards import CaptionReward, Reward
+from beyond.finetune import cnn_training
+from captioning.base import devices
+from captioning.base.cli import add_quiet_option, defer_interrupts, log, make_parser, progress_bar, run_main
+from captioning.base.files import lock_folder
+from captioning.base.quiet_tensorflow import tf
+from captioning.config.options import add_options
+from captioning.config.run_config import RunConfig
+from captioning.config.settings import RECIPES, DataConfig, FeatureConfig, ModelConfig, TrainConfig
+from captioning.decoder import losses
+from captioning.images.feature_cache import FeatureSource
+from captioning.runs import run_folder
+from captioning.runs.run_folder import fill_locations, init_run_dir
+from captioning.scores.metrics import choose_tokenizer
+from captioning.training.checkpoints import Checkpoints, TrainProgress
+from captioning.training.input_pipeline import (
     Batch,
     EncodedCaptions,
     copy_ahead,
@@ -38,15 +48,9 @@ from captioning.input_pipeline import (
     make_distributed_dataset,
     make_epoch_batches,
 )
-from captioning.metrics import choose_tokenizer
-from captioning.optimizer import WeightEMA, make_optimizer, slow_down
-from captioning.quiet_tensorflow import tf
-from captioning.rewards import CaptionReward, Reward
-from captioning.run_config import RunConfig
-from captioning.run_folder import fill_locations, init_run_dir
-from captioning.settings import add_options
-from captioning.training_log import TrainingLog
-from captioning.validation import EpochScore, Validator, make_validator, score_start
+from captioning.training.optimizer import WeightEMA, make_optimizer, slow_down
+from captioning.training.training_log import TrainingLog
+from captioning.training.validation import EpochScore, Validator, make_validator, score_start
 from tokenizer import Tokenizer, split_words
 
 KINDS = ("recipe", "self_critical", "train_cnn")  # of training, with defaults of their own
@@ -70,7 +74,7 @@ def compute_gradients(
 ) -> tuple[list[tf.Tensor], losses.StepSums]:
     """Computes the gradients of the mean loss over the words of a batch, teacher forced.
 
-    With a `reward` these words are samples of the model (captioning/self_critical.py).
+    With a `reward` these words are samples of the model (beyond/cider/self_critical.py).
     """
     variables = state.model.trainable_variables
     if config.train_cnn:
@@ -251,7 +255,7 @@ def build_train_state(
         caption_model.decoder.fused = model.fused_decoder_matches(config.model)
         if not caption_model.decoder.fused:
             name = type(caption_model.decoder).__name__
-            log(f"captioning/fused_decoder.py differs from {name}.step in model.py: training with the plain loop")
+            log(f"fused_decoder.py differs from {name}.step in model.py: training with the plain loop")
     kind = cnn_training.CNNCheckpoints if cnn else Checkpoints
     checkpoints = kind(run, caption_model, optimizer, ema, progress, devices.is_chief(strategy))
     if checkpoints.restore():

@@ -39,15 +39,15 @@ import inference
 import model
 import train
 from benchmarks.timing import interleaved_median_rates, items_per_second
-from captioning import shapes
-from captioning.cli import int_at_least, log, make_parser, run_main
-from captioning.config import DecodeConfig, ModelConfig
-from captioning.decoding import beam_search, greedy_search
-from captioning.quiet_tensorflow import tf
-from captioning.results import ResultWriter
-from captioning.results_csv import ResultsCsv
-from captioning.settings import add_options
-from captioning.special_tokens import END_ID, PAD_ID, START_ID
+from captioning.base.cli import int_at_least, log, make_parser, run_main
+from captioning.base.quiet_tensorflow import tf
+from captioning.base.special_tokens import END_ID, PAD_ID, START_ID
+from captioning.config.options import add_options
+from captioning.config.settings import DecodeConfig, ModelConfig
+from captioning.data import shapes
+from captioning.decoder.decoding import beam_search, greedy_search
+from captioning.output.results import ResultWriter
+from captioning.output.results_csv import ResultsCsv
 
 PROJECT = Path(__file__).resolve().parents[1]
 MAX_WORDS = 12

@@ -19,7 +19,7 @@ pipeline: how fast images are read, computed and written where there are more co
           real: threads, batches, hashes of the images, and files. At best it is as fast as the slower of the two. It
           needs some time of a real core for every image (`cpu_ms_per_image`), so two cores carry about 1,000 images/s.
 
-cnns: the CNNs of captioning/cnns.py alone, in images per second of a core's time, whatever else the cores do, and the
+cnns: the CNNs of cnns.py alone, in images per second of a core's time, whatever else the cores do, and the
       multiplications for an image. Only if asked for.
 
 The weights are random, which does not change the speed. The last line is JSON.
@@ -42,12 +42,12 @@ from PIL import Image
 
 import features
 from benchmarks.timing import interleaved_median_rates, items_per_second
-from captioning import images as captioning_images
-from captioning.cli import int_at_least, log, make_parser, run_main
-from captioning.cnn_loader import find_cnn
-from captioning.cnns import CNNS, INCEPTION_V3
-from captioning.feature_cache import SCALED_JPEG_SIDE, FeatureCache
-from captioning.quiet_tensorflow import tf
+from captioning.base.cli import int_at_least, log, make_parser, run_main
+from captioning.base.quiet_tensorflow import tf
+from captioning.config.cnns import CNNS, INCEPTION_V3
+from captioning.images import reading as captioning_images
+from captioning.images.cnn_loader import find_cnn
+from captioning.images.feature_cache import SCALED_JPEG_SIDE, FeatureCache
 
 BATCH_SIZES = [8, 16, 32, 64]
 PIPELINE_BATCH_SIZE = 32

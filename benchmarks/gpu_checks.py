@@ -29,15 +29,15 @@ import inference
 import model
 from benchmarks import gpu_speed, training
 from benchmarks.gpu_common import SMALL, Data, Row, Sizes, make_data, row
-from captioning import shapes
-from captioning.cli import make_parser, run_main
-from captioning.config import TrainConfig
-from captioning.decoding import beam_search, greedy_search
-from captioning.feature_cache import CNN_FILE
-from captioning.files import read_json, write_json
-from captioning.images import count_cores
-from captioning.input_pipeline import make_dataset, make_epoch_batches
-from captioning.quiet_tensorflow import tf
+from captioning.base.cli import make_parser, run_main
+from captioning.base.files import read_json, write_json
+from captioning.base.quiet_tensorflow import tf
+from captioning.config.settings import TrainConfig
+from captioning.data import shapes
+from captioning.decoder.decoding import beam_search, greedy_search
+from captioning.images.feature_cache import CNN_FILE
+from captioning.images.reading import count_cores
+from captioning.training.input_pipeline import make_dataset, make_epoch_batches
 
 PROJECT = Path(__file__).resolve().parents[1]
 MAX_FEATURE_DIFFERENCE = 1e-3  # relative, in float32
@@ -187,7 +187,7 @@ def check_memory(folder: Path, sizes: Sizes) -> list[Row]:
     gpu_speed.measure_training(data, sizes._replace(num_steps=2), "fused", sizes.batch_sizes[0])
     peak = tf.config.experimental.get_memory_info("GPU:0")["peak"]
     code = (
-        "from captioning.quiet_tensorflow import tf; print(float(tf.reduce_sum(tf.matmul(*[tf.ones((512, 512))] * 2))))"
+        "from captioning.base.quiet_tensorflow import tf; a = tf.ones((512, 512)); print(float(tf.reduce_sum(a @ a)))"
     )
     second = subprocess.run([sys.executable, "-c", code], cwd=PROJECT, capture_output=True, text=True)
     growth = [tf.config.experimental.get_memory_growth(gpu) for gpu in tf.config.list_physical_devices("GPU")]

@@ -4,9 +4,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from benchmarks import training
-from captioning.config import ModelConfig
-from captioning.feature_cache import FeatureCache, make_manifest
-from captioning.input_pipeline import EncodedCaptions, encode_captions
+from captioning.config.settings import ModelConfig
+from captioning.images.feature_cache import FeatureCache, make_manifest
+from captioning.training.input_pipeline import EncodedCaptions, encode_captions
 from tokenizer import Tokenizer
 
 Row = dict[str, Any]  # what, value, expected and passed, the last two None where nothing is expected

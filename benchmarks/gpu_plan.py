@@ -14,7 +14,7 @@ in, the memory of the host. A row of the table is what is outside all loops, or 
     no kernel  operations that GPUs have no kernel for, so that the host computes them
 
 It does not see how many kernels an operation starts, nor what TensorFlow's optimiser would do otherwise for a GPU. The
-features of a batch are taken to be on the GPU, where `captioning.input_pipeline.copy_ahead` puts them. The last line is
+features of a batch are taken to be on the GPU, where `input_pipeline.copy_ahead` puts them. The last line is
 JSON.
 """
 
@@ -29,11 +29,11 @@ import numpy as np
 
 import model
 from benchmarks.training import make_project_step
-from captioning import decoding
-from captioning.cli import InputError, make_parser, run_main
-from captioning.config import ModelConfig, TrainConfig
-from captioning.input_pipeline import EncodedCaptions, make_dataset
-from captioning.quiet_tensorflow import tf
+from captioning.base.cli import InputError, make_parser, run_main
+from captioning.base.quiet_tensorflow import tf
+from captioning.config.settings import ModelConfig, TrainConfig
+from captioning.decoder import decoding
+from captioning.training.input_pipeline import EncodedCaptions, make_dataset
 
 # They start no kernel: they pass a tensor on, look at its shape, or keep a list of tensors, or a variable.
 # fmt: off
@@ -233,7 +233,7 @@ def plan(run: Callable[[], object]) -> dict[str, Counts]:
     """Calls a function that runs one `tf.function` for the first time; returns what that would do on a GPU.
 
     The caller keeps the `tf.function`: with it TensorFlow would forget what is placed on the CPU. What asks
-    `captioning.devices.has_gpu` while the graph is made is told that there is one.
+    `captioning.base.devices.has_gpu` while the graph is made is told that there is one.
     """
     from tensorflow.python.eager import context  # not a public name of TensorFlow
 

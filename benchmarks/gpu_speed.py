@@ -16,9 +16,9 @@ from benchmarks import captioning, training
 from benchmarks import features as features_benchmark
 from benchmarks.gpu_common import Data, Row, Sizes, make_data, row
 from benchmarks.timing import items_per_second
-from captioning.config import FeatureConfig, ModelConfig
-from captioning.devices import has_gpu
-from captioning.quiet_tensorflow import tf
+from captioning.base.devices import has_gpu
+from captioning.base.quiet_tensorflow import tf
+from captioning.config.settings import FeatureConfig, ModelConfig
 
 
 def count_gpu_events(run: Callable[[], object]) -> collections.Counter[str]:

@@ -22,11 +22,11 @@ import data_utils
 import train
 from benchmarks.timing import items_per_second
 from benchmarks.training import sample_lengths
-from captioning.cli import int_at_least, make_parser, run_main
-from captioning.config import DataConfig
-from captioning.feature_cache import MANIFEST_FILE, FeatureCache, make_manifest, read_manifest
-from captioning.files import write_json
-from captioning.input_pipeline import encode_captions, make_dataset, make_epoch_batches
+from captioning.base.cli import int_at_least, make_parser, run_main
+from captioning.base.files import write_json
+from captioning.config.settings import DataConfig
+from captioning.images.feature_cache import MANIFEST_FILE, FeatureCache, make_manifest, read_manifest
+from captioning.training.input_pipeline import encode_captions, make_dataset, make_epoch_batches
 from tokenizer import Tokenizer
 
 NUM_FEATURE_FILES = 200  # different ones, each linked many times

@@ -18,10 +18,10 @@ import sys
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from captioning.cli import InputError, log, make_parser, run_main
-from captioning.config import DecodeConfig
-from captioning.files import atomic_write, write_json
-from captioning.training_log import read_history
+from captioning.base.cli import InputError, log, make_parser, run_main
+from captioning.base.files import atomic_write, write_json
+from captioning.config.settings import DecodeConfig
+from captioning.training.training_log import read_history
 
 ROOT = Path(__file__).resolve().parents[1]
 COLUMNS = ("BLEU-1", "BLEU-2", "BLEU-3", "BLEU-4", "METEOR", "CIDEr")

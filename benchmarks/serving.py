@@ -1,4 +1,4 @@
-"""Measures how many images serve.py captions in a second, and how long a client waits for its caption.
+"""Measures how many images beyond.serve captions in a second, and how long a client waits for its caption.
 
     python -m benchmarks.serving
     python -m benchmarks.serving --run runs/coco --images photos/ --beam-size 5
@@ -29,16 +29,16 @@ from typing import NamedTuple
 
 import numpy as np
 
+import beyond.serve.__main__ as serve
 import features
-import serve
 from benchmarks.captioning import train_small_run
 from benchmarks.features import draw_photos
 from benchmarks.timing import interleaved_median_rates, items_per_second
-from captioning.caption_batcher import MAX_BATCH
-from captioning.cli import int_at_least, make_parser, run_main
-from captioning.config import DecodeConfig
-from captioning.images import is_image_file
-from captioning.web_server import CaptionServer, ServerConfig
+from beyond.serve.caption_batcher import MAX_BATCH
+from beyond.serve.web_server import CaptionServer, ServerConfig
+from captioning.base.cli import int_at_least, make_parser, run_main
+from captioning.config.settings import DecodeConfig
+from captioning.images.reading import is_image_file
 from inference import Captioner, add_model_options
 
 NUM_PHOTOS = 32
@@ -61,7 +61,7 @@ class Load(NamedTuple):
 def run_server(captioner: Captioner, max_requests: int) -> Iterator[CaptionServer]:
     """Runs a server in a thread, without a line in the log for each request."""
     config = ServerConfig(port=0, max_requests=max_requests)
-    with CaptionServer(config) as server, unittest.mock.patch("captioning.web_server.log"):
+    with CaptionServer(config) as server, unittest.mock.patch("beyond.serve.web_server.log"):
         thread = threading.Thread(target=server.run, args=[serve.make_service(captioner)])
         thread.start()
         try:

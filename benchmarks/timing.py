@@ -4,7 +4,7 @@ import statistics
 import time
 from collections.abc import Callable, Mapping
 
-from captioning.cli import log
+from captioning.base.cli import log
 
 
 def items_per_second(run: Callable[[], object], num_items: int) -> float:

@@ -9,7 +9,7 @@ The variants train the same model on the same features, with the same batch size
     tutorial  the tutorial's code. Every batch is padded to the longest caption of the data, the loop over words is
               unrolled in a tf.function, every step applies W1 to the features and the vocabulary layer to the state,
               and the loss is a mean over padding too. It has no dropout.
-    fused     train.py's step, with captioning/fused_decoder.py (the default of train.py).
+    fused     train.py's step, with captioning/decoder/fused_decoder.py (the default of train.py).
     plain     train.py's step, with the plain loop of model.py (--no-fused).
     paper, paper-plain        the same two with --decoder paper.
     paper-lstm                the plain loop with --decoder paper --cell lstm.
@@ -33,16 +33,16 @@ import numpy as np
 import model
 import train
 from benchmarks.timing import interleaved_median_rates, items_per_second
-from captioning.annotations import Example, read_annotations
-from captioning.checkpoints import TrainProgress
-from captioning.cli import int_at_least, log, make_parser, run_main
-from captioning.cnns import INCEPTION_V3
-from captioning.config import ModelConfig, TrainConfig
-from captioning.feature_cache import FeatureCache, make_manifest
-from captioning.input_pipeline import Batch, EncodedCaptions, encode_captions, make_dataset, make_epoch_batches
-from captioning.optimizer import WeightEMA, make_optimizer
-from captioning.quiet_tensorflow import tf
-from captioning.settings import add_options
+from captioning.base.cli import int_at_least, log, make_parser, run_main
+from captioning.base.quiet_tensorflow import tf
+from captioning.config.cnns import INCEPTION_V3
+from captioning.config.options import add_options
+from captioning.config.settings import ModelConfig, TrainConfig
+from captioning.data.annotations import Example, read_annotations
+from captioning.images.feature_cache import FeatureCache, make_manifest
+from captioning.training.checkpoints import TrainProgress
+from captioning.training.input_pipeline import Batch, EncodedCaptions, encode_captions, make_dataset, make_epoch_batches
+from captioning.training.optimizer import WeightEMA, make_optimizer
 from tokenizer import START_ID, Tokenizer
 
 layers = tf.keras.layers

@@ -38,10 +38,12 @@ import inference
 import model
 import tokenizer
 import train
-from captioning import metrics, plots, results, shapes
-from captioning.cli import Command, run_main
-from captioning.files import file_sha256
-from captioning.quiet_tensorflow import tf
+from captioning.base.cli import Command, run_main
+from captioning.base.files import file_sha256
+from captioning.base.quiet_tensorflow import tf
+from captioning.data import shapes
+from captioning.output import plots, results
+from captioning.scores import metrics
 
 pytestmark = pytest.mark.slow
 

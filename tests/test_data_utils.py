@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 
 import data_utils
-from captioning.annotations import Example
-from captioning.cli import InputError, Verbosity
-from captioning.config import DataConfig
+from captioning.base.cli import InputError, Verbosity
+from captioning.config.settings import DataConfig
+from captioning.data.annotations import Example
 from data_utils import CaptionDataset, assign_splits, load_dataset, subsample
 
 EXAMPLES = [Example(f"{i}.jpg", ("a", "b"), i) for i in range(50)]

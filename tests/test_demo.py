@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 import demo
-from captioning.annotations import Example
+from captioning.data.annotations import Example
 from data_utils import CaptionDataset
 from inference import Caption
 

@@ -8,12 +8,12 @@ from PIL import Image
 
 import evaluate
 import inference
-from captioning import coco_results, java_scores, metrics
-from captioning.annotations import Example
-from captioning.cli import InputError
-from captioning.config import DecodeConfig
-from captioning.files import write_json
-from captioning.quiet_tensorflow import tf
+from captioning.base.cli import InputError
+from captioning.base.files import write_json
+from captioning.base.quiet_tensorflow import tf
+from captioning.config.settings import DecodeConfig
+from captioning.data.annotations import Example
+from captioning.scores import coco_results, java_scores, metrics
 from inference import Caption, Captioner
 from tokenizer import Tokenizer
 

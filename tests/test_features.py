@@ -12,14 +12,14 @@ import tensorflow as tf
 from PIL import Image
 
 import features
-from captioning import cnn_loader
-from captioning.annotations import Example
-from captioning.cli import Command, InputError
-from captioning.cnns import INCEPTION_V3
-from captioning.config import FeatureConfig
-from captioning.feature_cache import FeatureCache
-from captioning.image_records import RECORDS_FILE, ImageRecords
-from captioning.random_cnn import calibrate
+from captioning.base.cli import Command, InputError
+from captioning.config.cnns import INCEPTION_V3
+from captioning.config.settings import FeatureConfig
+from captioning.data.annotations import Example
+from captioning.images import cnn_loader
+from captioning.images.feature_cache import FeatureCache
+from captioning.images.image_records import RECORDS_FILE, ImageRecords
+from captioning.images.random_cnn import calibrate
 from data_utils import CaptionDataset
 
 # The feature extractor.

@@ -14,13 +14,13 @@ from PIL import Image
 import features
 import inference
 import model
-from captioning.cli import InputError
-from captioning.config import DecodeConfig
-from captioning.constraints import Constraints
-from captioning.decoding import DecodedBatch, decode
-from captioning.images import read_image
-from captioning.quiet_tensorflow import tf
-from captioning.results import ResultWriter
+from captioning.base.cli import InputError
+from captioning.base.quiet_tensorflow import tf
+from captioning.config.settings import DecodeConfig
+from captioning.decoder.constraints import Constraints
+from captioning.decoder.decoding import DecodedBatch, decode
+from captioning.images.reading import read_image
+from captioning.output.results import ResultWriter
 from inference import Captioner
 
 
@@ -84,7 +84,7 @@ def test_decode_captions_uses_the_beam_of_its_settings(small_model, tokenizer, r
         calls.append(args[2:])
         return DecodedBatch(*[tf.zeros((0, 0))] * 3)
 
-    monkeypatch.setattr("captioning.decoding.beam_search", beam_search)
+    monkeypatch.setattr("captioning.decoder.decoding.beam_search", beam_search)
     inference.decode_captions(small_model, tokenizer, image_features, DecodeConfig(3, 0.5, 7, 2, True, 4))
     assert calls == [(4, 0.5, 7, Constraints(2, True), 4)]
 
@@ -393,7 +393,7 @@ def test_main_captions_without_a_plot_if_none_may_be_written(fast_run, photo, mo
     def fail(*_):
         raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
 
-    monkeypatch.setattr("captioning.results.plot_attention", fail)
+    monkeypatch.setattr("captioning.output.results.plot_attention", fail)
     for name in ("._photo.jpg", "Thumbs.db", "notes.txt"):
         (photo.parent / name).write_text("no image")
     inference.main([str(photo.parent), "--run", str(fast_run), "--json", "--output-dir", str(photo.parent)])

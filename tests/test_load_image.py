@@ -7,15 +7,15 @@ import numpy as np
 import pytest
 from PIL import Image
 
+import beyond.serve.__main__ as serve
 import features
 import inference
-import serve
-from captioning.captions import Caption
-from captioning.cli import InputError
-from captioning.feature_cache import MANIFEST_FILE
-from captioning.files import read_json, write_json
-from captioning.images import read_image, set_max_megapixels
-from captioning.quiet_tensorflow import tf
+from captioning.base.cli import InputError
+from captioning.base.files import read_json, write_json
+from captioning.base.quiet_tensorflow import tf
+from captioning.images.feature_cache import MANIFEST_FILE
+from captioning.images.reading import read_image, set_max_megapixels
+from captioning.output.captions import Caption
 
 
 def ramp(mode="RGB", size=(40, 30)):

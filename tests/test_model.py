@@ -4,10 +4,10 @@ import numpy as np
 import pytest
 
 import model
-from captioning.cli import InputError
-from captioning.config import ModelConfig
-from captioning.losses import masked_cross_entropy
-from captioning.quiet_tensorflow import tf
+from captioning.base.cli import InputError
+from captioning.base.quiet_tensorflow import tf
+from captioning.config.settings import ModelConfig
+from captioning.decoder.losses import masked_cross_entropy
 from model import BahdanauAttention, CaptionModel, CNNEncoder, EncodedImages, RNNDecoder, SamplingNoise
 
 

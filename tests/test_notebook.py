@@ -10,7 +10,7 @@ from pathlib import Path
 import nbformat
 import pytest
 
-from captioning.cli import progress_bar
+from captioning.base.cli import progress_bar
 
 PROJECT = Path(__file__).parents[1]
 

@@ -21,13 +21,14 @@ import inference
 import model
 import tokenizer
 import train
-from captioning import metrics, shapes
-from captioning.cli import InputError, Verbosity, run_main
-from captioning.cnns import INCEPTION_V3
-from captioning.config import RECIPES
-from captioning.decoding import DecodedBatch, decode
-from captioning.files import file_sha256, lock_folder
-from captioning.quiet_tensorflow import tf
+from captioning.base.cli import InputError, Verbosity, run_main
+from captioning.base.files import file_sha256, lock_folder
+from captioning.base.quiet_tensorflow import tf
+from captioning.config.cnns import INCEPTION_V3
+from captioning.config.settings import RECIPES
+from captioning.data import shapes
+from captioning.decoder.decoding import DecodedBatch, decode
+from captioning.scores import metrics
 
 ROOT = Path(__file__).parents[1]
 DATA = ["--annotations", "shapes/dataset_shapes.json", "--images", "shapes"]
@@ -324,7 +325,7 @@ def test_images_are_captioned_from_http_addresses(trained_run, capsys, monkeypat
         inference.main([url, "--run", "runs/shapes", "--output-dir", "web"])
         assert capsys.readouterr().out == expected
         assert Path("web/shapes_00003_attention.png").stat().st_size > 1000
-        monkeypatch.setattr("captioning.image_args.MAX_IMAGE_BYTES", 100)
+        monkeypatch.setattr("captioning.images.image_args.MAX_IMAGE_BYTES", 100)
         for bad, message in ((url, "at most 100 bytes"), ("file:///etc/passwd", "begins with http")):
             with pytest.raises(InputError, match=message):
                 inference.main([bad, "--run", "runs/shapes"])

@@ -5,7 +5,7 @@ import random
 import pytest
 
 import tokenizer as tokenizer_script
-from captioning.cli import InputError
+from captioning.base.cli import InputError
 from tokenizer import END_ID, PAD_ID, SPECIAL_TOKENS, START_ID, UNK_ID, Tokenizer, split_words
 
 

@@ -18,11 +18,13 @@ from helpers.runs import (
 
 import inference
 import train
-from captioning import devices, metrics, training_log, validation
-from captioning.cli import InputError
-from captioning.config import RECIPES, ModelConfig, TrainConfig
-from captioning.quiet_tensorflow import tf
-from captioning.validation import EpochScore, Validation, Validator
+from captioning.base import devices
+from captioning.base.cli import InputError
+from captioning.base.quiet_tensorflow import tf
+from captioning.config.settings import RECIPES, ModelConfig, TrainConfig
+from captioning.scores import metrics
+from captioning.training import training_log, validation
+from captioning.training.validation import EpochScore, Validation, Validator
 from tokenizer import Tokenizer
 
 NUM_STEPS = 7  # of an epoch with batches of 5

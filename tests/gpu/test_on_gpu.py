@@ -12,7 +12,7 @@ import pytest
 
 from benchmarks import gpu_checks
 from benchmarks.gpu_common import SMALL
-from captioning.quiet_tensorflow import tf
+from captioning.base.quiet_tensorflow import tf
 
 ROOT = Path(__file__).parents[2]
 

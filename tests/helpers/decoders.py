@@ -1,7 +1,7 @@
 """Decoders whose step differs from the project's: what a user may write."""
 
 import model
-from captioning.quiet_tensorflow import tf
+from captioning.base.quiet_tensorflow import tf
 
 
 class GatedDecoder(model.RNNDecoder):

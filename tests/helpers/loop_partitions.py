@@ -12,9 +12,9 @@ from tensorflow.python.eager import context
 
 import model
 from benchmarks.training import make_project_step
-from captioning.config import ModelConfig, TrainConfig
-from captioning.input_pipeline import EncodedCaptions, make_dataset
-from captioning.quiet_tensorflow import tf
+from captioning.base.quiet_tensorflow import tf
+from captioning.config.settings import ModelConfig, TrainConfig
+from captioning.training.input_pipeline import EncodedCaptions, make_dataset
 
 TOKENS = np.array([[2, 5, 6, 3, 0], [2, 7, 3, 0, 0], [2, 5, 6, 7, 3]], np.int32)
 

@@ -6,10 +6,10 @@ import dataclasses
 import numpy as np
 
 import train
-from captioning.config import DataConfig, ModelConfig, TrainConfig
-from captioning.quiet_tensorflow import tf
-from captioning.run_config import RunConfig
-from captioning.run_folder import init_run_dir
+from captioning.base.quiet_tensorflow import tf
+from captioning.config.run_config import RunConfig
+from captioning.config.settings import DataConfig, ModelConfig, TrainConfig
+from captioning.runs.run_folder import init_run_dir
 
 # Times and counters of files, which differ between runs that are otherwise the same.
 UNEQUAL_KEYS = ("seconds", "save_counter", "_CHECKPOINTABLE_OBJECT_GRAPH")

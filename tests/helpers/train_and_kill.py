@@ -15,7 +15,7 @@ from pathlib import Path
 
 import features
 import train
-from captioning.quiet_tensorflow import tf
+from captioning.base.quiet_tensorflow import tf
 
 DATA_ARGS = ["--annotations", "../shapes/dataset_shapes.json", "--images", "../shapes", "--cnn-weights", "../cnn.h5"]
 MODEL_ARGS = ["--units", "16", "--embedding-dim", "8", "--dropout", "0.2"]

@@ -25,7 +25,7 @@ from helpers.train_and_kill import build_small_cnn
 
 import features
 import train
-from captioning.quiet_tensorflow import tf
+from captioning.base.quiet_tensorflow import tf
 
 
 def draw(cell: tf.keras.layers.Layer) -> list[tf.Tensor]:

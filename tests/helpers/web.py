@@ -11,11 +11,11 @@ import threading
 import numpy as np
 from PIL import Image
 
-from captioning.caption_batcher import Service
-from captioning.captions import Caption
-from captioning.config import DecodeConfig
-from captioning.images import read_image
-from captioning.web_server import CaptionServer, ServerConfig
+from beyond.serve.caption_batcher import Service
+from beyond.serve.web_server import CaptionServer, ServerConfig
+from captioning.config.settings import DecodeConfig
+from captioning.images.reading import read_image
+from captioning.output.captions import Caption
 
 BOUNDARY = "----a boundary"
 FORM = f'multipart/form-data; boundary="{BOUNDARY}"'

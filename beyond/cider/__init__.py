@@ -1,0 +1,1 @@
+"""Self-critical training, on the CIDEr of sampled captions."""

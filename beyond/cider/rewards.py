@@ -1,0 +1,124 @@
+"""Rewards of sampled captions for self-critical training: CIDEr-D (Vedantam et al. 2015) and BLEU-4.
+
+Both are those of pycocoevalcap, the code of the COCO challenge, whose CIDEr is CIDEr-D; but of token ids instead of
+words, a caption at a time, and CIDEr-D with the document frequencies of the training captions. A caption's <end> is a
+word like the others, so that a caption that stops in mid-sentence loses the n-grams with it.
+"""
+
+import itertools
+import math
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from captioning.base.special_tokens import PAD_ID, START_ID
+
+MAX_ORDER = 4  # n-grams of 1 to 4 words
+SIGMA = 6.0  # of CIDEr-D's penalty of another length
+TINY, SMALL = 1e-15, 1e-9  # pycocoevalcap's, which keep a BLEU without a common n-gram above 0
+
+NGram = tuple[int, ...]
+
+# Maps captions (R, T) and the numbers of their images (R,) to rewards (R,) float32.
+Reward = Callable[[np.ndarray, np.ndarray], np.ndarray]
+
+
+def count_ngrams(words: Sequence[int]) -> Counter[NGram]:
+    """Counts the n-grams of 1 to 4 words of a caption."""
+    return Counter(tuple(words[i : i + n]) for n in range(1, MAX_ORDER + 1) for i in range(len(words) - n + 1))
+
+
+def words_of(tokens: Iterable[int]) -> list[int]:
+    """Returns the ids of a caption that count: all but <start> and the padding after <end>."""
+    return [int(token) for token in tokens if token not in (PAD_ID, START_ID)]
+
+
+class Vector(NamedTuple):
+    """The n-grams of a caption as CIDEr-D compares them."""
+
+    weights: dict[NGram, float]  # of each n-gram its count times its inverse document frequency
+    norms: list[float]  # of the weights of each order
+    length: int  # number of words
+
+
+class CaptionReward:
+    """Scores captions of the training images by their reference captions.
+
+    Args:
+        references: the token ids of the reference captions of each image.
+        bleu_weight: how much of BLEU-4 is added to CIDEr-D.
+    """
+
+    def __init__(self, references: Iterable[Iterable[Iterable[int]]], bleu_weight: float = 0.0):
+        self.references = [[words_of(caption) for caption in captions] for captions in references]
+        self.bleu_weight = bleu_weight
+        self.log_num_images = math.log(len(self.references))
+        num_images: Counter[NGram] = Counter()  # that have an n-gram in a reference caption
+        for captions in self.references:
+            num_images.update(set().union(*map(count_ngrams, captions)))
+        # Most n-grams occur once. An unknown one counts the same, so they need not be kept.
+        self.log_frequency = {ngram: math.log(count) for ngram, count in num_images.items() if count > 1}
+
+    def __call__(self, tokens: np.ndarray, image_numbers: np.ndarray) -> np.ndarray:
+        """Returns the rewards (R,) float32 of captions (R, T), padded with <pad>, of the images (R,).
+
+        A caption like the references has a CIDEr-D of about 1, and a BLEU-4 of at most 1.
+        """
+        rewards = np.zeros(len(tokens), np.float32)
+        rows = sorted(range(len(tokens)), key=lambda row: image_numbers[row])
+        for number, group in itertools.groupby(rows, key=lambda row: int(image_numbers[row])):
+            references = [(words, count_ngrams(words)) for words in self.references[number]]
+            vectors = [self.vector(words, counts) for words, counts in references]
+            for row in group:
+                words = words_of(tokens[row])
+                counts = count_ngrams(words)
+                rewards[row] = self.cider_d(self.vector(words, counts), vectors)
+                if self.bleu_weight:
+                    rewards[row] += self.bleu_weight * bleu4((words, counts), references)
+        return rewards
+
+    def vector(self, words: list[int], counts: Counter[NGram]) -> Vector:
+        """Weighs the n-grams of a caption: frequent ones of few images are worth most."""
+        weights = {
+            ngram: count * (self.log_num_images - self.log_frequency.get(ngram, 0.0)) for ngram, count in counts.items()
+        }
+        squares = [0.0] * MAX_ORDER
+        for ngram, weight in weights.items():
+            squares[len(ngram) - 1] += weight * weight
+        return Vector(weights, [math.sqrt(square) for square in squares], len(words))
+
+    @staticmethod
+    def cider_d(caption: Vector, references: list[Vector]) -> float:
+        """Returns the mean over the references and orders of the clipped cosine of two captions, times 10.
+
+        pycocoevalcap reports it in these units too.
+        """
+        total = 0.0
+        for reference in references:
+            products = [0.0] * MAX_ORDER
+            for ngram, weight in caption.weights.items():
+                if other := reference.weights.get(ngram):
+                    products[len(ngram) - 1] += min(weight, other) * other
+            norms = zip(products, caption.norms, reference.norms, strict=True)
+            cosines = sum(product / (x * y) for product, x, y in norms if x and y)
+            total += cosines * math.exp(-((caption.length - reference.length) ** 2) / (2 * SIGMA**2))
+        return 10 * total / (MAX_ORDER * len(references))
+
+
+def bleu4(caption: tuple[list[int], Counter[NGram]], references: list[tuple[list[int], Counter[NGram]]]) -> float:
+    """Returns the BLEU-4 of one caption, given as words and n-grams (Papineni et al. 2002; the closest length)."""
+    words, counts = caption
+    largest: Counter[NGram] = Counter()
+    for _, reference_counts in references:
+        largest |= reference_counts
+    common = [0] * MAX_ORDER
+    for ngram, count in counts.items():
+        common[len(ngram) - 1] += min(count, largest[ngram])
+    precision = 1.0
+    for n, num_common in enumerate(common):
+        precision *= (num_common + TINY) / (max(0, len(words) - n) + SMALL)
+    closest = min((len(reference) for reference, _ in references), key=lambda size: (abs(size - len(words)), size))
+    ratio = (len(words) + TINY) / (closest + SMALL)
+    return precision ** (1 / MAX_ORDER) * (math.exp(1 - 1 / ratio) if ratio < 1 else 1.0)

@@ -1,0 +1,1 @@
+"""Exports a run as a SavedModel or for LiteRT."""

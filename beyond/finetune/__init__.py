@@ -1,0 +1,1 @@
+"""Training of the CNN together with the decoder."""

@@ -1,0 +1,1 @@
+"""The paper's decoder and its hard attention."""

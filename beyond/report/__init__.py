@@ -1,0 +1,1 @@
+"""HTML pages of captions and where the model attended."""

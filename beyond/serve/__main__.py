@@ -1,0 +1,81 @@
+"""Serves a page on this machine: drop an image on it, or take one, and see its caption and where the model looked.
+
+Tutorial section: none.
+
+    python -m beyond.serve                                       # the latest run, at http://127.0.0.1:8000/
+    python -m beyond.serve --run runs/coco --beam-size 5 --port 0
+    python -m beyond.serve --host 0.0.0.0 --max-requests 16      # for all machines that reach this one
+
+Programs send an image to POST /caption, its bytes or a form, and get JSON: the caption, its confidence, and the
+probability and attention of each word. The options of decoding are the defaults of parameters of the same names:
+
+    curl -F image=@photo.jpg "http://127.0.0.1:8000/caption?beam_size=5&captions=3"
+
+Ctrl-C ends it. Python's own web server is made for one machine and a few people, not for the internet.
+"""
+
+import argparse
+from collections.abc import Sequence
+
+import numpy as np
+
+from beyond.serve.caption_batcher import Service
+from beyond.serve.web_server import CaptionServer, ServerConfig, is_loopback
+from captioning.base.cli import add_quiet_option, log, make_parser, run_main
+from captioning.config.options import add_options
+from captioning.config.settings import DecodeConfig, FeatureConfig
+from captioning.images.reading import set_max_megapixels
+from captioning.output.captions import Caption
+from inference import Captioner, add_model_options
+
+MAX_MEGAPIXELS = 50  # of an image of a stranger; phones take photos of 12 to 50
+
+
+def make_service(captioner: Captioner) -> Service:
+    """Makes what the server needs of a captioner, which is compiled, so that the first request does not wait for it.
+
+    Raises:
+        InputError: the CNN cannot be built.
+    """
+    size = captioner.image_size
+    for batch_size in (2, 3, 1):  # TensorFlow compiles for two images, and then for any number
+        captioner.caption_pixels(np.zeros((batch_size, size, size, 3), np.uint8))
+
+    def caption_batch(pixels: Sequence[np.ndarray], config: DecodeConfig) -> list[Caption]:
+        return captioner.with_decoding(config).caption_pixels(np.stack(pixels))
+
+    return Service(captioner.run.name, captioner.decode_config, captioner.load_image, caption_batch)
+
+
+def parse(argv: list[str] | None = None) -> argparse.Namespace:
+    """Parses the command line."""
+    parser = make_parser(__doc__)
+    group = parser.add_argument_group("server")
+    add_options(group, ServerConfig)
+    add_options(group, FeatureConfig, {"max_megapixels": MAX_MEGAPIXELS}, only=("max_megapixels",))
+    add_quiet_option(group)
+    add_model_options(parser)
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Serves the page until Ctrl-C."""
+    args = parse(argv)
+    decode_config = DecodeConfig.from_args(args)
+    set_max_megapixels(args.max_megapixels)
+    with CaptionServer(ServerConfig.from_args(args)) as server:  # first, since a port in use is known at once
+        captioner = Captioner.load(args.run, decode_config)
+        log(f"run: {captioner.run}")
+        service = make_service(captioner)
+        if not is_loopback(args.host):
+            text = "anybody who reaches this machine can caption with it; there is no password"
+            log(f"--host {args.host}: {text}", error=True)
+        print(server.url, flush=True)
+        try:
+            server.run(service)
+        except KeyboardInterrupt:  # how a server is ended
+            log("stopped")
+
+
+if __name__ == "__main__":
+    run_main(main)

@@ -1,0 +1,344 @@
+"""The page of beyond.serve in a real Chromium, with a captioner that needs no model."""
+
+import base64
+import dataclasses
+import io
+import time
+
+import numpy as np
+import pytest
+from helpers.browser import launch_browser, open_page
+from helpers.web import FakeCaptioner, draw_png, load_image, run_server
+from PIL import Image
+
+from captioning.config.settings import DecodeConfig
+
+pytestmark = pytest.mark.slow
+
+RED = {"name": "red.png", "mimeType": "image/png", "buffer": draw_png(size=(320, 240))}
+GREEN = {"name": "green.png", "mimeType": "image/png", "buffer": draw_png("green")}
+TEXT = {"name": "notes.txt", "mimeType": "text/plain", "buffer": b"no image"}
+# Makes an event that carries a file, as a drop and a paste do.
+SEND_FILE = """([kind, content, type]) => {
+  const data = new DataTransfer();
+  if (content) data.items.add(new File([Uint8Array.from(atob(content), (c) => c.charCodeAt(0))], "image", { type }));
+  const options = { bubbles: true, cancelable: true };
+  document.body.dispatchEvent(kind === "drop" ? new DragEvent(kind, { ...options, dataTransfer: data })
+                                              : new ClipboardEvent(kind, { ...options, clipboardData: data }));
+}"""
+
+
+@pytest.fixture(scope="module")
+def browser():
+    """A Chromium with a camera, which shows a green picture."""
+    with launch_browser("--use-fake-device-for-media-stream") as browser:
+        yield browser
+
+
+@pytest.fixture
+def captioner():
+    return FakeCaptioner()
+
+
+@pytest.fixture
+def server(captioner):
+    with run_server(captioner.service) as server:
+        yield server
+
+
+@pytest.fixture
+def page(browser, server):
+    with open_page(browser, server.url) as page:
+        yield page
+
+
+def encode(content):
+    return base64.b64encode(content).decode()
+
+
+def wait_for_caption(page, text):
+    """Waits until the page shows a caption, and nothing else."""
+    page.wait_for_function("text => document.querySelector('.cv-line')?.textContent === text", arg=text)
+    page.wait_for_function("() => document.getElementById('status').textContent.startsWith('Captioned in ')")
+    assert page.locator("#error").text_content() == ""
+
+
+def wait_for_error(page, text):
+    """Waits until the page shows an error, and forgets what the browser logs about it."""
+    page.wait_for_function("text => document.getElementById('error').textContent.includes(text)", arg=text)
+    assert page.get_by_role("alert").inner_text() == page.locator("#error").text_content()
+    assert page.locator("#status").text_content() == ""
+    page.problems[:] = [problem for problem in page.problems if "Failed to load resource" not in problem]
+
+
+def wait_for_batches(captioner, count):
+    """Waits until so many images were captioned; returns the settings of the last."""
+    deadline = time.monotonic() + 10
+    while len(captioner.batches) < count and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert len(captioner.batches) == count
+    return captioner.batches[-1][1]
+
+
+def test_file_that_is_chosen_is_captioned(page, captioner):
+    page.wait_for_function("document.querySelector('#run').innerText === 'run: small'")
+    page.set_input_files("#file", RED)
+    wait_for_caption(page, "a red image")
+    image = page.locator(".caption-viewer img")
+    assert image.get_attribute("alt") == "a red image"
+    assert image.evaluate("image => image.naturalWidth") == 320
+    assert wait_for_batches(captioner, 1) == DecodeConfig()
+    page.set_input_files("#file", GREEN)
+    wait_for_caption(page, "a green image")
+    assert page.locator(".caption-viewer").count() == 1
+
+
+def test_hovering_a_word_lights_the_image(page):
+    page.set_input_files("#file", RED)
+    wait_for_caption(page, "a red image")
+    pictures = []
+    for word in range(3):
+        page.locator(".cv-word").nth(word).hover()
+        page.wait_for_timeout(300)
+        shot = Image.open(io.BytesIO(page.locator(".cv-image").screenshot())).convert("L")
+        pictures.append(np.asarray(shot.resize((8, 8), Image.Resampling.BOX), float))
+    assert [divmod(int(picture.argmax()), 8) for picture in pictures] == [(0, 0), (4, 4), (7, 7)]
+
+
+@pytest.mark.parametrize("kind", ["drop", "paste"])
+def test_image_that_is_dropped_or_pasted_is_captioned(page, kind):
+    page.evaluate(SEND_FILE, [kind, encode(GREEN["buffer"]), "image/png"])
+    wait_for_caption(page, "a green image")
+    page.evaluate(SEND_FILE, [kind, "", ""])
+    wait_for_error(page, "Expected an image file; save the image first")
+
+
+def test_dragging_shows_where_to_drop(page):
+    page.evaluate("document.body.dispatchEvent(new DragEvent('dragover', {bubbles: true, cancelable: true}))")
+    assert "is-dragging" in page.locator("html").get_attribute("class")
+    page.evaluate("document.body.dispatchEvent(new DragEvent('dragleave', {bubbles: true}))")
+    assert page.locator("html").get_attribute("class") == ""
+
+
+def test_sliders_caption_again_once_they_rest(page, captioner):
+    page.locator("#beam").fill("2")  # nothing to caption yet
+    page.set_input_files("#file", RED)
+    wait_for_caption(page, "a red image")
+    assert wait_for_batches(captioner, 1) == DecodeConfig(beam_size=2)
+    for value in ("5", "6", "7"):
+        page.locator("#beam").fill(value)
+    time.sleep(0.5)  # longer than the page waits before it asks
+    assert wait_for_batches(captioner, 2) == DecodeConfig(beam_size=7)
+    assert page.locator("output[for=beam]").inner_text() == "7"
+    page.locator("#captions").fill("3")
+    assert wait_for_batches(captioner, 3) == DecodeConfig(beam_size=7, captions=3)
+    page.locator(".cv-alternatives li").nth(1).wait_for()
+    page.locator("#beam").focus()
+    page.keyboard.press("ArrowLeft")
+    assert wait_for_batches(captioner, 4).beam_size == 6
+
+
+def test_random_words_have_a_temperature_and_can_be_drawn_again(page, captioner):
+    page.set_input_files("#file", RED)
+    wait_for_caption(page, "a red image")
+    assert page.locator("#temperature").is_disabled() and page.locator("#again").is_hidden()
+    page.get_by_label("Random words").check()
+    assert wait_for_batches(captioner, 2) == DecodeConfig(sample=True)
+    assert page.locator("#beam").is_disabled()
+    page.get_by_label("Temperature").fill("0.5")
+    assert wait_for_batches(captioner, 3) == DecodeConfig(sample=True, temperature=0.5)
+    page.get_by_role("button", name="Draw again").click()
+    assert wait_for_batches(captioner, 4) == DecodeConfig(sample=True, temperature=0.5, decode_seed=1)
+    page.set_input_files("#file", RED)  # the same file again
+    assert wait_for_batches(captioner, 5).decode_seed == 0
+    page.get_by_label("Random words").uncheck()
+    assert wait_for_batches(captioner, 6) == DecodeConfig()
+
+
+@pytest.mark.parametrize(
+    "defaults",
+    [DecodeConfig(sample=True, temperature=0.7, captions=2), DecodeConfig(beam_size=4)],
+    ids=["sample", "beam"],
+)
+def test_settings_begin_with_the_defaults_of_the_server(browser, defaults):
+    captioner = FakeCaptioner(defaults)
+    with run_server(captioner.service) as server, open_page(browser, server.url) as page:
+        page.set_input_files("#file", RED)
+        wait_for_caption(page, "a red image")
+        assert wait_for_batches(captioner, 1) == defaults
+
+
+def test_answer_that_comes_too_late_is_not_shown(page, captioner):
+    captioner.may_end.clear()
+    page.set_input_files("#file", RED)
+    assert captioner.begun.wait(10)
+    assert page.locator("#status").inner_text() == "Captioning …"
+    page.set_input_files("#file", GREEN)
+    page.wait_for_timeout(200)
+    captioner.may_end.set()
+    wait_for_caption(page, "a green image")
+    page.wait_for_timeout(200)
+    assert page.locator(".caption-viewer img").get_attribute("alt") == "a green image"
+
+
+# What goes wrong.
+
+
+def test_file_that_is_no_image_is_refused_in_one_line(page):
+    page.set_input_files("#file", RED)
+    wait_for_caption(page, "a red image")
+    page.set_input_files("#file", TEXT)
+    wait_for_error(page, "the image: not an image that can be read (no format that Pillow knows)")
+    assert page.locator(".caption-viewer").count() == 0
+    page.set_input_files("#file", GREEN)
+    wait_for_caption(page, "a green image")
+
+
+def test_server_that_has_ended_is_named(page):
+    page.route("**/caption?*", lambda route: route.abort("connectionrefused"))
+    page.set_input_files("#file", RED)
+    wait_for_error(page, "The server does not answer. Is it still running?")
+
+
+def test_image_that_is_too_large_is_scaled_down(browser, captioner):
+    noise = np.random.default_rng(0).integers(0, 99, (200, 2200, 3), np.uint8)
+    noise[..., 1] += 150
+    file = io.BytesIO()
+    Image.fromarray(noise).save(file, "PNG")
+    large = {"name": "large.png", "mimeType": "image/png", "buffer": file.getvalue()}
+    sizes = []
+
+    def note_size(content):
+        sizes.append(Image.open(io.BytesIO(content)).size)
+        return load_image(content)
+
+    service = dataclasses.replace(captioner.service, load_image=note_size)
+    with run_server(service, max_mb=1) as server, open_page(browser, server.url) as page:
+        page.set_input_files("#file", large)
+        wait_for_caption(page, "a green image")
+        assert page.locator("#status").inner_text().endswith("scaled down to 2048 pixels before it was sent.")
+        page.set_input_files("#file", {**TEXT, "buffer": bytes(3_000_000)})
+        wait_for_error(page, "Expected a file of at most 1 MB, found 3.0 MB.")
+    assert sizes == [(2048, 186)]
+
+
+def test_image_that_the_browser_cannot_show_is_captioned(page):
+    file = io.BytesIO()
+    Image.new("RGB", (30, 20), "blue").save(file, "TIFF")
+    page.set_input_files("#file", {"name": "scan.tif", "mimeType": "image/tiff", "buffer": file.getvalue()})
+    wait_for_caption(page, "a blue image")
+    assert page.locator(".caption-viewer img").evaluate("image => image.naturalWidth") == 480  # what stands for it
+
+
+def test_names_and_errors_stay_text(browser, captioner):
+    service = dataclasses.replace(captioner.service, run="<img src=x onerror=alert(1)>")
+    with run_server(service) as server, open_page(browser, server.url) as page:
+        page.wait_for_function("() => document.getElementById('run').textContent")
+        assert page.locator("#run").inner_text() == "run: <img src=x onerror=alert(1)>"
+
+
+# The camera.
+
+
+def test_picture_of_the_camera_is_captioned(browser, server, captioner):
+    with open_page(browser, server.url, permissions=["camera"]) as page:
+        page.get_by_role("button", name="Use the camera").click()
+        page.wait_for_function("() => document.getElementById('video').videoWidth > 0")
+        assert page.locator("#shoot").evaluate("button => button === document.activeElement")
+        page.evaluate("window.track = document.getElementById('video').srcObject.getTracks()[0]")
+        page.get_by_role("button", name="Take the picture").click()
+        wait_for_caption(page, "a green image")  # the picture of Chromium's camera
+        assert page.evaluate("track.readyState") == "ended"  # its light is off
+        assert page.locator("#viewfinder").is_hidden()
+        assert page.evaluate("document.getElementById('video').srcObject") is None
+        page.get_by_role("button", name="Use the camera").click()
+        page.wait_for_function("() => document.getElementById('video').videoWidth > 0")
+        page.keyboard.press("Escape")
+        assert page.locator("#viewfinder").is_hidden()
+        assert page.locator("#camera").evaluate("button => button === document.activeElement")
+    assert len(captioner.batches) == 1
+
+
+def test_camera_that_is_refused_is_named(page):
+    page.get_by_role("button", name="Use the camera").click()
+    wait_for_error(page, "The camera may not be used: the browser was told to refuse it. Choose a file instead.")
+
+
+@pytest.mark.parametrize(
+    ("script", "message"),
+    [
+        ("Object.defineProperty(navigator, 'mediaDevices', {value: undefined})", "only to pages of this machine"),
+        (
+            "navigator.mediaDevices.getUserMedia = () => Promise.reject(new DOMException('', 'NotFoundError')), 0",
+            "No camera was found. Choose a file instead.",
+        ),
+    ],
+)
+def test_camera_that_is_missing_is_named(page, script, message):
+    page.evaluate(script)
+    page.get_by_role("button", name="Use the camera").click()
+    wait_for_error(page, message)
+
+
+# Phones, keyboards and dark rooms.
+
+
+def test_page_fits_a_phone(browser, captioner):
+    captioner = FakeCaptioner(DecodeConfig(captions=3))
+    options = {"viewport": {"width": 320, "height": 640}, "has_touch": True, "is_mobile": True}
+    with run_server(captioner.service) as server, open_page(browser, server.url, **options) as page:
+        assert page.get_by_label("Take a photo").is_visible()
+        page.set_input_files("#capture", RED)
+        wait_for_caption(page, "a red image")
+        assert page.evaluate("document.documentElement.scrollWidth") == 320
+        page.locator(".cv-word").nth(1).tap()
+        assert page.locator(".cv-status").inner_text() == "red, 25 %"
+        heights = page.locator("label.button, button:visible:not(.cv-word)").evaluate_all(
+            "all => all.map(e => e.offsetHeight)"
+        )
+        assert min(heights) >= 44, "a finger needs so many pixels"
+
+
+def test_page_of_a_mouse_offers_no_photo(page):
+    assert page.locator("#photo").is_hidden()
+
+
+def test_page_works_by_keyboard(page):
+    page.locator("body").click(position={"x": 1, "y": 1})
+    page.keyboard.press("Tab")
+    assert page.locator("#file").evaluate("input => input === document.activeElement")
+    assert page.locator("label:has(#file)").evaluate("label => getComputedStyle(label).outlineStyle") == "solid"
+    page.keyboard.press("Tab")
+    assert page.locator("#camera").evaluate("button => button === document.activeElement")
+    page.set_input_files("#file", RED)
+    wait_for_caption(page, "a red image")
+    page.keyboard.press("Tab")
+    assert page.locator(".cv-status").inner_text() == "a, 50 %"
+
+
+# The relative luminance of a colour, and the contrast of an element's text with what lies behind it (WCAG 2).
+CONTRAST = """element => {
+  const parse = (colour) => colour.match(/[\\d.]+/g).map(Number);
+  const luminance = (colour) => {
+    const linear = (value) => (value <= 0.03928 ? value / 12.92 : ((value + 0.055) / 1.055) ** 2.4);
+    const [r, g, b] = parse(colour).map((value) => linear(value / 255));
+    return 0.2126 * r + 0.7152 * g + 0.0722 * b;
+  };
+  let behind = element;
+  while (behind && parse(getComputedStyle(behind).backgroundColor)[3] === 0) behind = behind.parentElement;
+  const [a, b] = [getComputedStyle(element).color, getComputedStyle(behind).backgroundColor].map(luminance);
+  return (Math.max(a, b) + 0.05) / (Math.min(a, b) + 0.05);
+}"""
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_text_has_contrast(browser, server, scheme):
+    with open_page(browser, server.url, color_scheme=scheme) as page:
+        page.set_input_files("#file", TEXT)
+        wait_for_error(page, "not an image")
+        for selector in ("h1", "#run", "#drop p", ".button", "#camera", "#error", "legend", ".setting label"):
+            assert page.locator(selector).first.evaluate(CONTRAST) >= 4.5, selector
+        is_dark = (
+            page.locator("body").evaluate("body => getComputedStyle(body).backgroundColor") != "rgb(255, 255, 255)"
+        )
+        assert is_dark == (scheme == "dark")

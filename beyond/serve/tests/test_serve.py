@@ -1,0 +1,215 @@
+"""The script beyond.serve."""
+
+import functools
+import json
+import os
+import signal
+import subprocess
+import sys
+import urllib.request
+from pathlib import Path
+
+import numpy as np
+import pytest
+from helpers.train_and_kill import build_small_cnn
+from helpers.web import draw_png, post, request, run_server
+from PIL import Image
+
+import beyond.serve.__main__ as serve
+import features
+import model
+from beyond.serve.web_server import CaptionServer, ServerConfig
+from captioning.base.cli import InputError
+from captioning.config.settings import DecodeConfig
+from inference import Captioner
+
+ROOT = Path(__file__).parents[3]
+PIXELS = [np.full((299, 299, 3), value, np.uint8) for value in (0, 90, 180, 255)]
+build_once = functools.cache(model.build)  # of one size, so that its decoding is compiled once
+SETTINGS = [
+    DecodeConfig(max_words=3),
+    DecodeConfig(max_words=3, beam_size=3, captions=2),
+    DecodeConfig(max_words=3, sample=True, captions=2, temperature=3.0),
+]
+
+
+@pytest.fixture
+def small_run(run, monkeypatch):
+    """The run, without InceptionV3."""
+    monkeypatch.setattr(features, "build_feature_extractor", build_small_cnn)
+    monkeypatch.setattr(model, "build", build_once)
+    return run
+
+
+@pytest.fixture
+def service(small_run):
+    return serve.make_service(Captioner.load(small_run, DecodeConfig(max_words=3)))
+
+
+def as_json(captions):
+    return [caption.to_json(with_attention=True) for caption in captions]
+
+
+# The captions.
+
+
+def assert_same(actual, expected):
+    """Compares captions in JSON; the numbers of a batch differ in their last digits."""
+    if isinstance(expected, float):
+        assert actual == pytest.approx(expected, abs=2e-3)
+    elif isinstance(expected, dict | list):
+        assert len(actual) == len(expected)
+        for key in expected if isinstance(expected, dict) else range(len(expected)):
+            assert_same(actual[key], expected[key])
+    else:
+        assert actual == expected
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("config", SETTINGS, ids=["greedy", "beam", "sample"])
+def test_captions_of_a_batch_are_those_of_single_images_and_of_inference(service, small_run, config):
+    together = as_json(service.caption_batch(PIXELS, config))
+    assert_same(together, [as_json(service.caption_batch([pixels], config))[0] for pixels in PIXELS])
+    captioner = Captioner.load(small_run, config)
+    assert_same(together, as_json(captioner.caption(Image.fromarray(pixels)) for pixels in PIXELS))
+
+
+@pytest.mark.slow
+def test_service_knows_the_run_and_its_defaults(service):
+    assert (service.run, service.defaults) == ("small", DecodeConfig(max_words=3))
+    assert service.load_image(draw_png()).shape == (299, 299, 3)
+
+
+def test_service_fills_in_the_longest_caption_of_the_run(small_run, monkeypatch):
+    monkeypatch.setattr(Captioner, "caption_pixels", lambda self, pixels: [])
+    assert serve.make_service(Captioner.load(small_run)).defaults.max_words == 50
+
+
+@pytest.mark.slow
+def test_service_answers_requests(service):
+    with run_server(service) as server:
+        status, value = post(server, draw_png("blue"), "?beam_size=2&captions=2&max_words=3")
+        assert (status, len(value["words"]), len(value["alternatives"])) == (200, 3, 1)
+        assert request(server, "GET", "/health")[2]["run"] == "small"
+
+
+@pytest.mark.slow
+def test_service_runs_the_cnn_only_in_graphs_that_it_has_compiled(small_run, monkeypatch):
+    calls = []
+
+    def build_counting_cnn(cnn_weights, cnn):
+        cnn = build_small_cnn(cnn_weights)
+        return lambda pixels, training: calls.append(len(calls)) or cnn(pixels, training)
+
+    monkeypatch.setattr(features, "build_feature_extractor", build_counting_cnn)
+    service = serve.make_service(Captioner.load(small_run, DecodeConfig(max_words=3)))
+    calls.clear()
+    for count, config in ((1, SETTINGS[0]), (1, SETTINGS[1]), (2, SETTINGS[0]), (4, SETTINGS[0]), (3, SETTINGS[1])):
+        assert len(service.caption_batch(PIXELS[:count], config)) == count
+    assert not calls
+
+
+# The command line.
+
+
+def test_parse_has_careful_defaults():
+    args = serve.parse([])
+    assert ServerConfig.from_args(args) == ServerConfig("127.0.0.1", 8000, 20, 8, 30.0)
+    assert (args.max_megapixels, args.run) == (50, None)
+    assert DecodeConfig.from_args(args) == DecodeConfig()
+
+
+def test_parse_reads_all_options():
+    server = ["--host", "::1", "--port", "0", "--max-mb", "5", "--max-requests", "2", "--timeout", "1.5"]
+    args = serve.parse([*server, "--max-megapixels", "9", "--run", "runs/a", "--beam-size", "5"])
+    assert ServerConfig.from_args(args) == ServerConfig("::1", 0, 5, 2, 1.5)
+    assert (args.max_megapixels, args.run) == (9, "runs/a")
+    assert DecodeConfig.from_args(args) == DecodeConfig(beam_size=5)
+
+
+@pytest.mark.parametrize(
+    "option", ["--port=65536", "--port=-1", "--max-mb=0", "--max-requests=0", "--timeout=0", "--max-megapixels=0"]
+)
+def test_parse_refuses_other_values(option, capsys):
+    with pytest.raises(SystemExit) as end:
+        serve.parse([option])
+    assert end.value.code == 2
+    assert f"{option.split('=')[0]}: expected a " in capsys.readouterr().err
+
+
+def interrupt(server, service):
+    """Stands for CaptionServer.run, and for Ctrl-C."""
+    server.service = service
+    raise KeyboardInterrupt
+
+
+def test_main_serves_until_it_is_stopped(small_run, monkeypatch, capsys):
+    monkeypatch.setattr(CaptionServer, "run", interrupt)
+    limits = []
+    monkeypatch.setattr(serve, "set_max_megapixels", limits.append)
+    serve.main(["--run", str(small_run), "--port", "0", "--max-words", "3", "--max-megapixels", "7"])
+    out, err = capsys.readouterr()
+    assert out.startswith("http://127.0.0.1:") and out.endswith("/\n") and out.count("\n") == 1
+    assert err == f"run: {small_run}\nstopped\n"
+    assert limits == [7]
+
+
+def test_main_warns_if_other_machines_are_let_in(small_run, monkeypatch, capsys):
+    monkeypatch.setattr(CaptionServer, "run", interrupt)
+    serve.main(["--run", str(small_run), "--port", "0", "--max-words", "3", "--host", "0.0.0.0", "--quiet"])
+    out, err = capsys.readouterr()
+    assert out.startswith("http://0.0.0.0:")
+    assert err == "--host 0.0.0.0: anybody who reaches this machine can caption with it; there is no password\n"
+
+
+def test_main_refuses_a_port_in_use_before_it_loads_the_run(capsys):
+    with CaptionServer(ServerConfig(port=0)) as server, pytest.raises(InputError) as error:
+        serve.main(["--port", str(server.server_address[1]), "--run", "no/such/run"])
+    assert str(error.value).endswith(
+        "(Address already in use); choose another --port, or --port 0 for one that is free"
+    )
+
+
+def test_main_refuses_a_run_that_does_not_exist():
+    with pytest.raises(InputError, match="no/such/run"):
+        serve.main(["--port", "0", "--run", "no/such/run"])
+
+
+# The process.
+
+SCRIPT = """
+import signal
+import features, serve
+from captioning.base.cli import run_main
+from helpers.train_and_kill import build_small_cnn
+features.build_feature_extractor = build_small_cnn
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background commands ignore it
+run_main(serve.main)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no SIGINT for one process")
+def test_process_answers_and_ends_by_ctrl_c(run):
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(map(str, (ROOT, ROOT / "tests")))}
+    command = [sys.executable, "-c", SCRIPT, "--run", str(run), "--port", "0", "--max-words", "3"]
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
+    ) as process:
+        url = process.stdout.readline().strip()
+        with urllib.request.urlopen(
+            urllib.request.Request(f"{url}caption", draw_png(), {"Content-Type": "a/b"})
+        ) as reply:
+            assert len(json.load(reply)["words"]) == 3
+        idle = urllib.request.urlopen(f"{url}health")  # a connection that is open does not hold it up
+        lines = [process.stderr.readline().strip() for _ in range(3)]  # the connections have threads of their own
+        process.send_signal(signal.SIGINT)
+        try:
+            _, errors = process.communicate(timeout=20)
+        finally:
+            process.kill()  # if it has not ended, the test fails and does not wait for it
+        idle.close()
+    assert process.returncode == 0, errors
+    assert errors == "stopped\n"
+    assert lines[0] == f"run: {run}"
+    assert sorted(line.rsplit(" ", 2)[0] for line in lines[1:]) == ["GET /health 200", "POST /caption 200"]

@@ -1,0 +1,1 @@
+"""What every module may use: messages and errors, files, downloads, text, devices, TensorFlow."""

@@ -1,0 +1,164 @@
+"""Devices that train: one, all of a machine, or those of several machines (tf.distribute); and XLA."""
+
+import contextlib
+import functools
+import json
+import os
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from captioning.base.cli import InputError, log
+from captioning.base.quiet_tensorflow import tf
+
+# One of them exists where there is a driver: on Linux, and in Linux on Windows (WSL2).
+NVIDIA_DRIVER_FILES = (Path("/proc/driver/nvidia/version"), Path("/dev/dxg"))
+
+
+def has_gpu() -> bool:
+    """Tells whether TensorFlow computes on a GPU."""
+    return bool(tf.config.get_visible_devices("GPU"))
+
+
+@functools.cache  # all scripts ask, some of them often
+def check_gpus() -> None:
+    """Prints a line where a GPU cannot be used, and hides it where TensorFlow has no kernels for it.
+
+    A GPU that is newer than the kernels is not tried: it would compile them for half an hour, or fail at the first
+    operation, as GPUs of compute capability 12.0 do with the wheels of TensorFlow 2.19 to 2.21.
+    """
+    gpus = tf.config.list_physical_devices("GPU")
+    if not gpus:
+        is_hidden = os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1")
+        if not is_hidden and any(path.exists() for path in NVIDIA_DRIVER_FILES):
+            log(
+                "there is an NVIDIA GPU here, but TensorFlow cannot use it and takes the CPU; `pip install -r "
+                "requirements-gpu.txt` installs the CUDA libraries it needs; TF_CPP_MIN_LOG_LEVEL=0 shows its reason"
+            )
+        return
+    built_for = tf.sysconfig.get_build_info().get("cuda_compute_capabilities", ())
+    usable = [gpu for gpu in gpus if has_kernels(tf.config.experimental.get_device_details(gpu), built_for)]
+    if len(usable) == len(gpus):
+        return
+    with contextlib.suppress(RuntimeError):  # it computes already, so that it is too late to hide any
+        tf.config.set_visible_devices(usable, "GPU")
+        for gpu in (gpu for gpu in gpus if gpu not in usable):
+            details = tf.config.experimental.get_device_details(gpu)
+            name, capability = details.get("device_name", gpu), ".".join(map(str, details["compute_capability"]))
+            log(
+                f"TensorFlow {tf.__version__} has no kernels for {name}, of compute capability {capability}, only for "
+                f"{', '.join(built_for)}: it is not used; a TensorFlow that is built for it can use it"
+            )
+
+
+def has_kernels(details: dict[str, Any], built_for: Sequence[str]) -> bool:
+    """Tells whether TensorFlow has kernels for a GPU.
+
+    Args:
+        details: those of the GPU, by TensorFlow, with its `compute_capability`, such as (8, 6).
+        built_for: what TensorFlow was built for, such as `sm_80` or `compute_90`. Kernels for 8.0 run on 8.6, those for
+            9.0 do not. With neither this nor the capability known, the answer is yes.
+    """
+    major, minor = details.get("compute_capability", (None, None))
+    versions = [divmod(int(number), 10) for number in re.findall(r"\d+", " ".join(built_for))]
+    return major is None or not versions or any((m == major and n <= minor) for m, n in versions)
+
+
+def make_strategy(name: str) -> tf.distribute.Strategy:
+    """Makes the strategy `none`, `mirrored` or `multiworker`; the last must be made before TensorFlow does anything.
+
+    Raises:
+        InputError: TF_CONFIG does not describe the cluster, or the task trains nothing.
+    """
+    if name == "mirrored":
+        devices = tf.config.list_logical_devices("GPU") or tf.config.list_logical_devices("CPU")
+        return tf.distribute.MirroredStrategy([device.name for device in devices])
+    if name == "multiworker":
+        text = os.environ.get("TF_CONFIG", "")
+        try:
+            config = json.loads(text)
+            task = config["task"]
+            is_evaluator = task["type"] == "evaluator"
+            _ = is_evaluator or config["cluster"][task["type"]][task["index"]]
+        except (ValueError, TypeError, LookupError):
+            raise InputError(
+                "--strategy multiworker: expected TF_CONFIG to be set on every machine, as "
+                '{"cluster": {"worker": ["host1:2222", "host2:2222"]}, "task": {"type": "worker", "index": 0}}, found '
+                f"{text or 'nothing'}"
+            ) from None
+        if is_evaluator:
+            raise InputError(
+                "--strategy multiworker: expected a worker in TF_CONFIG, found the evaluator; the first worker "
+                "validates, so start only workers"
+            )
+        # Without asking, gradients would go through the hosts also where there are GPUs.
+        kind = tf.distribute.experimental.CommunicationImplementation
+        implementation = kind.NCCL if tf.config.list_physical_devices("GPU") else kind.AUTO
+        return tf.distribute.MultiWorkerMirroredStrategy(
+            communication_options=tf.distribute.experimental.CommunicationOptions(implementation=implementation)
+        )
+    return tf.distribute.get_strategy()
+
+
+def is_chief(strategy: tf.distribute.Strategy) -> bool:
+    """Tells whether this process writes the run: it is the first worker, or the only process."""
+    cluster = strategy.cluster_resolver
+    if cluster is None or not cluster.task_type:
+        return True
+    chief_type = "chief" if "chief" in cluster.cluster_spec().jobs else "worker"
+    return (cluster.task_type, cluster.task_id) == (chief_type, 0)
+
+
+def broadcast_from_chief(strategy: tf.distribute.Strategy, values: Sequence[float]) -> list[float]:
+    """Returns the chief's numbers on every machine; all must call this at the same time, with as many numbers."""
+    if strategy.cluster_resolver is None or not strategy.cluster_resolver.task_type:
+        return list(values)
+    num_local_devices = len(strategy.extended.worker_devices)
+    shares = [value / num_local_devices if is_chief(strategy) else 0.0 for value in values]
+    share = tf.constant(shares, tf.float64)
+
+    @tf.function
+    def total() -> tf.Tensor:
+        return strategy.run(lambda: tf.distribute.get_replica_context().all_reduce(tf.distribute.ReduceOp.SUM, share))
+
+    return strategy.experimental_local_results(total())[0].numpy().tolist()
+
+
+def check_xla() -> None:
+    """Tries XLA on a small function; raises InputError if it fails, as on a GPU without the libraries it needs."""
+    try:
+        tf.function(lambda x: tf.tanh(x) + 1.0, jit_compile=True)(tf.zeros(8))
+    except tf.errors.OpError as error:
+        reason = str(error).splitlines()[0][:100]
+        raise InputError(f"--jit on: XLA cannot be used here ({reason}); train with --jit off") from None
+
+
+def check_batch_size(batch_size: int, strategy: tf.distribute.Strategy) -> None:
+    """Checks that every device gets a part of a batch; raises InputError if not."""
+    num_devices = strategy.num_replicas_in_sync
+    if batch_size < num_devices:
+        raise InputError(f"--batch-size: expected at least {num_devices}, the number of devices, found {batch_size}")
+
+
+def separate_random_states(model: tf.keras.Model, strategy: tf.distribute.Strategy) -> None:
+    """Gives every replica random numbers of its own, by folding its number into its copy of the model's seeds.
+
+    Keras gives all replicas the same dropout and the same noise. The first one keeps its numbers, which are those of a
+    single device. A checkpoint holds only the first one's states, so this is done after it is restored.
+
+    Args:
+        model: made in the strategy's scope; what it does not train are the states of seed generators: (2,) each, a
+            seed and a counter of the draws.
+        strategy: whose replicas draw.
+    """
+
+    def fold() -> None:
+        replica = tf.cast(tf.distribute.get_replica_context().replica_id_in_sync_group, tf.int64)  # as the states
+        for state in model.non_trainable_variables:
+            seed, counter = tf.unstack(tf.convert_to_tensor(state))
+            folded = tf.random.experimental.stateless_fold_in([seed, 0], replica)[0]  # a resumed run folds the same
+            state.assign([tf.where(replica == 0, seed, folded), counter])
+
+    if strategy.num_replicas_in_sync > 1:
+        strategy.run(tf.function(fold))

@@ -1,0 +1,144 @@
+"""Files that are never half written, locks, JSON, and room on the disk."""
+
+import contextlib
+import hashlib
+import json
+import os
+import shutil
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO, Any
+
+from captioning.base.cli import InputError, format_bytes, log
+
+MAX_PARTIAL_NAME = 200  # bytes of a file's name that is part of the name of its unfinished copy
+
+
+def check_disk_space(folder: Path, num_bytes: float, purpose: str, hint: str) -> None:
+    """Checks before a long job that the disk has room for what it writes.
+
+    Args:
+        folder: where it will be written; it exists.
+        num_bytes: how much.
+        purpose: what will be written, for the message.
+        hint: what the user can do if there is too little, for the message.
+
+    Raises:
+        InputError: less is free.
+    """
+    if (free := shutil.disk_usage(folder).free) < num_bytes:
+        raise InputError(
+            f"{purpose} needs {format_bytes(num_bytes)} in {folder}, found {format_bytes(free)} free; {hint}"
+        )
+
+
+def try_lock(file: IO[Any], wait: bool = False) -> bool:
+    """Locks an open file against other processes until it is closed, even by kill -9; False if another has it."""
+    try:
+        if sys.platform == "win32":
+            import msvcrt
+
+            msvcrt.locking(file.fileno(), msvcrt.LK_LOCK if wait else msvcrt.LK_NBLCK, 1)
+        else:
+            import fcntl
+
+            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+    except (BlockingIOError, PermissionError):
+        return False
+    except OSError as error:  # some network drives cannot lock
+        log(f"{file.name} cannot be locked ({error.strerror}): make sure that no other process writes to it")
+    return True
+
+
+@contextlib.contextmanager
+def lock_folder(folder: Path) -> Iterator[None]:
+    """Locks a folder, which is made if need be, for this process while the block runs.
+
+    Raises:
+        InputError: another process has it.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / ".lock", "a") as file:
+        if not try_lock(file):
+            raise InputError(
+                f"{folder} is in use by another process; wait until it has ended, or choose another folder"
+            )
+        yield
+
+
+@contextlib.contextmanager
+def atomic_write(path: Path | str, mode: str = "w") -> Iterator[IO[Any]]:
+    """Opens a file that takes its name only when the block ends well.
+
+    A reader, or a run after `kill -9`, finds the old file or the new one, never half of it.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    name = path.name
+    if len(os.fsencode(name)) > MAX_PARTIAL_NAME:  # a file system allows 255 bytes
+        name = hashlib.sha256(os.fsencode(name)).hexdigest()
+    partial = path.with_name(f".{name}.{os.getpid()}.part")
+    try:
+        with open(
+            partial, mode, encoding=None if "b" in mode else "utf-8", newline=None if "b" in mode else ""
+        ) as file:
+            yield file
+        os.replace(partial, path)
+    except OSError as error:
+        if error.filename == str(partial):
+            error.filename = str(path)  # the name the user knows
+        raise
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def write_json(path: Path | str, value: Any) -> None:
+    """Writes indented UTF-8 JSON, atomically."""
+    text = json.dumps(value, indent=2, ensure_ascii=False)
+    with atomic_write(path, "wb") as file:  # a name on the disk may be no Unicode: Python's escape is also JSON's
+        file.write(f"{text}\n".encode(errors="backslashreplace"))
+
+
+def read_json(path: Path | str) -> Any:
+    """Reads JSON, which may begin with a byte order mark, as programs on Windows write it.
+
+    Raises:
+        InputError: the file is missing, is not UTF-8, or is not JSON.
+    """
+    try:
+        return parse_json(path, Path(path).read_text(encoding="utf-8-sig"))
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such file") from None
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path}: expected JSON in UTF-8, found something else ({error})") from None
+
+
+def parse_json(path: Path | str, text: str) -> Any:
+    """Parses the text of a JSON file; raises InputError if it is not JSON."""
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:  # the latter of thousands of open brackets
+        raise InputError(f"{path}: expected JSON, found something else ({error})") from None
+
+
+def check_schema(value: Any, schema: dict[str, Any]) -> None:
+    """Checks that JSON is an object that has these fields, each of its type; a float may be whole.
+
+    Raises:
+        InputError: it is not; the first field that is missing or wrong is named.
+    """
+    if not isinstance(value, dict):
+        raise InputError(f"expected the fields {', '.join(schema)}, found {str(value)[:60]!r}")
+    for name, kind in schema.items():
+        if name not in value:
+            raise InputError(f"{name} is missing")
+        field = value[name]
+        if isinstance(field, bool) or not isinstance(field, int | float if kind is float else kind):
+            raise InputError(f"{name}: expected {getattr(kind, '__name__', kind)}, found {str(field)[:60]!r}")
+
+
+def file_sha256(path: Path | str) -> str:
+    """Returns the SHA-256 of a file's bytes, in hexadecimal."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,0 +1,1 @@
+"""The settings, their options, and the CNNs to choose from."""

@@ -1,0 +1,191 @@
+"""A setting, which is a field of a dataclass: its option on the command line, its checks, and its place in JSON.
+
+`option` declares a field with its default, its help text and its bounds. From it come the option of the command line
+(`add_options`), the checks of its value (`Settings`), and those of what a file holds (`from_json`).
+"""
+
+import argparse
+import dataclasses
+import math
+import types
+import typing
+from collections.abc import Mapping
+from typing import Any, Self
+
+from captioning.base.cli import InputError
+
+
+def option(
+    default: Any,
+    help: str,
+    *,
+    minimum: float = -math.inf,
+    above: float = -math.inf,
+    maximum: float = math.inf,
+    below: float = math.inf,
+    choices: tuple[str, ...] | None = None,
+    metavar: str | None = None,
+    words: Mapping[str, Any] | None = None,
+    may_change: bool = False,
+    is_path: bool = False,
+    is_new: bool = False,
+) -> Any:
+    """Declares a setting as a dataclass field.
+
+    Args:
+        default: its value if nothing is said.
+        help: what it does, for `--help`.
+        minimum: the smallest value.
+        above: values must be larger than this.
+        maximum: the largest value.
+        below: values must be smaller than this.
+        choices: the values there are, of a setting that is a word.
+        metavar: what `--help` calls the value; N for whole numbers and X for others if not given.
+        words: words of the command line that stand for a value, such as `all`.
+        may_change: whether a run may be resumed with another value.
+        is_path: whether it names a file or a folder. A run may be resumed with another one, since what they hold is
+            compared instead; and `captioning.runs.run_folder` saves it so that it is found from any folder.
+        is_new: whether there are runs from before there was the setting; they were trained with its default.
+    """
+    return dataclasses.field(
+        default=default,
+        metadata={
+            "help": help,
+            "minimum": minimum,
+            "above": above,
+            "maximum": maximum,
+            "below": below,
+            "choices": choices,
+            "metavar": metavar,
+            "words": words or {},
+            "may_change": may_change or is_path,
+            "is_path": is_path,
+            "is_new": is_new,
+        },
+    )
+
+
+class Settings:
+    """Checks the values of the dataclasses below when they are made, from a command line, a file or code alike."""
+
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):  # type: ignore[arg-type]  # every subclass is a dataclass
+            value = getattr(self, field.name)
+            if not is_valid(field, value):
+                raise InputError(f"{field.name}: expected {describe(field)}, found {str(value)[:60]!r}")
+
+    def to_json(self) -> dict[str, Any]:
+        """Returns the values by name."""
+        return dataclasses.asdict(self)  # type: ignore[call-overload]
+
+    @classmethod
+    def from_json(cls, values: Any) -> Self:
+        """Makes the settings from what `to_json` returned, now or before there were the new ones.
+
+        Raises:
+            InputError: a value is missing, unknown, or not what its field allows.
+        """
+        fields = dataclasses.fields(cls)  # type: ignore[arg-type]
+        names = [field.name for field in fields]
+        if isinstance(values, dict):
+            values = {field.name: field.default for field in fields if field.metadata["is_new"]} | values
+        if not isinstance(values, dict) or (missing := [name for name in names if name not in values]):
+            raise InputError(f"{missing[0]} is missing" if isinstance(values, dict) else f"expected {', '.join(names)}")
+        if unknown := [name for name in values if name not in names]:
+            raise InputError(f"{unknown[0]} is not a setting")
+        return cls(**values)
+
+    @classmethod
+    def from_args(cls, args: argparse.Namespace) -> Self:
+        """Makes the settings from a parsed command line that has the options of `add_options`."""
+        return cls(**{field.name: getattr(args, field.name) for field in dataclasses.fields(cls)})  # type: ignore[arg-type]
+
+
+def value_type(field: dataclasses.Field) -> type:
+    """Returns a field's type: int, float, bool or str, also where None is allowed."""
+    if isinstance(field.type, types.UnionType):
+        return next(kind for kind in typing.get_args(field.type) if kind is not types.NoneType)
+    return typing.cast(type, field.type)
+
+
+def is_valid(field: dataclasses.Field, value: Any) -> bool:
+    """Tells whether a field may have a value: one of its type (a float may be whole), within its bounds."""
+    bounds = field.metadata
+    if value is None:
+        return isinstance(field.type, types.UnionType)
+    kind = value_type(field)
+    if isinstance(value, bool) != (kind is bool) or not isinstance(value, int | float if kind is float else kind):
+        return False
+    if bounds["choices"] is not None and value not in bounds["choices"]:
+        return False
+    if kind not in (int, float):
+        return True
+    # A number that is not finite is never above -inf and below inf.
+    return bounds["minimum"] <= value <= bounds["maximum"] and bounds["above"] < value < bounds["below"]
+
+
+def describe(field: dataclasses.Field) -> str:
+    """Says which values a field may have: `a whole number of at least 1`."""
+    bounds, kind = field.metadata, value_type(field)
+    if bounds["choices"]:
+        return " or ".join(bounds["choices"])
+    if kind in (bool, str):
+        return "true or false" if kind is bool else "text"
+    texts = {"minimum": "of at least", "above": "above", "maximum": "of at most", "below": "below"}
+    limits = [f"{text} {bounds[name]:g}" for name, text in texts.items() if math.isfinite(bounds[name])]
+    words = "".join(f", or {word}" for word in bounds["words"])
+    return " ".join(["a whole number" if kind is int else "a number", " and ".join(limits)]).strip() + words
+
+
+# The command line.
+
+
+def add_options(
+    parser: argparse._ActionsContainer,
+    settings: type[Settings],
+    defaults: Mapping[str, Any] | None = None,
+    only: tuple[str, ...] | None = None,
+    skip: tuple[str, ...] = (),
+) -> None:
+    """Adds an option for every field of a settings class.
+
+    Args:
+        parser: a parser, or a group of one.
+        settings: the class.
+        defaults: values that take the place of the fields' own defaults.
+        only: the names of the fields to add; None for all.
+        skip: the names of fields to leave out.
+    """
+    for field in dataclasses.fields(settings):  # type: ignore[arg-type]
+        if (only is not None and field.name not in only) or field.name in skip:
+            continue
+        default = (defaults or {}).get(field.name, field.default)
+        text, kind = field.metadata["help"], value_type(field)
+        if default is not None and kind is not bool:
+            text += " (default: %(default)s)"
+        keywords: dict[str, Any] = {"dest": field.name, "default": default, "help": text}
+        if kind is bool:
+            keywords["action"] = argparse.BooleanOptionalAction if default else "store_true"
+        elif field.metadata["choices"]:
+            keywords["choices"] = field.metadata["choices"]
+        else:
+            letter = {int: "N", float: "X"}.get(kind, "TEXT")
+            keywords |= {"type": _parser_of(field), "metavar": field.metadata["metavar"] or letter}
+        parser.add_argument(f"--{field.name.replace('_', '-')}", **keywords)
+
+
+def _parser_of(field: dataclasses.Field) -> typing.Callable[[str], Any]:
+    """Returns an argparse type that reads a field's value and names what is allowed."""
+
+    def parse(text: str) -> Any:
+        if text in field.metadata["words"]:
+            return field.metadata["words"][text]
+        try:
+            value = value_type(field)(text)
+        except ValueError:
+            value = math.nan
+        if not is_valid(field, value) or value in field.metadata["words"].values():
+            raise argparse.ArgumentTypeError(f"expected {describe(field)}, found {text!r}")
+        return value
+
+    return parse

@@ -1,0 +1,335 @@
+"""Where datasets come from: the known ones, which are downloaded or drawn, and the user's own files."""
+
+import dataclasses
+import os
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path, PurePosixPath
+from typing import ClassVar, NamedTuple
+
+from captioning.base.cli import InputError, advise, format_bytes, log, progress_bar
+from captioning.base.downloads import Archive, download, fetch_archive
+from captioning.base.files import check_disk_space
+from captioning.config.settings import DataConfig
+from captioning.data import shapes
+from captioning.data.annotations import NUM_NAMED, Example, read_annotations, rename_images
+from captioning.data.caption_rows import ReadOptions
+from captioning.images.image_names import find_clash, find_images
+
+# Plain http, since the host has no valid certificate: the sizes and MD5s of its archives are checked.
+COCO_URL = "http://images.cocodataset.org"
+COCO_ARCHIVES = {  # with their lengths and MD5s
+    name: Archive(
+        f"{name}.zip", f"{COCO_URL}/{'annotations' if '_' in name else 'zips'}/{name}.zip", num_bytes=num_bytes, md5=md5
+    )
+    for name, num_bytes, md5 in (
+        ("annotations_trainval2014", 252_872_794, "0a379cfc70b0e71301e0f377548639bd"),
+        ("train2014", 13_510_573_713, "0da8c0bd3d6becc4dcb32757491aca88"),
+        ("val2014", 6_645_013_297, "a3d79f5ed8d289b7a7554ce06a5782b3"),
+        ("annotations_trainval2017", 252_907_541, "f4bbac642086de4f52a3fdda2de5fa2c"),
+        ("train2017", 19_336_861_798, "cced6f7f71b7629ddf16f17bbcfab6b2"),
+        ("val2017", 815_585_330, "442b8da7639aecaf257c1dceb8ba8c80"),
+    )
+}
+COCO_IMAGE_BYTES = 165e3  # on average
+ARCHIVE_SHARE = 0.25  # of a COCO archive's images that are missing, from which it is faster than single files
+NUM_DOWNLOADS = 16  # at the same time
+SMALLER = ", or use fewer --num-captions, or --data-dir on another disk"
+
+FLICKR8K_URL = "https://github.com/jbrownlee/Datasets/releases/download/Flickr8k"
+FLICKR8K_TEXT = Archive("Flickr8k_text.zip", f"{FLICKR8K_URL}/Flickr8k_text.zip")
+FLICKR8K_IMAGES = Archive("Flickr8k_Dataset.zip", f"{FLICKR8K_URL}/Flickr8k_Dataset.zip")
+FLICKR8K_SPLIT_FILES = {
+    "train": "Flickr_8k.trainImages.txt",
+    "val": "Flickr_8k.devImages.txt",
+    "test": "Flickr_8k.testImages.txt",
+}
+KARPATHY_SPLITS = Archive(
+    "caption_datasets.zip", "https://cs.stanford.edu/people/karpathy/deepimagesent/caption_datasets.zip"
+)
+
+
+class AnnotationPart(NamedTuple):
+    """Annotations of a dataset, which may have several."""
+
+    path: Path  # a file or a folder
+    folder: str = ""  # inside the image folder, which the names of the images begin in
+    split: str = ""  # of all its images, if it is known
+
+
+@dataclasses.dataclass
+class DatasetSource:
+    """The files of a dataset, and how they are downloaded."""
+
+    default_num_captions: ClassVar[int] = 0  # captions to use unless the user asks for another number; 0: all
+
+    name: str  # also of the dataset's features and its run
+    image_dir: Path  # the folder that image paths begin in
+    parts: list[AnnotationPart]
+
+    def fetch_annotations(self) -> None:
+        """Makes sure that the annotations and the split lists exist."""
+
+    def find_image_paths(self, part: AnnotationPart, examples: list[Example]) -> list[Example]:
+        """Returns the examples of a part with their image paths as they are inside its folder."""
+        return examples
+
+    def fetch_images(self, examples: list[Example]) -> None:
+        """Makes sure that the images of the examples exist."""
+
+    def read_examples(self, options: ReadOptions) -> list[Example]:
+        """Reads all parts.
+
+        Raises:
+            InputError: an image is in two parts, or a part has images of another split; or as `read_annotations`.
+        """
+        examples: dict[str, Example] = {}
+        for part in self.parts:
+            for example in self.find_image_paths(part, read_annotations(part.path, options)):
+                image_path = str(PurePosixPath(part.folder) / example.image_path)
+                if image_path in examples:
+                    raise InputError(
+                        f"{part.path}: {image_path} is also in the annotations of another split; expected it in one"
+                    )
+                if part.split and example.split not in ("", part.split):
+                    raise InputError(
+                        f"{part.path}: expected images of the {part.split} split, found {example.image_path} of the "
+                        f"{example.split} split; a file with its own split is to be given alone"
+                    )
+                split = part.split or example.split
+                examples[image_path] = dataclasses.replace(example, image_path=image_path, split=split)
+        return _number_anew(list(examples.values()))
+
+
+def _number_anew(examples: list[Example]) -> list[Example]:
+    """Numbers the images if two of them, of different parts, have the same id."""
+    if len({str(example.image_id) for example in examples}) == len(examples):
+        return examples
+    return [dataclasses.replace(example, image_id=index) for index, example in enumerate(examples)]
+
+
+class Coco(DatasetSource):
+    """MS-COCO: the training images and their captions, as in the tutorial, and the official validation images."""
+
+    default_num_captions = 30_000  # the tutorial's subset
+
+    def __init__(self, folder: Path, year: int = 2014, official_val: bool = False):
+        splits = {"train": "train", "val": "val"} if official_val else {"train": ""}
+        annotations = folder / "annotations"
+        parts = [
+            AnnotationPart(annotations / f"captions_{name}{year}.json", f"{name}{year}", split)
+            for name, split in splits.items()
+        ]
+        super().__init__(folder.name, folder, parts)
+        self.year = year
+
+    def fetch_annotations(self) -> None:
+        """Downloads the annotation files."""
+        if not all(part.path.exists() for part in self.parts):
+            names = tuple(part.path.name for part in self.parts)
+            fetch_archive(COCO_ARCHIVES[f"annotations_trainval{self.year}"], self.image_dir, names)
+
+    def fetch_images(self, examples: list[Example]) -> None:
+        """Downloads the images into train2014/ and val2014/: a few as single files, many as the archive."""
+        for part in self.parts:
+            image_paths = [e.image_path for e in examples if e.image_path.startswith(f"{part.folder}/")]
+            self._fetch_folder(COCO_ARCHIVES[part.folder], image_paths)
+
+    def _fetch_folder(self, archive: Archive, image_paths: list[str]) -> None:
+        """Downloads the images of one archive."""
+        folder = self.image_dir
+        missing = [image_path for image_path in image_paths if not (folder / image_path).exists()]
+        if len(missing) * COCO_IMAGE_BYTES >= ARCHIVE_SHARE * (archive.num_bytes or 0):
+            self._fetch_archive(archive, len(missing))
+            missing = [image_path for image_path in missing if not (folder / image_path).exists()]
+        elif missing:
+            num_bytes = len(missing) * COCO_IMAGE_BYTES
+            check_disk_space(folder, num_bytes, "these images of COCO", "free some" + advise(SMALLER))
+            log(
+                f"COCO: {len(image_paths) - len(missing):,} of {len(image_paths):,} images are in {folder}/, "
+                f"downloading {len(missing):,} one by one (about {format_bytes(num_bytes)})"
+            )
+        if missing:
+            self._fetch_single_images(missing)
+
+    def _fetch_archive(self, archive: Archive, num_missing: int) -> None:
+        """Downloads and unpacks the archive of a whole folder."""
+        num_bytes = num_missing * COCO_IMAGE_BYTES
+        if not (self.image_dir / archive.name).exists():
+            num_bytes += archive.num_bytes or 0
+        hint = "free some" + advise(f"{SMALLER}; 30,000 captions take about 1 GB")
+        check_disk_space(self.image_dir, num_bytes, f"all of COCO's {archive.name}", hint)
+        fetch_archive(archive, self.image_dir, (".jpg",))
+
+    def _fetch_single_images(self, image_paths: list[str]) -> None:
+        """Downloads images as single files, many at the same time."""
+
+        def fetch(image_path: str) -> Path:
+            return download(f"{COCO_URL}/{image_path}", self.image_dir / image_path, quiet=True)
+
+        pool = ThreadPoolExecutor(NUM_DOWNLOADS)
+        try:
+            downloads = pool.map(fetch, image_paths)
+            for _ in progress_bar(downloads, total=len(image_paths), unit="image", desc="COCO images"):
+                pass
+        finally:
+            pool.shutdown(cancel_futures=True)  # do not wait for the rest after an error or Ctrl-C
+
+
+class Flickr8k(DatasetSource):
+    """Flickr8k: 8,000 images with five captions each, and the lists of its usual split."""
+
+    def __init__(self, folder: Path):
+        annotations = AnnotationPart(folder / "Flickr8k.token.txt")
+        super().__init__("flickr8k", folder / "Flicker8k_Dataset", [annotations])
+        self.folder = folder
+
+    def fetch_annotations(self) -> None:
+        """Downloads the captions and the split lists."""
+        names = (self.parts[0].path.name, *FLICKR8K_SPLIT_FILES.values())
+        if not all((self.folder / name).exists() for name in names):
+            fetch_archive(FLICKR8K_TEXT, self.folder, (".token.txt", "Images.txt"))
+
+    def fetch_images(self, examples: list[Example]) -> None:
+        """Downloads all images, unless those of the examples exist."""
+        if not all((self.image_dir / example.image_path).exists() for example in examples):
+            fetch_archive(FLICKR8K_IMAGES, self.folder, (".jpg",))
+
+
+class Flickr30k(DatasetSource):
+    """Flickr30k: 31,000 images with five captions each, in Karpathy's split; the images cannot be downloaded freely."""
+
+    annotation_names = ("dataset_flickr30k.json", "results_20130124.token", "results.csv", "captions.txt")
+    image_folders = ("flickr30k-images", "flickr30k_images", "Images", "images")
+
+    def __init__(self, folder: Path):
+        names, folders = self.annotation_names, self.image_folders
+        annotations = next((folder / name for name in names if (folder / name).exists()), folder / names[0])
+        image_dir = next((folder / name for name in folders if (folder / name).is_dir()), folder / folders[0])
+        super().__init__("flickr30k", image_dir, [AnnotationPart(annotations)])
+        self.folder = folder
+
+    def fetch_annotations(self) -> None:
+        """Downloads Karpathy's captions and split, unless a file of captions is there."""
+        if not self.parts[0].path.exists():
+            fetch_archive(KARPATHY_SPLITS, self.folder, (self.annotation_names[0],))
+
+    def fetch_images(self, examples: list[Example]) -> None:
+        """Checks that the images are there.
+
+        Raises:
+            InputError: none is; it says where to get them.
+        """
+        if not any((self.image_dir / example.image_path).exists() for example in examples):
+            raise InputError(
+                f"Flickr30k's images are given out on request only: fill in the form at "
+                f"https://shannon.cs.illinois.edu/DenotationGraph/, and unpack them into {self.image_dir}/"
+            )
+
+
+class Shapes(DatasetSource):
+    """The toy dataset, which is drawn instead of downloaded."""
+
+    def __init__(self, folder: Path):
+        super().__init__("shapes", folder, [AnnotationPart(folder / shapes.ANNOTATIONS)])
+
+    def fetch_annotations(self) -> None:
+        """Draws the images and writes the annotation file."""
+        shapes.draw_dataset(self.image_dir)
+
+
+class UserFiles(DatasetSource):
+    """The user's own annotations, one or one for each split, and their image folders."""
+
+    def __init__(self, config: DataConfig, with_images: bool):
+        """Raises InputError if annotations or an image folder do not exist, or do not fit together."""
+        self.with_images = with_images
+        given = {
+            "train" if config.val_annotations else "": (config.annotations, config.images),
+            "val": (config.val_annotations, config.val_images or config.images),
+            "test": (config.test_annotations, config.test_images or config.images),
+        }
+        for split in ("val", "test"):
+            if getattr(config, f"{split}_images") and not getattr(config, f"{split}_annotations"):
+                raise InputError(f"--{split}-images needs --{split}-annotations, the captions of these images")
+        # Of each split: the annotations, and the folder of the images, which by default is that of the annotations.
+        paths = {split: Path(annotations) for split, (annotations, _) in given.items() if annotations}
+        if absent := next((path for path in paths.values() if not path.exists()), None):
+            raise InputError(f"{absent}: no such annotation file")
+        folders = {
+            split: Path(given[split][1] or (path if path.is_dir() else path.parent)) for split, path in paths.items()
+        }
+        if missing := next((folder for folder in folders.values() if not folder.is_dir()), None):
+            raise InputError(f"{missing}: no such image folder")
+        self.given_folders = {split for split in paths if given[split][1]}
+        image_dir = _common_folder(folders.values())
+        parts = [  # without links: names of one folder must not lead out of the folder of the features
+            AnnotationPart(path, folders[split].resolve().relative_to(image_dir.resolve()).as_posix(), split)
+            for split, path in paths.items()
+        ]
+        super().__init__(next(iter(folders.values())).resolve().name or "images", image_dir, parts)
+
+    def find_image_paths(self, part: AnnotationPart, examples: list[Example]) -> list[Example]:
+        """Finds the files that the names mean; those of one file become one image.
+
+        Raises:
+            InputError: none of the images is in the folder.
+        """
+        folder = self.image_dir / part.folder
+        paths, missing = find_images(folder, [example.image_path for example in examples])
+        if len(missing) == len(paths):
+            is_given = part.split in self.given_folders
+            if not self.with_images and not is_given:  # only the captions are needed
+                return examples
+            hint = "" if is_given else advise("; name the folder of the images with --images")
+            raise InputError(
+                f"{folder}: none of the {len(paths):,} images of {part.path} is in it, such as {missing[0]!r}{hint}"
+            )
+        if missing:
+            first = ", ".join(map(repr, missing[:NUM_NAMED]))
+            log(f"{folder}: {len(missing):,} of {len(paths):,} images are not in it, such as {first}")
+        if renamed := [name for name, path in paths.items() if path != name]:
+            first = renamed[0]
+            log(f"{folder}: {len(renamed):,} images have other names there, such as {paths[first]!r} for {first!r}")
+        if clash := find_clash(paths):
+            raise InputError(
+                f"{folder}: {clash[0]!r} and {clash[1]!r} of {part.path} would be one file, {paths[clash[0]]!r}; put "
+                "the images into folders as the names have them"
+            )
+        merged = rename_images(examples, lambda name: paths[name])
+        if num_twice := len(examples) - len(merged):
+            log(f"{part.path}: {num_twice:,} images are named in two ways; their captions are put together")
+        return merged
+
+
+def _common_folder(folders: Iterable[Path]) -> Path:
+    """Returns the folder that all of some folders are in; the folder itself if there is only one."""
+    different = {folder.resolve(): folder for folder in folders}
+    if len(different) == 1:
+        return next(iter(different.values()))
+    return Path(os.path.relpath(os.path.commonpath(list(different))))
+
+
+DATASETS: dict[str, Callable[[Path], DatasetSource]] = {
+    "flickr8k": Flickr8k,
+    "flickr30k": Flickr30k,
+    "shapes": Shapes,
+}
+COCO_YEARS = {"coco": 2014, "coco2017": 2017}
+USER_SETTINGS = ("images", "val_annotations", "val_images", "test_annotations", "test_images")
+
+
+def find_source(config: DataConfig, with_images: bool) -> DatasetSource:
+    """Returns the source that the settings name; raises InputError if they do not fit together."""
+    if config.official_val and (config.annotations or config.dataset not in COCO_YEARS):
+        raise InputError("--official-val is for --dataset coco and coco2017; your own files: --val-annotations FILE")
+    if config.annotations:
+        return UserFiles(config, with_images)
+    if given := next((name for name in USER_SETTINGS if getattr(config, name)), None):
+        raise InputError(f"--{given.replace('_', '-')} needs --annotations, the captions for training")
+    if config.dataset is None:
+        raise InputError("expected --dataset or --annotations, found neither")
+    folder = Path(config.data_dir or "data") / config.dataset
+    if config.dataset in COCO_YEARS:
+        return Coco(folder, COCO_YEARS[config.dataset], config.official_val)
+    return DATASETS[config.dataset](folder)

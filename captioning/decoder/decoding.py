@@ -1,0 +1,369 @@
+"""Turns image features into token ids with a trained model: greedy search, beam search and sampling, in the graph.
+
+The model is any object that has the attributes of `StepModel`. Within the loops ids are int64: a GPU keeps int32 in the
+host's memory, and would wait at every word. It waits only once, to see whether all captions have ended. In the comments
+B is the number of images, K the beam size, T the number of steps, L the number of image locations and V the vocabulary
+size.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+
+from captioning.base.quiet_tensorflow import tf
+from captioning.base.special_tokens import END_ID, PAD_ID, START_ID
+from captioning.config.settings import DecodeConfig
+from captioning.decoder.constraints import Constraints, constrain, forbidden_tokens
+from captioning.decoder.sampling import draw, image_keys, random_numbers
+
+MAX_WORDS = 50  # a caption that has not ended by then is cut, unless the settings say otherwise
+NO_CONSTRAINTS = Constraints()
+
+
+class StepModel(Protocol):
+    """What decoding needs of a model. `config` has the field `vocab_size`."""
+
+    config: Any
+    has_gate: bool  # whether the decoder has a gate, of which `step` returns the value
+
+    def encode(self, features: tf.Tensor) -> Any:
+        """Encodes features (B, L, channels) as a NamedTuple of tensors that have the images as their first axis."""
+
+    def initial_state(self, images: Any) -> tf.Tensor:
+        """Returns the state before the first word of every encoded image, (B, units), of the dtype `step` returns."""
+
+    def step(self, token: tf.Tensor, images: Any, state: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
+        """Returns the next word's logits (B, V), the new state (B, units) and the attention weights (B, L).
+
+        `token` is (B,) int32. The gate (Xu et al. 2015, section 4.2.1), if there is one, is a column after the
+        attention weights: (B, L + 1).
+        """
+
+
+class DecodedBatch(NamedTuple):
+    """Captions as token ids; T is the number of steps of the longest one.
+
+    There are R = B * N rows: N captions of each of B images, which are consecutive, best first.
+    """
+
+    tokens: tf.Tensor  # (R, T) int32, <end> included, then padded with <pad>; only <pad>: there was no further caption
+    probabilities: tf.Tensor  # (R, T), of each token, given those before it
+    attention: tf.Tensor  # (R, T, L), the attention weights of each step
+    gates: tf.Tensor | None = None  # (R, T), the gate of each step; None if the decoder has none
+
+    @classmethod
+    def of(cls, model: StepModel, tokens: tf.Tensor, probabilities: tf.Tensor, attention: tf.Tensor) -> "DecodedBatch":
+        """Separates the gates from the attention (R, T, L + 1) of a decoder that has one."""
+        if not model.has_gate:
+            return cls(tokens, probabilities, attention)
+        return cls(tokens, probabilities, attention[:, :, :-1], attention[:, :, -1])
+
+
+def decode(
+    model: StepModel, features: tf.Tensor, config: DecodeConfig, keys: Sequence[int] | None = None
+) -> DecodedBatch:
+    """Captions features (B, L, 2048) as the settings ask, `config.captions` times each.
+
+    Args:
+        model: see `StepModel`.
+        features: (B, L, 2048).
+        config: greedy search; a beam of more than one; or words drawn at random.
+        keys: for random words, a number for each image, see `sampling`; those of the features by default.
+    """
+    max_words = config.max_words or MAX_WORDS
+    constraints = Constraints(config.min_words, config.no_repeat)
+    if config.sample:
+        keys = image_keys(features.numpy()) if keys is None else keys
+        numbers = random_numbers(config.decode_seed, keys, config.captions, max_words)
+        # As tensors: a graph that was made for one temperature serves all.
+        temperature, top_p = tf.constant(config.temperature), tf.constant(config.top_p)
+        return sample_words(model, features, numbers, temperature, top_p, constraints)
+    if config.num_beams == 1:
+        return greedy_search(model, features, max_words, constraints)
+    length_penalty = tf.constant(config.length_penalty, tf.float32)
+    return beam_search(model, features, config.num_beams, length_penalty, max_words, constraints, config.captions)
+
+
+# Greedy search, and random words.
+
+
+@tf.function(reduce_retracing=True)
+def greedy_search(
+    model: StepModel, features: tf.Tensor, max_words: int = MAX_WORDS, constraints: Constraints = NO_CONSTRAINTS
+) -> DecodedBatch:
+    """Takes the most probable word at every step, until <end>; never <pad>, <unk> or <start>.
+
+    Args:
+        model: see `StepModel`.
+        features: (B, L, 2048).
+        max_words: the number of steps after which a caption is cut.
+        constraints: which words may not come next.
+    """
+
+    def most_probable(log_probs: tf.Tensor, _: tf.Tensor) -> tf.Tensor:
+        return tf.argmax(log_probs, axis=1)
+
+    return generate(model, model.encode(features), most_probable, max_words, constraints)
+
+
+@tf.function(reduce_retracing=True)
+def sample_words(
+    model: StepModel,
+    features: tf.Tensor,
+    numbers: tf.Tensor,
+    temperature: float = 1.0,
+    top_p: float = 1.0,
+    constraints: Constraints = NO_CONSTRAINTS,
+) -> DecodedBatch:
+    """Draws a word at every step, until <end>; never <pad>, <unk> or <start>.
+
+    Args:
+        model: see `StepModel`.
+        features: (B, L, 2048).
+        numbers: (B * N, T), the random numbers of N captions of each image, see `sampling`. A caption is
+            cut after T words.
+        temperature: see `captioning.decoder.sampling.draw`.
+        top_p: see `captioning.decoder.sampling.draw`.
+        constraints: which words may not come next.
+    """
+    num_captions = tf.shape(numbers)[0] // tf.maximum(1, tf.shape(features)[0])
+    images = repeat_images(model.encode(features), num_captions)
+
+    def random_word(log_probs: tf.Tensor, t: tf.Tensor) -> tf.Tensor:
+        return tf.cast(draw(log_probs, numbers[:, t], temperature, top_p), tf.int64)
+
+    return generate(model, images, random_word, tf.shape(numbers)[1], constraints)
+
+
+def repeat_images(images: Any, count: int | tf.Tensor) -> Any:
+    """Repeats encoded images, each `count` times in consecutive rows."""
+    return tf.nest.map_structure(lambda x: tf.repeat(x, count, axis=0), images)
+
+
+def generate(
+    model: StepModel,
+    images: Any,
+    choose: Callable[[tf.Tensor, tf.Tensor], tf.Tensor],
+    max_words: int | tf.Tensor,
+    constraints: Constraints = NO_CONSTRAINTS,
+) -> DecodedBatch:
+    """Generates a caption of each of B encoded images, one word after the other.
+
+    `choose` returns the next words (B,) int64 for log p of all words (B, V) and the step's number.
+    """
+    forbidden = forbidden_tokens(model.config.vocab_size)  # (V,)
+    state = model.initial_state(images)
+    batch_size = tf.shape(state)[0]
+    token = tf.fill([batch_size], tf.constant(START_ID, tf.int64))  # (B,)
+    finished = tf.zeros([batch_size], tf.bool)
+    history = tf.zeros([batch_size, 0], tf.int64)  # (B, t), or (B, 0) where nothing depends on it
+    tokens = tf.TensorArray(tf.int64, 0, dynamic_size=True)
+    probabilities = tf.TensorArray(tf.float32, 0, dynamic_size=True)
+    attention = tf.TensorArray(tf.float32, 0, dynamic_size=True)
+    t, is_done = tf.constant(0), tf.constant(False)
+    while tf.logical_and(t < max_words, ~is_done):
+        tf.autograph.experimental.set_loop_options(shape_invariants=[(history, tf.TensorShape([None, None]))])
+        logits, state, attention_weights = model.step(tf.cast(token, tf.int32), images, state)
+        logits = tf.where(forbidden, -np.inf, tf.cast(logits, tf.float32))  # (B, V)
+        log_probs = tf.nn.log_softmax(logits)
+        chosen_id = choose(constrain(log_probs, history, constraints), t)  # (B,)
+        token = tf.where(finished, tf.constant(PAD_ID, tf.int64), chosen_id)  # the next step's input
+        tokens = tokens.write(t, token)
+        if constraints != NO_CONSTRAINTS:
+            history = tf.concat([history, token[:, tf.newaxis]], axis=1)
+        probabilities = probabilities.write(t, tf.exp(tf.gather(log_probs, chosen_id, batch_dims=1)))
+        attention = attention.write(t, tf.cast(attention_weights, tf.float32))
+        finished |= token == END_ID
+        t, is_done = t + 1, tf.reduce_all(finished)
+    return DecodedBatch.of(
+        model,
+        tokens=tf.cast(tf.transpose(tokens.stack()), tf.int32),  # (T, B) -> (B, T)
+        probabilities=tf.transpose(probabilities.stack()),  # (T, B) -> (B, T)
+        attention=tf.transpose(attention.stack(), [1, 0, 2]),  # (T, B, L) -> (B, T, L)
+    )
+
+
+# Beam search.
+
+
+class BeamState(NamedTuple):
+    """The K captions of each image that a beam search follows, t words long.
+
+    At the beginning, and when only a few words are possible, some of the K places hold no caption. Their score is
+    -inf.
+    """
+
+    token: tf.Tensor  # (B * K,) int64, the last word; the captions of an image are consecutive rows
+    state: tf.Tensor  # (B * K, units), the decoder's state
+    scores: tf.Tensor  # (B, K), log p of the caption
+    finished: tf.Tensor  # (B, K) bool, whether the caption has its <end>
+    tokens: tf.Tensor  # (B, K, t) int64
+    probabilities: tf.Tensor  # (B, K, t)
+    attention: tf.Tensor  # (B, K, t, L), or (B, K, t, L + 1) with the gates
+
+
+class Expansion(NamedTuple):
+    """The K best captions of each image that are one word longer; all (B, K)."""
+
+    parent: tf.Tensor  # int64, the beam that each one continues
+    token: tf.Tensor  # int64, its new word
+    scores: tf.Tensor  # log p of the caption
+    probabilities: tf.Tensor  # of the new word
+
+
+@tf.function(reduce_retracing=True)
+def beam_search(
+    model: StepModel,
+    features: tf.Tensor,
+    beam_size: int,
+    length_penalty: float = DecodeConfig.length_penalty,
+    max_words: int = MAX_WORDS,
+    constraints: Constraints = NO_CONSTRAINTS,
+    num_captions: int = 1,
+) -> DecodedBatch:
+    """Follows the `beam_size` most probable captions of each image at the same time, and returns the best of them.
+
+    At every step each unfinished caption is continued by every word, and the most probable continuations are kept. A
+    finished caption keeps its place, so that fewer are continued. In the end the captions with the largest
+    log p(caption) / length ** length_penalty are returned. The length includes <end>. A penalty of 0 prefers short
+    captions, and 1 compares the means over the words. Unfinished captions come after all finished ones.
+
+    Args:
+        model: see `StepModel`.
+        features: (B, L, 2048).
+        beam_size: K; 1 gives the greedy caption.
+        length_penalty: the exponent of the length.
+        max_words: the number of steps after which captions are cut.
+        constraints: which words may not come next.
+        num_captions: N, the captions of each image to return; at most K.
+    """
+    # The captions of an image are consecutive rows of one batch.
+    images = repeat_images(model.encode(features), beam_size)  # (B * K, ...)
+    vocab_size = model.config.vocab_size
+    forbidden = forbidden_tokens(vocab_size)  # (V,)
+    num_weights = features.shape[1] + int(model.has_gate)
+    beams = init_beams(model.initial_state(images), beam_size, num_weights)
+    t, is_done = tf.constant(0), tf.constant(False)
+    while tf.logical_and(t < max_words, ~is_done):
+        tf.autograph.experimental.set_loop_options(shape_invariants=[(beams, loop_shapes(beams))])
+        logits, state, attention_weights = model.step(tf.cast(beams.token, tf.int32), images, beams.state)
+        logits = tf.where(forbidden, -np.inf, tf.cast(logits, tf.float32))  # (B * K, V)
+        history = tf.reshape(beams.tokens, [-1, tf.shape(beams.tokens)[2]])  # (B * K, t)
+        log_probs = constrain(tf.nn.log_softmax(logits), history, constraints)  # (B * K, V)
+        log_probs = tf.reshape(log_probs, [-1, beam_size, vocab_size])  # (B, K, V)
+        expansion = expand_beams(beams.scores, log_probs, beams.finished)
+        beams = reorder_beams(beams, expansion, state, attention_weights)
+        t, is_done = t + 1, tf.reduce_all(beams.finished | (beams.scores == -np.inf))
+    return DecodedBatch.of(model, *rank_beams(beams, length_penalty, num_captions))
+
+
+def init_beams(state: tf.Tensor, beam_size: int, num_weights: int) -> BeamState:
+    """Returns the beams before the first step: one empty caption, and K - 1 places without one.
+
+    Args:
+        state: (B * K, units), the decoder's state.
+        beam_size: K.
+        num_weights: the attention weights of a step, and its gate if there is one.
+    """
+    batch_size = tf.shape(state)[0] // beam_size
+    first_only = tf.one_hot(0, beam_size, on_value=0.0, off_value=-np.inf)  # (K,)
+    return BeamState(
+        token=tf.fill([batch_size * beam_size], tf.constant(START_ID, tf.int64)),
+        state=state,
+        scores=tf.tile(first_only[tf.newaxis], [batch_size, 1]),  # (B, K)
+        finished=tf.zeros([batch_size, beam_size], tf.bool),
+        tokens=tf.zeros([batch_size, beam_size, 0], tf.int64),
+        probabilities=tf.zeros([batch_size, beam_size, 0]),
+        attention=tf.zeros([batch_size, beam_size, 0, num_weights]),
+    )
+
+
+def loop_shapes(beams: BeamState) -> BeamState:
+    """Returns the shapes that hold at every step: any batch size, and any number of words."""
+    any_batch = [tf.TensorShape([None, *tensor.shape[1:]]) for tensor in beams[:4]]
+    any_length = [tf.TensorShape([None, tensor.shape[1], None, *tensor.shape[3:]]) for tensor in beams[4:]]
+    return BeamState(*any_batch, *any_length)
+
+
+def expand_beams(scores: tf.Tensor, log_probs: tf.Tensor, finished: tf.Tensor) -> Expansion:
+    """Finds the K most probable captions that continue the K present ones by one word.
+
+    Args:
+        scores: (B, K), log p of the captions.
+        log_probs: (B, K, V), log p of their next words.
+        finished: (B, K) bool. Such a caption has one continuation, <pad>, whose log p is 0 and which is always kept.
+    """
+    batch_size, (beam_size, vocab_size) = tf.shape(log_probs)[0], log_probs.shape[1:]
+    pad_only = tf.one_hot(PAD_ID, vocab_size, on_value=0.0, off_value=-np.inf)  # (V,)
+    is_finished = finished[:, :, tf.newaxis]  # (B, K, 1)
+    log_probs = tf.where(is_finished, pad_only, log_probs)  # (B, K, V)
+    totals = scores[:, :, tf.newaxis] + log_probs  # (B, K, V)
+    ranks = tf.where(is_finished & (pad_only == 0), np.inf, totals)  # (B, K, V)
+    _, best = tf.math.top_k(tf.reshape(ranks, [batch_size, -1]), beam_size)
+    best = tf.cast(best, tf.int64)  # (B, K), indices into K * V
+    # best // vocab_size, which LiteRT cannot compute of int64
+    is_reached = best[:, :, tf.newaxis] >= tf.range(beam_size, dtype=tf.int64) * vocab_size  # (B, K, K)
+    parent = tf.reduce_sum(tf.cast(is_reached, tf.int64), axis=2) - 1  # (B, K)
+
+    def gather_best(tensor: tf.Tensor) -> tf.Tensor:
+        return tf.gather(tf.reshape(tensor, [batch_size, -1]), best, batch_dims=1)  # (B, K, V) -> (B, K)
+
+    return Expansion(
+        parent=parent,
+        token=best - parent * vocab_size,
+        scores=gather_best(totals),
+        probabilities=tf.exp(gather_best(log_probs)),
+    )
+
+
+def reorder_beams(beams: BeamState, expansion: Expansion, state: tf.Tensor, attention_weights: tf.Tensor) -> BeamState:
+    """Moves everything that belongs to a caption to its new place, and appends its new word.
+
+    Args:
+        beams: the beams before the step.
+        expansion: the captions that are kept.
+        state: (B * K, units), the decoder's state after the step.
+        attention_weights: (B * K, L) or (B * K, L + 1), of the step.
+    """
+    batch_size, beam_size = tf.shape(expansion.parent)[0], beams.scores.shape[1]
+
+    def reorder(tensor: tf.Tensor) -> tf.Tensor:
+        return tf.gather(tensor, expansion.parent, batch_dims=1)
+
+    def append(tensor: tf.Tensor, new: tf.Tensor) -> tf.Tensor:
+        return tf.concat([tensor, new[:, :, tf.newaxis]], axis=2)  # (B, K, t + 1)
+
+    is_valid = expansion.scores > -np.inf
+    finished = (reorder(beams.finished) | (expansion.token == END_ID)) & is_valid
+    # The attention of the step belongs to the captions as they were before it.
+    attention_t = tf.reshape(tf.cast(attention_weights, tf.float32), [batch_size, beam_size, beams.attention.shape[3]])
+    first_beam = tf.range(tf.shape(expansion.parent, tf.int64)[0])[:, tf.newaxis] * beam_size  # (B, 1), rows of B * K
+    beam_index = first_beam + expansion.parent  # (B, K)
+    return BeamState(
+        token=tf.reshape(expansion.token, [-1]),
+        state=tf.gather(state, tf.reshape(beam_index, [-1])),
+        scores=expansion.scores,
+        finished=finished,
+        tokens=append(reorder(beams.tokens), expansion.token),
+        probabilities=append(reorder(beams.probabilities), expansion.probabilities),
+        attention=reorder(append(beams.attention, attention_t)),
+    )
+
+
+def rank_beams(beams: BeamState, length_penalty: float, num_captions: int) -> tuple[tf.Tensor, ...]:
+    """Returns tokens, probabilities and attention of the N best captions of each image, finished ones first."""
+    lengths = tf.reduce_sum(tf.cast(beams.tokens != PAD_ID, tf.float32), axis=2)  # (B, K)
+    final_scores = beams.scores / lengths**length_penalty  # (B, K)
+    by_score = tf.argsort(final_scores, direction="DESCENDING", stable=True)  # (B, K)
+    is_unfinished = tf.cast(~tf.gather(beams.finished, by_score, batch_dims=1), tf.int32)
+    order = tf.gather(by_score, tf.argsort(is_unfinished, stable=True), batch_dims=1)[:, :num_captions]  # (B, N)
+    is_caption = tf.gather(beams.scores, order, batch_dims=1) > -np.inf
+    tokens = tf.cast(tf.gather(beams.tokens, order, batch_dims=1), tf.int32)  # (B, N, T)
+    tokens = tf.where(is_caption[..., tf.newaxis], tokens, PAD_ID)
+
+    def to_rows(tensor: tf.Tensor) -> tf.Tensor:
+        return tf.reshape(tensor, tf.concat([[-1], tf.shape(tensor)[2:]], axis=0))  # (B, N, ...) -> (B * N, ...)
+
+    values = (tf.gather(tensor, order, batch_dims=1) for tensor in (beams.probabilities, beams.attention))
+    return to_rows(tokens), *map(to_rows, values)

@@ -1,0 +1,1 @@
+"""Images: names, reading, the CNN, and the cache of its features."""

@@ -1,0 +1,70 @@
+"""Builds a CNN of `captioning.config.cnns` with its weights and the preprocessing that it was trained with."""
+
+import warnings
+from pathlib import Path
+
+from captioning.base import devices
+from captioning.base.cli import InputError, advise
+from captioning.base.quiet_tensorflow import tf
+from captioning.config.cnns import CNN
+
+
+def preprocess(pixels: tf.Tensor, cnn: CNN) -> tf.Tensor:
+    """Scales pixels as those of the CNN's ImageNet training were.
+
+    Args:
+        pixels: (B, size, size, 3) uint8, a Keras tensor.
+        cnn: the CNN that takes them.
+
+    Returns:
+        (B, size, size, 3) float32, the input of the model of `load_cnn`.
+    """
+    if cnn.preprocessing == "tf":  # the same as `preprocess_input` of inception_v3 and resnet_v2
+        return tf.keras.layers.Rescaling(1 / 127.5, offset=-1.0)(pixels)
+    x = tf.keras.ops.cast(pixels, "float32")
+    return tf.keras.applications.imagenet_utils.preprocess_input(x, mode="caffe") if cnn.preprocessing == "caffe" else x
+
+
+def load_cnn(cnn: CNN, cnn_weights: str) -> tf.keras.Model:
+    """Makes a CNN up to the layer whose output is used.
+
+    Args:
+        cnn: which one, and the size of its images.
+        cnn_weights: `imagenet` (downloaded on first use), `random`, or a file of weights without the top.
+
+    Returns:
+        A model from preprocessed images (B, size, size, 3) to (B, H, W, C), named like the CNN.
+
+    Raises:
+        InputError: the weights cannot be downloaded, or do not belong to this CNN.
+    """
+    if cnn_weights == "random":
+        tf.keras.utils.set_random_seed(0)
+    devices.check_gpus()
+    try:
+        with warnings.catch_warnings(action="ignore", category=UserWarning):  # MobileNetV3's of sizes other than 224
+            model = getattr(tf.keras.applications, cnn.name)(
+                include_top=False,
+                weights="imagenet" if cnn_weights == "imagenet" else None,
+                input_shape=(cnn.image_size, cnn.image_size, 3),
+            )
+        if cnn_weights not in ("imagenet", "random"):
+            with warnings.catch_warnings(action="error", category=UserWarning):
+                model.load_weights(cnn_weights)  # a layer that the file lacks is only a warning of Keras
+    except Exception as error:  # Keras raises a bare Exception if a download fails; h5py and Keras raise many types
+        reason = str(error).strip().split("\n")[0][:200]
+        if cnn_weights == "imagenet":
+            raise InputError(
+                f"{cnn.name}'s ImageNet weights cannot be downloaded ({reason}); put the file {cnn.weights_file} into "
+                f"{Path.home() / '.keras/models'}/"
+                + advise(", or give --cnn-weights FILE, or try the pipeline with --cnn-weights random")
+            ) from None
+        raise InputError(f"{cnn_weights}: not the weights of {cnn.name} without its top ({reason})") from None
+    if cnn.layer:
+        model = tf.keras.Model(model.input, model.get_layer(cnn.layer).output, name=model.name)
+    return model
+
+
+def find_cnn(extractor: tf.keras.Model) -> tf.keras.Model:
+    """Returns the CNN in a model of `features.build_feature_extractor`."""
+    return next(layer for layer in extractor.layers if isinstance(layer, tf.keras.Model))

@@ -1,0 +1,127 @@
+"""The images of a command line: files, folders, http(s) addresses, and lists of them."""
+
+import os
+import sys
+import tempfile
+import urllib.parse
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from pathlib import Path, PurePosixPath
+
+from PIL import Image
+
+from captioning.base.cli import InputError, log
+from captioning.base.downloads import download
+from captioning.images.image_names import walk_files
+from captioning.images.reading import is_image_file, read_image
+
+MAX_IMAGE_BYTES = 50_000_000  # of a downloaded image
+PLOT_ENDING = "_attention"  # of the names of attention plots, which are no images to caption
+
+
+def is_url(image: str) -> bool:
+    """Tells whether an image is given by its address instead of its path."""
+    return "://" in image
+
+
+def download_image(url: str, folder: Path) -> Path:
+    """Downloads an image into a folder.
+
+    Raises:
+        InputError: it cannot be downloaded, is too large, or the address is not http(s).
+    """
+    name = PurePosixPath(urllib.parse.urlsplit(url).path).name
+    path = folder / (name if name.strip(".") else "image")
+    return download(url, path, quiet=True, max_bytes=MAX_IMAGE_BYTES)
+
+
+def open_image(image: str, min_jpeg_side: int | None = None) -> Image.Image:
+    """Reads the image of a path or an address; `min_jpeg_side` is that of `captioning.images.reading.read_image`.
+
+    Raises:
+        InputError: see `download_image` and `captioning.images.reading.read_image`.
+    """
+    if not is_url(image):
+        return read_image(image, min_jpeg_side)
+    with tempfile.TemporaryDirectory() as folder:
+        return read_image(download_image(image, Path(folder)), min_jpeg_side)
+
+
+def read_list(path: str) -> list[str]:
+    """Reads the images of a list: a path or an address on each line; `-` is standard input. Empty lines are left out.
+
+    Raises:
+        InputError: there is no such file, it is not UTF-8, or names no image.
+    """
+    try:
+        # A name on the disk need not be Unicode; a list that `find` wrote has it as it is.
+        content = sys.stdin.buffer.read() if path == "-" else Path(path).read_bytes()
+        lines = content.decode("utf-8-sig", errors="surrogateescape").splitlines()
+    except (FileNotFoundError, IsADirectoryError) as error:
+        raise InputError(f"--from {path}: expected a text file with an image on each line ({error})") from None
+    images = [line.strip() for line in lines if line.strip()]
+    if not images:
+        raise InputError(f"--from {path}: expected a text file with an image on each line, found none")
+    if any("\0" in image for image in images):
+        raise InputError(f"--from {path}: expected a text file with an image on each line, found a binary file")
+    return images
+
+
+def find_images(args: Sequence[str], image_list: str | None) -> list[str]:
+    """Returns the images of the command line and of its list, each once."""
+    images = expand_image_args(args)
+    if image_list:  # one that is missing does not keep the others from their captions
+        images += expand_image_args(read_list(image_list), missing_ok=True)
+    if num_repeated := len(images) - len(set(images)):
+        log(f"{num_repeated:,} images are given more than once, and captioned once")
+    return list(dict.fromkeys(images))
+
+
+def expand_image_args(args: Sequence[str], missing_ok: bool = False) -> list[str]:
+    """Replaces the folders among files and addresses by the images in them and below, except the plots of this project.
+
+    Raises:
+        InputError: a file or folder does not exist, unless `missing_ok`; or a folder has no images.
+    """
+    images: list[str] = []
+    for arg in args:
+        if is_url(arg) or Path(arg).is_file():
+            images.append(arg)
+        elif not Path(arg).is_dir():
+            if not missing_ok:
+                raise InputError(f"{arg}: no such image")
+            images.append(arg)
+        else:
+            if not (images_in_folder := _walk_images(arg)):
+                raise InputError(f"{arg}: expected a folder with images, found none in it")
+            images += images_in_folder
+    return images
+
+
+def _walk_images(folder: str) -> list[str]:
+    """Returns the images in a folder and below, in the order of their names, without plots and hidden folders."""
+    paths = (path for path in walk_files(Path(folder)) if is_image_file(path))
+    return [
+        os.path.join(folder, path)
+        for path in paths
+        if not PurePosixPath(path).stem.endswith(PLOT_ENDING) and not any(part[0] == "." for part in path.split("/"))
+    ]
+
+
+def plot_paths(images: Iterable[str], folder: Path, image_format: str) -> dict[str, Path]:
+    """Returns the file for each image's plot: `dog_attention.png`, and `dog_2_attention.png` for another dog.jpg.
+
+    A name depends on the whole list, so that a command which is run again gives an image the name it had before.
+    """
+    paths: dict[str, Path] = {}
+    counts: Counter[str] = Counter()
+    taken: set[str] = set()
+    for image in images:
+        stem = PurePosixPath(urllib.parse.urlsplit(image).path).stem if is_url(image) else Path(image).stem
+        stem = name = stem if stem.strip(".") else "image"
+        while (key := name.lower()) in taken:  # some file systems do not tell capitals apart
+            counts[stem] += 1
+            name = f"{stem}_{counts[stem] + 1}"
+        taken.add(key)
+        paths[image] = folder / f"{name}{PLOT_ENDING}.{image_format}"
+    return paths

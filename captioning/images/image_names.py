@@ -1,0 +1,141 @@
+"""Finds the files that annotations mean, whose names people write in many ways."""
+
+import functools
+import os
+import re
+import unicodedata
+from collections import defaultdict
+from collections.abc import Iterable
+from pathlib import Path, PurePosixPath
+
+from captioning.images.reading import is_image_file
+
+
+def clean_name(name: str) -> str:
+    r"""Returns a name as a path that leads into the image folder, whatever was written.
+
+    `.\photos\a.jpg`, `/photos/a.jpg`, `C:\photos\a.jpg` and `../photos/a.jpg` all become `photos/a.jpg`.
+    """
+    parts = re.sub(r"^\s*[A-Za-z]:[\\/]", "", name.strip()).replace("\\", "/").split("/")
+    return "/".join(part for part in parts if part not in ("", ".", ".."))
+
+
+def name_key(name: str) -> str:
+    """Returns what names that differ only in case and in Unicode form have in common; macOS decomposes umlauts."""
+    return unicodedata.normalize("NFC", unicodedata.normalize("NFC", name).casefold())
+
+
+def folders_agree(name: str, other: str) -> bool:
+    """Tells whether the folders of one name are the last folders of the other, as of `x/a.jpg` and `y/x/a.jpg`."""
+    folders = sorted((f"/{name_key(path)}".rpartition("/")[0] for path in (name, other)), key=len)
+    return folders[1].endswith(folders[0])
+
+
+def walk_files(folder: Path) -> list[str]:
+    """Returns the paths of all files inside a folder, sorted; linked folders are followed, each only once."""
+    paths: list[str] = []
+    seen: set[str] = set()
+    for root, folders, names in os.walk(folder, followlinks=True):
+        is_new = [(name, os.path.realpath(os.path.join(root, name))) for name in folders]
+        folders[:] = [name for name, real in is_new if real not in seen]
+        seen.update(real for _, real in is_new)
+        inside = Path(os.path.relpath(root, folder)).as_posix()
+        paths += [name if inside == "." else f"{inside}/{name}" for name in names]
+    return sorted(paths)
+
+
+class NameIndex:
+    """Finds images among known paths by names that need not be exact.
+
+    Args:
+        paths: with forward slashes.
+    """
+
+    def __init__(self, paths: Iterable[str]):
+        self._paths = set()
+        # By their path and by their name alone, each with and without its ending.
+        self._by_path: defaultdict[str, list[str]] = defaultdict(list)
+        self._by_name: defaultdict[str, list[str]] = defaultdict(list)
+        for path in paths:
+            self._paths.add(path)
+            for known_as in {path, str(PurePosixPath(path).with_suffix(""))}:
+                self._by_path[name_key(known_as)].append(path)
+                self._by_name[name_key(known_as.rpartition("/")[2])].append(path)
+
+    def find(self, name: str) -> str | None:
+        """Returns the one path that a name means; None if there is none, or several.
+
+        Args:
+            name: a name as `clean_name` returns it. It may differ from the path in case and in Unicode form, have
+                further folders in front, lack folders, or lack its ending.
+        """
+        if name in self._paths:
+            return name
+        shorter = _without_folders(name)
+        for index, candidates in ((self._by_path, shorter), (self._by_name, shorter[-1:])):
+            for candidate in candidates:
+                matches = [path for path in index.get(name_key(candidate), []) if folders_agree(name, path)]
+                if len(matches) == 1:
+                    return matches[0]
+        return None
+
+
+def _without_folders(name: str) -> list[str]:
+    """Returns a name, and the name without its first folder, without its first two, and so on."""
+    parts = name.split("/")
+    return ["/".join(parts[i:]) for i in range(len(parts))]
+
+
+class ImageFinder:
+    """Finds images in a folder as `NameIndex` does; the folder is searched only if a file has not the name itself."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+
+    def find(self, name: str) -> str | None:
+        """Returns the path inside the folder of the one file that a name means, or None; see `NameIndex.find`."""
+        return next(filter(self._is_file, _without_folders(name)), None) or self._index.find(name)
+
+    def _is_file(self, name: str) -> bool:
+        try:
+            return (self.folder / name).is_file()
+        except (OSError, ValueError):  # the name is too long
+            return False
+
+    @functools.cached_property
+    def _index(self) -> NameIndex:
+        return NameIndex(filter(is_image_file, walk_files(self.folder)))
+
+
+def find_clash(paths: dict[str, str]) -> tuple[str, str] | None:
+    """Finds two names of one file that seem to mean two images, as `train/a.jpg` and `val/a.jpg` do.
+
+    Args:
+        paths: the file of each name.
+
+    Returns:
+        The two names, or None. The folders of one must be the last folders of the other.
+    """
+    names_of: defaultdict[str, dict[str, str]] = defaultdict(dict)  # by file, then by folder
+    for name, path in paths.items():
+        if clash := next((other for other in names_of[path].values() if not folders_agree(name, other)), None):
+            return clash, name
+        names_of[path].setdefault(name_key(name).rpartition("/")[0], name)
+    return None
+
+
+def find_images(folder: Path, names: Iterable[str]) -> tuple[dict[str, str], list[str]]:
+    """Finds the files of images.
+
+    Returns:
+        The path inside the folder for every name; and the names for which there is no file, or not one only, which
+        stay as they are.
+    """
+    finder = ImageFinder(folder)
+    paths, missing = {}, []
+    for name in names:
+        found = finder.find(name)
+        if found is None:
+            missing.append(name)
+        paths[name] = found or name
+    return paths, missing

@@ -1,0 +1,324 @@
+"""Plots: the attention for each word, many images with their captions, and the loss of a training.
+
+    figure = plot_attention(image, words, attention)             # a notebook shows it
+    plot_attention(image, words, attention, path="plot.svg")     # it is also written: .png, .svg or .pdf
+
+Sizes and positions are in inches, from the left and from the top. pyplot is not used: there is no window system, and
+no figure to close.
+"""
+
+import io
+import math
+import unicodedata
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.backend_bases import RendererBase
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+from PIL import Image
+
+from captioning.base.files import atomic_write
+from captioning.base.text import split_characters
+from captioning.images.reading import to_rgb
+from captioning.output.fonts import font_families, hide_font_warnings
+
+FORMATS = ("png", "svg", "pdf")
+TARGET_ASPECT = 16 / 9  # width / height that a figure should come near to: that of a slide
+DPI = 110  # of .png
+MAX_SIDE_PX = 480  # the longer side of an image in a plot
+MAX_ASPECT = 5  # an image that is longer than so many times its other side is squeezed to that
+MAX_GRID_IMAGES = 60
+DIM_FACTOR = 0.25  # what remains of the brightness where the attention is 0
+LIT_FACTOR = 0.95  # what remains of it where the attention is largest
+GLOW_OFFSET = 60  # what is added to the pixels there, so that it is visible in a dark image too
+NO_WORDS = "(no words)"  # the title of an empty caption
+POINTS_PER_INCH = 72
+
+
+class NotebookFigure(Figure):
+    """A figure that a notebook shows as the last value of a cell, with or without %matplotlib."""
+
+    def _repr_png_(self) -> bytes:
+        file = io.BytesIO()
+        self.savefig(file, format="png")
+        return file.getvalue()
+
+    def add_panel(self, left: float, top: float, width: float, height: float) -> Axes:
+        """Adds axes without ticks whose upper left corner is at (left, top)."""
+        figure_width, figure_height = self.get_size_inches()
+        bounds = (left / figure_width, 1 - (top + height) / figure_height, width / figure_width, height / figure_height)
+        axes = self.add_axes(bounds)
+        axes.set_axis_off()
+        return axes
+
+    def add_image(self, pixels: np.ndarray, left: float, top: float, width: float, height: float) -> None:
+        """Draws pixels (height, width, 3) with their upper left corner at (left, top)."""
+        self.add_panel(left, top, width, height).imshow(pixels, aspect="auto", interpolation="antialiased")
+
+    def add_text(
+        self, left: float, top: float, text: str, points: float, va: str = "top", color: str = "black"
+    ) -> None:
+        """Writes centred text at (left, top), with a font size in points; `va` is what lies there, top or bottom."""
+        figure_width, figure_height = self.get_size_inches()
+        x, y = left / figure_width, 1 - top / figure_height
+        # Without parse_math, a "$" in a caption would begin a formula.
+        self.text(
+            x, y, text, fontsize=points, family=font_families(text), ha="center", va=va, color=color, parse_math=False
+        )
+
+    def draw(self, renderer: RendererBase) -> None:
+        """Draws the figure, in any format; what `font_families` has said is not said again."""
+        with hide_font_warnings():
+            super().draw(renderer)
+
+    def save(self, path: Path | str) -> None:
+        """Writes the figure in the format that the path ends in."""
+        with atomic_write(path, "wb") as file:
+            self.savefig(file, format=Path(path).suffix[1:].lower())
+
+
+def best_grid(num_cells: int, aspect: float) -> tuple[int, int]:
+    """Returns the rows and columns for cells of this width / height whose shape is nearest to `TARGET_ASPECT`."""
+
+    def distance(grid: tuple[int, int]) -> float:
+        rows, columns = grid
+        return abs(math.log(columns / rows * aspect / TARGET_ASPECT))
+
+    return min(((rows, math.ceil(num_cells / rows)) for rows in range(1, num_cells + 1)), key=distance)
+
+
+def display_size(image: Image.Image) -> tuple[int, int]:
+    """Returns the width and height in pixels to draw an image with; at most `MAX_SIDE_PX`, and never only a line."""
+    aspect = min(MAX_ASPECT, max(1 / MAX_ASPECT, image.width / image.height))
+    return round(MAX_SIDE_PX * min(1, aspect)), round(MAX_SIDE_PX * min(1, 1 / aspect))
+
+
+def thumbnail(image: Image.Image) -> Image.Image:
+    """Returns an image as plots show it: upright, in RGB, and small enough that many can be kept in memory."""
+    image = to_rgb(image)
+    return image.resize(display_size(image), Image.Resampling.BICUBIC)
+
+
+def count_cells(text: str) -> int:
+    """Estimates the width of text in Latin letters: wide characters, such as Chinese ones, count twice, marks not."""
+    visible = [char for char in text if unicodedata.category(char) not in ("Mn", "Me", "Cf")]
+    return len(visible) + sum(unicodedata.east_asian_width(char) in "WF" for char in visible)
+
+
+def truncate_text(text: str, width: float, points: float) -> str:
+    """Cuts text to a width, which is estimated: a letter is about 0.6 times as wide as its font is high."""
+    max_cells = max(1, int(width * POINTS_PER_INCH / (0.6 * points)))
+    return text if count_cells(text) <= max_cells else _cut_text(text, max_cells - 1) + "…"
+
+
+def _cut_text(text: str, max_cells: int) -> str:
+    """Returns the beginning of a text that has at most so many cells."""
+    cells = 0
+    for position, char in enumerate(text):
+        cells += count_cells(char)
+        if cells > max_cells:
+            return text[:position]
+    return text
+
+
+def wrap_text(text: str, width: float, points: float, max_lines: int = 9) -> list[str]:
+    """Breaks text into lines of a width, which is estimated: at spaces, and between characters written without."""
+    max_cells = max(8, int(width * POINTS_PER_INCH / (0.55 * points)))
+    lines: list[str] = []
+    for word in text.split():
+        separator = " "
+        for part in split_characters(word):
+            if lines and count_cells(lines[-1] + separator + part) <= max_cells:
+                lines[-1] += separator + part
+            else:
+                while count_cells(part) > max_cells:  # too long for any line
+                    lines.append(_cut_text(part, max_cells))
+                    part = part[len(lines[-1]) :]
+                lines.append(part)
+            separator = ""
+    if len(lines) > max_lines:
+        lines = [*lines[: max_lines - 1], _cut_text(lines[max_lines - 1], max_cells - 2).rstrip() + " …"]
+    return lines
+
+
+# The attention plot.
+
+
+def upsample_attention(attention_weights: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """Enlarges the weights (L,) of a square grid smoothly to an image of size (width, height): (height, width)."""
+    side = math.isqrt(len(attention_weights))
+    grid = Image.fromarray(attention_weights.reshape(side, side).astype(np.float32))
+    return np.asarray(grid.resize(size, Image.Resampling.BICUBIC)).clip(0)
+
+
+def overlay_attention(image: Image.Image, attention_weights: np.ndarray) -> np.ndarray:
+    """Lights an image where the attention weights (L,) are large: (height, width, 3) uint8.
+
+    The location with the largest weight has full brightness, whatever the weight is.
+    """
+    light = upsample_attention(attention_weights, image.size)[..., np.newaxis]  # (height, width, 1)
+    light = light / max(light.max(), 1e-9)
+    brightness = DIM_FACTOR + (LIT_FACTOR - DIM_FACTOR) * light
+    pixels = np.asarray(image, np.float32) * brightness + GLOW_OFFSET * light  # (height, width, 3)
+    return pixels.clip(0, 255).astype(np.uint8)
+
+
+def plot_attention(
+    image: Image.Image,
+    words: Sequence[str],
+    attention: np.ndarray,
+    probabilities: Sequence[float] | None = None,
+    path: Path | str | None = None,
+    text: str | None = None,
+    gates: Sequence[float] | None = None,
+) -> NotebookFigure:
+    """Plots an image, and for each word the image lit where the model attended to.
+
+    Args:
+        image: any image that Pillow can open.
+        words: the T words of its caption.
+        attention: (T, L), the attention weights of each word.
+        probabilities: of each word, for its title; None to leave them out.
+        path: the file to write, .png, .svg or .pdf; None to write none.
+        text: the caption, where it is not its words with spaces between them.
+        gates: of each word, the gate of its context vector (Xu et al. 2015, section 4.2.1), for its title; or None.
+    """
+    image = thumbnail(image)
+    aspect = image.width / image.height
+    width, height = 2.3 * aspect**0.5, 2.3 / aspect**0.5  # of an image; all shapes have the same area
+    cell_width, title_height, gap = max(width, 1.3), 0.48, 0.12
+    rows, columns = best_grid(len(words) + 1, (cell_width + gap) / (height + title_height))
+    figure_width = max(3.6, columns * (cell_width + gap) + gap)
+    caption = wrap_text(text or " ".join(words) or NO_WORDS, figure_width - 0.2, 15)
+    caption_height = 0.15 + 0.28 * len(caption)
+    figure_height = caption_height + rows * (height + title_height) + gap
+    figure = NotebookFigure(figsize=(figure_width, figure_height), dpi=DPI)
+    figure.add_text(figure_width / 2, 0.1, "\n".join(caption), 15)
+
+    margin = (figure_width - columns * (cell_width + gap) + gap) / 2  # left of the first column
+    panels = [np.asarray(image), *(overlay_attention(image, weights) for weights in attention)]
+    for index, pixels in enumerate(panels):
+        row, column = divmod(index, columns)
+        left = margin + column * (cell_width + gap)
+        top = caption_height + row * (height + title_height) + title_height
+        figure.add_image(pixels, left + (cell_width - width) / 2, top, width, height)
+        if index == 0:
+            continue  # the image itself has no title
+        word, center = words[index - 1], left + cell_width / 2
+        points = max(8.0, min(13.0, cell_width * POINTS_PER_INCH / (0.6 * max(1, count_cells(word)))))
+        figure.add_text(center, top - 0.2, truncate_text(word, cell_width, points), points, va="bottom")
+        numbers = [] if probabilities is None else [format_percent(probabilities[index - 1])]
+        numbers += [] if gates is None else [f"gate {gates[index - 1]:.2f}"]
+        if numbers:
+            figure.add_text(center, top - 0.04, ", ".join(numbers), 8.5, va="bottom", color="dimgrey")
+    if path:
+        figure.save(path)
+    return figure
+
+
+def format_percent(probability: float) -> str:
+    """Formats a probability: `73 %`."""
+    return f"{100 * probability:.0f} %" if probability >= 0.005 else "< 1 %"
+
+
+# Many images at once.
+
+
+def plot_caption_grid(
+    images_and_captions: Sequence[tuple[Image.Image, str]], path: Path | str | None = None
+) -> NotebookFigure:
+    """Plots images in a grid with their captions below.
+
+    Args:
+        images_and_captions: images, as `thumbnail` makes them, each with the text of its caption.
+        path: the file to write, .png, .svg or .pdf; None to write none.
+    """
+    max_width, max_height, gap, line_height = 2.6, 2.0, 0.2, 0.17  # the first two are of an image
+    captions = [wrap_text(text or NO_WORDS, max_width, 10, max_lines=6) for _, text in images_and_captions]
+    text_height = 0.12 + line_height * max(map(len, captions))
+    cell_width, cell_height = max_width + gap, max_height + text_height + gap
+    rows, columns = best_grid(len(captions), cell_width / cell_height)
+    figure = NotebookFigure(figsize=(columns * cell_width + gap, rows * cell_height + gap), dpi=DPI)
+    for index, ((image, _), lines) in enumerate(zip(images_and_captions, captions, strict=True)):
+        row, column = divmod(index, columns)
+        left, top = gap + column * cell_width, gap + row * cell_height
+        scale = min(max_width / image.width, max_height / image.height)
+        width, height = image.width * scale, image.height * scale
+        # Centred, and at the bottom of its cell, next to its caption.
+        figure.add_image(np.asarray(image), left + (max_width - width) / 2, top + max_height - height, width, height)
+        figure.add_text(left + max_width / 2, top + max_height + 0.07, "\n".join(lines), 10)
+    if path:
+        figure.save(path)
+    return figure
+
+
+# The loss plot.
+
+
+def plot_history(
+    rows: Sequence[dict[str, Any]], best_epoch: int, best_by: str, path: Path | str | None = None
+) -> NotebookFigure:
+    """Plots training and validation loss and CIDEr by epoch, and marks the best epoch.
+
+    Self-critical training has the CIDEr of its samples instead of a training loss.
+
+    Args:
+        rows: the rows of history.csv, one for each epoch. An epoch without CIDEr has None or an empty field.
+        best_epoch: the epoch whose weights are kept. If it has no row, or its row no value, it is named but not
+            marked.
+        best_by: the column by which it is the best, `cider` or `val_loss`.
+        path: the file to write, .png, .svg or .pdf; None to write none.
+    """
+    epochs = [int(row["epoch"]) for row in rows]
+    figure = NotebookFigure(figsize=(7.5, 4.5), dpi=DPI, layout="constrained")
+    losses = figure.subplots()
+    for name, label in (("train_loss", "training loss"), ("val_loss", "validation loss")):
+        if name in rows[0]:
+            losses.plot(epochs, [float(row[name]) for row in rows], marker="o", markersize=3.5, label=label)
+    losses.set(xlabel="epoch", ylabel="loss (nats per word)", ylim=(0, None))
+    losses.xaxis.set_major_locator(MaxNLocator(integer=True))
+    losses.grid(alpha=0.25)
+
+    axes_of = {"val_loss": losses}
+    if scored := [row for row in rows if row["cider"] not in (None, "")]:
+        axes_of["cider"] = _plot_scores(losses.twinx(), scored)
+    title = f"best: epoch {best_epoch}"
+    best = next((row for row in rows if int(row["epoch"]) == best_epoch), None)
+    if best and best[best_by] not in (None, ""):
+        if best_by == "cider":
+            title += f", with CIDEr {float(best['cider']):.1f}, BLEU-4 {float(best['bleu4']):.1f}"
+        else:
+            title += f", with a validation loss of {float(best['val_loss']):.2f}"
+        _mark_best(axes_of[best_by], best, best_by)
+        losses.axvline(best_epoch, color="grey", linestyle=":", linewidth=1)
+    losses.set_title(title, fontsize=11, pad=26)
+    handles = [handle for axes in figure.axes for handle in axes.get_legend_handles_labels()[0]]
+    losses.legend(handles=handles, loc="lower center", bbox_to_anchor=(0.5, 1), ncols=4, frameon=False, fontsize=9)
+    if path:
+        figure.save(path)
+    return figure
+
+
+def _plot_scores(axes: Axes, scored: Sequence[dict[str, Any]]) -> Axes:
+    """Plots the CIDEr of the epochs that have one, and rewards if there are any; returns the axes."""
+    epochs, ciders = [int(row["epoch"]) for row in scored], [float(row["cider"]) for row in scored]
+    axes.plot(epochs, ciders, color="tab:green", marker="s", markersize=3.5, label="CIDEr")
+    if "train_reward" in scored[0]:
+        rewards = [float(row["train_reward"]) for row in scored]
+        axes.plot(epochs, rewards, color="tab:olive", marker="^", markersize=3.5, label="reward of training samples")
+        ciders += rewards
+    axes.set_ylabel("CIDEr of captions of validation images", color="tab:green")
+    axes.tick_params(axis="y", colors="tab:green")
+    axes.set_ylim(0, 1.08 * max(*ciders, 1e-3))
+    return axes
+
+
+def _mark_best(axes: Axes, best: dict[str, Any], name: str) -> None:
+    """Marks the best epoch with a star at its value of a column."""
+    epoch = int(best["epoch"])
+    label = f"best epoch: {epoch}"
+    axes.plot([epoch], [float(best[name])], "*", color="tab:red", markersize=14, linestyle="none", label=label)

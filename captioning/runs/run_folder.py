@@ -1,0 +1,307 @@
+"""The run folder: what train.py leaves, and everything that captioning needs.
+
+runs/coco/config.json                        the settings of the run (`captioning.config.run_config.RunConfig`)
+runs/coco/vocabulary.json                    the tokenizer
+runs/coco/cnn*.h5                            the CNN's weights, unless they are ImageNet's
+runs/coco/checkpoints/last, checkpoints/best the state of the training, and the weights with the best score
+
+Paths in config.json are absolute, or relative to the run folder: the run is found from any folder, and can be moved
+together with its data.
+"""
+
+import dataclasses
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from captioning.base.cli import InputError, log
+from captioning.base.files import atomic_write, check_schema, file_sha256, read_json, write_json
+from captioning.base.quiet_tensorflow import tf
+from captioning.config.cnns import CNN
+from captioning.config.run_config import FORMAT, RunConfig
+from captioning.config.settings import DATA_PATHS, DataConfig, FeatureConfig, ModelConfig, TrainConfig
+from captioning.images.feature_cache import check_manifest, find_cnn_weights
+
+CONFIG_FILE = "config.json"
+VOCABULARY_FILE = "vocabulary.json"
+CONFIG_SCHEMA = {
+    "model": dict,
+    "train": dict,
+    "data": dict,
+    "features": dict,
+    "unreadable_images": list,
+    "data_fingerprint": str,
+    "vocabulary_sha256": str,
+}
+
+
+# Checkpoints.
+
+
+def latest_run(folder: Path | str = "runs") -> Path:
+    """Returns the run whose checkpoint was written last.
+
+    Raises:
+        InputError: there is no run with a checkpoint.
+    """
+    checkpoints = sorted(Path(folder).glob("*/checkpoints/*/checkpoint"), key=lambda path: path.stat().st_mtime)
+    if not checkpoints:
+        raise InputError(
+            f"no run with a checkpoint in {folder}/; train one with `python train.py`, or name one with --run"
+        )
+    return checkpoints[-1].parents[2]
+
+
+def best_checkpoint(run: Path) -> str:
+    """Returns the prefix of a run's best checkpoint, or of its last one if there is no best.
+
+    Raises:
+        InputError: the folder is not a run, or has no checkpoint.
+    """
+    if not (run / CONFIG_FILE).exists():
+        raise InputError(f"{run}: not a run folder (it has no {CONFIG_FILE}); expected one that train.py made")
+    for name in ("best", "last"):
+        if prefix := latest_checkpoint(run / "checkpoints" / name):
+            return prefix
+    raise InputError(f"{run}: no checkpoint in {run / 'checkpoints'}/; train it with `python train.py`")
+
+
+def latest_checkpoint(folder: Path) -> str | None:
+    """Returns the prefix of the checkpoint in a folder, or None if there is none.
+
+    Raises:
+        InputError: the file that names it cannot be read, or names a checkpoint that does not exist. TensorFlow would
+            find no checkpoint, and training would start again.
+    """
+    state_file = folder / "checkpoint"
+    if not state_file.exists():
+        return None
+    try:
+        prefix = tf.train.get_checkpoint_state(folder).model_checkpoint_path
+    except (ValueError, AttributeError):  # it is not UTF-8, or has no name in it (TensorFlow returns None)
+        prefix = ""
+    if not os.path.exists(f"{prefix}.index"):
+        raise InputError(
+            f"{state_file}: damaged, or the checkpoint it names is gone; put both back, or delete {folder}"
+        )
+    return prefix
+
+
+def restore_model(prefix: str, config: ModelConfig, build: Callable[[ModelConfig], tf.keras.Model]) -> tf.keras.Model:
+    """Builds a model and restores its weights from a checkpoint.
+
+    Args:
+        prefix: the checkpoint.
+        config: the sizes of the model.
+        build: makes the model, with weights of any values.
+
+    Raises:
+        InputError: the checkpoint is damaged, or is that of another model.
+    """
+    sizes = {config.vocab_size, config.embedding_dim, config.units}
+    try:
+        shapes = tf.train.load_checkpoint(prefix).get_variable_to_shape_map().values()
+        # Checked before the model is built: a damaged size could ask for more memory than there is.
+        if missing := sizes - {size for shape in shapes for size in shape}:
+            raise ValueError(f"no weights of size {min(missing)} in it")
+        model = build(config)
+    except (tf.errors.OpError, ValueError, IndexError) as error:
+        raise _not_weights(prefix, error) from None
+    restore_weights(prefix, model)
+    return model
+
+
+def restore_weights(prefix: str, model: tf.keras.Model) -> None:
+    """Restores the weights of a model from a checkpoint.
+
+    Raises:
+        InputError: the checkpoint is damaged, or is that of another model.
+    """
+    try:
+        tf.train.Checkpoint(model=model).restore(prefix).expect_partial().assert_existing_objects_matched()
+    except (tf.errors.OpError, ValueError, IndexError, AssertionError) as error:
+        raise _not_weights(prefix, error) from None
+
+
+def _not_weights(prefix: str, error: Exception) -> InputError:
+    """Returns an error that says why a checkpoint cannot be restored."""
+    reason = str(error).strip().split("\n")[0][:200]
+    return InputError(f"{prefix}: damaged, or not the weights of this config.json ({reason})")
+
+
+# config.json.
+
+
+def write_config(run: Path, config: RunConfig) -> None:
+    """Writes a run's config.json."""
+    write_json(run / CONFIG_FILE, _map_paths(config.to_json(), lambda path: relocate(path, Path(), run)))
+
+
+def relocate(path: str, old_folder: Path, new_folder: Path) -> str:
+    """Returns a path that is relative to one folder as it is relative to another; an absolute one stays."""
+    if not path or os.path.isabs(path):
+        return path
+    absolute = os.path.join(os.path.realpath(old_folder), path)
+    try:
+        return Path(os.path.relpath(absolute, os.path.realpath(new_folder))).as_posix()
+    except ValueError:  # another drive of Windows
+        return Path(absolute).as_posix()
+
+
+def _map_paths(values: dict[str, Any], change: Callable[[str], str]) -> dict[str, Any]:
+    """Returns the content of a config.json with its paths changed."""
+    data, manifest = dict(values["data"]), dict(values["features"])
+    for section, names in ((data, DATA_PATHS), (manifest, ("folder", "weights"))):
+        for name in names:
+            is_path = name != "weights" or section.get(name) not in ("imagenet", "random")
+            if is_path and isinstance(section.get(name), str):
+                section[name] = change(section[name])
+    return {**values, "data": data, "features": manifest}
+
+
+def read_config(run: Path) -> RunConfig:
+    """Reads a run's config.json and checks every value; its paths are then relative to the current folder.
+
+    Raises:
+        InputError: the run was made by another version; or the file is missing, or is not a run's config.json.
+    """
+    path = run / CONFIG_FILE
+    values = read_json(path)
+    if isinstance(values, dict) and values.get("format") != FORMAT:
+        run_format = values.get("format", 1)  # format 1 had no such key
+        age = "a later" if isinstance(run_format, int) and run_format > FORMAT else "an earlier"
+        raise InputError(
+            f"{path}: this run was made by {age} version (expected format {FORMAT}, found {str(run_format)[:60]}); "
+            "train it again, or caption with the version that made it"
+        )
+    try:
+        check_schema(values, CONFIG_SCHEMA)
+        values = _map_paths(values, lambda path: relocate(path, run, Path()))
+        check_manifest(values["features"])
+        check_schema(values["features"], {"folder": str})
+        if not all(isinstance(name, str) for name in values["unreadable_images"]):
+            raise InputError(f"unreadable_images: expected names of images, found {values['unreadable_images']}")
+        return RunConfig(
+            model=ModelConfig.from_json(values["model"]),
+            train=TrainConfig.from_json(values["train"]),
+            data=DataConfig.from_json(values["data"]),
+            features=values["features"],
+            unreadable_images=tuple(values["unreadable_images"]),
+            data_fingerprint=values["data_fingerprint"],
+            vocabulary_sha256=values["vocabulary_sha256"],
+        )
+    except InputError as error:
+        raise InputError(f"{path}: not the config.json of a run ({error})") from None
+
+
+def fill_locations(run: Path | None, data: DataConfig, features: FeatureConfig) -> tuple[DataConfig, FeatureConfig]:
+    """Fills in where downloads and features are, if it is not said: as in the run that is resumed, else the default.
+
+    Raises:
+        InputError: as `read_config`.
+    """
+    saved = read_config(run) if run and (run / CONFIG_FILE).exists() else None
+    if data.data_dir is None:
+        data = dataclasses.replace(data, data_dir=(saved and saved.data.data_dir) or "data")
+    if features.features_dir is None and saved:
+        features = dataclasses.replace(features, features_dir=saved.features["folder"])
+    return data, features
+
+
+def settings_to_continue(run: Path) -> dict[str, Any]:
+    """Returns the settings, by name, that a training takes over that starts from the weights of a run.
+
+    Raises:
+        InputError: as `read_config`, or the run has no weights.
+    """
+    best_checkpoint(run)
+    config = read_config(run)
+    manifest = config.features
+    weights = manifest["weights"]
+    if weights not in ("imagenet", "random") and not Path(weights).exists():
+        weights = find_cnn_weights(run) or weights
+    return {
+        **config.data.to_json(),
+        **config.model.to_json(),
+        "cnn_weights": weights,
+        "cnn": config.cnn.option,
+        "image_size": config.cnn.image_size,
+        "features_dir": manifest["folder"],
+        "dtype": manifest["dtype"],
+        "max_length": config.train.max_length,
+        "max_val_images": config.train.max_val_images,
+    }
+
+
+def check_start(run: Path, config: RunConfig) -> None:
+    """Checks that self-critical training, or that of the CNN, can start from the weights of a run.
+
+    Raises:
+        InputError: it has other images or captions, or others are for validation; or the attention is hard.
+    """
+    if config.model.attention == "hard":
+        kind = "--train-cnn" if config.train.train_cnn else "--self-critical"
+        raise InputError(f"{kind}: expected soft attention, {run} has hard attention")
+    if read_config(run).data_fingerprint != config.data_fingerprint:
+        raise InputError(f"{run} was trained on other images or captions; expected the same to start from its weights")
+
+
+def check_run_cnn(run: Path, cnn: CNN) -> None:
+    """Checks that a run, if there is one in the folder, has this CNN: before hours of features, and not after.
+
+    Raises:
+        InputError: it was trained with another CNN, or images of another size.
+    """
+    if not (run / CONFIG_FILE).exists() or (saved := read_config(run).cnn) == cnn:
+        return
+    if saved.name != cnn.name:
+        raise _other_settings(run, "cnn", saved.name, cnn.name)
+    raise _other_settings(run, "image_size", saved.image_size, cnn.image_size)
+
+
+def _other_settings(run: Path, name: str, saved_value: Any, value: Any) -> InputError:
+    """Makes the error of a run folder that holds a run with another value of a setting."""
+    return InputError(
+        f"{run} was trained with {name} = {saved_value}, expected {value}; give its settings to resume it, or "
+        "another --run to start anew"
+    )
+
+
+def init_run_dir(run: Path, config: RunConfig, save_vocabulary: Callable[[Path], None], cnn_weights: str) -> None:
+    """Creates a run folder, or checks that an existing one was made with the same settings.
+
+    Args:
+        run: the folder.
+        config: the settings; the SHA-256 of the vocabulary is filled in here.
+        save_vocabulary: writes the vocabulary into a file.
+        cnn_weights: the weights of the CNN; a file is copied into the folder.
+
+    Raises:
+        InputError: the folder holds a run with other settings; the setting and both values are named.
+    """
+    vocabulary = run / VOCABULARY_FILE
+    if (run / CONFIG_FILE).exists():
+        saved = read_config(run)
+        if difference := config.difference(saved):
+            name, value, saved_value = difference
+            raise _other_settings(run, name, saved_value, value)
+        if not vocabulary.exists() or file_sha256(vocabulary) != saved.vocabulary_sha256:
+            log(f"{vocabulary} is missing or damaged: it is written again")
+    save_vocabulary(vocabulary)
+    copy_cnn_weights(run, Path(cnn_weights))
+    write_config(run, dataclasses.replace(config, vocabulary_sha256=file_sha256(vocabulary)))
+
+
+def copy_cnn_weights(run: Path, weights_file: Path) -> None:
+    """Copies the CNN's weights into a run folder that has none, unless they are ImageNet's.
+
+    ImageNet's weights can be downloaded anywhere. Others exist only on this machine.
+    """
+    if not weights_file.is_file() or find_cnn_weights(run):
+        return
+    # Keras distinguishes two file formats by these endings.
+    name = "cnn.weights.h5" if weights_file.name.endswith(".weights.h5") else "cnn.h5"
+    with open(weights_file, "rb") as source, atomic_write(run / name, "wb") as target:
+        shutil.copyfileobj(source, target)

@@ -1,0 +1,52 @@
+"""A CSV table with the scores of every image, the worst first."""
+
+import csv
+import io
+from collections.abc import Sequence
+from pathlib import Path
+
+from captioning.base.cli import InputError
+from captioning.base.files import atomic_write
+from captioning.data.annotations import Example
+
+SCORES = ("CIDEr", "BLEU-4", "ROUGE-L", "METEOR", "SPICE")  # in this order, those that there are
+
+
+def check_table_path(path: Path) -> None:
+    """Checks a file that a table will be written into, before hours of work, and makes its folder.
+
+    Raises:
+        InputError: it has another ending, or is a folder.
+        OSError: its folder cannot be made.
+    """
+    if path.suffix.lower() != ".csv":
+        raise InputError(f"--per-image {path}: expected a name that ends in .csv")
+    if path.is_dir():
+        raise InputError(f"--per-image {path}: is a folder, expected a file")
+    path.parent.mkdir(parents=True, exist_ok=True)
+
+
+def write_score_table(
+    path: Path, examples: Sequence[Example], captions: Sequence[str], by_image: dict[str, list[float]]
+) -> None:
+    """Writes the scores of every image: image, caption, scores in percent, references; the worst CIDEr first.
+
+    BLEU-4 is that of the caption alone, as pycocoevalcap computes it: near 0 without four right words in a row, so that
+    the mean over images is not the BLEU-4 of all captions.
+
+    Args:
+        path: the CSV file, which is replaced at once.
+        examples: the images.
+        captions: one caption for each image.
+        by_image: the scores, see `metrics.Scores`.
+    """
+    names = [name for name in SCORES if name in by_image]
+    num_references = max(len(example.captions) for example in examples)
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(("image", "caption", *names, *(f"reference {number + 1}" for number in range(num_references))))
+    for index in sorted(range(len(examples)), key=by_image["CIDEr"].__getitem__):
+        scores = (f"{by_image[name][index]:.2f}" for name in names)
+        writer.writerow((examples[index].image_path, captions[index], *scores, *examples[index].captions))
+    with atomic_write(path, "wb") as file:
+        file.write(text.getvalue().encode(errors="surrogateescape"))  # a name on the disk need not be Unicode

@@ -1,0 +1,156 @@
+"""What a stopped run needs to resume, saved so that neither a full disk nor `kill -9` loses the checkpoint before."""
+
+import math
+from pathlib import Path
+from typing import Any
+
+from captioning.base.cli import InputError
+from captioning.base.quiet_tensorflow import tf
+from captioning.runs.run_folder import latest_checkpoint
+from captioning.training.optimizer import WeightEMA
+from captioning.training.validation import EpochScore
+
+MIN_LOSS_SCALE = 1.0  # in mixed precision it begins at 32768, and is halved when gradients overflow
+BASELINE_DECAY = 0.9  # of the baseline of REINFORCE
+
+
+class TrainProgress(tf.Module):
+    """The position in the training, and its running sums. Saved with the weights, so that a run resumes exactly."""
+
+    def __init__(self):
+        super().__init__()
+        self.epoch = tf.Variable(0, dtype=tf.int64)  # complete epochs
+        self.step = tf.Variable(0, dtype=tf.int64)  # complete batches of the current epoch
+        self.loss_sum = tf.Variable(0.0, dtype=tf.float64)  # over the words of the current epoch, in nats
+        self.token_count = tf.Variable(0.0, dtype=tf.float64)
+        self.seconds = tf.Variable(0.0, dtype=tf.float64)  # of training in the current epoch
+        self.baseline = tf.Variable(0.0)  # moving average of a word's log p, for REINFORCE
+        # That of an `EpochScore`.
+        self.best_score = tf.Variable([-math.inf] * 3, dtype=tf.float64)
+        self.best_epoch = tf.Variable(0, dtype=tf.int64)
+
+    def get(self, name: str) -> Any:
+        """Returns the value of a variable as a Python number; that of a vector as a list."""
+        return getattr(self, name).numpy().tolist()
+
+    def mean_loss(self) -> float:
+        """Returns the mean loss of the current epoch so far, in nats per word; nan before the first word."""
+        return self.get("loss_sum") / (self.get("token_count") or math.nan)
+
+    def result(self, self_critical: bool) -> tuple[str, float]:
+        """Returns the name and the value of what the epoch has reached so far: the mean loss, or the mean reward."""
+        if self_critical:
+            return "train_reward", round(-100 * self.mean_loss(), 2)  # in percent, as CIDEr
+        return "train_loss", round(self.mean_loss(), 4)
+
+    def best(self) -> EpochScore:
+        """Returns the score of the best epoch so far."""
+        return EpochScore(*self.get("best_score"))
+
+    def update_baseline(self, log_prob: tf.Tensor, num_words: tf.Tensor) -> None:
+        """Moves the baseline towards the mean log p of the sampled words of a step (Xu et al. 2015, section 4.1).
+
+        Args:
+            log_prob: their sum.
+            num_words: how many there are; without any the baseline stays.
+        """
+        change = (1 - BASELINE_DECAY) * (log_prob / tf.maximum(num_words, 1) - self.baseline)
+        self.baseline.assign_add(tf.where(num_words > 0, change, 0.0))
+
+    def reset_epoch(self) -> None:
+        """Sets the counters and sums of the current epoch to 0."""
+        for variable in (self.step, self.loss_sum, self.token_count, self.seconds):
+            variable.assign(tf.zeros_like(variable))
+
+
+class Checkpoints:
+    """A run's checkpoints: `last` holds everything needed to resume, `best` the weights with the best score."""
+
+    def __init__(
+        self,
+        run: Path,
+        model: tf.keras.Model,
+        optimizer: tf.keras.optimizers.Optimizer,
+        ema: WeightEMA,
+        progress: TrainProgress,
+        is_writer: bool = True,
+    ):
+        train_state = tf.train.Checkpoint(
+            model=model,
+            optimizer=optimizer,
+            ema=ema,
+            progress=progress,
+            # Keras keeps the random state of dropout where tf.train.Checkpoint does not look for it.
+            rng_state=list(model.non_trainable_variables),
+        )
+        weights = tf.train.Checkpoint(model=model)
+        for name in ("last", "best"):
+            latest_checkpoint(run / "checkpoints" / name)  # raises an InputError if it is damaged
+        # One of each is kept. The old one is deleted when the new one is complete.
+        self.last = tf.train.CheckpointManager(train_state, str(run / "checkpoints/last"), max_to_keep=1)
+        self.best = tf.train.CheckpointManager(weights, str(run / "checkpoints/best"), max_to_keep=1)
+        self.model, self.optimizer, self.progress = model, optimizer, progress
+        self.is_writer = is_writer  # of several machines one writes
+
+    def restore(self) -> bool:
+        """Restores the last checkpoint; returns False if there is none.
+
+        Raises:
+            InputError: it is damaged, or of another model.
+        """
+        if not self.last.latest_checkpoint:
+            return False
+        try:
+            self.last.checkpoint.restore(self.last.latest_checkpoint).assert_consumed()
+        except (tf.errors.OpError, ValueError, IndexError, AssertionError) as error:
+            reason = str(error).strip().split("\n")[0][:200]
+            raise InputError(
+                f"{self.last.latest_checkpoint}: damaged, or of another model ({reason}); delete the run folder to "
+                "start again"
+            ) from None
+        return True
+
+    def check_loss(self) -> None:
+        """Raises InputError if the loss is not finite, or if in float16 hardly any gradient is."""
+        if not math.isfinite(self.progress.get("loss_sum")):
+            raise self._divergence(f"the loss is {self.progress.mean_loss()}")
+        if float(getattr(self.optimizer, "dynamic_scale", MIN_LOSS_SCALE)) < MIN_LOSS_SCALE:
+            raise self._divergence("the gradients are too large for float16")
+
+    def _divergence(self, problem: str) -> InputError:
+        """Returns an error that says where the training has a problem."""
+        step, epoch = self.progress.get("step"), self.progress.get("epoch") + 1
+        return InputError(
+            f"{problem} by step {step} of epoch {epoch}; the last checkpoint is from before it: run again with a "
+            "smaller --learning-rate in another --run"
+        )
+
+    def save(self) -> None:
+        """Saves the state of the training.
+
+        Raises:
+            InputError: its loss or its weights are not finite, so that nothing is saved; or the disk is full.
+        """
+        self.check_loss()
+        for variable in self.model.trainable_variables:  # of the next step the loss would not be finite either
+            if not tf.reduce_all(tf.math.is_finite(variable)):
+                raise self._divergence(f"{variable.path} is not finite")
+        self._write(self.last)
+
+    def save_best(self) -> None:
+        """Saves the current weights as the best."""
+        self._write(self.best)
+
+    def _write(self, manager: tf.train.CheckpointManager) -> None:
+        """Saves under the number after the newest one; raises InputError if the disk is full."""
+        if not self.is_writer:
+            return
+        number = int(manager.latest_checkpoint.rsplit("-", 1)[1]) + 1 if manager.latest_checkpoint else 1
+        try:
+            manager.save(checkpoint_number=number)
+        except tf.errors.OpError as error:  # TensorFlow does not report a full disk as an OSError
+            reason = str(error).strip().split("\n")[0][:200]
+            raise InputError(
+                f"cannot save a checkpoint into {manager.directory} ({reason}); the previous one is kept: free some "
+                "space and run the same command again"
+            ) from None

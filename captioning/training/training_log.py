@@ -1,0 +1,77 @@
+"""What is written down of a training, epoch by epoch: history.csv, loss.png, and events for TensorBoard."""
+
+import csv
+import importlib.util
+from pathlib import Path
+from typing import Any
+
+from captioning.base.cli import InputError, log
+from captioning.base.files import atomic_write
+from captioning.base.quiet_tensorflow import tf
+from captioning.output.plots import plot_history
+
+COLUMNS = ("epoch", "train_loss", "val_loss", "bleu4", "cider", "distinct_ratio", "train_seconds")
+# Of self-critical training, whose loss has no meaning: the reward of its samples, in percent as CIDEr is.
+REWARD_COLUMNS = tuple("train_reward" if name == "train_loss" else name for name in COLUMNS)
+SCORES = ("bleu4", "cider")  # empty where an epoch could not be scored
+
+
+def read_history(path: Path) -> list[dict[str, str]]:
+    """Reads the rows of a history.csv.
+
+    Raises:
+        InputError: it is something else.
+    """
+    try:
+        with open(path, newline="", encoding="utf-8") as file:
+            rows = list(csv.DictReader(file))
+        for row in rows:
+            if tuple(row) not in (COLUMNS, REWARD_COLUMNS):
+                raise ValueError(f"its columns are {list(row)}")
+            int(row["epoch"])
+            for name, value in row.items():
+                if value or name not in SCORES:
+                    float(value)
+    except (csv.Error, ValueError, TypeError) as error:  # TypeError: a row that has too few values
+        raise InputError(
+            f"{path}: expected numbers in the columns {', '.join(COLUMNS)}, found something else ({error}); delete it "
+            "to continue without it"
+        ) from None
+    return rows
+
+
+class TrainingLog:
+    """history.csv, loss.png and the TensorBoard events of a run; each epoch is a row."""
+
+    def __init__(self, run: Path, epochs_done: int):
+        self.run = run
+        self.rows: list[dict[str, Any]] = []
+        if (run / "history.csv").exists():
+            self.rows = list(read_history(run / "history.csv")[:epochs_done])
+        self.events = None
+        if importlib.util.find_spec("tensorboard"):
+            self.events = tf.summary.create_file_writer(str(run / "tensorboard"))
+        else:
+            log("no TensorBoard events are written: `pip install tensorboard` adds them")
+
+    def add(self, row: dict[str, Any], best_epoch: int, best_by: str) -> None:
+        """Adds an epoch and writes the files again; a score of None is left empty.
+
+        Args:
+            row: the epoch, with the values of `COLUMNS` or `REWARD_COLUMNS`.
+            best_epoch: the best epoch so far, this one included.
+            best_by: the column by which it is the best, `cider` or `val_loss`.
+        """
+        self.rows.append(row)
+        with atomic_write(self.run / "history.csv") as file:
+            writer = csv.DictWriter(file, list(row))
+            writer.writeheader()
+            writer.writerows(self.rows)
+        plot_history(self.rows, best_epoch, best_by, self.run / "loss.png")
+        if self.events is None:
+            return
+        with self.events.as_default(step=int(row["epoch"])):
+            for name, value in row.items():
+                if value is not None:
+                    tf.summary.scalar(name, float(value))
+        self.events.flush()

@@ -1,0 +1,249 @@
+"""Training on several devices and several machines: in processes, since devices are set up once in a process."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from captioning.base import devices
+from captioning.base.cli import InputError
+from captioning.base.quiet_tensorflow import tf
+from captioning.data import shapes
+
+TESTS = Path(__file__).parent
+DATA_ARGS = ["--annotations", "shapes/dataset_shapes.json", "--images", "shapes", "--cnn-weights", "cnn.h5"]
+MODEL_ARGS = ["--units", "16", "--embedding-dim", "8"]
+TRAIN_ARGS = ["--batch-size", "7", "--clip-norm", "0.3", "--patience", "0", "--ema-decay", "0.9"]
+
+needs_fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+
+
+def make_job(run, num_devices=1, name=None, epochs=2, strategy="none", tf_config=None):
+    """Returns a job for train_on_devices.py; runs have caches of their own, since they train at the same time."""
+    args = ["--run", run, "--features-dir", f"features_{run}", "--epochs", str(epochs), "--strategy", strategy]
+    args = [*DATA_ARGS, *MODEL_ARGS, *TRAIN_ARGS, *args]
+    return {"name": name or run, "num_devices": num_devices, "args": args, "tf_config": tf_config}
+
+
+def free_port():
+    with socket.socket() as server:
+        server.bind(("localhost", 0))
+        return server.getsockname()[1]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Runs on 48 images of shapes: of one device, of two devices, and of two workers."""
+    folder = tmp_path_factory.mktemp("devices")
+    shapes.draw_dataset(folder / "shapes", num_images=48)
+    (folder / "cnn.h5").write_text("stands for weights")
+    workers = [f"localhost:{free_port()}" for _ in range(2)]
+    roles = [{"cluster": {"worker": workers}, "task": {"type": "worker", "index": index}} for index in (0, 1)]
+    worker_jobs = [
+        make_job("workers", name=f"worker_{i}", strategy="multiworker", tf_config=role) for i, role in enumerate(roles)
+    ]
+    groups = [
+        [make_job("one"), make_job("two", num_devices=2, strategy="mirrored")],
+        worker_jobs,
+        [make_job("one", num_devices=2, name="resumed", epochs=3, strategy="mirrored")],
+    ]
+    (folder / "groups.json").write_text(json.dumps(groups))
+    done = subprocess.run(
+        [sys.executable, TESTS / "helpers/train_on_devices.py", "groups.json"],
+        cwd=folder,
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(map(str, (TESTS.parent, TESTS)))},
+        stderr=subprocess.PIPE,
+        text=True,
+        timeout=240,
+    )
+    logs = "".join(f"{path.name}:\n{path.read_text()}\n" for path in sorted(folder.glob("*.log")))
+    assert done.returncode == 0, done.stderr + logs
+    return folder
+
+
+def read_result(folder, name):
+    """Returns the losses of all steps and the weights at the end."""
+    result = np.load(folder / f"{name}.npz", allow_pickle=False)
+    return result["losses"], [result[name] for name in result.files if name.startswith("arr_")]
+
+
+@pytest.mark.slow
+@needs_fork
+def test_mirrored_strategy_trains_as_one_device(folder):
+    (losses, weights), (losses_of_two, weights_of_two) = read_result(folder, "one"), read_result(folder, "two")
+    assert len(losses) > 10
+    np.testing.assert_allclose(losses_of_two, losses, rtol=1e-4)
+    for one, two in zip(weights, weights_of_two, strict=True):
+        np.testing.assert_allclose(two, one, atol=2e-3)
+
+
+@pytest.mark.slow
+@needs_fork
+def test_every_replica_has_random_numbers_of_its_own(folder):
+    one, two = (np.load(folder / f"{name}.npz", allow_pickle=False)["draws"] for name in ("one", "two"))
+    np.testing.assert_array_equal(two[0], one[0], err_msg="the first device draws as a single one does")
+    assert np.abs(two[1] - two[0]).min() > 0
+
+
+@pytest.mark.slow
+@needs_fork
+def test_run_resumes_on_other_devices(folder):
+    losses, _ = read_result(folder, "one")
+    assert len(read_result(folder, "resumed")[0]) == len(losses) / 2, "one epoch of three is left"
+    assert "resuming" in (folder / "resumed.log").read_text()
+
+
+@pytest.mark.slow
+@needs_fork
+def test_multiworker_strategy_trains_as_one_device_and_the_chief_writes(folder):
+    losses, _ = read_result(folder, "one")
+    names = ("worker_0", "worker_1")
+    for name in names:
+        np.testing.assert_allclose(read_result(folder, name)[0], losses, rtol=1e-4)
+    for first, second in zip(*(read_result(folder, name)[1] for name in names), strict=True):
+        np.testing.assert_array_equal(first, second)
+    logs = [(folder / f"{name}.log").read_text() for name in names]
+    assert "val_loss" in logs[0]
+    assert "val_loss" not in logs[1]
+    assert len((folder / "workers/history.csv").read_text().splitlines()) == 3
+    latest = tf.train.latest_checkpoint(folder / "workers/checkpoints/last")
+    assert latest.endswith("ckpt-4"), "written twice an epoch"
+
+
+def test_is_chief_is_the_first_worker_or_the_chief():
+    class Strategy:
+        def __init__(self, jobs, task_type, task_id):
+            cluster = {job: ["localhost:1", "localhost:2"] for job in jobs}
+            self.cluster_resolver = tf.distribute.cluster_resolver.SimpleClusterResolver(
+                tf.train.ClusterSpec(cluster), task_type=task_type, task_id=task_id
+            )
+
+    assert devices.is_chief(tf.distribute.get_strategy())
+    assert devices.is_chief(Strategy(["worker"], "worker", 0))
+    assert not devices.is_chief(Strategy(["worker"], "worker", 1))
+    assert devices.is_chief(Strategy(["chief", "worker"], "chief", 0))
+    assert not devices.is_chief(Strategy(["chief", "worker"], "worker", 0))
+
+
+def test_tests_see_no_gpu(request):
+    assert request.config.getoption("gpu") or os.environ["CUDA_VISIBLE_DEVICES"] == "-1"
+
+
+def test_gpus_compute_in_full_float32_and_take_memory_by_need():
+    assert not tf.config.experimental.tensor_float_32_execution_enabled()
+    assert os.environ["TF_FORCE_GPU_ALLOW_GROWTH"] == "true"
+
+
+def test_check_xla_says_that_it_fails(monkeypatch):
+    devices.check_xla()
+
+    def fail(*_, **__):
+        raise tf.errors.InternalError(None, None, "no libdevice\nsecond line")
+
+    monkeypatch.setattr(tf, "function", fail)
+    with pytest.raises(InputError, match=r"^--jit on: XLA cannot be used here \(no libdevice\); train with --jit off$"):
+        devices.check_xla()
+
+
+@pytest.fixture
+def check_gpus(monkeypatch):
+    """Runs check_gpus with GPUs, each a name and a compute capability; returns those that stay visible of some."""
+
+    def check(*gpus, is_too_late=False):
+        visible = []
+        details = {name: {"device_name": name, "compute_capability": capability} for name, capability in gpus}
+        built_for = ["sm_60", "sm_70", "sm_80", "sm_89", "compute_90"]
+
+        def set_visible_devices(devices, _):
+            if is_too_late:
+                raise RuntimeError("Visible devices cannot be modified after being initialized")
+            visible.extend(devices)
+
+        monkeypatch.setattr(tf.config, "list_physical_devices", lambda device_type: list(details))
+        monkeypatch.setattr(tf.config.experimental, "get_device_details", lambda gpu: details[gpu])
+        monkeypatch.setattr(tf.config, "set_visible_devices", set_visible_devices)
+        monkeypatch.setattr(tf.sysconfig, "get_build_info", lambda: {"cuda_compute_capabilities": built_for})
+        devices.check_gpus.__wrapped__()
+        return visible
+
+    return check
+
+
+@pytest.mark.parametrize("hidden", [None, "-1", ""])
+def test_check_gpus_names_a_gpu_that_cannot_be_used(hidden, check_gpus, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(devices, "NVIDIA_DRIVER_FILES", (tmp_path / "version", tmp_path / "dxg"))
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    check_gpus()
+    assert capsys.readouterr().err == "", "there is no driver"
+    devices.NVIDIA_DRIVER_FILES[1].touch()
+    if hidden is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", hidden)
+    check_gpus()
+    assert ("requirements-gpu.txt" in capsys.readouterr().err) == (hidden is None)
+
+
+def test_check_gpus_hides_those_without_kernels(check_gpus, capsys):
+    assert check_gpus(("Tesla T4", (7, 5)), ("H200", (9, 0))) == []
+    assert capsys.readouterr().err == "", "both are used"
+    assert check_gpus(("RTX 5090", (12, 0)), ("RTX 4090", (8, 9))) == ["RTX 4090"]
+    message = capsys.readouterr().err
+    assert message.count("\n") == 1 and "no kernels for RTX 5090, of compute capability 12.0" in message
+
+
+def test_check_gpus_does_not_fail_once_tensorflow_computes(check_gpus, capsys):
+    check_gpus(("RTX 5090", (12, 0)), is_too_late=True)
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize(
+    ("capability", "built_for", "expected"),
+    [
+        ((8, 6), ["sm_80"], True),
+        ((8, 0), ["sm_86"], False),
+        ((9, 0), ["sm_80", "compute_90"], True),
+        ((10, 0), ["sm_89", "compute_90"], False),
+        ((10, 3), ["sm_100"], True),
+        ((12, 0), ["sm_100", "compute_120"], True),
+        ((5, 2), ["sm_60"], False),
+        ((12, 0), [], True),
+        (None, ["sm_60"], True),
+    ],
+)
+def test_has_kernels(capability, built_for, expected):
+    details = {} if capability is None else {"compute_capability": capability}
+    assert devices.has_kernels(details, built_for) == expected
+
+
+@pytest.mark.parametrize(("gpus", "expected"), [([], "AUTO"), (["GPU:0"], "NCCL")])
+def test_multiworker_asks_for_nccl_where_there_are_gpus(gpus, expected, monkeypatch):
+    chosen = []
+    monkeypatch.setenv("TF_CONFIG", '{"cluster": {"worker": ["localhost:1"]}, "task": {"type": "worker", "index": 0}}')
+    monkeypatch.setattr(tf.config, "list_physical_devices", lambda device_type: gpus)
+    monkeypatch.setattr(
+        tf.distribute,
+        "MultiWorkerMirroredStrategy",
+        lambda communication_options: chosen.append(communication_options.implementation.name),
+    )
+    devices.make_strategy("multiworker")
+    assert chosen == [expected]
+
+
+def test_multiworker_refuses_an_evaluator(monkeypatch):
+    config = {"cluster": {"worker": ["localhost:1"]}, "task": {"type": "evaluator", "index": 0}}
+    monkeypatch.setenv("TF_CONFIG", json.dumps(config))
+    with pytest.raises(InputError, match="found the evaluator"):
+        devices.make_strategy("multiworker")
+
+
+@pytest.mark.parametrize("text", [None, "{", '{"cluster": {}}', '{"cluster": {"worker": []}, "task": 3}'])
+def test_multiworker_without_tf_config_is_rejected(text, monkeypatch):
+    monkeypatch.delenv("TF_CONFIG", raising=False)
+    if text:
+        monkeypatch.setenv("TF_CONFIG", text)
+    with pytest.raises(InputError, match="expected TF_CONFIG to be set on every machine"):
+        devices.make_strategy("multiworker")

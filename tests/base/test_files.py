@@ -1,0 +1,211 @@
+"""Atomic writing, JSON, locks and the room on the disk."""
+
+import errno
+import hashlib
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from captioning.base import files
+from captioning.base.cli import InputError
+from captioning.base.files import atomic_write, check_schema, lock_folder, read_json, try_lock, write_json
+
+ROOT = Path(__file__).parents[2]
+
+
+# Writing.
+
+
+def test_atomic_write_replaces_a_file_only_when_the_block_ends(tmp_path):
+    path = tmp_path / "new/folder/file.txt"
+    with atomic_write(path) as file:
+        file.write("first")
+        assert not path.exists()
+    with atomic_write(str(path), "wb") as file:
+        file.write(b"second\r\n")
+        assert path.read_bytes() == b"first"
+    assert path.read_bytes() == b"second\r\n"
+    assert list(path.parent.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt, OSError(errno.ENOSPC, "No space left on device")])
+def test_atomic_write_keeps_the_old_file_on_failure(tmp_path, error):
+    path = tmp_path / "file.txt"
+    path.write_text("old")
+    with pytest.raises(error if isinstance(error, type) else type(error)), atomic_write(path) as file:
+        file.write("half of the n")
+        file.flush()
+        raise error
+    assert path.read_text() == "old"
+    assert list(tmp_path.iterdir()) == [path], "nothing is left behind"
+
+
+def test_atomic_write_names_the_file_in_errors(tmp_path):
+    (tmp_path / "file.txt").mkdir()
+    with pytest.raises(OSError) as error, atomic_write(tmp_path / "file.txt"):
+        pass
+    assert error.value.filename == str(tmp_path / "file.txt")
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows counts characters, and the whole path")
+def test_atomic_write_allows_the_longest_names(tmp_path):
+    names = ["é" * 127, *("x" * length for length in range(195, 256))]
+    for name in names:
+        with atomic_write(tmp_path / name) as file:
+            file.write(name)
+        assert (tmp_path / name).read_text() == name
+    with pytest.raises(OSError, match="File name too long") as error, atomic_write(tmp_path / ("x" * 256)):
+        pass
+    assert error.value.filename == str(tmp_path / ("x" * 256))
+    assert len(list(tmp_path.iterdir())) == len(names), "nothing is left behind"
+
+
+def test_atomic_write_of_long_names_keeps_them_apart(tmp_path):
+    with atomic_write(tmp_path / ("x" * 250 + "a")) as one, atomic_write(tmp_path / ("x" * 250 + "b")) as two:
+        one.write("one")
+        two.write("two")
+    assert [path.read_text() for path in sorted(tmp_path.iterdir())] == ["one", "two"]
+
+
+# JSON.
+
+
+def test_write_json_and_read_json(tmp_path):
+    value = {"a": [1, 2.5, None], "caption": "ein Äpfel 🍎"}
+    write_json(tmp_path / "a.json", value)
+    assert read_json(tmp_path / "a.json") == value
+    text = (tmp_path / "a.json").read_bytes().decode("utf-8")
+    assert "Äpfel 🍎" in text and text.endswith("}\n") and "\r" not in text
+
+
+def test_write_json_keeps_names_that_are_not_unicode(tmp_path):
+    name = b"caf\xe9".decode(errors="surrogateescape")  # as Python reads it from the disk
+    write_json(tmp_path / "a.json", {name: [name, "café"]})
+    assert read_json(tmp_path / "a.json") == {name: [name, "café"]}
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, "no such file"),
+        (b"", "expected JSON, found something else"),
+        (b"{", "expected JSON, found something else"),
+        (b"[" * 100_000, "expected JSON, found something else"),
+        ('"é"'.encode("latin-1"), "expected JSON in UTF-8"),
+    ],
+)
+def test_read_json_refuses_other_files(tmp_path, content, message):
+    path = tmp_path / "a.json"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(InputError, match=message) as error:
+        read_json(path)
+    assert str(path) in str(error.value)
+
+
+SCHEMA = {"name": str, "epoch": int, "loss": float, "rows": list, "weights": (str, int)}
+VALID = {"name": "a", "epoch": 1, "loss": 0.5, "rows": [], "weights": 3}
+
+
+def test_check_schema_allows_whole_floats_and_more_fields():
+    check_schema(VALID, SCHEMA)
+    check_schema(VALID | {"loss": 1, "weights": "b", "more": None}, SCHEMA)
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        ([], "expected the fields name, epoch"),
+        (None, "expected the fields name, epoch"),
+        ({"name": "a"}, "epoch is missing"),
+        (VALID | {"name": 1}, "name: expected str, found '1'"),
+        (VALID | {"epoch": True}, "epoch: expected int, found 'True'"),
+        (VALID | {"epoch": 1.0}, "epoch: expected int"),
+        (VALID | {"loss": "low"}, "loss: expected float"),
+        (VALID | {"rows": {}}, "rows: expected list"),
+        (VALID | {"weights": []}, "weights: expected"),
+    ],
+)
+def test_check_schema_names_the_wrong_field(value, message):
+    with pytest.raises(InputError, match=message):
+        check_schema(value, SCHEMA)
+
+
+def test_file_sha256(tmp_path):
+    (tmp_path / "a").write_bytes(b"abc" * 100_000)
+    assert files.file_sha256(tmp_path / "a") == hashlib.sha256(b"abc" * 100_000).hexdigest()
+
+
+# Locks.
+
+
+def test_lock_folder_refuses_a_second_lock_and_is_free_again(tmp_path):
+    folder = tmp_path / "runs/new"
+    with (
+        lock_folder(folder),
+        pytest.raises(InputError, match="runs/new is in use by another process"),
+        lock_folder(folder),
+    ):
+        pass
+    with lock_folder(folder):
+        pass
+    with pytest.raises(ZeroDivisionError), lock_folder(folder):
+        raise ZeroDivisionError
+    with lock_folder(folder):
+        pass
+
+
+def test_try_lock_waits_or_returns_false(tmp_path):
+    with open(tmp_path / "a", "w") as first, open(tmp_path / "a", "w") as second:
+        assert try_lock(first)
+        assert not try_lock(second)
+        first.close()
+        assert try_lock(second, wait=True)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="needs fcntl and SIGKILL")
+def test_lock_folder_is_free_after_kill(tmp_path):
+    code = (
+        "import pathlib, sys, time\n"
+        "from captioning.base.files import lock_folder\n"
+        "with lock_folder(pathlib.Path(sys.argv[1])):\n"
+        "    print('locked', flush=True)\n"
+        "    time.sleep(60)\n"
+    )
+    command = [sys.executable, "-c", code, str(tmp_path)]
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE) as process:
+        assert process.stdout.readline().strip() == b"locked"
+        with pytest.raises(InputError, match="in use by another process"), lock_folder(tmp_path):
+            pass
+        process.send_signal(signal.SIGKILL)
+    with lock_folder(tmp_path):
+        pass
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="needs fcntl")
+def test_try_lock_logs_drives_that_cannot_lock(tmp_path, monkeypatch, capsys):
+    import fcntl
+
+    def refuse(*_):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    with open(tmp_path / "a", "w") as file:
+        assert try_lock(file)
+    assert "cannot be locked (No locks available)" in capsys.readouterr().err
+
+
+# Room on the disk.
+
+
+def test_check_disk_space(tmp_path, monkeypatch):
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=2e9))
+    files.check_disk_space(tmp_path, 2e9, "the cache", "use float16")
+    with pytest.raises(InputError) as error:
+        files.check_disk_space(tmp_path, 2.1e9, "the cache", "use float16")
+    assert str(error.value) == f"the cache needs 2.1 GB in {tmp_path}, found 2.0 GB free; use float16"

@@ -1,0 +1,255 @@
+"""Settings: their checks, their options on the command line, and their JSON."""
+
+import dataclasses
+import json
+import math
+
+import pytest
+
+from beyond.serve.web_server import ServerConfig
+from captioning.base.cli import InputError, make_parser
+from captioning.config.options import Settings, add_options
+from captioning.config.run_config import FORMAT, RunConfig
+from captioning.config.settings import RECIPES, DataConfig, DecodeConfig, FeatureConfig, ModelConfig, TrainConfig
+
+CLASSES = [DataConfig, FeatureConfig, ModelConfig, TrainConfig, DecodeConfig, ServerConfig]
+
+
+def parse(settings, *arguments, **kwargs):
+    """Returns the settings that a command line gives."""
+    parser = make_parser("Does something.")
+    add_options(parser.add_argument_group("options"), settings, **kwargs)
+    return settings.from_args(parser.parse_args(arguments))
+
+
+# Values.
+
+
+@pytest.mark.parametrize(
+    ("settings", "name", "value"),
+    [
+        (TrainConfig, "batch_size", 0),
+        (TrainConfig, "learning_rate", math.nan),
+        (TrainConfig, "learning_rate", 0),
+        (TrainConfig, "ema_decay", 1.0),
+        (TrainConfig, "epochs", -1),
+        (TrainConfig, "label_smoothing", 1.0),
+        (TrainConfig, "learning_rate_decay", 1.1),
+        (TrainConfig, "doubly_stochastic", -1.0),
+        (TrainConfig, "clip_norm", math.inf),
+        (TrainConfig, "seed", 2**32),
+        (TrainConfig, "shuffle_by", "picture"),
+        (TrainConfig, "strategy", 1),
+        (TrainConfig, "fused", 1),
+        (TrainConfig, "batch_size", True),
+        (TrainConfig, "batch_size", 8.0),
+        (TrainConfig, "batch_size", "8"),
+        (TrainConfig, "batch_size", None),
+        (ModelConfig, "vocab_size", 4),
+        (ModelConfig, "dropout", 1.5),
+        (ModelConfig, "attention", "Soft"),
+        (DataConfig, "dataset", "imagenet"),
+        (DataConfig, "num_captions", -1),
+        (DataConfig, "split_seed", -1),
+        (DataConfig, "split_seed", 2**32),
+        (DataConfig, "val_fraction", math.nan),
+        (FeatureConfig, "dtype", "float64"),
+        (DecodeConfig, "beam_size", 0),
+        (DecodeConfig, "length_penalty", -0.5),
+    ],
+)
+def test_settings_refuse_impossible_values(settings, name, value):
+    with pytest.raises(InputError, match=f"^{name}: expected .*, found '{value}'"):
+        settings(**{name: value})
+
+
+def test_settings_allow_what_the_fields_allow():
+    assert TrainConfig(learning_rate=1).learning_rate == 1, "a float may be whole"
+    assert TrainConfig(ema_decay=0).ema_decay == 0
+    assert DataConfig(dataset=None, annotations="a.csv", num_captions=0).num_captions == 0
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        TrainConfig().epochs = 3
+
+
+@pytest.mark.parametrize("settings", CLASSES)
+def test_settings_have_help_and_valid_defaults(settings):
+    for field in dataclasses.fields(settings()):
+        assert field.metadata["help"]
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_recipes_hold_valid_settings(recipe):
+    values = RECIPES[recipe]
+    sections = [
+        settings(**{field.name: values[field.name] for field in dataclasses.fields(settings) if field.name in values})
+        for settings in (ModelConfig, TrainConfig)
+    ]
+    assert values.items() <= (vars(sections[0]) | vars(sections[1])).items()
+
+
+# JSON.
+
+
+@pytest.mark.parametrize("settings", CLASSES)
+def test_from_json_reads_what_to_json_returns(settings):
+    config = settings()
+    assert settings.from_json(json.loads(json.dumps(config.to_json()))) == config
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        (None, "expected beam_size, length_penalty"),
+        ([1, 2], "expected beam_size, length_penalty"),
+        ({"beam_size": 3}, "length_penalty is missing"),
+        ({**DecodeConfig().to_json(), "width": 3}, "width is not a setting"),
+        (
+            {**DecodeConfig().to_json(), "beam_size": [3]},
+            r"beam_size: expected a whole number of at least 1, found '\[3\]'",
+        ),
+    ],
+)
+def test_from_json_refuses_other_values(values, message):
+    with pytest.raises(InputError, match=message):
+        DecodeConfig.from_json(values)
+
+
+def test_train_config_reads_a_choice_of_jit_that_is_no_more():
+    values = TrainConfig().to_json()
+    assert TrainConfig.from_json(values | {"jit": "auto"}) == TrainConfig(jit="off")
+    with pytest.raises(InputError, match="jit: expected off or on, found 'maybe'"):
+        TrainConfig.from_json(values | {"jit": "maybe"})
+
+
+# The command line.
+
+
+@pytest.mark.parametrize("settings", CLASSES)
+def test_add_options_defaults_are_those_of_the_class(settings):
+    assert parse(settings) == settings()
+
+
+def test_add_options_reads_every_type_of_value():
+    config = parse(TrainConfig, "--epochs", "3", "--learning-rate", "1", "--shuffle-by", "caption", "--no-fused")
+    assert config == TrainConfig(epochs=3, learning_rate=1.0, shuffle_by="caption", fused=False)
+    assert parse(TrainConfig, "--mixed-precision").mixed_precision is True
+    config = parse(DataConfig, "--num-captions", "all", "--annotations", "a.csv", "--images", "photos")
+    assert config == DataConfig(num_captions=0, annotations="a.csv", images="photos")
+    assert parse(DataConfig, "--num-captions", "20").num_captions == 20
+
+
+def test_add_options_takes_other_defaults_and_a_part_of_the_fields():
+    assert parse(TrainConfig, "--epochs", "3", defaults=RECIPES["best"] | {"epochs": 9}) == TrainConfig(
+        epochs=3, **{name: value for name, value in RECIPES["best"].items() if "dropout" not in name}
+    )
+    assert parse(DataConfig, defaults={"dataset": None}) == DataConfig(dataset=None)
+    parser = make_parser("Does something.")
+    add_options(parser, TrainConfig, only=("epochs", "jit"))
+    assert vars(parser.parse_args(["--jit", "on"])) == {"epochs": 20, "jit": "on"}
+
+
+@pytest.mark.parametrize(
+    ("settings", "arguments", "message"),
+    [
+        (FeatureConfig, ["--cnn-batch-size", "0"], "expected a whole number of at least 1, found '0'"),
+        (ModelConfig, ["--dropout", "1.5"], "expected a number of at least 0 and below 1, found '1.5'"),
+        (TrainConfig, ["--learning-rate", "fast"], "expected a number above 0, found 'fast'"),
+        (TrainConfig, ["--learning-rate", "nan"], "expected a number above 0, found 'nan'"),
+        (TrainConfig, ["--epochs", "1.5"], "expected a whole number of at least 1, found '1.5'"),
+        (TrainConfig, ["--jit", "maybe"], "invalid choice: 'maybe'"),
+        (DataConfig, ["--num-captions", "some"], "expected a whole number of at least 0, or all, found 'some'"),
+        (DecodeConfig, ["--length-penalty", "-1"], "expected a number of at least 0, found '-1'"),
+    ],
+)
+def test_add_options_refuses_impossible_values(settings, arguments, message, capsys):
+    with pytest.raises(SystemExit) as end:
+        parse(settings, *arguments)
+    assert end.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+def test_add_options_shows_help_and_defaults(monkeypatch):
+    monkeypatch.setenv("COLUMNS", "100")
+    parser = make_parser("Does something.")
+    for settings in CLASSES:
+        add_options(parser, settings)
+    page = " ".join(parser.format_help().split())
+    assert "--ema-decay X decay of the moving average" in page
+    assert "--units N size of the GRU's state and of the attention (default: 512)" in page
+    assert "--num-captions N|all captions to use" in page
+    assert "(default: None)" not in page
+    assert "--fused, --no-fused" in page
+
+
+# A run's config.json.
+
+
+@pytest.fixture
+def run_config():
+    return RunConfig(
+        model=ModelConfig(vocab_size=20),
+        train=TrainConfig(epochs=3),
+        data=DataConfig("shapes"),
+        features={"cnn": "InceptionV3", "weights": "imagenet", "dtype": "float16", "folder": "features/shapes"},
+        unreadable_images=("a.jpg",),
+        data_fingerprint="0123",
+        vocabulary_sha256="4567",
+    )
+
+
+def test_run_config_to_json_has_a_format_and_every_setting(run_config):
+    values = json.loads(json.dumps(run_config.to_json()))
+    assert values["format"] == FORMAT
+    for name, settings in (("model", ModelConfig), ("train", TrainConfig), ("data", DataConfig)):
+        assert settings.from_json(values[name]) == getattr(run_config, name)
+    assert values["features"] == run_config.features
+    assert values["unreadable_images"] == ["a.jpg"]
+    assert (values["data_fingerprint"], values["vocabulary_sha256"]) == ("0123", "4567")
+
+
+@pytest.mark.parametrize(
+    ("section", "changes", "difference"),
+    [
+        ("model", {"units": 100}, ("units", 512, 100)),
+        ("train", {"batch_size": 5}, ("batch_size", 64, 5)),
+        ("train", {"epochs": 9, "patience": 1, "fused": False, "jit": "on", "checkpoint_minutes": 0.0}, None),
+        ("data", {"split_seed": 1}, ("split_seed", 0, 1)),
+        ("data", {"annotations": "moved.csv", "images": "elsewhere", "data_dir": "disk"}, None),
+    ],
+)
+def test_run_config_difference_of_settings(run_config, section, changes, difference):
+    other = dataclasses.replace(run_config, **{section: dataclasses.replace(getattr(run_config, section), **changes)})
+    assert run_config.difference(run_config) is None
+    assert run_config.difference(other) == difference
+
+
+def test_run_config_difference_of_data(run_config):
+    assert run_config.difference(dataclasses.replace(run_config, unreadable_images=())) == (
+        "unreadable_images",
+        ("a.jpg",),
+        (),
+    )
+    assert run_config.difference(dataclasses.replace(run_config, data_fingerprint="89")) == (
+        "data_fingerprint",
+        "0123",
+        "89",
+    )
+
+
+def test_run_config_difference_of_features(run_config):
+    def with_features(**changes):
+        return dataclasses.replace(run_config, features=run_config.features | changes)
+
+    assert run_config.difference(with_features(folder="elsewhere")) is None
+    assert run_config.difference(with_features(weights="random")) == ("weights", "imagenet", "random")
+    assert run_config.difference(with_features(sha256="ab")) == ("sha256", None, "ab")
+    assert run_config.difference(with_features(shape=[64, 2048])) is None, "earlier versions did not write it"
+    another_cnn = with_features(cnn="VGG19", weights="random", image_size=224, sha256="ab")
+    assert run_config.difference(another_cnn) == ("cnn", "InceptionV3", "VGG19"), "what it is about comes first"
+    first, second = with_features(weights="a.h5", sha256="ab"), with_features(weights="moved/a.h5", sha256="ab")
+    assert first.difference(second) is None, "a weights file is its SHA-256"
+    assert first.difference(with_features(weights="a.h5", sha256="cd")) == ("sha256", "ab", "cd")
+
+
+def test_settings_subclasses_are_all_tested():
+    assert set(Settings.__subclasses__()) == set(CLASSES)

@@ -1,0 +1,71 @@
+import numpy as np
+import pytest
+
+from captioning.base.quiet_tensorflow import tf
+from captioning.decoder.sampling import draw, image_keys, random_numbers
+
+PROBABILITIES = np.array([0.1, 0.4, 0.2, 0.3], np.float32)  # most probable first: 1, 3, 2, 0
+
+
+def draw_many(numbers, temperature=1.0, top_p=1.0, probabilities=PROBABILITIES):
+    with np.errstate(divide="ignore"):
+        log_probs = np.tile(np.log(probabilities), (len(numbers), 1))
+    return draw(tf.constant(log_probs), tf.constant(numbers, tf.float32), temperature, top_p).numpy().tolist()
+
+
+def plain_draw(number, temperature, top_p):
+    """What `draw` does, one word at a time."""
+    weights = PROBABILITIES.astype(np.float64) ** (1 / temperature)
+    weights /= weights.sum()
+    order, kept = np.argsort(-weights), []
+    for word in order:
+        kept.append(word)
+        if sum(weights[kept]) >= top_p - 1e-6:
+            break
+    target, passed = number * sum(weights[kept]), 0.0
+    for word in kept:
+        passed += weights[word]
+        if passed > target:
+            return word
+    return kept[-1]
+
+
+def test_draw_takes_the_word_at_the_cumulative_probability():
+    numbers = [0.0, 0.39, 0.41, 0.69, 0.71, 0.89, 0.91, np.nextafter(np.float32(1), np.float32(0))]
+    assert draw_many(numbers) == [1, 1, 3, 3, 2, 2, 0, 0]
+
+
+@pytest.mark.parametrize("temperature", [0.3, 1.0, 2.5])
+@pytest.mark.parametrize("top_p", [0.05, 0.5, 0.7, 0.95, 1.0])
+def test_draw_equals_plain_loop(temperature, top_p, rng):
+    numbers = rng.random(200, np.float32)
+    assert draw_many(numbers, temperature, top_p) == [plain_draw(number, temperature, top_p) for number in numbers]
+
+
+def test_draw_never_takes_a_word_that_is_not_possible():
+    probabilities = np.array([0.0, 0.5, 0.0, 0.5], np.float32)
+    numbers = np.linspace(0, np.nextafter(np.float32(1), np.float32(0)), 101, dtype=np.float32)
+    for top_p in (0.5, 0.9, 1.0):
+        assert set(draw_many(numbers, top_p=top_p, probabilities=probabilities)) <= {1, 3}
+
+
+def test_draw_has_the_frequencies_of_the_model():
+    words = draw_many(random_numbers(0, [7], 20_000, 1)[:, 0])
+    np.testing.assert_allclose(np.bincount(words) / len(words), PROBABILITIES, atol=0.01)
+
+
+def test_random_numbers_depend_on_seed_and_image_only():
+    numbers = random_numbers(1, [5, 6, 5], 2, 4)
+    assert numbers.shape == (6, 4) and numbers.dtype == np.float32 and numbers.min() >= 0 and numbers.max() < 1
+    np.testing.assert_array_equal(numbers[:2], numbers[4:], "the same image")
+    assert len(np.unique(numbers[:4])) == 16, "two captions of two images differ"
+    np.testing.assert_array_equal(random_numbers(1, [5], 3, 4)[:2], numbers[:2], "more captions keep the first ones")
+    assert not np.any(random_numbers(2, [5], 2, 4) == numbers[:2]), "another seed"
+    assert random_numbers(1, [], 2, 4).shape == (0, 4)
+
+
+def test_image_keys_tell_images_apart(rng):
+    pixels = rng.integers(0, 256, (3, 5, 5, 3), np.uint8)
+    pixels[2] = pixels[0]
+    first, second, third = image_keys(pixels)
+    assert first == third != second

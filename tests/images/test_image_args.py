@@ -1,0 +1,135 @@
+import io
+import os
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from captioning.base.cli import InputError
+from captioning.images import image_args
+from captioning.images.image_args import (
+    download_image,
+    expand_image_args,
+    find_images,
+    is_url,
+    open_image,
+    plot_paths,
+    read_list,
+)
+
+
+@pytest.fixture
+def photos(tmp_path):
+    """A folder with images, and what lies beside images."""
+    folder = tmp_path / "photos"
+    others = ("a_attention.png", "notes.txt", "._b.JPG", "Thumbs.db", ".thumbs/a.jpg")
+    for name in ("b.JPG", "a.png", "c/d/e.jpg", *others):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).touch()
+    return folder
+
+
+# Folders and lists.
+
+
+def test_expand_image_args_lists_images_of_folders_but_not_their_plots(photos):
+    assert expand_image_args([str(photos)]) == [str(photos / name) for name in ("a.png", "b.JPG", "c/d/e.jpg")]
+    url, file = "https://example.com/photos/", str(photos / "notes.txt")
+    assert expand_image_args([url]) == [url]
+    assert expand_image_args([file, str(photos)])[:2] == [file, str(photos / "a.png")]
+    (photos / "empty").mkdir()
+    with pytest.raises(InputError, match="empty: expected a folder with images, found none in it"):
+        expand_image_args([str(photos / "empty")])
+
+
+def test_expand_image_args_takes_a_hidden_folder_that_is_named(photos):
+    assert expand_image_args([str(photos / ".thumbs")]) == [str(photos / ".thumbs/a.jpg")]
+
+
+def test_expand_image_args_refuses_missing_files_unless_told(tmp_path):
+    with pytest.raises(InputError, match=r"none\.jpg: no such image"):
+        expand_image_args(["none.jpg"])
+    assert expand_image_args(["none.jpg"], missing_ok=True) == ["none.jpg"]
+
+
+def test_read_list_reads_lines(tmp_path, monkeypatch):
+    content = b"\xef\xbb\xbf a b.jpg \r\n\nhttps://example.com/c.jpg\ncaf\xe9.png"
+    expected = ["a b.jpg", "https://example.com/c.jpg", os.fsdecode(b"caf\xe9.png")]
+    path = tmp_path / "list.txt"
+    path.write_bytes(content)
+    assert read_list(str(path)) == expected
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(content), "utf-8", "strict"))
+    assert read_list("-") == expected
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [(b"", "found none"), (b" \n\n", "found none"), (b"a.jpg\n\0\1\2", "found a binary file"), (None, "No such file")],
+)
+def test_read_list_refuses_what_is_no_list(tmp_path, content, message):
+    path = tmp_path / "list.txt"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(InputError, match=rf"--from \S+list\.txt: expected a text file with an image on .*{message}"):
+        read_list(str(path))
+    with pytest.raises(InputError, match="expected a text file"):
+        read_list(str(tmp_path))
+
+
+def test_find_images_takes_each_image_once(photos, tmp_path, capsys):
+    (tmp_path / "list.txt").write_text(f"{photos}/a.png\nnone.jpg\n{photos}/c\n{photos}/a.png\n")
+    found = find_images([str(photos / "b.JPG"), str(photos / "a.png")], str(tmp_path / "list.txt"))
+    assert found == [str(photos / "b.JPG"), str(photos / "a.png"), "none.jpg", str(photos / "c/d/e.jpg")]
+    assert capsys.readouterr().err == "2 images are given more than once, and captioned once\n"
+    assert find_images([], None) == [] and capsys.readouterr().err == ""
+
+
+# Addresses.
+
+
+@pytest.mark.parametrize(
+    ("url", "name"),
+    [("https://example.com/a/dog.jpg?x=1", "dog.jpg"), ("https://example.com/", "image"), ("https://x/..", "image")],
+)
+def test_download_image_is_limited_and_named_after_the_url(monkeypatch, tmp_path, url, name):
+    calls = []
+
+    def download(url, path, **options):
+        calls.append((url, path, options))
+        return path
+
+    monkeypatch.setattr(image_args, "download", download)
+    assert is_url(url) and download_image(url, tmp_path) == tmp_path / name
+    assert calls == [(url, tmp_path / name, {"quiet": True, "max_bytes": 50_000_000})]
+
+
+def test_open_image_reads_paths_and_addresses(monkeypatch, tmp_path):
+    folders = []
+
+    def download(url, path, **options):
+        folders.append(path.parent)
+        Image.new("RGB", (5, 4), "blue").save(path)
+        return path
+
+    monkeypatch.setattr(image_args, "download", download)
+    Image.new("RGB", (3, 2), "red").save(tmp_path / "a.png")
+    assert open_image(str(tmp_path / "a.png")).size == (3, 2)
+    assert open_image("https://example.com/b.png").size == (5, 4)
+    assert len(folders) == 1 and not folders[0].exists(), "nothing is left of the download"
+
+
+# The names of plots.
+
+
+def test_plot_paths_gives_every_image_its_own_file():
+    images = ["a/dog.jpg", "b/dog.jpg", "dog_2.jpg", "c/Dog.png", "https://x.org/cat.jpg?v=1", "https://x.org/", "a/"]
+    paths = plot_paths(images, Path("plots"), "svg")
+    assert list(paths) == images
+    assert [path.as_posix() for path in paths.values()] == [
+        f"plots/{name}_attention.svg" for name in ("dog", "dog_2", "dog_2_2", "Dog_3", "cat", "image", "a")
+    ]
+
+
+def test_plot_paths_of_many_equal_names_is_fast():
+    paths = plot_paths((f"{i}/image.jpg" for i in range(20_000)), Path(), "png")
+    assert paths["19999/image.jpg"] == Path("image_20000_attention.png")

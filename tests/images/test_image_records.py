@@ -1,0 +1,211 @@
+"""The records of image files, from which a cache knows that an image has changed."""
+
+import errno
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from captioning.base.files import file_sha256
+from captioning.images import image_records
+from captioning.images.image_records import RECORDS_FILE, ImageRecords
+from captioning.images.reading import map_threads
+
+ROOT = Path(__file__).parents[2]
+NAMES = ["a.jpg", "b.jpg", "c.jpg"]
+HOUR = 3600 * 10**9
+
+
+@pytest.fixture
+def folders(tmp_path):
+    """A folder of three images, and a cache with newer files for their features; no image has a record."""
+    image_dir, cache = tmp_path / "images", tmp_path / "cache"
+    for folder in (image_dir, cache):
+        folder.mkdir()
+    for name in NAMES:
+        (image_dir / name).write_text(f"the image {name}")
+        (cache / f"{name}.npy").touch()
+        shift_time(image_dir / name, -HOUR)
+    return image_dir, cache
+
+
+@pytest.fixture
+def hashed(monkeypatch):
+    """The names of the files that were hashed."""
+    names = []
+
+    def hash_file(path):
+        names.append(Path(path).name)
+        return file_sha256(path)
+
+    monkeypatch.setattr(image_records, "file_sha256", hash_file)
+    return names
+
+
+def shift_time(path, difference):
+    stat = path.stat()
+    os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns + difference))
+
+
+def open_records(folders):
+    image_dir, cache = folders
+    return ImageRecords(cache, image_dir)
+
+
+def find_changed(folders, names=NAMES):
+    return open_records(folders).find_changed({name: folders[1] / f"{name}.npy" for name in names})
+
+
+def read_lines(folders):
+    return [json.loads(line) for line in (folders[1] / RECORDS_FILE).read_text().splitlines()]
+
+
+def record(folders, names=NAMES):
+    records = open_records(folders)
+    for name in names:
+        records.note(name)
+        records.add(name)
+
+
+def test_add_writes_a_line_per_image(folders):
+    record(folders)
+    stat = (folders[0] / "b.jpg").stat()
+    sha256 = file_sha256(folders[0] / "b.jpg")
+    assert read_lines(folders)[1] == ["b.jpg", stat.st_size, stat.st_mtime_ns, sha256]
+    record(folders)
+    assert len(read_lines(folders)) == 3, "what is recorded is not recorded again"
+
+
+def test_find_changed_hashes_nothing_if_size_and_time_agree(folders, hashed):
+    record(folders)
+    hashed.clear()
+    assert find_changed(folders) == [] and hashed == []
+    assert len(read_lines(folders)) == 3
+
+
+def test_find_changed_compares_the_content_of_files_of_another_time(folders, hashed):
+    record(folders)
+    hashed.clear()
+    shift_time(folders[0] / "b.jpg", HOUR)
+    assert find_changed(folders) == [] and hashed == ["b.jpg"]
+    assert find_changed(folders) == [] and hashed == ["b.jpg"], "the new time is recorded"
+
+
+def test_find_changed_finds_other_content(folders):
+    record(folders)
+    (folders[0] / "a.jpg").write_text("the image A.jpg")  # as long as before
+    (folders[0] / "c.jpg").write_text("a longer image than before")
+    shift_time(folders[0] / "c.jpg", -9 * HOUR)  # older than the features
+    for _ in range(2):
+        assert find_changed(folders) == ["a.jpg", "c.jpg"], "until new features are recorded"
+    record(folders, ["a.jpg", "c.jpg"])
+    assert find_changed(folders) == []
+
+
+def test_find_changed_goes_by_time_in_caches_without_records(folders):
+    shift_time(folders[0] / "b.jpg", 2 * HOUR)  # newer than its features
+    assert find_changed(folders) == ["b.jpg"]
+    assert [line[0] for line in read_lines(folders)] == ["a.jpg", "c.jpg"]
+    (folders[0] / "a.jpg").write_text("an image that is newer")
+    shift_time(folders[0] / "a.jpg", -9 * HOUR)
+    assert find_changed(folders) == ["a.jpg", "b.jpg"], "from then on it goes by content"
+
+
+def test_find_changed_keeps_what_is_gone(folders):
+    record(folders)
+    (folders[0] / "a.jpg").unlink()
+    assert find_changed(folders) == []
+    assert ImageRecords(folders[1], folders[0]).find_changed({"\0": folders[1] / "a.jpg.npy"}) == []
+
+
+def test_find_changed_finds_what_can_no_longer_be_read(folders):
+    record(folders)
+    (folders[0] / "a.jpg").unlink()
+    (folders[0] / "a.jpg").mkdir()
+    assert find_changed(folders) == ["a.jpg"]
+
+
+def test_find_changed_needs_no_right_to_write(folders, monkeypatch, capsys):
+    def fail(self, image_path, record):
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setattr(ImageRecords, "_append", fail)
+    (folders[0] / "b.jpg").write_text("an image that is newer")
+    shift_time(folders[0] / "b.jpg", HOUR)
+    assert find_changed(folders) == ["b.jpg"]
+    assert capsys.readouterr().err.count("images.jsonl cannot be written (Permission denied)") == 1
+
+
+def test_note_keeps_the_file_that_was_read(folders):
+    records = open_records(folders)
+    records.note("a.jpg")
+    (folders[0] / "a.jpg").write_text("an image that came while the features were computed")
+    shift_time(folders[0] / "a.jpg", -9 * HOUR)
+    records.add("a.jpg")
+    assert find_changed(folders) == ["a.jpg"]
+
+
+def test_note_of_a_missing_image_adds_nothing(folders):
+    record(folders, ["none.jpg", "\0"])
+    assert not (folders[1] / RECORDS_FILE).exists()
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [b"", b"{", b"[1]", b'"text"', b'["b.jpg", null, 1, "2"]', b'["b.jpg", Infinity, 1, "2"]', b"\xff\xfe", bytes(99)],
+)
+def test_damaged_lines_are_ignored(folders, damage):
+    record(folders)
+    path = folders[1] / RECORDS_FILE
+    first, _, last = path.read_bytes().splitlines()
+    path.write_bytes(b"\n".join([first, damage, last, b"[" * 100_000, last[:20]]))  # the last one was cut off
+    assert find_changed(folders) == []
+    *_, cut, added = path.read_bytes().splitlines()
+    assert cut == last[:20] and json.loads(added)[0] == "b.jpg", "a line of its own"
+
+
+def test_the_last_line_of_an_image_counts(folders):
+    record(folders)
+    path = folders[1] / RECORDS_FILE
+    path.write_text(json.dumps(["a.jpg", 1, 2, "3"]) + "\n" + path.read_text())
+    assert find_changed(folders) == []
+
+
+def test_names_need_not_be_unicode(folders):
+    name = os.fsdecode(b"caf\xe9.png")
+    (folders[0] / name).write_text("the image")
+    (folders[1] / f"{name}.npy").touch()
+    record(folders, [name])
+    assert read_lines(folders)[0][0] == name and find_changed(folders, [name]) == []
+    (folders[0] / name).write_text("another image")
+    assert find_changed(folders, [name]) == [name]
+
+
+def test_threads_append_to_the_same_file(folders):
+    (folders[1] / RECORDS_FILE).write_text("[1")  # a line that was cut off
+    names = [f"{number}.jpg" for number in range(500)]
+    for name in names:
+        (folders[0] / name).write_text(name)
+    records = open_records(folders)
+    for method in (records.note, records.add):
+        list(map_threads(method, names, 64))
+    lines = [json.loads(line) for line in (folders[1] / RECORDS_FILE).read_bytes().split(b"\n")[1:] if line]
+    assert {line[0]: line[3] for line in lines} == {name: file_sha256(folders[0] / name) for name in names}
+
+
+def test_processes_append_to_the_same_file(folders):
+    code = (
+        "import pathlib, sys\n"
+        "from captioning.images.image_records import ImageRecord, ImageRecords\n"
+        "records = ImageRecords(pathlib.Path(sys.argv[1]), pathlib.Path('images'))\n"
+        "for number in range(500):\n"
+        "    records._append(f'{sys.argv[2]}_{number}.jpg', ImageRecord(number, number, sys.argv[2] * 64))\n"
+    )
+    processes = [subprocess.Popen([sys.executable, "-c", code, folders[1], letter], cwd=ROOT) for letter in "ab"]
+    assert [process.wait(30) for process in processes] == [0, 0]
+    lines = read_lines(folders)
+    expected = {(f"{letter}_{number}.jpg", number, number, letter * 64) for letter in "ab" for number in range(500)}
+    assert len(lines) == 1000 and {tuple(line) for line in lines} == expected

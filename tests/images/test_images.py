@@ -1,0 +1,490 @@
+"""Images as they come: odd metadata, many bits, cut off, huge, HEIC; and the threads that read them."""
+
+import importlib.util
+import io
+import os
+import subprocess
+import sys
+import threading
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pillow_heif
+import pytest
+from PIL import Image, ImageOps
+
+from captioning.base.cli import InputError
+from captioning.images import reading as images
+from captioning.images.reading import count_cores, is_image_file, map_threads, read_image, set_max_megapixels, to_rgb
+from captioning.output.plots import thumbnail
+
+ROOT = Path(__file__).parents[2]
+
+
+def ramp(mode="RGB", size=(40, 30)):
+    """A smooth image that is dark on the left and bright on the right."""
+    row = np.linspace(30, 220, size[0]).astype(np.uint8)
+    return Image.fromarray(np.broadcast_to(row, size[::-1]).copy()).convert(mode)
+
+
+def lopsided():
+    """An image that differs from each of its reflections and rotations."""
+    image = ramp()
+    image.paste("black", (0, 0, 12, 8))
+    return image
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L", "CMYK", "P", "1", "LA", "RGBA", "HSV", "I", "F"])
+def test_to_rgb_converts_every_mode(mode):
+    pixels = np.asarray(to_rgb(ramp(mode)))
+    assert (pixels.shape, pixels.dtype) == ((30, 40, 3), np.uint8)
+    assert pixels[:, -10:].mean() > pixels[:, :10].mean() + 50, "left is dark and right is bright"
+
+
+def test_to_rgb_makes_transparency_white():
+    assert (np.asarray(to_rgb(Image.new("RGBA", (10, 10), (0, 0, 0, 0)))) == 255).all()
+
+
+def test_to_rgb_keeps_contrast_of_16_bit_images():
+    values = np.linspace(0, 65535, 100).astype(np.uint16).reshape(10, 10)
+    pixels = np.asarray(to_rgb(Image.fromarray(values)))
+    assert pixels.min() == 0 and 120 < pixels.mean() < 135 and pixels.max() == 255
+
+
+@pytest.mark.filterwarnings("error")  # of NumPy, about 0 / 0
+@pytest.mark.parametrize("dtype", [np.uint16, np.int32, np.float32])
+@pytest.mark.parametrize("value", [0, 7])
+def test_to_rgb_makes_images_of_one_value_black(dtype, value):
+    assert (np.asarray(to_rgb(Image.fromarray(np.full((4, 4), value, dtype)))) == 0).all()
+
+
+@pytest.mark.parametrize("dtype", [np.uint16, np.int32, np.float32])
+def test_to_rgb_scales_by_the_range_of_the_image(dtype):
+    values = np.array([[1000, 1001], [1002, 1004]], dtype)  # of 65,536 that there could be
+    np.testing.assert_array_equal(np.asarray(to_rgb(Image.fromarray(values)))[..., 0], [[0, 64], [128, 255]])
+
+
+def test_to_rgb_is_not_spoilt_by_what_is_no_number():
+    values = np.array([[np.nan, -np.inf, np.inf], [-1, 0, 1]], np.float32)
+    np.testing.assert_array_equal(np.asarray(to_rgb(Image.fromarray(values)))[..., 0], [[0, 0, 255], [0, 128, 255]])
+    assert (np.asarray(to_rgb(Image.fromarray(np.full((2, 2), np.nan, np.float32)))) == 0).all()
+
+
+# Metadata.
+
+
+@pytest.mark.parametrize("orientation", [*range(1, 9), 0, 9, "6", None])
+def test_to_rgb_applies_exif_orientation(orientation):
+    image = lopsided()
+    if orientation is not None:
+        image.getexif()[0x0112] = orientation
+    expected = ImageOps.exif_transpose(image) if isinstance(orientation, int) else image
+    upright = to_rgb(image)
+    assert upright.size == expected.size and upright.tobytes() == expected.tobytes()
+    assert to_rgb(upright).size == upright.size, "it is not turned twice"
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("image_format", ["JPEG", "PNG", "WEBP", "TIFF"])
+def test_read_image_turns_files_upright_once(tmp_path, image_format, orientation):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    lopsided().save(tmp_path / "a", image_format, exif=exif)
+    upright = read_image(tmp_path / "a")
+    with Image.open(tmp_path / "a") as image:
+        expected = ImageOps.exif_transpose(image)
+    expected = Image.fromarray(np.asarray(expected))  # without metadata
+    assert upright.size == expected.size and upright.tobytes() == expected.tobytes()
+    assert thumbnail(upright).tobytes() == thumbnail(expected).tobytes(), "a plot turns it again"
+
+
+def exif_bytes(tag, kind, count, value):
+    """EXIF with one tag, as a camera writes it: `value` is what the tag holds, or where."""
+    entry = tag.to_bytes(2) + kind.to_bytes(2) + count.to_bytes(4) + value
+    return b"Exif\x00\x00MM\x00*\x00\x00\x00\x08\x00\x01" + entry + bytes(4)
+
+
+ODD_EXIF = {
+    "empty": b"Exif\x00\x00",
+    "no TIFF": b"Exif\x00\x00" + b"text" * 9,
+    "cut": exif_bytes(0x0112, 3, 1, b"\x00\x06\x00\x00")[:20],
+    "orientation 9": exif_bytes(0x0112, 3, 1, b"\x00\x09\x00\x00"),
+    "orientation is text": exif_bytes(0x0112, 2, 3, b"up\x00\x00"),
+    "resolution is text": exif_bytes(0x011A, 2, 3, b"72\x00\x00"),
+    "1/0": exif_bytes(0x011A, 5, 1, b"\x00\x00\x00\x08"),
+    "outside the file": exif_bytes(0x0112, 3, 1000, b"\xff\xff\xff\xff"),
+    "negative sub-IFD": exif_bytes(0x8769, 9, 1, b"\xff\xff\xff\xff"),
+    "rational maker note": exif_bytes(0x927C, 5, 1, b"\x00\x00\x00\x08"),
+}
+
+
+def encode(image, image_format, **settings):
+    file = io.BytesIO()
+    image.save(file, image_format, **settings)
+    return file.getvalue()
+
+
+def png_chunk(name, content, crc=None):
+    return len(content).to_bytes(4) + name + content + (crc or zlib.crc32(name + content).to_bytes(4))
+
+
+@pytest.mark.filterwarnings("ignore:.*data:UserWarning")  # pytest undoes the project's own filter
+@pytest.mark.parametrize("exif", ODD_EXIF.values(), ids=ODD_EXIF)
+@pytest.mark.parametrize("image_format", ["JPEG", "PNG", "WEBP", "MPO"])
+def test_read_image_ignores_odd_exif(tmp_path, image_format, exif):
+    plain = encode(ramp(), image_format)
+    (tmp_path / "plain").write_bytes(plain)
+    if image_format == "PNG":
+        content = plain[:33] + png_chunk(b"eXIf", exif.removeprefix(b"Exif\x00\x00")) + plain[33:]
+    else:
+        content = encode(ramp(), image_format, exif=exif)
+    (tmp_path / "odd").write_bytes(content)
+    assert read_image(tmp_path / "odd").tobytes() == read_image(tmp_path / "plain").tobytes()
+
+
+@pytest.mark.parametrize(
+    "chunk",
+    [
+        png_chunk(b"zTXt", b"Comment\x00\x00" + zlib.compress(bytes(3_000_000))),  # more than Pillow allows
+        png_chunk(b"tEXt", b"Comment\x00text", crc=b"oops"),
+        png_chunk(b"eXIf", b"MM", crc=b"oops"),
+        png_chunk(b"iCCP", b""),
+        png_chunk(b"pHYs", b"1"),
+    ],
+    ids=["zTXt", "tEXt", "eXIf", "iCCP", "pHYs"],
+)
+def test_read_image_ignores_damaged_chunks_of_a_png(tmp_path, chunk):
+    plain = encode(ramp(), "PNG")
+    for position in (33, len(plain) - 12):  # before and after the pixels
+        (tmp_path / "a.png").write_bytes(plain[:position] + chunk + plain[position:])
+        assert read_image(tmp_path / "a.png").tobytes() == ramp().tobytes()
+
+
+def test_read_image_refuses_png_whose_pixels_are_cut_off_too(tmp_path):
+    plain = encode(Image.effect_noise((40, 30), 50), "PNG")
+    (tmp_path / "a.png").write_bytes((plain[:33] + png_chunk(b"pHYs", b"1") + plain[33:])[:600])
+    with pytest.raises(InputError, match=r"a\.png: not an image that can be read"):
+        read_image(tmp_path / "a.png")
+
+
+def test_read_image_prints_no_warnings(tmp_path):
+    (tmp_path / "a.mpo").write_bytes(encode(ramp(), "MPO", exif=ODD_EXIF["outside the file"]))
+    Image.new("1", (1500, 1000)).save(tmp_path / "large.png")  # more than half of the limit
+    code = (
+        "import sys\n"
+        "from captioning.images.reading import read_image, set_max_megapixels\n"
+        "set_max_megapixels(2)\n"
+        "print([read_image(path).size for path in sys.argv[1:]])\n"
+    )
+    command = [sys.executable, "-W", "always", "-c", code, str(tmp_path / "a.mpo"), str(tmp_path / "large.png")]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert (result.stdout, result.stderr) == ("[(40, 30), (1500, 1000)]\n", "")
+
+
+# Truncated images.
+
+
+@pytest.fixture(scope="module")
+def noise():
+    """An image that no row of another resembles."""
+    return Image.fromarray(np.random.default_rng(0).integers(0, 256, (400, 48, 3), dtype=np.uint8))
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L", "CMYK"])
+def test_read_image_uses_the_rows_of_a_truncated_jpeg(tmp_path, noise, mode, capsys):
+    path = tmp_path / "x.jpg"
+    content = encode(noise.convert(mode), "JPEG")
+    path.write_bytes(content)
+    whole = np.asarray(read_image(path))
+    path.write_bytes(content[: len(content) * 4 // 5])
+    pixels = np.asarray(read_image(path))
+    num_rows = len(pixels)
+    assert 200 < num_rows < 400
+    np.testing.assert_array_equal(pixels[:-8], whole[: num_rows - 8])  # the last rows lack the colours of the next
+    read_image(path)
+    assert capsys.readouterr().err == f"{path}: truncated, its first {num_rows} of 400 rows are used\n", "said once"
+
+
+def test_read_image_turns_truncated_images_upright(tmp_path, noise):
+    content = encode(noise, "JPEG", exif=exif_bytes(0x0112, 3, 1, b"\x00\x06\x00\x00"))
+    (tmp_path / "x.jpg").write_bytes(content[: len(content) * 4 // 5])
+    width, height = read_image(tmp_path / "x.jpg").size
+    assert height == 48 and 200 < width < 400
+
+
+def test_read_image_refuses_too_few_rows(tmp_path, noise):
+    content = encode(noise, "JPEG")
+    (tmp_path / "x.jpg").write_bytes(content[: int(0.4 * len(content))])
+    with pytest.raises(InputError, match=r"x\.jpg: .*\(truncated: \d+ of its 400 rows are there\)"):
+        read_image(tmp_path / "x.jpg")
+
+
+def test_read_image_uses_truncated_progressive_jpegs_after_their_first_scan(tmp_path, capsys):
+    content, path = encode(ramp(size=(400, 300)), "JPEG", progressive=True), tmp_path / "x.jpg"
+    second_scan = content.index(b"\xff\xda", content.index(b"\xff\xda") + 2)
+    path.write_bytes(content[: second_scan + 10])
+    np.testing.assert_allclose(read_image(path), np.asarray(ramp(size=(400, 300))), atol=25)
+    assert capsys.readouterr().err == f"{path}: truncated, it is used without its finest details\n"
+    path.write_bytes(content[:second_scan])
+    with pytest.raises(InputError, match=r"x\.jpg: .*\(truncated: its first scan is not complete\)"):
+        read_image(path)
+
+
+def test_read_image_refuses_other_truncated_formats(tmp_path, noise):
+    for image_format in ("PNG", "GIF", "BMP", "TIFF"):
+        content = encode(noise, image_format)
+        (tmp_path / "x").write_bytes(content[: len(content) * 4 // 5])
+        with pytest.raises(InputError, match="not an image that can be read"):
+            read_image(tmp_path / "x")
+
+
+def test_read_image_reads_truncated_and_whole_images_at_once(tmp_path, noise):
+    content = encode(noise, "JPEG")
+    paths = [tmp_path / f"{number}.jpg" for number in range(40)]
+    for number, path in enumerate(paths):
+        path.write_bytes(content[: int(len(content) * (0.2 if number % 2 else 0.8))])
+
+    def height(path):
+        try:
+            return read_image(path).height
+        except InputError:
+            return 0
+
+    heights = [height for _, height in map_threads(height, paths, 8)]
+    assert len(set(heights[::2])) == 1 and heights[0] > 200 and set(heights[1::2]) == {0}
+
+
+# Huge images.
+
+
+@pytest.mark.usefixtures("all_options")
+@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")  # pytest undoes the project's own filter
+def test_set_max_megapixels_refuses_larger_images(tmp_path, monkeypatch):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", None)  # to be restored
+    Image.new("1", (2000, 1000)).save(tmp_path / "two.png")
+    Image.new("1", (2001, 1000)).save(tmp_path / "more.png")
+    set_max_megapixels(2)
+    assert read_image(tmp_path / "two.png").size == (2000, 1000)
+    with pytest.raises(InputError) as error:
+        read_image(tmp_path / "more.png")
+    path = tmp_path / "more.png"
+    assert str(error.value) == (f"{path}: 3 megapixels, expected at most 2; if you trust it, use --max-megapixels 3")
+    set_max_megapixels(3)
+    assert read_image(path).size == (2001, 1000)
+
+
+# HEIC.
+
+
+def test_read_image_reads_heic(tmp_path):
+    pillow_heif.from_pillow(ramp(size=(64, 48))).save(tmp_path / "a.heic")
+    (tmp_path / "a.jpg").write_bytes((tmp_path / "a.heic").read_bytes())  # known by its content
+    for name in ("a.heic", "a.jpg"):
+        pixels = np.asarray(read_image(tmp_path / name))
+        assert pixels.shape == (48, 64, 3)
+        np.testing.assert_allclose(pixels, np.asarray(ramp(size=(64, 48))), atol=8)
+
+
+@pytest.mark.parametrize("brand", [b"heic", b"heix", b"hevc", b"mif1", b"msf1"])
+def test_read_image_says_what_heic_needs(tmp_path, monkeypatch, brand):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(images, "_register_heic", images._register_heic.__wrapped__)
+    (tmp_path / "a.heic").write_bytes(b"\x00\x00\x00\x18ftyp" + brand + bytes(100))
+    with pytest.raises(InputError, match=r"a\.heic: .*\(HEIC, which needs `pip install pillow-heif`\)"):
+        read_image(tmp_path / "a.heic")
+
+
+def test_read_image_refuses_other_files_in_one_line(tmp_path):
+    (tmp_path / "text.jpg").write_text("no image")
+    (tmp_path / "a.heic").write_bytes(b"\x00\x00\x00\x18ftypheic" + bytes(100))
+    for name, message in (
+        ("text.jpg", "no format that Pillow knows"),
+        ("a.heic", "not an image"),
+        ("none.jpg", "no such image"),
+    ):
+        with pytest.raises(InputError, match=message) as error:
+            read_image(tmp_path / name)
+        assert str(error.value).startswith(f"{tmp_path / name}: ") and "\n" not in str(error.value)
+
+
+# Files and threads.
+
+
+# What is not a file.
+
+
+def all_forms(path):
+    """The image of a file, in all the forms that can be read."""
+    content = path.read_bytes()
+    yield from (
+        path,
+        str(path),
+        content,
+        bytearray(content),
+        memoryview(content),
+        io.BytesIO(content),
+        Image.open(path),
+    )
+    yield open(path, "rb")
+
+
+@pytest.mark.parametrize("name", ["photo.png", "photo.jpg", "rotated.jpg", "deep.png", "clear.png", "cut.jpg"])
+def test_read_image_reads_the_same_from_any_form(tmp_path, noise, name, capsys):
+    path = tmp_path / name
+    if name == "rotated.jpg":
+        exif = Image.Exif()
+        exif[0x0112] = 6
+        noise.save(path, exif=exif)
+    elif name == "deep.png":
+        Image.fromarray(np.linspace(100, 900, 1200).reshape(30, 40).astype(np.uint16)).save(path)
+    elif name == "clear.png":
+        noise.convert("RGBA").resize((40, 30)).save(path)
+    else:
+        noise.save(path)
+    if name == "cut.jpg":
+        content = path.read_bytes()
+        path.write_bytes(content[: len(content) * 4 // 5])
+    expected = np.asarray(read_image(path))
+    for source in all_forms(path):
+        if name == "cut.jpg" and isinstance(source, Image.Image):
+            continue  # Pillow itself cannot decode it
+        np.testing.assert_array_equal(np.asarray(read_image(source)), expected)
+    if name == "cut.jpg":
+        assert "the image: truncated" in capsys.readouterr().err
+
+
+def test_read_image_takes_pixels(rng):
+    pixels = rng.integers(0, 256, (4, 6, 3), np.uint8)
+    alpha = np.full((4, 6, 1), 255, np.uint8)
+    for array in (pixels, pixels / 255, (pixels / 255).astype(np.float32), np.concatenate([pixels, alpha], axis=2)):
+        np.testing.assert_array_equal(np.asarray(read_image(array)), pixels)
+    grey = pixels[..., 0]
+    for array in (grey, grey[..., np.newaxis], grey / 255):
+        np.testing.assert_array_equal(np.asarray(read_image(array)), np.repeat(grey[..., np.newaxis], 3, axis=2))
+
+
+def test_read_image_takes_arrays_of_other_libraries(rng):
+    class Tensor:
+        """As TensorFlow's and PyTorch's tensors do, it converts itself for NumPy."""
+
+        pixels = rng.integers(0, 256, (4, 6, 3), np.uint8)
+
+        def __array__(self, *args, **kwargs):
+            return self.pixels
+
+    np.testing.assert_array_equal(np.asarray(read_image(Tensor())), Tensor.pixels)
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        (b"", "the image: not an image that can be read (no format that Pillow knows)"),
+        (b"text", "the image: not an image that can be read (no format that Pillow knows)"),
+        (b"\0\0\0\x18ftypheic", "the image: not an image that can be read"),
+        (io.BytesIO(b"text"), "the image: not an image that can be read (no format that Pillow knows)"),
+        (io.StringIO("text"), "expected a file that is open in binary mode, found one that gives str"),
+        (7, "expected an image as a path, bytes, an open file, an array or a Pillow image, found int"),
+        (None, "expected an image as a path, bytes, an open file, an array or a Pillow image, found NoneType"),
+        ("https://example.com/a.jpg", "https://example.com/a.jpg: no such image"),
+        (np.zeros((0, 5, 3), np.uint8), "found (0, 5, 3) uint8"),
+        (np.zeros((1, 5, 5, 3), np.uint8), "found (1, 5, 5, 3) uint8"),
+        (np.zeros((5, 5, 2), np.uint8), "found (5, 5, 2) uint8"),
+        (np.zeros((5, 5), np.int64), "found (5, 5) int64"),
+        (np.full((5, 5), "a"), "found (5, 5) <U1"),
+        (np.linspace(0, 255, 25).reshape(5, 5), "found (5, 5) float64 with values from 0 to 255"),
+        (np.full((5, 5), np.nan), "found (5, 5) float64 with values from nan to nan"),
+    ],
+    ids=lambda value: "" if isinstance(value, str) else type(value).__name__,
+)
+def test_read_image_refuses_other_sources_in_one_line(source, message):
+    with pytest.raises(InputError) as error:
+        read_image(source)
+    assert message in str(error.value) and "\n" not in str(error.value) and len(str(error.value)) < 200
+
+
+@pytest.mark.parametrize("name", ["a.jpg", "a.JPEG", "a/b.png", "a.webp", "a.heic", "a.HEIF", "a.b.tif", "a.jp2"])
+def test_is_image_file_knows_the_endings_of_images(name):
+    assert is_image_file(name) and is_image_file(Path(name))
+
+
+@pytest.mark.parametrize(
+    "name", ["a.txt", "a", "jpg", "._a.jpg", ".jpg", "__MACOSX/a.jpg", "Thumbs.db", "a.jpg.part", "a.pdf", "a.mpg"]
+)
+def test_is_image_file_refuses_other_files(name):
+    assert not is_image_file(name)
+
+
+def test_count_cores_counts_only_usable_cores(monkeypatch):
+    monkeypatch.setattr(os, "process_cpu_count", lambda: 3, raising=False)  # Python 3.13
+    assert count_cores() == 3
+    monkeypatch.delattr(os, "process_cpu_count")
+    monkeypatch.setattr(os, "cpu_count", lambda: 64)  # of the host
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {3, 5}, raising=False)
+    assert count_cores() == 2
+    monkeypatch.delattr(os, "sched_getaffinity")  # as on macOS and Windows
+    assert count_cores() == 64
+    monkeypatch.setattr(os, "cpu_count", lambda: None)
+    assert count_cores() == 1
+
+
+def test_map_threads_keeps_order():
+    first_may_end = threading.Event()
+
+    def square(number):
+        if number == 0:
+            first_may_end.wait(10)
+        elif number == 1:
+            first_may_end.set()
+        return number**2
+
+    assert list(map_threads(square, range(20), buffer_size=8)) == [(number, number**2) for number in range(20)]
+
+
+def test_map_threads_uses_one_thread_per_core_or_as_many_as_are_asked_for(monkeypatch):
+    counts = []
+    pool = images.ThreadPoolExecutor
+    monkeypatch.setattr(images, "count_cores", lambda: 5)
+    monkeypatch.setattr(images, "ThreadPoolExecutor", lambda count: counts.append(count) or pool(count))
+    list(map_threads(str, [1], 2))
+    list(map_threads(str, [1], 2, num_threads=1))
+    assert counts == [5, 1]
+
+
+def test_map_threads_does_not_exceed_buffer():
+    taken = []
+
+    def items():
+        for number in range(100):
+            taken.append(number)
+            yield number
+
+    results = map_threads(str, items(), buffer_size=5)
+    assert not taken, "nothing may run before the first result is asked for"
+    for count in range(1, 11):
+        next(results)
+        assert len(taken) == count + 4
+    results.close()
+
+
+def test_map_threads_raises_error_of_function():
+    results = map_threads(int, ["1", "x"], buffer_size=4)
+    assert next(results) == ("1", 1)
+    with pytest.raises(ValueError, match="'x'"):
+        next(results)
+
+
+def test_map_threads_does_not_wait_for_its_threads_when_it_is_closed(monkeypatch):
+    monkeypatch.setattr(images, "count_cores", lambda: 2)
+    may_end, finished = threading.Event(), []
+
+    def wait(number):
+        if number:
+            may_end.wait(0.5)
+            finished.append(number)
+
+    results = map_threads(wait, range(100), buffer_size=10)
+    next(results)
+    results.close()  # also what the garbage collector does, in whichever thread it runs
+    assert not finished
+    may_end.set()

@@ -1,0 +1,99 @@
+"""Loading a run: its weights, vocabulary and settings, and its dataset, checked against each other."""
+
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+
+import data_utils
+from captioning.base.cli import InputError
+from captioning.config.run_config import FORMAT
+from captioning.runs.run_folder import latest_run, read_config
+from inference import load_run
+
+
+def test_load_run_restores_what_was_saved(run, small_model, tokenizer):
+    caption_model, loaded_tokenizer, config = load_run(run)
+    assert loaded_tokenizer.index_word == tokenizer.index_word and config == read_config(run)
+    assert loaded_tokenizer.words == "spaces"
+    for variable, expected in zip(caption_model.trainable_variables, small_model.trainable_variables, strict=True):
+        np.testing.assert_array_equal(variable, expected)
+
+
+def test_load_run_knows_what_a_word_is(run):
+    config = json.loads((run / "config.json").read_text())
+    (run / "config.json").write_text(json.dumps(config | {"data": config["data"] | {"words": "characters"}}))
+    assert load_run(run)[1].words == "characters"
+
+
+def test_load_run_refuses_folder_without_checkpoint(tmp_path, run):
+    with pytest.raises(InputError, match="not a run folder"):
+        load_run(tmp_path)
+    for path in (run / "checkpoints").rglob("checkpoint"):
+        path.unlink()
+    with pytest.raises(InputError, match="no checkpoint"):
+        load_run(run)
+    with pytest.raises(InputError, match="no run with a checkpoint"):
+        latest_run(tmp_path / "runs")
+
+
+def test_load_run_refuses_vocabulary_of_other_weights(run):
+    path = run / "vocabulary.json"
+    words = json.loads(path.read_text())
+    words[-1], words[-2] = words[-2], words[-1]
+    path.write_text(json.dumps(words))
+    with pytest.raises(InputError, match="not the vocabulary these weights were trained with"):
+        load_run(run)
+
+
+def test_load_run_refuses_settings_of_other_weights(run):
+    path = run / "config.json"
+    config = json.loads(path.read_text())
+    path.write_text(json.dumps(config | {"model": config["model"] | {"units": 20}}))
+    with pytest.raises(InputError, match=r"damaged, or not the weights of this config\.json"):
+        load_run(run)
+    path.write_text(json.dumps({"format": FORMAT, "model": {}}))
+    with pytest.raises(InputError, match=r"not the config\.json of a run"):
+        load_run(run)
+
+
+def test_load_run_refuses_run_of_an_earlier_version(run):
+    path = run / "config.json"
+    config = json.loads(path.read_text())
+    del config["format"]
+    path.write_text(json.dumps(config))
+    with pytest.raises(InputError, match="made by an earlier version"):
+        load_run(run)
+
+
+def test_load_run_refuses_damaged_checkpoint(run):
+    for path in (run / "checkpoints").rglob("*.data-*"):
+        path.write_bytes(path.read_bytes()[:1000])
+    with pytest.raises(InputError, match="damaged"):
+        load_run(run)
+
+
+# The dataset of the run.
+
+
+def test_load_run_dataset_excludes_unreadable_images(run, saved_dataset):
+    config = read_config(run)
+    assert data_utils.load_run_dataset(config).examples == saved_dataset.examples
+    unreadable = saved_dataset.examples[0].image_path
+    smaller = saved_dataset.exclude({unreadable})
+    config = dataclasses.replace(config, unreadable_images=(unreadable,), data_fingerprint=smaller.fingerprint)
+    assert data_utils.load_run_dataset(config).examples == saved_dataset.examples[1:]
+
+
+def test_load_run_dataset_refuses_changed_data(run, saved_dataset, monkeypatch):
+    config = read_config(run)
+    with pytest.raises(InputError, match="the data have changed since this run was trained"):
+        data_utils.load_run_dataset(dataclasses.replace(config, data_fingerprint="0123"))
+
+    def fail(*_):
+        raise InputError("no such file")
+
+    monkeypatch.setattr(data_utils, "load_dataset", fail)
+    with pytest.raises(InputError, match=r"the data of the run's config\.json: no such file"):
+        data_utils.load_run_dataset(config)

@@ -1,0 +1,292 @@
+import dataclasses
+import json
+import os
+import re
+
+import pytest
+
+from captioning.base.cli import InputError
+from captioning.base.files import file_sha256, read_json, write_json
+from captioning.base.quiet_tensorflow import tf
+from captioning.config.cnns import CNNS, INCEPTION_V3
+from captioning.config.run_config import FORMAT, RunConfig
+from captioning.config.settings import DataConfig, FeatureConfig, ModelConfig, TrainConfig
+from captioning.runs.run_folder import (
+    best_checkpoint,
+    check_run_cnn,
+    fill_locations,
+    init_run_dir,
+    latest_checkpoint,
+    latest_run,
+    read_config,
+    restore_model,
+    write_config,
+)
+
+CONFIG = RunConfig(
+    model=ModelConfig(vocab_size=11, embedding_dim=3, units=5),
+    train=TrainConfig(),
+    data=DataConfig(),
+    features={
+        "cnn": "InceptionV3",
+        "weights": "imagenet",
+        "image_size": 299,
+        "dtype": "float16",
+        "images": "../images",
+        "folder": "features/coco",
+    },
+    unreadable_images=("bad.jpg",),
+    data_fingerprint="0123",
+    vocabulary_sha256="4567",
+)
+
+
+class SmallModel(tf.Module):
+    """Has a weight for each of a model's sizes."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.weights = [
+            tf.Variable(tf.ones((size, 2))) for size in (config.vocab_size, config.embedding_dim, config.units)
+        ]
+
+
+def save_checkpoint(folder, value=1.0):
+    """Saves the weights of a SmallModel, all of this value, and returns the prefix."""
+    model = SmallModel(CONFIG.model)
+    for variable in model.weights:
+        variable.assign(tf.fill(variable.shape, value))
+    return tf.train.CheckpointManager(tf.train.Checkpoint(model=model), str(folder), max_to_keep=1).save()
+
+
+def save_vocabulary(path):
+    write_json(path, ["a"])
+
+
+@pytest.fixture
+def run(tmp_path):
+    """A run folder with both checkpoints."""
+    run = tmp_path / "runs/small"
+    write_config(run, CONFIG)
+    for name, value in (("best", 2.0), ("last", 3.0)):
+        save_checkpoint(run / "checkpoints" / name, value)
+    return run
+
+
+# Checkpoints.
+
+
+def test_latest_run_has_the_newest_checkpoint(run):
+    folder = run.parent
+    older = folder / "older"
+    save_checkpoint(older / "checkpoints/last")
+    for path in older.rglob("checkpoint"):
+        os.utime(path, (1, 1))
+    assert latest_run(folder) == run
+    for path in run.rglob("checkpoint"):
+        os.utime(path, (0, 0))
+    assert latest_run(folder) == older
+
+
+def test_latest_run_without_any_is_an_error(tmp_path):
+    with pytest.raises(InputError, match="no run with a checkpoint"):
+        latest_run(tmp_path / "runs")
+
+
+def test_best_checkpoint_falls_back_to_last(run):
+    assert best_checkpoint(run) == latest_checkpoint(run / "checkpoints/best")
+    (run / "checkpoints/best/checkpoint").unlink()
+    assert best_checkpoint(run) == latest_checkpoint(run / "checkpoints/last")
+
+
+def test_best_checkpoint_refuses_other_folders(tmp_path, run):
+    with pytest.raises(InputError, match="not a run folder"):
+        best_checkpoint(tmp_path)
+    for path in (run / "checkpoints").rglob("checkpoint"):
+        path.unlink()
+    with pytest.raises(InputError, match="no checkpoint"):
+        best_checkpoint(run)
+
+
+def test_latest_checkpoint_of_a_folder_without_any(tmp_path):
+    assert latest_checkpoint(tmp_path / "none") is None
+
+
+@pytest.mark.parametrize("content", [b"\xff\xfe", b"", b"no name", b'model_checkpoint_path: "ckpt-99"'])
+def test_latest_checkpoint_refuses_damaged_state_file(run, content):
+    (run / "checkpoints/last/checkpoint").write_bytes(content)
+    with pytest.raises(InputError, match="damaged, or the checkpoint it names is gone"):
+        latest_checkpoint(run / "checkpoints/last")
+
+
+def test_restore_model_has_the_saved_weights(run):
+    model = restore_model(best_checkpoint(run), CONFIG.model, SmallModel)
+    assert all((variable.numpy() == 2).all() for variable in model.weights)
+
+
+def test_restore_model_refuses_other_sizes_before_it_builds(run):
+    def fail(config):
+        raise AssertionError("a model of this size must not be built")
+
+    config = dataclasses.replace(CONFIG.model, units=10**30)
+    with pytest.raises(InputError, match=r"damaged, or not the weights of this config\.json .*no weights of size"):
+        restore_model(best_checkpoint(run), config, fail)
+
+
+def test_restore_model_refuses_weights_that_are_not_in_the_checkpoint(run):
+    def build_larger(config):
+        model = SmallModel(config)
+        model.more = tf.Variable([1.0])
+        return model
+
+    with pytest.raises(InputError, match=r"damaged, or not the weights of this config\.json"):
+        restore_model(best_checkpoint(run), CONFIG.model, build_larger)
+
+
+def test_restore_model_refuses_damaged_checkpoint(run):
+    for path in (run / "checkpoints").rglob("*.data-*"):
+        path.write_bytes(path.read_bytes()[:100])
+    with pytest.raises(InputError, match="damaged"):
+        restore_model(best_checkpoint(run), CONFIG.model, SmallModel)
+
+
+# config.json.
+
+
+def test_read_config_returns_what_write_config_wrote(run):
+    assert read_config(run) == CONFIG
+    assert json.loads((run / "config.json").read_text())["format"] == FORMAT == 3
+
+
+def test_paths_are_found_from_any_folder_and_move_with_the_project(tmp_path, monkeypatch):
+    project = tmp_path / "project"
+    (project / "notebooks").mkdir(parents=True)
+    monkeypatch.chdir(project)
+    data = DataConfig(annotations="captions.csv", images="/mnt/photos", val_list="lists/val.txt", data_dir="data")
+    features = {**CONFIG.features, "weights": "weights.h5", "sha256": "89", "folder": "features/photos"}
+    config = dataclasses.replace(CONFIG, data=data, features=features)
+    run = project / "runs/photos"
+    write_config(run, config)
+    saved = json.loads((run / "config.json").read_text())
+    assert saved["data"]["annotations"] == "../../captions.csv" and saved["data"]["images"] == "/mnt/photos"
+    assert saved["data"]["val_list"] == "../../lists/val.txt" and saved["data"]["test_list"] is None
+    assert saved["features"]["weights"] == "../../weights.h5" and saved["features"]["folder"] == "../../features/photos"
+    assert saved["features"]["images"] == "../images", "which is relative to the features"
+    assert read_config(run) == config
+    monkeypatch.chdir("notebooks")
+    read = read_config(run)
+    assert (read.data.annotations, read.data.images, read.features["folder"]) == (
+        "../captions.csv",
+        "/mnt/photos",
+        "../features/photos",
+    )
+    write_config(run, read)
+    assert json.loads((run / "config.json").read_text()) == saved, "a resumed run keeps its paths"
+    monkeypatch.chdir(tmp_path)
+    project.rename(tmp_path / "moved")
+    assert read_config(tmp_path / "moved/runs/photos").data.annotations == "moved/captions.csv"
+
+
+def test_fill_locations_takes_those_of_the_run_that_is_resumed(run, tmp_path):
+    assert fill_locations(None, DataConfig(), FeatureConfig()) == (DataConfig(data_dir="data"), FeatureConfig())
+    assert fill_locations(tmp_path / "new", DataConfig(), FeatureConfig())[1] == FeatureConfig()
+    write_config(run, dataclasses.replace(CONFIG, data=DataConfig(data_dir="/mnt/data")))
+    data, features = fill_locations(run, DataConfig(), FeatureConfig())
+    assert (data.data_dir, features.features_dir) == ("/mnt/data", "features/coco")
+    given = DataConfig(data_dir="here"), FeatureConfig(features_dir="there")
+    assert fill_locations(run, *given) == given
+
+
+def edit_config(run, **changes):
+    path = run / "config.json"
+    values = json.loads(path.read_text()) | changes
+    path.write_text(json.dumps({key: value for key, value in values.items() if value != "deleted"}))
+
+
+@pytest.mark.parametrize(("value", "age"), [("deleted", "an earlier"), (2, "an earlier"), (4, "a later")])
+def test_read_config_refuses_other_formats(run, value, age):
+    edit_config(run, format=value)
+    with pytest.raises(InputError, match=rf"config\.json: .* made by {age} version .* train it again, or caption with"):
+        read_config(run)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"model": {}}, "vocab_size is missing"),
+        ({"model": {**CONFIG.model.to_json(), "heads": 8}}, "heads is not a setting"),
+        ({"model": {**CONFIG.model.to_json(), "units": 0}}, "units: expected a whole number of at least 1, found '0'"),
+        ({"train": "deleted"}, "train is missing"),
+        ({"data": {**DataConfig().to_json(), "split_seed": "0"}}, "split_seed: expected"),
+        ({"features": {**CONFIG.features, "dtype": "int8"}}, "dtype: expected float16 or float32"),
+        ({"features": {k: v for k, v in CONFIG.features.items() if k != "folder"}}, "folder is missing"),
+        ({"unreadable_images": [1]}, "unreadable_images: expected names of images"),
+        ({"data_fingerprint": None}, "data_fingerprint: expected str, found 'None'"),
+        ({"vocabulary_sha256": 5}, "vocabulary_sha256: expected str"),
+    ],
+)
+def test_read_config_refuses_wrong_values(run, changes, message):
+    edit_config(run, **changes)
+    with pytest.raises(InputError, match=rf"not the config\.json of a run \(.*{re.escape(message)}"):
+        read_config(run)
+
+
+@pytest.mark.parametrize("text", ["[]", "5", "null"])
+def test_read_config_refuses_other_json(run, text):
+    (run / "config.json").write_text(text)
+    with pytest.raises(InputError, match=r"not the config\.json of a run"):
+        read_config(run)
+
+
+def test_init_run_dir_writes_settings_and_vocabulary(tmp_path):
+    run = tmp_path / "new"
+    init_run_dir(run, CONFIG, save_vocabulary, "imagenet")
+    sha256 = file_sha256(run / "vocabulary.json")
+    assert read_config(run) == dataclasses.replace(CONFIG, vocabulary_sha256=sha256)
+    assert sorted(path.name for path in run.iterdir()) == ["config.json", "vocabulary.json"]
+
+
+def test_init_run_dir_refuses_other_settings(run):
+    before = (run / "config.json").read_bytes()
+    config = dataclasses.replace(CONFIG, train=TrainConfig(batch_size=6))
+    with pytest.raises(InputError, match=r"was trained with batch_size = 64, expected 6; give its settings to resume"):
+        init_run_dir(run, config, save_vocabulary, "imagenet")
+    assert (run / "config.json").read_bytes() == before
+    init_run_dir(run, dataclasses.replace(CONFIG, train=TrainConfig(epochs=99)), save_vocabulary, "imagenet")
+    assert read_config(run).train.epochs == 99, "more epochs may be asked for"
+
+
+def test_check_run_cnn_refuses_another_cnn_or_size(run):
+    check_run_cnn(run / "none", CNNS["vgg19"])
+    check_run_cnn(run, INCEPTION_V3)
+    with pytest.raises(InputError, match="was trained with cnn = InceptionV3, expected VGG19; give its settings to"):
+        check_run_cnn(run, CNNS["vgg19"])
+    with pytest.raises(InputError, match="was trained with image_size = 299, expected 400; give its settings to"):
+        check_run_cnn(run, INCEPTION_V3.at(400))
+
+
+def test_init_run_dir_restores_missing_or_damaged_vocabulary(run, capsys):
+    init_run_dir(run, CONFIG, save_vocabulary, "imagenet")
+    capsys.readouterr()
+    init_run_dir(run, CONFIG, save_vocabulary, "imagenet")
+    assert capsys.readouterr().err == ""
+    for damage in (lambda path: path.unlink(), lambda path: path.write_text("[")):
+        damage(run / "vocabulary.json")
+        init_run_dir(run, CONFIG, save_vocabulary, "imagenet")
+        assert "vocabulary.json is missing or damaged" in capsys.readouterr().err
+        assert read_json(run / "vocabulary.json") == ["a"]
+
+
+@pytest.mark.parametrize(
+    ("name", "copy"),
+    [("cnn.weights.h5", "cnn.weights.h5"), ("mine.weights.h5", "cnn.weights.h5"), ("mine.h5", "cnn.h5")],
+)
+def test_init_run_dir_keeps_the_first_copy_of_the_cnn_weights(tmp_path, name, copy):
+    weights_file = tmp_path / name
+    weights_file.write_text("weights")
+    run = tmp_path / "run"
+    init_run_dir(run, CONFIG, save_vocabulary, str(weights_file))
+    assert (run / copy).read_text() == "weights"
+    weights_file.write_text("other weights")
+    init_run_dir(run, CONFIG, save_vocabulary, str(weights_file))
+    assert [(path.name, path.read_text()) for path in run.glob("cnn*.h5")] == [(copy, "weights")]

@@ -1,0 +1,186 @@
+import sys
+
+import numpy as np
+import pytest
+
+from captioning.base.cli import InputError
+from captioning.base.quiet_tensorflow import tf
+from captioning.training.checkpoints import Checkpoints, TrainProgress
+from captioning.training.optimizer import WeightEMA, make_optimizer
+from captioning.training.validation import EpochScore
+
+
+class TrainedModel:
+    """A small model with everything that a checkpoint holds; each seed gives other values."""
+
+    def __init__(self, seed, units=200, more_layers=()):
+        tf.keras.utils.set_random_seed(seed)
+        layers = [tf.keras.layers.Dense(units), tf.keras.layers.Dropout(0.5), tf.keras.layers.Dense(100), *more_layers]
+        self.model = tf.keras.Sequential(layers)
+        self.model.build((None, 100))
+        self.variables = self.model.trainable_variables
+        self.optimizer = make_optimizer(1e-2, 5.0, mixed_precision=False)
+        self.optimizer.build(self.variables)
+        self.ema = WeightEMA(self.variables, 0.9)
+        self.progress = TrainProgress()
+
+    def train_step(self):
+        """Changes everything that a step of the training changes."""
+        output = tf.reduce_mean(self.model(tf.ones((1, 100)), training=True))  # moves the random state of dropout
+        self.optimizer.apply([tf.fill(variable.shape, output) for variable in self.variables], self.variables)
+        self.ema.update()
+        self.progress.step.assign_add(1)
+        self.progress.loss_sum.assign_add(float(output))
+        self.progress.best_score.assign([0.0, -1.0, -float(output)])
+
+    def checkpoints(self, run, is_writer=True):
+        return Checkpoints(run, self.model, self.optimizer, self.ema, self.progress, is_writer)
+
+    def values(self):
+        tensors = [*self.model.variables, *self.optimizer.variables, *self.ema.shadow, *self.progress.variables]
+        return [np.array(tensor) for tensor in tensors]
+
+
+@pytest.fixture
+def trained():
+    trained = TrainedModel(seed=0)
+    trained.train_step()
+    return trained
+
+
+def assert_same_values(actual, expected):
+    for value, expected_value in zip(actual, expected, strict=True):
+        np.testing.assert_array_equal(value, expected_value)
+
+
+def list_files(folder):
+    return sorted(path.name for path in folder.iterdir() if path.name != "checkpoint")
+
+
+def test_train_progress_counts_an_epoch():
+    progress = TrainProgress()
+    progress.epoch.assign(2)
+    progress.best_score.assign([7.5, -1, -2.5])
+    for variable, value in (
+        (progress.step, 3),
+        (progress.loss_sum, 6.0),
+        (progress.token_count, 4.0),
+        (progress.seconds, 5.0),
+    ):
+        variable.assign(value)
+    assert progress.mean_loss() == 1.5
+    progress.reset_epoch()
+    names = ("step", "loss_sum", "token_count", "seconds", "epoch", "best_score")
+    assert [progress.get(name) for name in names] == [0, 0, 0, 0, 2, [7.5, -1, -2.5]]
+
+
+def test_train_progress_begins_with_a_score_that_every_epoch_exceeds():
+    assert tuple(TrainProgress().get("best_score")) == EpochScore()
+
+
+def test_checkpoints_restore_everything_that_training_changes(tmp_path, trained):
+    assert not trained.checkpoints(tmp_path).restore(), "there is none yet"
+    trained.checkpoints(tmp_path).save()
+    saved = trained.values()
+    trained.train_step()
+    continued = trained.values()
+    resumed = TrainedModel(seed=1)
+    assert resumed.checkpoints(tmp_path).restore()
+    assert_same_values(resumed.values(), saved)
+    resumed.train_step()
+    assert_same_values(resumed.values(), continued)
+
+
+def test_checkpoints_keep_one_of_each(tmp_path, trained):
+    checkpoints = trained.checkpoints(tmp_path)
+    for _ in range(3):
+        checkpoints.save()
+        checkpoints.save_best()
+    for name in ("last", "best"):
+        assert list_files(tmp_path / "checkpoints" / name) == ["ckpt-3.data-00000-of-00001", "ckpt-3.index"]
+    again = trained.checkpoints(tmp_path)
+    again.save()
+    assert list_files(tmp_path / "checkpoints/last") == ["ckpt-4.data-00000-of-00001", "ckpt-4.index"]
+
+
+def test_checkpoints_are_not_saved_once_loss_or_weights_are_not_finite(tmp_path, trained):
+    checkpoints = trained.checkpoints(tmp_path)
+    checkpoints.save()
+    weights = trained.variables[1]
+    for variable, value, problem in (
+        (weights, tf.fill(weights.shape, np.inf), "bias is not finite"),
+        (trained.progress.loss_sum, np.nan, "the loss is nan"),
+    ):
+        variable.assign(value)
+        with pytest.raises(InputError, match=f"{problem} by step 1 of epoch 1; the last checkpoint is from before it"):
+            checkpoints.save()
+    assert checkpoints.last.latest_checkpoint.endswith("ckpt-1")
+
+
+def test_checkpoints_are_not_saved_once_float16_holds_no_gradient(tmp_path, trained):
+    trained.optimizer = make_optimizer(1e-2, 5.0, mixed_precision=True)
+    trained.optimizer.build(trained.variables)
+    trained.checkpoints(tmp_path).save()
+    trained.optimizer.dynamic_scale.assign(0.5)
+    with pytest.raises(InputError, match="the gradients are too large for float16 by step 1 of epoch 1"):
+        trained.checkpoints(tmp_path).save()
+
+
+def test_checkpoints_are_written_by_one_machine_only(tmp_path, trained):
+    checkpoints = trained.checkpoints(tmp_path, is_writer=False)
+    checkpoints.save()
+    checkpoints.save_best()
+    assert not list(tmp_path.rglob("*.index"))
+
+
+@pytest.mark.parametrize("damage", ["cut", "empty", "gone"])
+def test_checkpoints_refuse_damaged_files(tmp_path, trained, damage):
+    trained.checkpoints(tmp_path).save()
+    if damage == "gone":
+        next(tmp_path.rglob("*.index")).unlink()
+    else:
+        data = next(tmp_path.rglob("*.data-*"))
+        data.write_bytes(data.read_bytes()[: 1000 if damage == "cut" else 0])
+    with pytest.raises(InputError, match="damaged"):
+        trained.checkpoints(tmp_path).restore()
+
+
+@pytest.mark.parametrize(
+    "difference", [{"units": 201}, {"more_layers": [tf.keras.layers.Dense(3)]}], ids=["size", "layer"]
+)
+def test_checkpoints_refuse_another_model(tmp_path, difference):
+    TrainedModel(seed=0, **difference).checkpoints(tmp_path).save()
+    with pytest.raises(InputError, match=r"damaged, or of another model .* delete the run folder to start again"):
+        TrainedModel(seed=0).checkpoints(tmp_path).restore()
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="needs a limit on the size of files")
+def test_full_disk_keeps_previous_checkpoint(tmp_path, trained):
+    import resource
+
+    checkpoints = trained.checkpoints(tmp_path)
+    checkpoints.save()
+    checkpoints.save_best()
+    saved, kept_files = trained.values(), sorted(tmp_path.rglob("ckpt*"))
+    contents = [path.read_bytes() for path in kept_files]
+    trained.train_step()
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, limits[1]))  # no file can grow beyond, as on a full disk
+    try:
+        for save in (checkpoints.save, checkpoints.save_best):
+            with pytest.raises(
+                InputError, match=r"cannot save a checkpoint .* free some space and run the same command"
+            ):
+                save()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert [path.read_bytes() for path in kept_files] == contents
+    resumed = TrainedModel(seed=1)
+    restored = resumed.checkpoints(tmp_path)
+    assert restored.restore()
+    assert_same_values(resumed.values(), saved)
+    restored.save()
+    restored.save_best()
+    for name in ("last", "best"):
+        files = list_files(tmp_path / "checkpoints" / name)
+        assert len(files) == 2, f"what could not be written is left behind: {files}"

@@ -1,0 +1,228 @@
+import contextlib
+import threading
+
+import numpy as np
+import pytest
+
+from captioning.base.quiet_tensorflow import tf
+from captioning.data.annotations import Example
+from captioning.decoder.fused_decoder import order_words
+from captioning.training import input_pipeline
+from captioning.training.input_pipeline import (
+    EncodedCaptions,
+    copy_ahead,
+    describe_cut,
+    encode_captions,
+    make_dataset,
+    make_distributed_dataset,
+    make_epoch_batches,
+)
+
+COLOURS = ("red", "green", "blue")
+NOUNS = ("dog", "cat", "bird", "horse")
+
+
+def make_captions(num_captions):
+    """Captions of 5 to 49 tokens, five of each image."""
+    image_index = np.arange(num_captions, dtype=np.int32) // 5
+    lengths = np.random.default_rng(0).integers(5, 50, num_captions)
+    paths = np.array([f"{i}.npy" for i in range(image_index[-1] + 1)])
+    return EncodedCaptions(paths, image_index, np.zeros((num_captions, 50)), lengths, lengths)
+
+
+@pytest.fixture
+def captions(dataset, tokenizer, cache):
+    return encode_captions(dataset.split("train"), tokenizer.encode, cache.path)
+
+
+def count_images(captions, batches):
+    """Returns how many images are read in an epoch."""
+    return sum(len(set(captions.image_index[batch])) for batch in batches)
+
+
+def test_encode_captions_gives_each_its_image(dataset, tokenizer, cache, captions):
+    examples = dataset.split("train")
+    assert len(captions.feature_paths) == len(examples)
+    assert captions.tokens.shape == (2 * len(examples), captions.lengths.max())
+    texts = [caption for example in examples for caption in example.captions]
+    for tokens, length, image, text in zip(captions.tokens, captions.lengths, captions.image_index, texts, strict=True):
+        assert tokens[:length].tolist() == tokenizer.encode(text) and not tokens[length:].any()
+        assert text in examples[image].captions
+        assert captions.feature_paths[image] == str(cache.path(examples[image].image_path))
+
+
+def test_encode_captions_cuts_long_captions(dataset, tokenizer, cache):
+    full = encode_captions(dataset.split("train"), tokenizer.encode, cache.path)
+    captions = encode_captions(dataset.split("train"), tokenizer.encode, cache.path, max_length=4)
+    np.testing.assert_array_equal(captions.tokens, full.tokens[:, :4])
+    np.testing.assert_array_equal(captions.lengths, np.minimum(full.lengths, 4))
+    np.testing.assert_array_equal(captions.full_lengths, full.lengths)
+    assert [array.dtype for array in captions[1:]] == [np.int32] * 4
+    assert describe_cut(full) is None
+
+
+def test_describe_cut_says_what_cannot_be_learned():
+    def encode(max_length, *lengths):
+        examples = [Example("a.jpg", tuple("a" * length for length in lengths), 0)]
+        return encode_captions(examples, lambda text: [4] * len(text), str, max_length)
+
+    assert describe_cut(encode(5, 5, 3)) is None
+    assert describe_cut(encode(5, 5, 3, *[6] * 1203, 9)) == (
+        "1,204 of 1,206 captions have more than 5 tokens (--max-length) and are cut: a cut caption does not teach "
+        "<end>; the longest has 9 tokens"
+    )
+    assert describe_cut(encode(5, 5, 3, 7)).startswith(
+        "1 of 3 captions has more than 5 tokens (--max-length) and is cut:"
+    )
+    assert describe_cut(encode(3, 4, 7)) == (
+        "all 2 captions have more than 3 tokens (--max-length) and are cut: none teaches <end>, so that no caption of "
+        "the model will end; raise --max-length, the longest has 7 tokens"
+    )
+
+
+# The batches of an epoch.
+
+
+def test_make_epoch_batches_keeps_images_together():
+    captions = make_captions(1003)
+    batches = make_epoch_batches(captions, 16, seed=0, epoch=0)
+    assert sorted(np.concatenate(batches)) == list(range(1003)), "every caption once"
+    assert [len(batch) for batch in batches] == [16] * 62 + [11]
+    assert count_images(captions, batches) <= 201 + 62, "only a batch's first and last image may be cut"
+    mean_longest = np.mean([captions.lengths[batch].max() for batch in batches])
+    shuffled = captions.lengths[np.random.default_rng(1).permutation(1003)]
+    assert mean_longest < np.mean([shuffled[i : i + 16].max() for i in range(0, 1003, 16)]) - 1
+
+
+def test_make_epoch_batches_can_shuffle_captions_one_by_one():
+    captions = make_captions(1003)
+    batches = make_epoch_batches(captions, 16, seed=0, epoch=0, group_by_image=False)
+    assert sorted(np.concatenate(batches)) == list(range(1003))
+    num_padded = sum(len(batch) * captions.lengths[batch].max() for batch in batches)
+    assert num_padded < 1.15 * captions.lengths.sum(), "captions of similar length share a batch"
+    assert count_images(captions, batches) > 700, "captions of an image are spread over batches"
+
+
+def test_make_epoch_batches_depends_on_seed_and_epoch_only():
+    def order(seed, epoch):
+        return np.concatenate(make_epoch_batches(make_captions(200), 16, seed, epoch)).tolist()
+
+    assert order(0, 0) == order(0, 0)
+    assert order(0, 0) != order(0, 1) != order(1, 1)
+
+
+def test_make_epoch_batches_merges_a_last_batch_that_is_too_small():
+    assert [len(batch) for batch in make_epoch_batches(make_captions(3), 16, 0, 0)] == [3]
+    merged = make_epoch_batches(make_captions(33), 16, 0, 0, min_last_batch=2)
+    assert [len(batch) for batch in merged] == [16, 17], "one caption cannot be shared by two devices"
+    assert sorted(np.concatenate(merged)) == list(range(33))
+
+
+# The dataset.
+
+
+def test_make_dataset_pairs_captions_with_their_features(captions, dataset, tokenizer, cache):
+    texts = []
+    for batch in make_dataset(captions, make_epoch_batches(captions, 5, 0, 0), cache.read):
+        assert batch.features.shape[1:] == (64, 2048) and batch.features.dtype == tf.float16
+        assert len(batch.features) == len(set(batch.image_index.numpy())), "each image is read once"
+        assert batch.tokens.shape[1] == max(np.count_nonzero(batch.tokens, axis=1)), "padded to the longest, no more"
+        for actual, expected in zip(batch.order, order_words(batch.tokens.numpy()), strict=True):
+            np.testing.assert_array_equal(actual, expected)
+        for features, tokens in zip(batch.features.numpy()[batch.image_index], batch.tokens.numpy(), strict=True):
+            colour = COLOURS[int(features[10, :300:100].argmax())]
+            noun = NOUNS[int(features[20, 1000:1400:100].argmax())]
+            text = tokenizer.decode(tokens)
+            assert f"{colour} {noun}" in text, "a caption was paired with another image's features"
+            texts.append(text)
+    assert sorted(texts) == sorted(caption for example in dataset.split("train") for caption in example.captions)
+
+
+def test_make_dataset_with_static_shapes_has_few_shapes(captions, cache):
+    batches = make_epoch_batches(captions, 5, 0, 0)
+    shapes = set()
+    for plain, padded in zip(
+        make_dataset(captions, batches, cache.read),
+        make_dataset(captions, batches, cache.read, static_shapes=True),
+        strict=True,
+    ):
+        num_captions, length = plain.tokens.shape
+        np.testing.assert_array_equal(padded.tokens[:num_captions, :length], plain.tokens)
+        np.testing.assert_array_equal(padded.image_index[:num_captions], plain.image_index)
+        np.testing.assert_array_equal(padded.features[: len(plain.features)], plain.features)
+        assert np.count_nonzero(padded.tokens) == np.count_nonzero(plain.tokens)
+        assert (padded.tokens.shape[1] - 1) % 8 == 0 and len(padded.features) % 8 == 0
+        assert padded.order is None, "its shapes would be others in each batch"
+        shapes.add(tuple(tuple(part.shape) for part in padded[:3]))
+    assert len(batches[-1]) < 5 and len(shapes) == 1
+
+
+class FakeDevice:
+    """Stands for tf.device; says that the copy of batch number 1 has begun."""
+
+    def __init__(self):
+        self.names, self.threads, self.second_copy = [], set(), threading.Event()
+
+    def __call__(self, name):
+        self.names.append(name)
+        self.threads.add(threading.current_thread())
+        if len(self.names) == 2:
+            self.second_copy.set()
+        return contextlib.nullcontext()
+
+
+def test_copy_ahead_puts_the_next_features_on_the_gpu_in_a_thread(captions, cache, monkeypatch):
+    dataset = make_dataset(captions, make_epoch_batches(captions, 5, 0, 0), cache.read)
+    expected, device = list(dataset), FakeDevice()
+    monkeypatch.setattr(input_pipeline, "has_gpu", lambda: True)
+    monkeypatch.setattr(tf, "device", device)
+    batches = copy_ahead(dataset, tf.distribute.get_strategy())
+    first = next(batches)
+    assert device.second_copy.wait(10), "the next batch is copied while this one is used"
+    for actual, batch in zip([first, *batches], expected, strict=True):
+        for tensor, other in zip(tf.nest.flatten(actual), tf.nest.flatten(batch), strict=True):
+            np.testing.assert_array_equal(tensor, other)
+    assert device.names == ["GPU:0"] * len(expected)
+    assert threading.main_thread() not in device.threads, "a copy waits for what the GPU does"
+
+
+def test_copy_ahead_copies_only_where_one_gpu_trains(captions, cache, monkeypatch):
+    dataset, device = make_dataset(captions, make_epoch_batches(captions, 5, 0, 0), cache.read), FakeDevice()
+    monkeypatch.setattr(tf, "device", device)
+    for has_gpu, strategy in ((False, tf.distribute.get_strategy()), (True, "mirrored")):
+        monkeypatch.setattr(input_pipeline, "has_gpu", lambda has_gpu=has_gpu: has_gpu)
+        assert len(list(copy_ahead(dataset, strategy))) == len(dataset)
+    assert not device.names
+
+
+def test_copy_ahead_passes_an_error_on(monkeypatch):
+    def batches():
+        raise OSError("unreadable")
+        yield
+
+    monkeypatch.setattr(input_pipeline, "has_gpu", lambda: True)
+    with pytest.raises(OSError, match="unreadable"):
+        next(copy_ahead(batches(), tf.distribute.get_strategy()))
+
+
+def test_make_dataset_does_not_wait_for_the_autotuner(captions, cache):
+    options = make_dataset(captions, make_epoch_batches(captions, 5, 0, 0), cache.read).options()
+    assert options.autotune.enabled is False
+
+
+def test_make_distributed_dataset_gives_every_device_its_part(captions, cache):
+    class TwoReplicas:
+        """Stands for a strategy with two devices, of which one belongs to this process."""
+
+        def distribute_datasets_from_function(self, make_input, options):
+            assert not options.experimental_fetch_to_device, "integers stay in the memory of the machine"
+            contexts = [tf.distribute.InputContext(2, number, num_replicas_in_sync=2) for number in (0, 1)]
+            return [make_input(context) for context in contexts]
+
+    batches = make_epoch_batches(captions, 5, 0, 0)
+    workers = make_distributed_dataset(TwoReplicas(), captions, batches, cache.read)
+    for first, second, rows in zip(*workers, batches, strict=True):
+        assert len(first.tokens) + len(second.tokens) == len(rows)
+        for part, part_rows in ((first, rows[: len(first.tokens)]), (second, rows[len(first.tokens) :])):
+            length = part.tokens.shape[1]
+            np.testing.assert_array_equal(part.tokens, captions.tokens[part_rows, :length])

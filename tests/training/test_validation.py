@@ -1,0 +1,125 @@
+import itertools
+
+import numpy as np
+import pytest
+
+from captioning.base.quiet_tensorflow import tf
+from captioning.scores import metrics, ptb_tokenizer
+from captioning.training import validation
+from captioning.training.input_pipeline import encode_captions
+from captioning.training.validation import EpochScore, Validator
+
+
+@pytest.fixture
+def make_validator(dataset, tokenizer, cache, small_model):
+    """Returns a function that makes a validator of the small dataset, which generates these captions."""
+    examples = dataset.split("val")[:2]
+
+    def make(texts, batch_size=3, num_images=2):
+        return Validator(
+            small_model,
+            encode_captions(examples, tokenizer.encode, cache.path),
+            [list(examples[number % 2].captions) for number in range(num_images)],
+            cache.read,
+            lambda: texts,
+            ptb_tokenizer.tokenize,
+            batch_size,
+        )
+
+    return make
+
+
+def test_validator_loss_is_the_mean_over_words(make_validator, dataset, tokenizer, cache, small_model):
+    """Word by word with the decoder's step."""
+    losses = []
+    for example in dataset.split("val")[:2]:
+        images = small_model.encode(cache.read(tf.constant([str(cache.path(example.image_path))])))
+        for caption in example.captions:
+            state = small_model.initial_state(images)
+            for token, target in itertools.pairwise(tokenizer.encode(caption)):
+                logits, state, _ = small_model.step(tf.constant([token]), images, state)
+                losses.append(-tf.nn.log_softmax(logits)[0, target])
+    for small_model.decoder.fused, batch_size in ((False, 3), (True, 100)):
+        assert make_validator([], batch_size).loss() == pytest.approx(np.mean(losses), rel=1e-5)
+
+
+def test_validator_evaluate_scores_captions(make_validator, dataset):
+    references = [example.captions[1] for example in dataset.split("val")[:2]]
+    row, score, sample = make_validator(references).evaluate()
+    assert list(row) == ["val_loss", "bleu4", "cider", "distinct_ratio"]
+    assert row["bleu4"] == pytest.approx(100, abs=0.1), "every caption is one of its references"
+    assert row["cider"] > 100
+    assert row["distinct_ratio"] == pytest.approx(100 * len(set(references)) / len(references), abs=0.05)
+    assert sample == references[0]
+    assert score == (0, 0, -row["val_loss"]), "two images are too few for CIDEr to decide"
+    wrong = make_validator(["in the picture"] * len(references)).evaluate().row
+    assert wrong["cider"] < row["cider"] and wrong["val_loss"] == row["val_loss"]
+
+
+def test_validator_without_pycocoevalcap_leaves_out_scores(make_validator, monkeypatch, capsys):
+    monkeypatch.setattr(metrics, "has_pycocoevalcap", lambda: False)
+    monkeypatch.setattr(metrics, "score", None)
+    row, score, sample = make_validator(["a red dog", " "]).evaluate()
+    assert (row["bleu4"], row["cider"], sample) == (None, None, "a red dog")
+    assert row["val_loss"] > 0 and row["distinct_ratio"] == 100
+    assert score == (0, -1, -row["val_loss"])
+
+
+def test_validator_lets_cider_decide_of_enough_images(make_validator, dataset, monkeypatch):
+    monkeypatch.setattr(validation, "MIN_CIDER_IMAGES", 2)
+    row, score, _ = make_validator([dataset.split("val")[0].captions[1], ""]).evaluate()
+    assert score == (row["cider"], -1, -row["val_loss"]) and row["cider"] > 0
+
+
+LEFT_OUT = "BLEU-4 and CIDEr are left out: they need `pip install pycocoevalcap`\n"
+
+
+@pytest.mark.parametrize(
+    ("num_images", "installed", "message"),
+    [
+        (20, True, ""),
+        (
+            20,
+            False,
+            "BLEU-4 and CIDEr are left out, and the best epoch is chosen by the validation loss: they need `pip "
+            "install pycocoevalcap`\n",
+        ),
+        (
+            1,
+            True,
+            "1 validation image is too few for CIDEr to choose the best epoch (expected at least 20): the validation "
+            "loss chooses it\n",
+        ),
+        (
+            19,
+            False,
+            "19 validation images are too few for CIDEr to choose the best epoch (expected at least 20): the "
+            "validation loss chooses it\n" + LEFT_OUT,
+        ),
+    ],
+)
+def test_validator_says_what_decides(make_validator, monkeypatch, capsys, num_images, installed, message):
+    monkeypatch.setattr(metrics, "has_pycocoevalcap", lambda: installed)
+    validator = make_validator([], num_images=num_images)
+    assert capsys.readouterr().err == message
+    assert validator.cider_decides == (message == "")
+
+
+# Which of two epochs is better.
+
+
+def test_epoch_score_compares_cider_then_empty_captions_then_the_loss():
+    from_worst_to_best = [
+        EpochScore(),
+        EpochScore(0, -3, -1.0),
+        EpochScore(0, 0, -2.5),
+        EpochScore(0, 0, -2.0),
+        EpochScore(12.25, -1, -9.0),
+        EpochScore(12.5, -3, -9.5),
+    ]
+    assert sorted(reversed(from_worst_to_best)) == from_worst_to_best
+
+
+def test_epoch_score_says_what_decided():
+    assert str(EpochScore(12.3, 0, -3.0)) == "CIDEr 12.3" and EpochScore(12.3, 0, -3.0).column == "cider"
+    assert str(EpochScore(0, 0, -3.21)) == "validation loss 3.21" and EpochScore(0, 0, -3.21).column == "val_loss"
