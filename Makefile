@@ -38,8 +38,7 @@ bench:  ## print the benchmark commands (each takes minutes and needs an otherwi
 	@echo "$(BIN)/python -m benchmarks.serving      # images per second of beyond.serve, and how long a client waits"
 	@echo "$(BIN)/python -m benchmarks.features     # images per second when caching features"
 	@echo "$(BIN)/python -m benchmarks.memory       # start time and memory of training on all of COCO"
-	@echo "$(BIN)/python -m benchmarks.gpu_plan     # kernels and waits of a step on a GPU, counted without one"
-	@echo "$(BIN)/python benchmarks/gpu.py          # on a machine with a GPU: whether all works there, and how fast"
+	@echo "$(BIN)/python -m benchmarks.gpu          # on a machine with a GPU: whether all works there, and how fast"
 
 lock:  ## resolve requirements.lock again, for CI; needs uv (`pip install uv`)
 	uv pip compile --quiet --upgrade --universal --python-version 3.11 --no-annotate --no-header \
