@@ -100,7 +100,7 @@ def _make_card(name: str, config: RunConfig, scores: list[str], num_weights: int
         data=_list_changed(data),
         num_unreadable=len(config.unreadable_images),
         fingerprint=config.data_fingerprint,
-        cell="an LSTM" if config.model.cell == "lstm" else "a GRU",
+        cell="an LSTM" if config.model.decoder == "paper-lstm" else "a GRU",
         attention=config.model.attention,
         vocab_size=config.model.vocab_size,
         num_weights=num_weights,

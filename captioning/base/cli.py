@@ -69,7 +69,7 @@ def advise(text: str) -> str:
 
 
 def command_name() -> str:
-    """Returns what help and messages call the command: `train.py`, or `beyond.serve` for `python -m beyond.serve`."""
+    """Returns what help and messages call the command: a script's file name, or the module of `python -m`."""
     spec = getattr(sys.modules["__main__"], "__spec__", None)  # None for a script
     return spec.name.removesuffix(".__main__") if spec else Path(sys.argv[0]).name
 

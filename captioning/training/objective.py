@@ -1,4 +1,4 @@
-"""What a training minimises. train.py is given one; guests in beyond/ bring others, as subclasses."""
+"""What a training minimises: cross-entropy, unless train.py is given another objective, which is a subclass of it."""
 
 from typing import Any, NamedTuple
 
