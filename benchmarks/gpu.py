@@ -1,4 +1,4 @@
-"""Checks on a machine with a GPU that it computes what the CPU does, and measures how fast it is: about five minutes.
+"""Checks on a machine with a GPU that it computes what the CPU does, and measures how fast it is.
 
     python -m benchmarks.gpu                              # everything
     python -m benchmarks.gpu --only numbers training      # some of it

@@ -1,4 +1,4 @@
-"""What only a machine with a GPU can test, in two minutes: `python -m pytest --gpu tests/gpu`; skipped without --gpu.
+"""What only a machine with a GPU can test: `python -m pytest --gpu tests/gpu`; skipped without --gpu.
 
 The numbers are those of benchmarks/gpu.py, which also measures.
 """
