@@ -114,7 +114,7 @@
     }
     setStatus("Captioning …", true);
     try {
-      const response = await fetch(`/caption?${parameters()}`, {
+      const response = await fetch(`caption?${parameters()}`, {
         method: "POST",
         body: current.blob,
         headers: { "Content-Type": current.blob.type || "application/octet-stream" },
@@ -161,7 +161,7 @@
   }
 
   async function readServer() {
-    const { run, max_bytes, defaults } = await (await fetch("/health")).json();
+    const { run, max_bytes, defaults } = await (await fetch("health")).json();
     find("run").textContent = `run: ${run}`;
     maxBytes = max_bytes;
     settings.captions.value = defaults.captions;
