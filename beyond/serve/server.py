@@ -16,6 +16,7 @@ import errno
 import io
 import json
 import logging
+import math
 import re
 import socket
 import threading
@@ -61,6 +62,7 @@ SAFE_HEADERS = {  # of every answer: a page that loads only what this server has
     "Cross-Origin-Resource-Policy": "same-origin",
     "Referrer-Policy": "no-referrer",
 }
+HOST = re.compile(r"(?P<name>[a-z0-9.-]+|\[[0-9a-f:.]+\])(:\d+)?")  # of the header, in lower case
 IMAGE_PART = "image"  # the part of a form that holds the image
 RETRY_SECONDS = 1  # after which a client that came too early is asked to come again
 SPARE_THREADS = 4  # for the page, and to refuse requests while all images that may be in work are
@@ -98,13 +100,16 @@ class ImageRequest(Request):
         return content, pairs
 
 
-def declared_pixels(content: bytes) -> int | None:
-    """Returns the number of pixels that the header of an image declares; None if it cannot be read."""
+def declared_pixels(content: bytes) -> float:
+    """Returns the number of pixels that the header of an image declares, infinity if it cannot be read.
+
+    Pixels of 16 bits and more count twice: they take as much memory as two.
+    """
     try:
         with Image.open(io.BytesIO(content)) as image:  # reads the header only
             return image.width * image.height * (2 if image.mode.startswith(("I", "F")) else 1)
     except Exception:  # Pillow raises many types for damaged files
-        return None
+        return math.inf
 
 
 def json_response(value: Mapping[str, Any], status: int = 200) -> Response:
@@ -126,7 +131,7 @@ class CaptionApp:
         self.batcher = Batcher(service)
         self._files = {path: (file.read_bytes(), content_type) for path, (file, content_type) in FILES.items()}
         self._lock = threading.Lock()  # of the two below
-        self._num_images = self._num_pixels = 0  # in work
+        self._num_images, self._num_pixels = 0, 0.0  # in work
 
     def __call__(self, environ: Any, start_response: Any) -> Iterable[bytes]:
         """Answers a request, and logs a line about it."""
@@ -161,9 +166,10 @@ class CaptionApp:
         hint = "; if a proxy shows this page there, start the server with --trusted-hosts and that name"
         trusted = self.config.trusted_names
         host = request.headers.get("Host", "").lower()
-        is_known = is_loopback(re.sub(r":\d+$", "", host)) or (trusted and host_is_trusted(host, trusted))
-        takes_any = not trusted and not is_loopback(self.config.host)
-        if not host_is_trusted(host) or not (is_known or takes_any):
+        match = HOST.fullmatch(host)
+        is_known = match and (is_loopback(match["name"]) or (trusted and host_is_trusted(host, trusted)))
+        takes_any = match and not trusted and not is_loopback(self.config.host)
+        if not (is_known or takes_any):
             raise Forbidden(f"expected a request to localhost or 127.0.0.1, found one to {host[:60]!r}{hint}")
         if (origin := request.headers.get("Origin")) is not None:
             source = origin.lower().partition("://")[2]
@@ -206,9 +212,7 @@ class CaptionApp:
     def _admit(self, content: bytes) -> Iterator[None]:
         """Counts an image as in work during the block; raises ServiceUnavailable if others leave it no room."""
         limit = self.config.max_pixels
-        num_pixels = declared_pixels(content)
-        if num_pixels is None or num_pixels > limit:  # what `load_image` refuses, or the size is seen too late
-            num_pixels = limit
+        num_pixels = min(declared_pixels(content), limit)  # what has no size is most likely refused by `load_image`
         with self._lock:
             if self._num_images >= self.config.max_requests or self._num_pixels + num_pixels > limit:
                 text = "too many or too large images at the same time; try again in a moment"

@@ -69,7 +69,7 @@ class ServerConfig(Settings):
 
     @property
     def max_pixels(self) -> int:
-        """The pixels that all images in work may have; one of 16 bits and more takes the memory of two."""
+        """The pixels that all images in work may declare together: about 2 GB by default."""
         return 2 * self.max_megapixels * 1_000_000
 
 

@@ -71,7 +71,7 @@ def post(client, body, query="", content_type="image/png", **headers):
 
 @contextlib.contextmanager
 def run_server(service, **settings):
-    """Runs a server in a thread, at a free port of 127.0.0.1 if nothing else is said; gives its app, URL and address."""
+    """Runs a server in a thread, at a free port of 127.0.0.1 unless the settings say another address."""
     config = ServerConfig(**({"port": 0} | settings))
     with listen(config) as listener:
         app = CaptionApp(service, config)
@@ -79,7 +79,8 @@ def run_server(service, **settings):
         thread = threading.Thread(target=run, args=[app, server], daemon=True)
         thread.start()
         try:
-            yield types.SimpleNamespace(app=app, url=page_url(listener), address=listener.getsockname()[:2])
+            address = listener.getsockname()[:2]
+            yield types.SimpleNamespace(app=app, server=server, url=page_url(listener), address=address)
         finally:
             stop(server)
             thread.join(20)

@@ -76,12 +76,6 @@ def test_captions_of_a_batch_are_those_of_single_images_and_of_inference(service
     assert_same(together, as_json(captioner.caption(Image.fromarray(pixels)) for pixels in PIXELS))
 
 
-@pytest.mark.slow
-def test_service_knows_the_run_and_its_defaults(service):
-    assert (service.run, service.defaults) == ("small", DecodeConfig(max_words=3))
-    assert service.load_image(draw_png()).shape == (299, 299, 3)
-
-
 def test_service_fills_in_the_longest_caption_of_the_run(small_run, monkeypatch):
     monkeypatch.setattr(Captioner, "caption_pixels", lambda self, pixels: [])
     assert serve.make_service(Captioner.load(small_run)).defaults.max_words == 50
@@ -93,6 +87,7 @@ def test_service_answers_requests(service):
     status, value = post(client, draw_png("blue"), "?beam_size=2&captions=2&max_words=3")
     assert (status, len(value["words"]), len(value["alternatives"])) == (200, 3, 1)
     assert client.get("/health").json["run"] == "small"
+    assert service.load_image(draw_png()).shape == (299, 299, 3)
 
 
 @pytest.mark.slow
@@ -127,16 +122,6 @@ def test_parse_reads_all_options():
     assert ServerConfig.from_args(args) == ServerConfig("::1", 0, "a.com", 5, 2, 9, 2)
     assert args.run == "runs/a"
     assert DecodeConfig.from_args(args) == DecodeConfig(beam_size=5)
-
-
-@pytest.mark.parametrize(
-    "option", ["--port=65536", "--port=-1", "--max-mb=0", "--max-requests=0", "--timeout=0", "--max-megapixels=0"]
-)
-def test_parse_refuses_other_values(option, capsys):
-    with pytest.raises(SystemExit) as end:
-        serve.parse([option])
-    assert end.value.code == 2
-    assert f"{option.split('=')[0]}: expected a " in capsys.readouterr().err
 
 
 def test_main_serves_until_it_is_stopped(small_run, monkeypatch, capsys):

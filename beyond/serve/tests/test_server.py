@@ -2,6 +2,7 @@
 
 import io
 import json
+import math
 import socket
 import threading
 import time
@@ -271,7 +272,7 @@ def test_images_in_work_have_a_limited_number_of_pixels(captioner, start_posts):
 def test_declared_pixels():
     assert declared_pixels(draw_png(size=(20, 10))) == 200
     assert declared_pixels(image_of("I;16", (20, 10))) == declared_pixels(image_of("F", (20, 10))) == 400
-    assert declared_pixels(b"text") is None
+    assert declared_pixels(b"text") == math.inf
 
 
 def test_image_that_waits_too_long_is_told_to_come_again(captioner, start_posts):
