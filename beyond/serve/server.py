@@ -1,7 +1,7 @@
 """A small web server that captions images: a page for people, and POST /caption for programs.
 
-    app = CaptionApp(Service("coco", DecodeConfig(), load_image, caption_batch), ServerConfig(port=8000))
-    run(app, listen(app.config))
+    app = CaptionApp(Service("coco", DecodeConfig(), load_image, caption_batch), config)
+    run(app, make_server(app, listen(config)))
 
 Werkzeug parses the requests. waitress runs the application: it gives a request one of its threads only once the whole
 body has arrived, so that slow clients keep no others waiting.

@@ -18,11 +18,10 @@ def test_trusted_hosts_are_names():
     assert ServerConfig(trusted_hosts="Hub.example.com, .b.org").trusted_names == ("hub.example.com", ".b.org")
 
 
-@pytest.mark.parametrize("text", ["", "a.com,", "https://a.com", "a.com:80", "*", "a..com"])
+@pytest.mark.parametrize("text", ["a.com,", "https://a.com", "a.com:80", "*", "a..com"])
 def test_trusted_hosts_refuse_other_text(text):
-    if text:
-        with pytest.raises(InputError, match=r"--trusted-hosts: expected names such as hub\.example\.com, found "):
-            ServerConfig(trusted_hosts=text)
+    with pytest.raises(InputError, match=r"--trusted-hosts: expected names such as hub\.example\.com, found "):
+        ServerConfig(trusted_hosts=text)
 
 
 def test_parse_decoding_begins_with_the_defaults():
