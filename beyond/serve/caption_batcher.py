@@ -90,11 +90,10 @@ class Batcher:
     def _caption_waiting(self) -> None:
         """Captions the image that has waited longest, and with it others that wait for the same search."""
         with self._lock:
-            self._waiting = [job for job in self._waiting if not job.caption.cancelled()]
             same = [job for job in self._waiting if job.config == self._waiting[0].config][: self.max_batch]
             self._waiting = [job for job in self._waiting if job not in same]
         jobs = [job for job in same if job.caption.set_running_or_notify_cancel()]
-        if not jobs:  # they went along with an image before them
+        if not jobs:  # they went along with an image before them, or were given up
             return
         try:
             captions = self.service.caption_batch([job.pixels for job in jobs], jobs[0].config)

@@ -94,7 +94,9 @@ class ImageRequest(Request):
                 pairs += self.form.items(multi=True)
         except RequestEntityTooLarge:
             limit = (self.max_content_length or 0) // 1_000_000
-            raise RequestEntityTooLarge(f"expected at most {limit} MB, and in a form short values") from None
+            raise RequestEntityTooLarge(
+                f"expected at most {limit} MB; a form holds one image and short values"
+            ) from None
         if not content:
             raise InputError("expected an image, found an empty one")
         return content, pairs

@@ -3,6 +3,7 @@
 import contextlib
 import io
 import threading
+import time
 import types
 
 import numpy as np
@@ -67,6 +68,14 @@ def post(client, body, query="", content_type="image/png", **headers):
     content_type = "multipart/form-data" if isinstance(body, dict) else content_type
     reply = client.post(f"/caption{query}", data=body, content_type=content_type, headers=headers)
     return reply.status_code, reply.json
+
+
+def wait_until(condition):
+    """Waits until a function returns true; fails after 20 s."""
+    deadline = time.monotonic() + 20
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.001)
 
 
 @contextlib.contextmanager

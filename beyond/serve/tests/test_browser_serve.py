@@ -8,7 +8,7 @@ import time
 import numpy as np
 import pytest
 from helpers.browser import launch_browser, open_page
-from helpers.web import FakeCaptioner, draw_png, load_image, run_server
+from helpers.web import FakeCaptioner, draw_png, load_image, run_server, wait_until
 from PIL import Image
 from werkzeug.exceptions import NotFound
 from werkzeug.middleware.dispatcher import DispatcherMiddleware
@@ -51,6 +51,7 @@ def server(captioner):
 @pytest.fixture
 def page(browser, server):
     with open_page(browser, server.url) as page:
+        page.wait_for_function("document.querySelector('#run').innerText === 'run: small'")
         yield page
 
 
@@ -75,15 +76,12 @@ def wait_for_error(page, text):
 
 def wait_for_batches(captioner, count):
     """Waits until so many images were captioned; returns the settings of the last."""
-    deadline = time.monotonic() + 10
-    while len(captioner.batches) < count and time.monotonic() < deadline:
-        time.sleep(0.01)
+    wait_until(lambda: len(captioner.batches) >= count)
     assert len(captioner.batches) == count
     return captioner.batches[-1][1]
 
 
 def test_file_that_is_chosen_is_captioned(page, captioner):
-    page.wait_for_function("document.querySelector('#run').innerText === 'run: small'")
     assert page.locator("#photo").is_hidden(), "only a phone has a camera behind a file input"
     page.set_input_files("#file", RED)
     wait_for_caption(page, "a red image")

@@ -1,9 +1,8 @@
 import threading
-import time
 
 import numpy as np
 import pytest
-from helpers.web import FakeCaptioner
+from helpers.web import FakeCaptioner, wait_until
 
 from beyond.serve import caption_batcher
 from beyond.serve.caption_batcher import Batcher
@@ -31,8 +30,7 @@ def caption_in_threads(batcher, captioner, jobs):
     threads = [threading.Thread(target=caption, args=[i, *job]) for i, job in enumerate(jobs)]
     for number, thread in enumerate(threads, 1):
         thread.start()
-        while len(batcher._waiting) < number:
-            time.sleep(0.001)
+        wait_until(lambda number=number: len(batcher._waiting) == number)
     captioner.may_end.set()
     for thread in [first, *threads]:
         thread.join(20)

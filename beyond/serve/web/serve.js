@@ -73,6 +73,7 @@
     image = { blob, url: URL.createObjectURL(blob), note: "" };
     const opened = image;
     const element = await decode(opened.url);
+    await serverRead; // the defaults come from there
     if (opened !== image) return; // another image was chosen meanwhile
     opened.canShow = Boolean(element);
     if (blob.size > maxBytes && element) {
@@ -243,5 +244,5 @@
     seed += 1;
     requestCaption();
   });
-  readServer().then(updateSettings, () => showError("The server does not answer. Is it still running?"));
+  const serverRead = readServer().then(updateSettings, () => showError("The server does not answer. Is it still running?"));
 })();
