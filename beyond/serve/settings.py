@@ -36,9 +36,7 @@ class ServerConfig(Settings):
         metavar="HOST,...",
     )
     max_mb: int = option(20, "largest request, in millions of bytes", bounds="[1, 1000]")
-    max_requests: int = option(
-        8, "maximum number of concurrent requests; others get 503", bounds="[1, 1000]"
-    )
+    max_requests: int = option(8, "maximum number of concurrent requests; others get 503", bounds="[1, 1000]")
     max_megapixels: int = option(
         50,  # phones take photos of 12 to 50
         "largest image, in millions of pixels; all images in work together may have twice as many, about 20 bytes each",
