@@ -229,7 +229,7 @@ def time_processes(folder: Path, rounds: int) -> dict[str, float]:
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
     """Parses the command line."""
-    parser = make_parser(__doc__, prog="python -m benchmarks.captioning")
+    parser = make_parser(__doc__)
     text = "measure one of the three (default: all)"
     parser.add_argument("--only", choices=("search", "folder", "process"), help=text)
     counts = {

@@ -215,7 +215,7 @@ def measure_cnns(num_images: int, rounds: int) -> dict[str, dict[str, float]]:
 
 def main(argv: list[str] | None = None) -> None:
     """Measures all, or one part, and prints the rates and ratios."""
-    parser = make_parser(__doc__, prog="python -m benchmarks.features")
+    parser = make_parser(__doc__)
     add_counts(parser, {"images": (192, "measure with so many images"), "rounds": (3, "measure each variant so often")})
     parser.add_argument(
         "--batch-sizes",

@@ -276,7 +276,7 @@ def describe_machine() -> dict[str, Any]:
 
 def main(argv: list[str] | None = None) -> None:
     """Runs the parts; exits with 1 if a check has failed."""
-    parser = make_parser(__doc__, prog="python -m benchmarks.gpu")
+    parser = make_parser(__doc__)
     parser.add_argument("--only", nargs="+", choices=PARTS, metavar="PART", help=f"run some of {', '.join(PARTS)}")
     parser.add_argument("--small", action="store_true", help="take tiny sizes, of which no figure means anything")
     args = parser.parse_args(argv)

@@ -129,7 +129,7 @@ def measure_reading(folder: Path) -> float:
 
 def main(argv: list[str] | None = None) -> None:
     """Makes the data, runs the training, and prints what it took."""
-    parser = make_parser(__doc__, "[option ...] [-- option of train.py ...]", prog="python -m benchmarks.memory")
+    parser = make_parser(__doc__, "[option ...] [-- option of train.py ...]")
     counts = {"images": (82_783, "make so many images"), "captions": (414_000, "make so many captions")}
     add_counts(parser, counts | {"steps": (50, "take so many training steps")})
     parser.add_argument("train_args", nargs="*", metavar="option", help="further options of train.py, after --")

@@ -151,7 +151,7 @@ def to_markdown(lines: list[dict[str, Any]]) -> str:
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
     """Parses the command line."""
-    parser = make_parser(__doc__, usage="[option ...] -- [option of train.py ...]", prog="python -m benchmarks.scores")
+    parser = make_parser(__doc__, usage="[option ...] -- [option of train.py ...]")
     every = ",".join(ROWS)
     parser.add_argument("--rows", type=names, default=list(ROWS), metavar="NAMES", help=f"of {every} (default: all)")
     parser.add_argument("--seeds", type=numbers, default=[0], metavar="N,N", help="seeds of the trainings (default: 0)")

@@ -166,7 +166,7 @@ def read_images(folder: Path) -> list[bytes]:
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
     """Parses the command line."""
-    parser = make_parser(__doc__, prog="python -m benchmarks.serving")
+    parser = make_parser(__doc__)
     count = int_at_least(1)
     text = f"folder of the images, of which the first {NUM_PHOTOS} are sent in turn (default: drawn)"
     parser.add_argument("--images", type=Path, metavar="DIR", help=text)

@@ -283,7 +283,7 @@ def parse_variants(text: str) -> tuple[str, ...]:
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
     """Parses the command line."""
-    parser = make_parser(__doc__, prog="python -m benchmarks.training")
+    parser = make_parser(__doc__)
     parser.add_argument("--annotations", metavar="FILE", help="train on these captions (default: random words)")
     text = "compare these (default: %(default)s)"
     parser.add_argument("--variants", type=parse_variants, metavar="NAMES", default="tutorial,fused", help=text)

@@ -49,7 +49,7 @@ def make_service(captioner: Captioner) -> Service:
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
     """Parses the command line."""
-    parser = make_parser(__doc__, prog="python -m beyond.serve")
+    parser = make_parser(__doc__)
     group = parser.add_argument_group("server")
     add_options(group, ServerConfig)
     add_quiet_option(group)

@@ -69,9 +69,11 @@ def advise(text: str) -> str:
 
 
 def command_name() -> str:
-    """Returns what help and messages call the command: a script's file name, or the module of `python -m`."""
-    spec = getattr(sys.modules["__main__"], "__spec__", None)  # None for a script
-    return spec.name.removesuffix(".__main__") if spec else Path(sys.argv[0]).name
+    """Returns what help and messages call the command: a script's file name, or a package run by `python -m`."""
+    path = Path(sys.argv[0])
+    if path.name != "__main__.py":
+        return path.name
+    return f"{path.parent.parent.name}.{path.parent.name}"
 
 
 def make_parser(description: str | None, usage: str = "[option ...]", **kwargs: Any) -> argparse.ArgumentParser:

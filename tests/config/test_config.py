@@ -180,10 +180,11 @@ def test_add_options_refuses_impossible_values(settings, arguments, message, cap
 
 def test_add_options_shows_help_and_defaults(monkeypatch):
     monkeypatch.setenv("COLUMNS", "100")
-    parser = make_parser("Does something.")
+    page = ""
     for settings in CLASSES:
+        parser = make_parser("Does something.")
         add_options(parser, settings)
-    page = " ".join(parser.format_help().split())
+        page += " ".join(parser.format_help().split())
     assert "--ema-decay X decay of the exponential moving average" in page
     assert "--units N size of the GRU's state and of the attention (default: 512)" in page
     assert "--num-captions N|all captions to use" in page
