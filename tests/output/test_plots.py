@@ -1,12 +1,16 @@
 import random
 import textwrap
+import warnings
 
 import numpy as np
 import pytest
 from matplotlib.figure import Figure
+from matplotlib.font_manager import fontManager
 from PIL import Image
 
+from captioning.output import plots
 from captioning.output.plots import (
+    NotebookFigure,
     best_grid,
     count_cells,
     display_size,
@@ -66,7 +70,6 @@ def test_plot_attention_titles_each_word_with_its_probability():
     assert texts_of(figure) == ["a $5", "a", "90 %", "$5", "< 1 %"]
     assert len(figure.axes) == 3, "the image itself comes first"
     assert texts_of(plot_attention(image, ("a", "$5"), attention)) == ["a $5", "a", "$5"]
-    assert texts_of(plot_attention(image, ("a",), attention[:1], gates=(0.5,))) == ["a", "a", "gate 0.50"]
     assert texts_of(plot_attention(image, (), attention[:0])) == ["(no words)"]
     assert texts_of(plot_attention(image, ("狗", "猫"), attention, text="狗猫")) == ["狗猫", "狗", "猫"]
     assert texts_of(plot_attention(image, ("\u0301", "a"), attention)) == ["\u0301 a", "\u0301", "a"]
@@ -86,6 +89,24 @@ def test_plots_are_written_in_three_formats(tmp_path, image_format, start):
     plot_caption_grid([(image, "a dog " * 30)] * 7, tmp_path / f"grid.{image_format}")
     for name in ("attention", "grid"):
         assert (tmp_path / f"{name}.{image_format}").read_bytes().startswith(start)
+
+
+@pytest.mark.parametrize("image_format", ["png", "svg", "pdf"])
+def test_a_missing_font_is_logged_once(tmp_path, image_format, monkeypatch, capsys):
+    monkeypatch.setattr(plots, "font_families", lambda: ["DejaVu Sans"])
+    monkeypatch.setattr(NotebookFigure, "has_logged_missing_glyph", False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        warnings.filterwarnings("ignore", "Matplotlib currently does not support")  # letters that join, before 3.11
+        for text in ("一只狗 ท\u0e34", "🐶 שלום سلام नमस्ते"):
+            plot_caption_grid([(Image.new("RGB", (60, 40)), text)], tmp_path / f"grid.{image_format}")
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("plots: no installed font has '一', which is drawn as a box; install Noto Sans CJK, ")
+
+
+def test_font_families_are_the_installed_ones_in_order(monkeypatch):
+    monkeypatch.setattr(fontManager, "get_font_names", lambda: ["Arial", "Malgun Gothic", "Noto Emoji", "DejaVu Sans"])
+    assert plots.font_families.__wrapped__() == ["DejaVu Sans", "Noto Emoji", "Malgun Gothic"]
 
 
 def test_plot_caption_grid_has_every_image_with_its_caption():
@@ -182,6 +203,17 @@ def test_plot_history_marks_the_epoch_that_the_loss_chose_beside_scores():
     assert losses.get_title() == "best: epoch 2, with a validation loss of 2.50"
     assert losses.lines[2].get_xydata().tolist() == [[2, 2.5]]
     assert len(scores.lines) == 1 and scores.get_ylim()[1] > 20
+
+
+def test_plot_history_plots_other_columns_of_the_training_beside_cider():
+    rows = history_rows((1, 0, 3, 5, 20), (2, 0, 2.5, 9, 31.4))
+    rows = [{"train_reward": 40.0 + number, "train_seconds": 900.0, **row} for number, row in enumerate(rows)]
+    for row in rows:
+        del row["train_loss"]
+    losses, scores = plot_history(rows, 2, "cider").axes
+    assert [line.get_label() for line in losses.lines[:1]] == ["validation loss"]
+    assert [line.get_label() for line in scores.lines[:2]] == ["CIDEr", "training reward"]
+    assert scores.lines[1].get_xydata().tolist() == [[1, 40], [2, 41]] and 41 < scores.get_ylim()[1] < 50
 
 
 def test_plot_history_names_a_best_epoch_whose_row_is_gone():
