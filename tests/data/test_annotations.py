@@ -31,7 +31,7 @@ def test_split_column_is_used_if_it_has_splits_only(read, capsys):
     assert [e.split for e in read("a.jpg,,x", "b.jpg,test,y", header=header)] == ["", "test"]
     capsys.readouterr()
     assert [e.split for e in read("a.jpg,1,x", "b.jpg,2,y", header=header)] == ["", ""]
-    assert "captions.csv: the column split is not used: '1' is no split" in capsys.readouterr().err
+    assert "captions.csv: column split ignored: '1' is not a split name" in capsys.readouterr().err
     assert [e.split for e in read("a.jpg,val,x", "a.jpg,train,y", header=header)] == ["val"]
     assert "1 images have rows of two splits, and are in the first one, such as 'a.jpg'" in capsys.readouterr().err
 

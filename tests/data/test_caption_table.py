@@ -3,10 +3,11 @@
 import pytest
 
 from captioning.base.cli import InputError
-from captioning.data.caption_rows import ReadOptions, find_field
 from captioning.data.caption_table import (
+    ReadOptions,
     find_dialect,
-    has_headerless_rows,
+    find_field,
+    is_headerless,
     parse_separator,
     read_headerless,
     read_table,
@@ -139,8 +140,8 @@ def test_find_field_prefers_the_first_usual_name():
         ("a1\thttp://example.com/a.jpg", False),
     ],
 )
-def test_has_headerless_rows(line, expected):
-    assert has_headerless_rows(line + "\n", AS_FOUND) == expected
+def test_is_headerless(line, expected):
+    assert is_headerless(line + "\n", AS_FOUND) == expected
 
 
 def test_read_headerless_marks_lines_without_a_separator():
