@@ -125,8 +125,8 @@ def encode(image, image_format, **settings):
     return file.getvalue()
 
 
-def png_chunk(name, content, crc=None):
-    return len(content).to_bytes(4) + name + content + (crc or zlib.crc32(name + content).to_bytes(4))
+def png_chunk(name, content):
+    return len(content).to_bytes(4) + name + content + zlib.crc32(name + content).to_bytes(4)
 
 
 @pytest.mark.filterwarnings("ignore:.*data:UserWarning")  # pytest undoes the project's own filter
@@ -143,29 +143,11 @@ def test_read_image_ignores_odd_exif(tmp_path, image_format, exif):
     assert read_image(tmp_path / "odd").tobytes() == read_image(tmp_path / "plain").tobytes()
 
 
-@pytest.mark.parametrize(
-    "chunk",
-    [
-        png_chunk(b"zTXt", b"Comment\x00\x00" + zlib.compress(bytes(3_000_000))),  # more than Pillow allows
-        png_chunk(b"tEXt", b"Comment\x00text", crc=b"oops"),
-        png_chunk(b"eXIf", b"MM", crc=b"oops"),
-        png_chunk(b"iCCP", b""),
-        png_chunk(b"pHYs", b"1"),
-    ],
-    ids=["zTXt", "tEXt", "eXIf", "iCCP", "pHYs"],
-)
-def test_read_image_ignores_damaged_chunks_of_a_png(tmp_path, chunk):
+def test_read_image_reads_png_with_a_long_text(tmp_path):
     plain = encode(ramp(), "PNG")
-    for position in (33, len(plain) - 12):  # before and after the pixels
-        (tmp_path / "a.png").write_bytes(plain[:position] + chunk + plain[position:])
-        assert read_image(tmp_path / "a.png").tobytes() == ramp().tobytes()
-
-
-def test_read_image_refuses_png_whose_pixels_are_cut_off_too(tmp_path):
-    plain = encode(Image.effect_noise((40, 30), 50), "PNG")
-    (tmp_path / "a.png").write_bytes((plain[:33] + png_chunk(b"pHYs", b"1") + plain[33:])[:600])
-    with pytest.raises(InputError, match=r"a\.png: not an image that can be read"):
-        read_image(tmp_path / "a.png")
+    chunk = png_chunk(b"zTXt", b"Comment\x00\x00" + zlib.compress(bytes(3_000_000)))  # more than Pillow's limit
+    (tmp_path / "a.png").write_bytes(plain[:33] + chunk + plain[33:])
+    assert read_image(tmp_path / "a.png").tobytes() == ramp().tobytes()
 
 
 def test_read_image_prints_no_warnings(tmp_path):
@@ -201,9 +183,13 @@ def test_read_image_uses_the_rows_of_a_truncated_jpeg(tmp_path, noise, mode, cap
     pixels = np.asarray(read_image(path))
     num_rows = len(pixels)
     assert 200 < num_rows < 400
-    np.testing.assert_array_equal(pixels[:-8], whole[: num_rows - 8])  # the last rows lack the colours of the next
+    # Of the last blocks one may be decoded only in part, and the row before them lacks the colours of the next.
+    np.testing.assert_array_equal(pixels[:-24], whole[: num_rows - 24])
     read_image(path)
-    assert capsys.readouterr().err == f"{path}: truncated, its first {num_rows} of 400 rows are used\n", "said once"
+    assert capsys.readouterr().err == f"{path}: truncated, its first {num_rows} of 400 rows are used\n", "logged once"
+    path.write_bytes(content[: int(0.4 * len(content))])
+    with pytest.raises(InputError, match=r"x\.jpg: .*\(truncated: 1\d\d of its 400 rows are there\)"):
+        read_image(path)
 
 
 def test_read_image_turns_truncated_images_upright(tmp_path, noise):
@@ -213,21 +199,15 @@ def test_read_image_turns_truncated_images_upright(tmp_path, noise):
     assert height == 48 and 200 < width < 400
 
 
-def test_read_image_refuses_too_few_rows(tmp_path, noise):
-    content = encode(noise, "JPEG")
-    (tmp_path / "x.jpg").write_bytes(content[: int(0.4 * len(content))])
-    with pytest.raises(InputError, match=r"x\.jpg: .*\(truncated: \d+ of its 400 rows are there\)"):
-        read_image(tmp_path / "x.jpg")
-
-
 def test_read_image_uses_truncated_progressive_jpegs_after_their_first_scan(tmp_path, capsys):
     content, path = encode(ramp(size=(400, 300)), "JPEG", progressive=True), tmp_path / "x.jpg"
-    second_scan = content.index(b"\xff\xda", content.index(b"\xff\xda") + 2)
+    first_scan = content.index(b"\xff\xda")
+    second_scan = content.index(b"\xff\xda", first_scan + 2)
     path.write_bytes(content[: second_scan + 10])
     np.testing.assert_allclose(read_image(path), np.asarray(ramp(size=(400, 300))), atol=25)
     assert capsys.readouterr().err == f"{path}: truncated, it is used without its finest details\n"
-    path.write_bytes(content[:second_scan])
-    with pytest.raises(InputError, match=r"x\.jpg: .*\(truncated: its first scan is not complete\)"):
+    path.write_bytes(content[: (3 * first_scan + second_scan) // 4])
+    with pytest.raises(InputError, match=r"x\.jpg: .*\(truncated: \d+ of its 300 rows are there\)"):
         read_image(path)
 
 
@@ -289,7 +269,6 @@ def test_read_image_reads_heic(tmp_path):
 @pytest.mark.parametrize("brand", [b"heic", b"heix", b"hevc", b"mif1", b"msf1"])
 def test_read_image_says_what_heic_needs(tmp_path, monkeypatch, brand):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    monkeypatch.setattr(images, "_register_heic", images._register_heic.__wrapped__)
     (tmp_path / "a.heic").write_bytes(b"\x00\x00\x00\x18ftyp" + brand + bytes(100))
     with pytest.raises(InputError, match=r"a\.heic: .*\(HEIC, which needs `pip install pillow-heif`\)"):
         read_image(tmp_path / "a.heic")
