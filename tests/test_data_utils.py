@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 import data_utils
-from captioning.base.cli import InputError, Verbosity
+from captioning.base.cli import InputError, Verbosity, make_parser
 from captioning.config.settings import DataConfig
 from captioning.data.annotations import Example
 from data_utils import CaptionDataset, assign_splits, load_dataset, subsample
@@ -87,7 +87,7 @@ def test_assign_splits_by_lists_finds_names_as_people_write_them(tmp_path, capsy
     split = assign_splits(examples, DataConfig(), {"train": tmp_path / "train", "val": tmp_path / "val"})
     assert [(e.image_path, e.split) for e in split] == [("a.jpg", "train"), ("sub/B.jpg", "train"), ("c.jpg", "val")]
     said = capsys.readouterr().err
-    assert "the first: 'd.jpg'" in said and "split: 2 images are in none of the lists and are left out" in said
+    assert "the first: 'd.jpg'" in said and "split: 2 images in none of the lists, left out" in said
 
 
 def test_assign_splits_keeps_the_split_of_the_annotations():
@@ -207,3 +207,14 @@ def test_main_prints_the_splits_and_an_example(user_config, capsys, monkeypatch)
         [split, size, "images", size, "captions"] for split, size in (("train", "8"), ("val", "1"), ("test", "1"))
     ]
     assert re.fullmatch(re.escape(config.images) + r"/\d\.jpg:", lines[3]) and lines[4:] == ["  a dog"]
+
+
+def test_options_for_the_format_are_listed_by_data_utils_only():
+    parsers = [make_parser("") for _ in range(2)]
+    data_utils.add_data_options(parsers[0], full=True)
+    data_utils.add_data_options(parsers[1], words="characters")
+    assert "--caption-column NAME" in parsers[0].format_help()
+    assert "--caption-column" not in parsers[1].format_help()
+    assert "data_utils.py --help lists the options for the format of your captions" in parsers[1].format_help()
+    args = parsers[1].parse_args(["--caption-column", "says"])
+    assert (args.caption_column, args.words, args.separator) == ("says", "characters", None)

@@ -146,6 +146,7 @@ def add_options(
     defaults: Mapping[str, Any] | None = None,
     only: tuple[str, ...] | None = None,
     skip: tuple[str, ...] = (),
+    listed: bool = True,
 ) -> None:
     """Adds an option for every field of a settings class.
 
@@ -155,6 +156,7 @@ def add_options(
         defaults: values that take the place of the fields' own defaults.
         only: the names of the fields to add; None for all.
         skip: the names of fields to leave out.
+        listed: whether `--help` lists them.
     """
     for field in dataclasses.fields(settings):  # type: ignore[arg-type]
         if (only is not None and field.name not in only) or field.name in skip:
@@ -163,6 +165,8 @@ def add_options(
         text, kind = field.metadata["help"], value_type(field)
         if default is not None and kind is not bool:
             text += " (default: %(default)s)"
+        if not listed:
+            text = argparse.SUPPRESS
         keywords: dict[str, Any] = {"dest": field.name, "default": default, "help": text}
         if kind is bool:
             keywords["action"] = argparse.BooleanOptionalAction if default else "store_true"

@@ -341,7 +341,7 @@ def test_a_file_of_one_split_alone_is_split_at_random(user_files, tmp_path, caps
     (tmp_path / "train.csv").write_text(json.dumps({"data": rows}))
     assert sizes(load_dataset(user_files("annotations", "images"))) == [2, 1, 1]
     said = capsys.readouterr().err
-    assert "split: not that of the annotations, whose images are all of the train split" in said
+    assert "split: annotations contain only the train split; splitting at random" in said
     assert "split: at random, with 0.1 for validation and 0.1 for testing" in said
 
 
