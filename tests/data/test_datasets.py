@@ -92,6 +92,8 @@ def coco(http_server, tmp_path, monkeypatch):
 
 
 def test_load_dataset_of_coco_downloads_only_the_images_of_the_subset(coco, tmp_path):
+    assert len(load_dataset(coco.config, with_images=False).examples) == 5
+    assert coco.requests == ["/annotations.zip"]
     dataset = load_dataset(coco.config)
     assert len(dataset.examples) == 5
     assert all((dataset.image_dir / e.image_path).stat().st_size for e in dataset.examples)
@@ -99,11 +101,6 @@ def test_load_dataset_of_coco_downloads_only_the_images_of_the_subset(coco, tmp_
     assert not (tmp_path / "data/coco/annotations_trainval2014.zip").exists(), "the archive's space is freed"
     assert load_dataset(coco.config) == dataset
     assert len(coco.requests) == 6, "a second run downloads nothing"
-
-
-def test_load_dataset_of_coco_without_images_downloads_only_the_captions(coco):
-    assert len(load_dataset(coco.config, with_images=False).examples) == 5
-    assert coco.requests == ["/annotations.zip"]
 
 
 @pytest.mark.usefixtures("all_options")
@@ -118,15 +115,6 @@ def test_load_dataset_of_coco_logs_sizes_and_checks_the_disk(coco, monkeypatch, 
     printed = capsys.readouterr().err
     assert "downloading annotations_trainval2014.zip, 1 MB, into" in printed
     assert "0 of 5 images are in" in printed and "downloading 5 one by one (about 2.5 GB)" in printed
-
-
-def test_load_dataset_of_coco_uses_and_keeps_an_archive_of_the_user(coco, tmp_path):
-    archive = tmp_path / "data/coco/annotations_trainval2014.zip"
-    archive.parent.mkdir(parents=True)
-    (coco.folder / "annotations.zip").rename(archive)
-    load_dataset(dataclasses.replace(coco.config, num_captions=5))
-    assert "/annotations.zip" not in coco.requests
-    assert archive.exists()
 
 
 def test_load_dataset_of_all_of_coco_downloads_the_archive(coco, monkeypatch):
@@ -258,7 +246,7 @@ def user_files(tmp_path):
         (tmp_path / f"{split}.csv").write_text(f"image,caption\n{rows}")
 
     def settings(*names, **others):
-        paths = {name: str(tmp_path / path) for name, path in others.items()}
+        paths = {name: path and str(tmp_path / path) for name, path in others.items()}
         for name in names:
             split = name.partition("_")[0] if "_" in name else "train"
             path = f"data/{split}_images" if name.endswith("images") else f"{split}.csv"
@@ -349,6 +337,7 @@ def test_a_file_of_one_split_alone_is_split_at_random(user_files, tmp_path, caps
     ("settings", "message"),
     [
         ({"images": "data"}, "--images needs --annotations"),
+        ({"dataset": None}, "expected --dataset or --annotations"),
         ({"val_annotations": "val.csv"}, "--val-annotations needs --annotations"),
         ({"annotations": "train.csv", "val_images": "data"}, "--val-images needs --val-annotations"),
         ({"annotations": "none.csv"}, r"none\.csv: no such annotation file"),
