@@ -121,8 +121,11 @@ def _lock_part(part: Path) -> Iterator[BufferedRandom]:
             if not try_lock(file):
                 log(f"{part.stem}: another process is downloading it, waiting")
                 try_lock(file, wait=True)
-            # While this process waited, the other one may have renamed or removed the file that is now locked.
-            if part.exists() and os.path.samestat(os.fstat(file.fileno()), os.stat(part)):
+            try:
+                is_current = os.path.samestat(os.fstat(file.fileno()), os.stat(part))
+            except FileNotFoundError:
+                is_current = False
+            if is_current:  # otherwise another process has renamed or removed it meanwhile
                 yield file
                 return
 
