@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, TypeVar
 
 import numpy as np
-from PIL import Image, PngImagePlugin
+from PIL import Image
 
 from captioning.base.cli import InputError, advise, log
 
@@ -43,8 +43,8 @@ HEIC_BRANDS = (b"heic", b"heix", b"hevc", b"heim", b"heis", b"heif", b"mif1", b"
 HEIC_SUFFIXES = (".heic", ".heif")
 # What Pillow has a name for, but opens only with other programs, or is no image.
 NO_IMAGES = {".pdf", ".mpg", ".mpeg", ".h5", ".hdf", ".grib", ".bufr", ".wmf", ".emf"}
-# Pillow refuses a PNG with a compressed text of more than 1 MB, which some programs write, and which is not used here.
-PngImagePlugin.MAX_TEXT_CHUNK = 64 * 1024 * 1024
+PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
+PNG_PIXELS = (b"IHDR", b"PLTE", b"tRNS", b"IDAT", b"IEND")  # the chunks of a PNG that are no metadata
 
 
 # Reading.
@@ -54,7 +54,7 @@ def read_image(source: ImageSource, min_jpeg_side: int | None = None) -> Image.I
     """Reads an image of any format that Pillow knows as upright RGB, see `to_rgb`.
 
     A JPEG that is cut off is used without the rows that it lacks, if they are less than half, and that is logged.
-    A damaged EXIF block is ignored.
+    Damaged metadata are ignored.
 
     Args:
         source: a path; the content of a file, as bytes or as a file that is open in binary mode; pixels, (height,
@@ -133,16 +133,36 @@ def set_max_megapixels(limit: int) -> None:
 
 def _read(file: BinaryIO, name: str, min_jpeg_side: int | None) -> Image.Image:
     """Reads an image from an open file, see `read_image`; raises what Pillow raises."""
-    with _open(file, name) as image:
-        try:
-            if min_jpeg_side:
-                image.draft(None, (min_jpeg_side, min_jpeg_side))  # after the check of its megapixels
-            image.load()  # which turns a TIFF upright
-            return to_rgb(image)
-        except OSError:
-            if image.format not in ("JPEG", "MPO"):
-                raise
-            return to_rgb(_read_truncated(file, name))
+    try:
+        with _open(file, name) as image:
+            try:
+                if min_jpeg_side:
+                    image.draft(None, (min_jpeg_side, min_jpeg_side))  # after the check of its megapixels
+                image.load()  # which turns a TIFF upright
+                return to_rgb(image)
+            except OSError:
+                if image.format not in ("JPEG", "MPO"):
+                    raise
+                return to_rgb(_read_truncated(file, name))
+    except (InputError, Image.DecompressionBombError):
+        raise
+    except Exception:
+        file.seek(0)
+        content = file.read()
+        if not content.startswith(PNG_SIGNATURE):
+            raise
+        return to_rgb(Image.open(io.BytesIO(_strip_png(content))))
+
+
+def _strip_png(content: bytes) -> bytes:
+    """Returns a PNG without its metadata, over which Pillow may stumble if they are damaged."""
+    chunks, start = [PNG_SIGNATURE], len(PNG_SIGNATURE)
+    while start < len(content):
+        end = start + 12 + int.from_bytes(content[start : start + 4])  # length, name and CRC have 4 bytes each
+        if content[start + 4 : start + 8] in PNG_PIXELS:
+            chunks.append(content[start:end])
+        start = end
+    return b"".join(chunks)
 
 
 def _open(file: BinaryIO, name: str) -> Image.Image:

@@ -108,8 +108,8 @@ def encode(image, image_format, **settings):
     return file.getvalue()
 
 
-def png_chunk(name, content):
-    return len(content).to_bytes(4) + name + content + zlib.crc32(name + content).to_bytes(4)
+def png_chunk(name, content, crc=None):
+    return len(content).to_bytes(4) + name + content + (crc or zlib.crc32(name + content).to_bytes(4))
 
 
 @pytest.mark.filterwarnings("ignore:.*data:UserWarning")  # pytest undoes the project's own filter
@@ -126,11 +126,20 @@ def test_read_image_ignores_odd_exif(tmp_path, image_format, exif):
     assert read_image(tmp_path / "odd").tobytes() == read_image(tmp_path / "plain").tobytes()
 
 
-def test_read_image_reads_png_with_a_long_text(tmp_path):
+@pytest.mark.parametrize(
+    ("name", "text", "crc"),
+    [
+        (b"zTXt", b"Comment\x00\x00" + zlib.compress(bytes(3_000_000)), None),  # more than Pillow allows
+        (b"tEXt", b"Comment\x00text", b"oops"),
+        (b"eXIf", b"MM", b"oops"),
+        (b"pHYs", b"1", None),
+    ],
+)
+def test_read_image_ignores_damaged_chunks_of_a_png(tmp_path, name, text, crc):
     plain = encode(ramp(), "PNG")
-    chunk = png_chunk(b"zTXt", b"Comment\x00\x00" + zlib.compress(bytes(3_000_000)))  # more than Pillow's limit
-    (tmp_path / "a.png").write_bytes(plain[:33] + chunk + plain[33:])
-    assert read_image(tmp_path / "a.png").tobytes() == ramp().tobytes()
+    for position in (33, len(plain) - 12):  # before and after the pixels
+        (tmp_path / "a.png").write_bytes(plain[:position] + png_chunk(name, text, crc) + plain[position:])
+        assert read_image(tmp_path / "a.png").tobytes() == ramp().tobytes()
 
 
 def test_read_image_prints_no_warnings(tmp_path):
