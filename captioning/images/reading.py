@@ -138,7 +138,6 @@ def _read(file: BinaryIO, name: str, min_jpeg_side: int | None) -> Image.Image:
             try:
                 if min_jpeg_side:
                     image.draft(None, (min_jpeg_side, min_jpeg_side))  # after the check of its megapixels
-                image.load()  # which turns a TIFF upright
                 return to_rgb(image)
             except OSError:
                 if image.format not in ("JPEG", "MPO"):
@@ -149,9 +148,9 @@ def _read(file: BinaryIO, name: str, min_jpeg_side: int | None) -> Image.Image:
     except Exception:
         file.seek(0)
         content = file.read()
-        if not content.startswith(PNG_SIGNATURE):
+        if not content.startswith(PNG_SIGNATURE) or len(stripped := _strip_png(content)) == len(content):
             raise
-        return to_rgb(Image.open(io.BytesIO(_strip_png(content))))
+        return to_rgb(Image.open(io.BytesIO(stripped)))
 
 
 def _strip_png(content: bytes) -> bytes:
@@ -219,6 +218,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
     Images of 16 bits and more, and of floats, are scaled so that their smallest and largest values become black and
     white. Transparent pixels become white.
     """
+    image.load()  # before the EXIF is read: errors there are ignored, and Pillow turns a TIFF upright while it loads
     image = _turn_upright(image)
     if image.mode.startswith(("I", "F")):  # 16 bits and more: Pillow would clip them to white
         image = Image.fromarray(_scale_to_bytes(np.asarray(image, np.float64)))

@@ -203,6 +203,15 @@ def test_read_image_uses_truncated_progressive_jpegs_after_their_first_scan(tmp_
         read_image(path)
 
 
+def test_read_image_refuses_damaged_pixels_of_a_png(tmp_path, noise):
+    content = bytearray(encode(noise, "PNG"))
+    content[len(content) // 2] ^= 1
+    (tmp_path / "x.png").write_bytes(content)
+    for source in (tmp_path / "x.png", Image.open(tmp_path / "x.png")):
+        with pytest.raises(InputError, match="not an image that can be read"):
+            read_image(source)
+
+
 def test_read_image_refuses_other_truncated_formats(tmp_path, noise):
     for image_format in ("PNG", "GIF", "BMP", "TIFF"):
         content = encode(noise, image_format)
