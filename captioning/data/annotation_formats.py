@@ -3,12 +3,11 @@
 `content` is parsed JSON (a dict or a list), JSON Lines (`JsonLines`), text (a str), or a folder (`Folder`).
 """
 
-import contextlib
 import functools
 import json
 import re
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
@@ -98,15 +97,6 @@ def _parse_json_line(line: str) -> Any:
         return line
 
 
-@contextlib.contextmanager
-def _json_errors(path: Path | str, form: str) -> Iterator[None]:
-    """Turns the errors of JSON with missing or wrong fields into an InputError that names the expected form."""
-    try:
-        yield
-    except (KeyError, TypeError, IndexError, AttributeError) as error:
-        raise InputError(f"{path}: expected {form}; a field is missing or wrong: {error!r}") from None
-
-
 # COCO.
 
 
@@ -123,21 +113,19 @@ def read_coco(path: Path | str, content: Any, options: ReadOptions) -> Parsed:
     already split into words, which are Japanese.
     """
     parsed = Parsed([])
-    form = "COCO's captions JSON (images with id and file_name, annotations with image_id and caption)"
-    with _json_errors(path, form):
-        images = [image for image in content["images"] if isinstance(image, dict) and "id" in image]
-        names = {str(image["id"]): (image.get("file_name"), image["id"]) for image in images}
-        for annotation in content["annotations"]:
-            image_id, problem = annotation.get("image_id"), ""
-            name, image_id = names.get(str(image_id), (f"image_id {image_id}", image_id))
-            caption = annotation.get("tokenized_caption") or annotation.get("caption")
-            if str(image_id) not in names:
-                problem = "an annotation of an image that is not listed"
-            elif annotation.get("is_rejected") or annotation.get("is_precanned"):
-                problem = "a sentence that is rejected or ready-made, as VizWiz marks them"
-            parsed.rows.append(CaptionRow(name, caption, image_id, problem=problem))
-        if any("tokenized_caption" in annotation for annotation in content["annotations"]):
-            parsed.details = "captions from tokenized_caption"
+    images = [image for image in content["images"] if isinstance(image, dict) and "id" in image]
+    names = {str(image["id"]): (image.get("file_name"), image["id"]) for image in images}
+    for annotation in content["annotations"]:
+        image_id, problem = annotation.get("image_id"), ""
+        name, image_id = names.get(str(image_id), (f"image_id {image_id}", image_id))
+        caption = annotation.get("tokenized_caption") or annotation.get("caption")
+        if str(image_id) not in names:
+            problem = "an annotation of an image that is not listed"
+        elif annotation.get("is_rejected") or annotation.get("is_precanned"):
+            problem = "a sentence that is rejected or ready-made, as VizWiz marks them"
+        parsed.rows.append(CaptionRow(name, caption, image_id, problem=problem))
+    if any("tokenized_caption" in annotation for annotation in content["annotations"]):
+        parsed.details = "captions from tokenized_caption"
     return parsed
 
 
@@ -161,15 +149,13 @@ def read_karpathy(path: Path | str, content: Any, options: ReadOptions) -> Parse
     The datasets of aerial images (RSICD, UCM, Sydney) have this form too.
     """
     parsed = Parsed([], "with its split")
-    with _json_errors(path, "Karpathy's JSON (images with filename, split and sentences)"):
-        for image in content["images"]:
-            image_path = str(PurePosixPath(image.get("filepath", "")) / image["filename"])
-            # None is refused later; an empty split would pass for an undecided one.
-            split = parse_split(image.get("split")) or None
-            problem = "" if split else f"a split that is not train, restval, val or test, {image.get('split')!r}"
-            for sentence in image["sentences"] or [{"raw": ""}]:
-                row = CaptionRow(image_path, sentence.get("raw"), image.get("cocoid"), split, problem)
-                parsed.rows.append(row)
+    for image in content["images"]:
+        image_path = str(PurePosixPath(image.get("filepath", "")) / image["filename"])
+        # None is refused later; an empty split would pass for an undecided one.
+        split = parse_split(image.get("split")) or None
+        problem = "" if split else f"a split that is not train, restval, val or test, {image.get('split')!r}"
+        for sentence in image["sentences"] or [{"raw": ""}]:
+            parsed.rows.append(CaptionRow(image_path, sentence.get("raw"), image.get("cocoid"), split, problem))
     return parsed
 
 
@@ -181,11 +167,9 @@ def is_textcaps(content: Any, options: ReadOptions) -> bool:
 def read_textcaps(path: Path | str, content: Any, options: ReadOptions) -> Parsed:
     """Reads TextCaps: `data` with a caption_str, an image and its split in every row."""
     parsed = Parsed([], "with its split")
-    with _json_errors(path, "TextCaps (data with image_id, image_name or image_path, and caption_str)"):
-        for row in content["data"]:
-            name = row.get("image_path") or row.get("image_name") or row["image_id"]
-            split = parse_split(row.get("set_name"))
-            parsed.rows.append(CaptionRow(name, row["caption_str"], row["image_id"], split))
+    for row in content["data"]:
+        name = row.get("image_path") or row.get("image_name") or row["image_id"]
+        parsed.rows.append(CaptionRow(name, row["caption_str"], row["image_id"], parse_split(row.get("set_name"))))
     return parsed
 
 
@@ -319,15 +303,13 @@ def read_caption_files(path: Path | str, content: Folder, options: ReadOptions) 
 
 # The list.
 
-Reader = Callable[[Path | str, Any, ReadOptions], Parsed]
-
 
 class AnnotationFormat(NamedTuple):
     """A format of annotations."""
 
     name: str
     matches: Callable[[Any, ReadOptions], bool]
-    read: Reader
+    read: Callable[[Path | str, Any, ReadOptions], Parsed]
 
 
 # The first one that matches reads the file.
@@ -378,5 +360,11 @@ def parse_annotations(path: Path, options: ReadOptions) -> tuple[str, Parsed]:
     content = read_content(path, options.encoding)
     for annotation_format in FORMATS:
         if annotation_format.matches(content, options):
-            return annotation_format.name, annotation_format.read(path, content, options)
+            try:
+                return annotation_format.name, annotation_format.read(path, content, options)
+            except (KeyError, TypeError, IndexError, AttributeError) as error:  # of JSON
+                raise InputError(
+                    f"{path}: expected {annotation_format.name} (docs/data.md shows it); a field is missing or wrong: "
+                    f"{error!r}"
+                ) from None
     raise InputError(describe_unknown(path, content, options))

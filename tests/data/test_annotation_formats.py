@@ -249,7 +249,7 @@ def test_folder_without_captions_is_refused(tmp_path):
         ({"images": "../images", "cnn": "InceptionV3"}, "JSON without captions"),
         ({"train": [{"id": "a", "report": "normal", "image_path": ["a.png"]}]}, "JSON without captions"),
         ([{"id": 5, "caption": "a dog"}], "the fields of the first are id, caption"),
-        ({"annotations": [{"id": 1}], "images": 5}, "expected COCO's captions JSON .*; a field is missing or wrong"),
+        ({"annotations": [{"id": 1}], "images": 5}, "expected COCO captions JSON .*; a field is missing or wrong"),
         ({"images": [{"sentences": [{"raw": "a dog"}]}]}, "expected Karpathy's JSON .*'filename'"),
     ],
 )
