@@ -1,4 +1,4 @@
-"""From rows of any format to examples: what is left out, how it is said, and the one form of captions and names."""
+"""From rows of any format to examples: what is left out, how it is logged, and the one form of captions and names."""
 
 import pytest
 
@@ -80,8 +80,8 @@ def test_ids_and_splits_that_are_none_are_left_out(tmp_path, capsys):
         '{"filename": "d.jpg", "split": "test", "cocoid": 4, "sentences": [{"raw": "a cow"}]}]}'
     )
     assert read_annotations(path) == [Example("d.jpg", ("a cow",), 4, "test")]
-    said = capsys.readouterr().err
-    assert "neither a whole number nor text, 0.5" in said and "not train, restval, val or test, 'other'" in said
+    logged = capsys.readouterr().err
+    assert "neither a whole number nor text, 0.5" in logged and "not train, restval, val or test, 'other'" in logged
 
 
 @pytest.mark.parametrize("line", ["a.jpg, .", ",a dog", "a.jpg"])

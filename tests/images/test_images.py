@@ -2,7 +2,6 @@
 
 import importlib.util
 import io
-import os
 import subprocess
 import sys
 import threading
@@ -16,7 +15,7 @@ from PIL import Image, ImageOps
 
 from captioning.base.cli import InputError
 from captioning.images import reading as images
-from captioning.images.reading import count_cores, is_image_file, map_threads, read_image, set_max_megapixels, to_rgb
+from captioning.images.reading import is_image_file, map_threads, read_image, set_max_megapixels, to_rgb
 from captioning.output.plots import thumbnail
 
 ROOT = Path(__file__).parents[2]
@@ -341,18 +340,6 @@ def test_read_image_takes_pixels(rng):
         np.testing.assert_array_equal(np.asarray(read_image(array)), np.repeat(grey[..., np.newaxis], 3, axis=2))
 
 
-def test_read_image_takes_arrays_of_other_libraries(rng):
-    class Tensor:
-        """As TensorFlow's and PyTorch's tensors do, it converts itself for NumPy."""
-
-        pixels = rng.integers(0, 256, (4, 6, 3), np.uint8)
-
-        def __array__(self, *args, **kwargs):
-            return self.pixels
-
-    np.testing.assert_array_equal(np.asarray(read_image(Tensor())), Tensor.pixels)
-
-
 @pytest.mark.parametrize(
     ("source", "message"),
     [
@@ -393,19 +380,6 @@ def test_is_image_file_knows_the_endings_of_images(name):
 )
 def test_is_image_file_refuses_other_files(name):
     assert not is_image_file(name)
-
-
-def test_count_cores_counts_only_usable_cores(monkeypatch):
-    monkeypatch.setattr(os, "process_cpu_count", lambda: 3, raising=False)  # Python 3.13
-    assert count_cores() == 3
-    monkeypatch.delattr(os, "process_cpu_count")
-    monkeypatch.setattr(os, "cpu_count", lambda: 64)  # of the host
-    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {3, 5}, raising=False)
-    assert count_cores() == 2
-    monkeypatch.delattr(os, "sched_getaffinity")  # as on macOS and Windows
-    assert count_cores() == 64
-    monkeypatch.setattr(os, "cpu_count", lambda: None)
-    assert count_cores() == 1
 
 
 def test_map_threads_keeps_order():
