@@ -328,7 +328,7 @@ def add_data_options(parser: argparse.ArgumentParser, title: str = "data", full:
     add_options(parser.add_argument_group(title), DataConfig, defaults, skip=FORMAT_SETTINGS)
     description = "python data_utils.py --help lists the options for the format of your captions, which work here, too"
     group = parser.add_argument_group("format of your own data", None if full else description)
-    add_options(group, DataConfig, defaults, only=FORMAT_SETTINGS, listed=full)
+    add_options(group, DataConfig, defaults, only=FORMAT_SETTINGS, unlisted=() if full else FORMAT_SETTINGS)
 
 
 def add_location_options(parser: argparse.ArgumentParser) -> None:
