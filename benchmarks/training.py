@@ -11,7 +11,7 @@ The variants train the same model on the same features, with the same batch size
               and the loss is a mean over padding too. It has no dropout.
     fused     train.py's step, with captioning/decoder/fused_decoder.py (the default of train.py).
     plain     train.py's step, with the plain loop of model.py (--no-fused).
-    paper     the plain loop with --decoder paper; paper-lstm: and with --cell lstm.
+    paper     the plain loop with --decoder paper; paper-lstm: with --decoder paper-lstm.
 
 They are measured alternately, and compilation is not counted. The last line is JSON. Its `ratio` is the rate of the
 first variant but the tutorial's, divided by the tutorial's.
@@ -40,6 +40,7 @@ from captioning.data.annotations import Example, read_annotations
 from captioning.images.feature_cache import FeatureCache, make_manifest
 from captioning.training.checkpoints import TrainProgress
 from captioning.training.input_pipeline import Batch, EncodedCaptions, encode_captions, make_dataset, make_epoch_batches
+from captioning.training.objective import CrossEntropy
 from captioning.training.optimizer import WeightEMA, make_optimizer
 from tokenizer import START_ID, Tokenizer
 
@@ -51,7 +52,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "fused": {},
     "plain": {},
     "paper": {"decoder": "paper"},
-    "paper-lstm": {"decoder": "paper", "cell": "lstm"},
+    "paper-lstm": {"decoder": "paper-lstm"},
 }
 MAX_LENGTH, MEAN_LENGTH = 49, 12.5  # tokens of COCO's captions, <start> and <end> included
 
@@ -227,7 +228,7 @@ def make_project_step(
     optimizer = make_optimizer(settings.learning_rate, settings.clip_norm, settings.mixed_precision)
     optimizer.build(caption_model.trainable_variables)
     ema = WeightEMA(caption_model.trainable_variables, settings.ema_decay)
-    state = train.TrainState(caption_model, optimizer, ema, TrainProgress())
+    state = train.TrainState(caption_model, optimizer, ema, TrainProgress(), CrossEntropy(settings))
     train_step = train.make_train_step(state, settings, tf.distribute.get_strategy(), batch_spec)
 
     def step(batch: Batch) -> tf.Tensor:

@@ -13,7 +13,7 @@ from captioning.base.cli import InputError
 from captioning.base.files import file_sha256
 from captioning.base.quiet_tensorflow import tf
 from captioning.config.settings import ModelConfig
-from captioning.decoder.losses import masked_cross_entropy
+from captioning.decoder.losses import loss_function
 from captioning.images.feature_cache import CNN_FILE
 from captioning.training.training_log import COLUMNS
 
@@ -65,7 +65,7 @@ def test_tutorial_and_project_have_the_same_loss_and_captions(rng):
     image_features = rng.random((3, 64, 2048), np.float32)
     tokens = tf.constant([[2, 5, 6, 7, 3], [2, 5, 8, 3, 0], [2, 9, 3, 0, 0]])
     outputs = caption_model(image_features, tokens)
-    losses, _ = masked_cross_entropy(outputs.logits, outputs.targets)
+    losses, _ = loss_function(outputs.logits, outputs.targets)
     assert float(tutorial(image_features, tokens)) == pytest.approx(float(tf.reduce_sum(losses)) / 3, rel=1e-5)
     expected = captioning.tutorial_captions(caption_model, image_features)
     assert captioning.project_captions(caption_model, image_features, batch_size=2, beam_size=1) == expected
@@ -121,11 +121,11 @@ def test_serving_measures_the_cnn_and_the_server(run, small_cnn, capsys):
 def test_scores_trains_and_scores_a_row_once(monkeypatch, tmp_path, capsys):
     started = []
 
-    def run_script(script, *args):
+    def run_command(module, *args):
         """Stands for the training and its evaluation, by the files that they leave."""
-        started.append(script)
+        started.append(module)
         folder = tmp_path / "best_0"
-        if script == "evaluate.py":
+        if module == "evaluate":
             values = dict.fromkeys(scores.COLUMNS, 12.5)
             (folder / "metrics_val.json").write_text(json.dumps({"scores": values, "distinct captions": 91.2}))
             return
@@ -133,12 +133,12 @@ def test_scores_trains_and_scores_a_row_once(monkeypatch, tmp_path, capsys):
         rows = (COLUMNS, (1, 3, 3, 9, 30, 90, 60), (2, 2, 2, 9, 40, 90, 60))
         (folder / "history.csv").write_text("".join(f"{','.join(map(str, row))}\n" for row in rows))
 
-    monkeypatch.setattr(scores, "run_script", run_script)
+    monkeypatch.setattr(scores, "run_command", run_command)
     for _ in range(2):
         scores.main(["--rows", "best", "--beams", "1", "--runs-dir", str(tmp_path)])
         row = "| `--recipe best --epochs 8` | 0 | 2 of 2 | 2 | 1 | 12.5 / 12.5 / 12.5 / 12.5 | 12.5 | 12.5 | 91.2 |  |"
         assert capsys.readouterr().out.splitlines()[2] == row
-    assert started == ["train.py", "evaluate.py"]
+    assert started == ["train", "evaluate"]
     monkeypatch.undo()
-    with pytest.raises(InputError, match=r"tokenizer.py ended with code 2: see above"):
-        scores.run_script("tokenizer.py", "--no-such-option")
+    with pytest.raises(InputError, match="tokenizer ended with code 2: see above"):
+        scores.run_command("tokenizer", "--no-such-option")

@@ -9,7 +9,7 @@ import pytest
 from beyond.cider.self_critical import CiderConfig
 from beyond.finetune.__main__ import FinetuneConfig
 from beyond.paper.objective import PaperConfig
-from beyond.serve.web_server import ServerConfig
+from beyond.serve.settings import ServerConfig
 from captioning.base.cli import InputError, make_parser
 from captioning.config.options import Settings, add_options
 from captioning.config.run_config import FORMAT, RunConfig
