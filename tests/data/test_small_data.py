@@ -33,10 +33,12 @@ def test_two_images_are_split_into_training_and_validation(capsys):
     assert capsys.readouterr().err == "", "none was asked for"
 
 
-def test_one_image_is_too_few_to_split():
+def test_too_few_images_to_split_are_refused():
     message = r"^expected at least 2 images \(training and validation need one each\), found 1$"
     with pytest.raises(InputError, match=message):
         split_sizes(1)
+    with pytest.raises(InputError, match="3 images are too few"):
+        split_sizes(3, val_fraction=0.7)
 
 
 def test_more_images_have_one_in_every_split():
