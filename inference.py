@@ -366,7 +366,7 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
-    """Parses the command line; `args.images` are the images that it names, each once."""
+    """Parses the command line; `args.inputs` are the paths and addresses of the images, each once."""
     parser = make_parser(__doc__, "[option ...] [image ...]")
     parser.add_argument(
         "image",
@@ -392,7 +392,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         raise InputError(f"--grid {args.grid}: expected a file that ends in .{', .'.join(FORMATS)}")
     if args.csv and not (args.image or args.image_list):
         raise InputError("--csv is for the images of the command line; evaluate.py captions those of a split")
-    args.images = find_images(args.image, args.image_list)
+    args.inputs = find_images(args.image, args.image_list)
     return args
 
 
@@ -436,7 +436,7 @@ def load_captioner(args: argparse.Namespace) -> Captioner:
     """Loads the run of the command line."""
     set_max_megapixels(args.max_megapixels)
     # For a single image, building a graph of the CNN would take longer than running it as it is.
-    compile_cnn = (len(args.images) or args.num_images) > 1
+    compile_cnn = (len(args.inputs) or args.num_images) > 1
     captioner = Captioner.load(args.run, DecodeConfig.from_args(args), compile_cnn)
     log(f"run: {captioner.run}")
     return captioner
@@ -454,23 +454,23 @@ def caption_from_args(args: argparse.Namespace, captioner: Captioner, writers: I
         The number of images that could not be read, which are logged.
     """
     outputs = list(writers)
-    images = args.images
+    images = args.inputs
     with contextlib.ExitStack() as stack:  # closes the files, whatever happens
         if args.csv:
             table = ResultsCsv(args.csv, captioner.run, captioner.decode_config)
             outputs.append(stack.enter_context(contextlib.closing(table)))
-            images = skip_done(args.images, table)
+            images = skip_done(args.inputs, table)
         if args.json:
             outputs.append(JsonWriter())
         elif not args.csv:
-            outputs.append(TextWriter(show_names=len(args.images) > 1))
+            outputs.append(TextWriter(show_names=len(args.inputs) > 1))
         if args.grid:
             outputs.append(stack.enter_context(contextlib.closing(GridWriter(args.grid))))
         if images:
-            with_plots = len(args.images) == 1 if args.plots is None else args.plots
-            plots = plot_paths(args.images, args.output_dir, args.format) if with_plots else None
+            with_plots = len(args.inputs) == 1 if args.plots is None else args.plots
+            plots = plot_paths(args.inputs, args.output_dir, args.format) if with_plots else None
             return caption_images(captioner, images, outputs, plots, args.cnn_batch_size)
-        if not args.images:
+        if not args.inputs:
             dataset = data_utils.load_run_dataset(captioner.config, locations=data_utils.locations_from_args(args))
             image_format = None if args.plots is False else args.format
             caption_test_images(captioner, dataset, args.num_images, args.seed, outputs, image_format)
@@ -496,7 +496,7 @@ def main(argv: list[str] | None = None) -> None:
     args = parse(argv)
     captioner = load_captioner(args)
     num_failed = caption_from_args(args, captioner)
-    check_all_captioned(num_failed, args.images)
+    check_all_captioned(num_failed, args.inputs)
 
 
 if __name__ == "__main__":
