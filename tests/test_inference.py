@@ -20,7 +20,7 @@ from captioning.config.settings import DecodeConfig
 from captioning.decoder.constraints import Constraints
 from captioning.decoder.decoding import DecodedBatch, decode
 from captioning.images.reading import read_image
-from captioning.output.results import ResultWriter
+from captioning.output.results import GridWriter, JsonWriter, TextWriter
 from inference import Captioner
 
 
@@ -171,11 +171,11 @@ def test_captioner_caption_batch_equals_single_captions(captioner, photos):
         captioner.caption_batch([paths[0], photos / "4.png"])
 
 
-def test_captioner_builds_the_graph_of_the_cnn_from_the_second_image_on(captioner, photo, monkeypatch):
-    captioner.caption(photo)
-    assert "_extractor_graph" not in vars(captioner), "a command with one image does not wait for it"
-    captioner.caption(photo)
-    assert "_extractor_graph" in vars(captioner)
+def test_captioner_builds_a_graph_of_the_cnn_unless_for_one_image(fast_run, photo):
+    for compile_cnn in (True, False):
+        captioner = Captioner.load(fast_run, compile_cnn=compile_cnn)
+        captioner.caption(photo)
+        assert (captioner._run_extractor is not captioner.extractor) == compile_cnn
 
 
 @pytest.mark.slow
@@ -239,8 +239,7 @@ def test_caption_stream_yields_every_image_in_order(captioner, photos):
     paths = [str(path) for path in sorted(photos.iterdir())]
     for batch_size in (1, 3, 8):
         results = list(inference.caption_stream(captioner, paths, batch_size))
-        assert [path for path, _ in results] == paths
-        for path, result in results:
+        for path, result in zip(paths, results, strict=True):
             if path.endswith("4.png"):
                 assert isinstance(result, InputError) and "4.png: not an image" in str(result)
             else:
@@ -252,7 +251,7 @@ def test_caption_stream_yields_every_image_in_order(captioner, photos):
 
 def test_caption_stream_survives_a_batch_without_images(captioner, photos):
     paths = [str(photos / "4.png"), str(photos / "none.png"), str(photos / "0.png")]
-    results = [result for _, result in inference.caption_stream(captioner, paths, batch_size=2)]
+    results = list(inference.caption_stream(captioner, paths, batch_size=2))
     assert [isinstance(result, InputError) for result in results] == [True, True, False]
 
 
@@ -271,35 +270,25 @@ def test_caption_stream_reads_only_some_images_ahead(captioner, photos, monkeypa
     assert 10 <= len(opened) <= 10 + 4 + 2 * 4
 
 
-def test_caption_images_fails_before_the_first_image_if_there_is_no_cnn(captioner, photos, monkeypatch):
-    def fail(cnn_weights, cnn):
-        raise InputError("no weights")
-
-    monkeypatch.setattr(features, "build_feature_extractor", fail)
-    monkeypatch.setattr(inference, "open_image", None)  # no image is opened
-    with pytest.raises(InputError, match="no weights"):
-        inference.caption_images(captioner, [str(photos / "0.png"), str(photos / "1.png")], ResultWriter())
-
-
 def test_caption_images_continues_after_a_bad_image(captioner, photos, capsys):
     paths = [str(path) for path in sorted(photos.iterdir())]
-    assert inference.caption_images(captioner, paths, ResultWriter()) == 1
+    assert inference.caption_images(captioner, paths, [TextWriter()]) == 1
     printed = capsys.readouterr()
     assert [line.split("\t")[0] for line in printed.out.splitlines()] == [path for path in paths if "4.png" not in path]
     assert f"inference.py: {paths[4]}: not an image" in printed.err and "8/8" in printed.err
     with pytest.raises(InputError, match=r"4\.png: not an image that can be read"):
-        inference.caption_images(captioner, [paths[4]], ResultWriter())
+        inference.caption_images(captioner, [paths[4]], [TextWriter()])
 
 
 def test_caption_images_writes_plots_where_they_are_wanted(captioner, photos, tmp_path, capsys):
     paths = [str(photos / "0.png"), str(photos / "1.png")]
     plots = {paths[0]: tmp_path / "plots/a.png", paths[1]: tmp_path / "plots/b.svg"}
-    assert inference.caption_images(captioner, paths, ResultWriter(), plots) == 0
+    assert inference.caption_images(captioner, paths, [TextWriter()], plots) == 0
     assert {path.name for path in (tmp_path / "plots").iterdir()} == {"a.png", "b.svg"}
     assert capsys.readouterr().err.count("attention: ") == 2
     (tmp_path / "file").touch()  # no folder can be made there
     assert (
-        inference.caption_images(captioner, paths, ResultWriter(), dict.fromkeys(paths, tmp_path / "file/a.png")) == 0
+        inference.caption_images(captioner, paths, [TextWriter()], dict.fromkeys(paths, tmp_path / "file/a.png")) == 0
     )
     printed = capsys.readouterr()
     assert len(printed.out.splitlines()) == printed.err.count("the plot cannot be written") == 2
@@ -308,21 +297,22 @@ def test_caption_images_writes_plots_where_they_are_wanted(captioner, photos, tm
 def test_caption_images_keeps_copies_only_for_what_shows_them(captioner, photos, tmp_path):
     results = []
 
-    class Writer(ResultWriter):
-        def write(self, result, plot=None):
-            results.append(result)
+    class Recorder:
+        shows_images = False
 
-    path = str(photos / "0.png")
-    for writer in (Writer(), Writer(grid=tmp_path / "grid.png"), Writer(report=object())):
-        inference.caption_images(captioner, [path], writer)
-    inference.caption_images(captioner, [path], Writer(), {path: tmp_path / "plot.png"})
-    assert [result.image is None for result in results] == [True, False, False, False]
+        def write(self, result, plot=None):
+            results.append((result.image is not None, plot))
+
+    path, plot = str(photos / "0.png"), tmp_path / "plot.png"
+    for writers, plots in (([], None), ([GridWriter(tmp_path / "grid.png")], None), ([], {path: plot})):
+        inference.caption_images(captioner, [path], [*writers, Recorder()], plots)
+    assert results == [(False, None), (True, None), (True, plot)]
 
 
 def test_caption_images_hides_secrets_of_urls(captioner, photo, monkeypatch, capsys):
     monkeypatch.setattr(inference, "open_image", lambda url, min_jpeg_side: Image.open(photo))
     urls = ["https://example.com/photo.jpg?key=secret1", "https://example.com/photo.jpg?key=secret2"]
-    inference.caption_images(captioner, urls, ResultWriter())
+    inference.caption_images(captioner, urls, [TextWriter()])
     out = capsys.readouterr().out
     assert out.count("https://example.com/photo.jpg\t") == 2 and "secret" not in out
 
@@ -331,14 +321,14 @@ def test_caption_images_hides_secrets_of_urls(captioner, photo, monkeypatch, cap
 
 
 def test_caption_test_images_shows_references_and_prediction(captioner, saved_dataset, capsys):
-    inference.caption_test_images(captioner, saved_dataset, 2, 0, ResultWriter())
+    inference.caption_test_images(captioner, saved_dataset, 2, 0, [TextWriter()])
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 2 * 5 and all(line.startswith("  reference: ") for line in (*lines[1:3], *lines[6:8]))
     assert lines[3].startswith("  predicted: ") and lines[4].startswith("  attention: ")
     test_images = {str(saved_dataset.image_dir / example.image_path) for example in saved_dataset.split("test")}
     assert {lines[0], lines[5]} <= test_images and lines[0] != lines[5]
     assert len(list((captioner.run / "attention").iterdir())) == 2
-    inference.caption_test_images(captioner, saved_dataset, 99, None, ResultWriter(as_json=True), image_format=None)
+    inference.caption_test_images(captioner, saved_dataset, 99, None, [JsonWriter()], image_format=None)
     results = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert {result["image"] for result in results} == test_images and all(len(r["references"]) == 2 for r in results)
     assert all(result["plot"] is None for result in results)
@@ -346,7 +336,7 @@ def test_caption_test_images_shows_references_and_prediction(captioner, saved_da
 
 def test_caption_test_images_leaves_out_plots_that_cannot_be_written(captioner, saved_dataset, capsys):
     (captioner.run / "attention").touch()
-    inference.caption_test_images(captioner, saved_dataset, 1, 0, ResultWriter())
+    inference.caption_test_images(captioner, saved_dataset, 1, 0, [TextWriter()])
     printed = capsys.readouterr()
     assert printed.out.splitlines()[-1].startswith("  predicted: ") and "cannot be written" in printed.err
 
@@ -354,7 +344,7 @@ def test_caption_test_images_leaves_out_plots_that_cannot_be_written(captioner, 
 def test_caption_test_images_skips_unreadable_images(captioner, saved_dataset, capsys):
     for example in saved_dataset.split("test"):
         (saved_dataset.image_dir / example.image_path).write_text("not an image")
-    inference.caption_test_images(captioner, saved_dataset, 1, 0, ResultWriter())
+    inference.caption_test_images(captioner, saved_dataset, 1, 0, [TextWriter()])
     printed = capsys.readouterr()
     assert printed.out == "" and printed.err.startswith("skipped ")
 
@@ -422,13 +412,6 @@ def test_main_continues_a_table(fast_run, photos, tmp_path, capsys, monkeypatch)
     monkeypatch.setattr(inference, "caption_images", None)  # there is nothing to do
     inference.main([str(photos), *arguments])
     assert f"{table}: 7 of 7 images are in it already" in capsys.readouterr().err
-
-
-def test_main_writes_a_page(fast_run, photos, tmp_path):
-    page = tmp_path / "report.html"
-    inference.main([str(photos / "0.png"), str(photos / "1.png"), "--run", str(fast_run), "--html", str(page)])
-    text = page.read_text(encoding="utf-8")
-    assert "0.png" in text and "1.png" in text and "greedy search" in text
 
 
 def test_main_refuses_a_table_without_images(run):
