@@ -79,7 +79,8 @@ def generate_captions(
         config: how captions are searched for.
     """
     paths = [str(cache.path(example.image_path)) for example in examples]
-    num_rows = config.captions if config.sample else config.num_beams  # captions that are followed for each image
+    # The decoder follows several captions of each image: batches get smaller, so that its memory does not grow.
+    num_rows = config.captions if config.sample else config.num_beams
     batches = tf.data.Dataset.from_tensor_slices(paths).batch(max(1, batch_size // num_rows))
     captions = []
     # Several threads read the next batches while the decoder works on this one.
@@ -107,12 +108,26 @@ def caption_examples(
     # A run that came from another machine has no features here, nor has one whose CNN was trained with the decoder.
     if features_dir is None and not folder.exists():
         log(f"no cached features in {folder}: computing them from the images")
-        paths = [image_dir / example.image_path for example in examples]
-        with progress_bar(paths, unit="image", desc="captions") as progress:
-            return captioner.caption_batch(progress)
+        return caption_from_images(captioner, image_dir, examples)
     cache = open_run_cache(manifest | {"folder": str(folder)})
     check_features(cache, image_dir, examples)
     return generate_captions(captioner.model, captioner.tokenizer, cache, examples, config=captioner.decode_config)
+
+
+def caption_from_images(
+    captioner: inference.Captioner, image_dir: Path, examples: list[Example]
+) -> list[inference.Caption]:
+    """Captions images without cached features; raises InputError if one cannot be read."""
+    paths = [str(image_dir / example.image_path) for example in examples]
+    captions = []
+    with progress_bar(total=len(paths), unit="image", desc="captions") as progress:
+        for result in inference.caption_stream(captioner, paths, with_copies=False):
+            # Scores of fewer images could not be compared with those of other runs.
+            if isinstance(result, InputError):
+                raise result
+            captions.append(result.caption)
+            progress.update()
+    return captions
 
 
 def unfinished_ratio(captions: list[inference.Caption]) -> float:
@@ -154,6 +169,7 @@ def score_texts(
     Returns:
         What the metrics file has of the scores, and the scores.
     """
+    # A caption may agree with any of the captions that people wrote for its image.
     references = [list(example.captions) for example in examples]
     scores, tokenizer_name = score_all(references, texts, split_words, words, with_spice)
     metrics = {
@@ -326,6 +342,8 @@ def evaluate_run(args: argparse.Namespace) -> Evaluation:
     dataset = data_utils.load_run_dataset(captioner.config, locations=data_utils.locations_from_args(args))
     examples = select_split(dataset, args.split)
 
+    # The model writes each caption alone, as for a new image. In training it is given the true word before each word;
+    # scored like that, it would look better than it is.
     captions = caption_examples(captioner, dataset.image_dir, examples, args.features_dir)
     texts = [caption.text for caption in captions]
     scored, scores = score_texts(examples, texts, captioner.tokenizer.words, args.spice)
@@ -339,6 +357,8 @@ def evaluate_run(args: argparse.Namespace) -> Evaluation:
     }
     print_metrics(captioner.run, metrics)
 
+    # COCO's format for results, which other programs can score. The names of the files say how captions were searched
+    # for, so that greedy search and a beam search of the same run can be compared.
     results = [{"image_id": example.image_id, "caption": text} for example, text in zip(examples, texts, strict=True)]
     name = f"{args.split}{captioner.decode_config.suffix}.json"
     write_json(captioner.run / f"captions_{name}", results)

@@ -58,7 +58,7 @@ NUM_AHEAD = 2  # batches of images that are read ahead
 def decode_captions(
     model: StepModel, tokenizer: Tokenizer, features: tf.Tensor, config: DecodeConfig = GREEDY
 ) -> list[Caption]:
-    """Captions a batch of image features, (B, L, C)."""
+    """Captions a batch of image features, (B, L, C): L locations with C channels, of InceptionV3 (B, 64, 2048)."""
     return to_captions(decode(model, features, config), tokenizer, config.captions)
 
 
@@ -69,7 +69,7 @@ def load_run(run: Path | str) -> tuple[model.CaptionModel, Tokenizer, RunConfig]
         InputError: something is missing, or does not belong to the rest.
     """
     run = Path(run)
-    prefix = best_checkpoint(run)
+    prefix = best_checkpoint(run)  # the epoch with the best score on the validation images, not the last one
     config = read_config(run)
     tokenizer = Tokenizer.load(run / VOCABULARY_FILE, config.data.words)
     # The weights know words only by their ids. With another vocabulary they would give fluent, but wrong captions.
@@ -92,8 +92,7 @@ class Captioner:
         decode_config: how captions are searched for.
         min_jpeg_side: how large JPEGs are decoded, as for the training; see `captioning.images.reading.read_image`.
         image_size: the sides of the square images that the CNN takes, in pixels.
-        compile_cnn: whether the CNN runs as a graph: several times faster, once the first image has waited for it to
-            be built for some seconds.
+        compile_cnn: whether the CNN runs as a graph, which is several times faster but takes seconds to build.
     """
 
     def __init__(
@@ -148,11 +147,14 @@ class Captioner:
         pixels = self.load_image(image)[np.newaxis]  # (1, 299, 299, 3)
         image_features = self.extract_features(pixels)  # (1, 64, 2048)
         # Begin with <start> and predict one word after the other, each from the word before it and the decoder's state,
-        # until <end>. The tutorial draws each word at random, so that a caption differs from one call to the next; this
-        # takes the most probable word. (`image_keys` only seeds the random words of --sample.)
+        # until <end>. The tutorial draws each word at random by its probability, so that a bad word comes up now and
+        # then, and the next call gives another caption. Greedy search takes the most probable word at every step: it is
+        # repeatable and scores higher. A beam search (--beam-size) also keeps captions whose first words are less
+        # probable, but which are more probable as a whole. `image_keys` only seeds the random words of --sample.
         decoded = decode(self.model, image_features, self.decode_config, image_keys(pixels))  # tokens: (1, T)
-        # Look up the words of the ids. Each has its probability, and its attention weights: how much of the context
-        # vector, from which the word was predicted, came from each location of the image. `plot_attention` draws them.
+        # Look up the words of the ids. Each has its probability, and its attention weights: the shares, which sum to 1,
+        # of the 64 locations in the context vector from which the word was predicted. `plot_attention` draws them over
+        # the image. They show where the model looked, which is not always why it chose the word.
         caption = to_captions(decoded, self.tokenizer, self.decode_config.captions)[0]
         return dataclasses.replace(caption, image=image)
 
@@ -186,14 +188,17 @@ class Captioner:
 
     def extract_features(self, pixels: np.ndarray) -> tf.Tensor:
         """Computes the features (B, L, C) of images (B, size, size, 3)."""
+        # Without training=False, batch normalization would use the statistics of these images, not the trained ones.
         image_features = self._run_extractor(pixels, training=False)
-        # The training read its features from a cache, which usually rounds them to float16. An image is rounded in the
-        # same way here, so that its caption does not depend on whether its features were cached.
+        # The training read its features from a cache, which usually rounds them to float16. They are rounded here, too,
+        # so that an image has the same caption whether its features were cached or not.
         return tf.cast(image_features, self.config.features["dtype"])
 
     @functools.cached_property
     def extractor(self) -> tf.keras.Model:
         """The CNN whose features the run was trained on, built when it is first needed."""
+        # The run folder has its own copy of weights that cannot be downloaded. Features of other weights would mean
+        # something else in every channel, and the captions would be nonsense without an error: hence the SHA-256.
         cnn_weights = find_cnn_weights(self.run) or self.config.features["weights"]
         check_cnn_weights(cnn_weights, self.config.features.get("sha256"))
         return features.build_feature_extractor(cnn_weights, self.config.cnn)
@@ -296,6 +301,7 @@ def caption_images(
         InputError: the only image cannot be read, or the CNN cannot be built.
     """
     num_failed = 0
+    # Copies cost time and memory: only if something shows the images.
     with_copies = plots is not None or any(writer.shows_images for writer in writers)
     results = caption_stream(captioner, images, batch_size, with_copies)
     with progress_bar(total=len(images), unit="image", desc="captions", disable=len(images) == 1) as progress:
@@ -343,6 +349,7 @@ def caption_test_images(
         writers: the outputs.
         image_format: of the attention plots, which are written into the run folder; None for no plots.
     """
+    # Not training images: the model may have memorized their captions.
     candidates = [example for example in dataset.examples if example.split == "test"] or dataset.split("val")
     examples = random.Random(seed).sample(candidates, min(num_images, len(candidates)))
     images = [str(dataset.image_dir / example.image_path) for example in examples]
@@ -455,19 +462,19 @@ def caption_from_args(args: argparse.Namespace, captioner: Captioner, writers: I
     """
     outputs = list(writers)
     images = args.inputs
-    with contextlib.ExitStack() as stack:  # closes the files, whatever happens
+    with contextlib.ExitStack() as stack:  # closes the table and draws the grid at the end
         if args.csv:
             table = ResultsCsv(args.csv, captioner.run, captioner.decode_config)
             outputs.append(stack.enter_context(contextlib.closing(table)))
             images = skip_done(args.inputs, table)
         if args.json:
             outputs.append(JsonWriter())
-        elif not args.csv:
+        elif not args.csv:  # of thousands of images nobody reads the captions twice
             outputs.append(TextWriter(show_names=len(args.inputs) > 1))
         if args.grid:
             outputs.append(stack.enter_context(contextlib.closing(GridWriter(args.grid))))
         if images:
-            with_plots = len(args.inputs) == 1 if args.plots is None else args.plots
+            with_plots = len(args.inputs) == 1 if args.plots is None else args.plots  # None: neither option was given
             plots = plot_paths(args.inputs, args.output_dir, args.format) if with_plots else None
             return caption_images(captioner, images, outputs, plots, args.cnn_batch_size)
         if not args.inputs:
