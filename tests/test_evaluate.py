@@ -338,12 +338,6 @@ def test_parse_refuses_options_that_contradict(arguments, message):
         evaluate.parse(arguments)
 
 
-def test_parse_refuses_negative_length_penalty(capsys):
-    with pytest.raises(SystemExit):
-        evaluate.parse(["--length-penalty", "-1"])
-    assert "expected a number of at least 0, found '-1'" in capsys.readouterr().err
-
-
 def test_parse_chooses_split():
     assert evaluate.parse([]).split == "val" and evaluate.parse(["--results", "r.json"]).split == "val"
     assert evaluate.parse(["--results", "r.json", "--dataset", "coco"]).split == "all"

@@ -1,6 +1,5 @@
 """The page and the figures of web/viewer.js in a real Chromium: by mouse, keyboard and finger."""
 
-import json
 import re
 
 import numpy as np
@@ -16,13 +15,12 @@ from report_pages import (
     brightest,
     lit_words,
     make_result,
-    one_hot,
     open_entries,
     pixels_of,
 )
 
 from beyond.report import notebook
-from beyond.report.report import WEB, plain_figure
+from beyond.report.report import plain_figure
 from captioning.output.plots import upsample_attention
 
 pytestmark = pytest.mark.slow
@@ -48,28 +46,9 @@ def test_hovering_a_word_lights_where_the_model_attended(browser, tmp_path):
         assert lit_words(page) == [] and np.array_equal(pixels_of(page), before)
 
 
-def test_light_is_smooth_and_of_any_square_grid(browser, tmp_path):
-    words = [
-        {"word": "small", "probability": 0.5, "attention": one_hot(5, 16)},  # the second location in the second row
-        {"word": "even", "probability": 0.5, "attention": [1 / 64] * 64},
-        {"word": "bare", "probability": 0.5},
-    ]
-    result = make_result(words=[]) | {"caption": "small even bare", "words": words}
-    with open_entries(browser, tmp_path, {"result": result}, **STILL) as page:
-        before = pixels_of(page)
-        looks = {}
-        for word in ("small", "even", "bare"):
-            page.get_by_role("button", name=word).hover()
-            looks[word] = pixels_of(page)
-    assert brightest(looks["small"]) == pytest.approx((0.375, 0.375), abs=0.02)
-    assert np.abs(np.diff(looks["small"], axis=0)).max() < 20, "no edge of a location can be seen"
-    assert looks["even"].min() >= before.min() and looks["even"].std() < 3
-    assert np.array_equal(looks["bare"], before), "a word without attention darkens nothing"
-
-
-@pytest.mark.parametrize("image", [GREY, Image.new("RGB", SIZE)])
-def test_light_equals_that_of_the_plots(browser, tmp_path, image):
-    weights = np.random.default_rng(0).dirichlet(np.full(64, 0.3))
+@pytest.mark.parametrize(("image", "num_locations"), [(GREY, 64), (GREY, 16), (Image.new("RGB", SIZE), 64)])
+def test_light_equals_the_light_of_the_plots(browser, tmp_path, image, num_locations):
+    weights = np.random.default_rng(0).dirichlet(np.full(num_locations, 0.3))
     result = make_result("a")
     result["words"][0]["attention"] = weights.tolist()
     with open_entries(browser, tmp_path, {"image": image, "result": result}, **STILL) as page:
@@ -309,15 +288,3 @@ def test_outputs_of_a_notebook_share_one_page(browser, tmp_path):
         page.get_by_role("button", name="cats,").click()
         page.get_by_role("button", name="red,").click()
         assert lit_words(page) == ["red"], "one word of the page stays lit"
-
-
-def test_create_takes_an_address_and_returns_an_element(browser, tmp_path):
-    GREY.save(tmp_path / "grey.png")
-    page_text = "<!doctype html><meta charset=utf-8><title>a</title><script src=viewer.js></script>"
-    (tmp_path / "a.html").write_text(page_text)
-    (tmp_path / "viewer.js").write_text((WEB / "viewer.js").read_text(encoding="utf-8"), encoding="utf-8")
-    with open_page(browser, (tmp_path / "a.html").as_uri()) as page:
-        result = json.dumps(make_result())
-        page.evaluate(f"document.body.append(captionViewer.create('grey.png', 'the alt text', {result}))")
-        assert page.locator("figure.caption-viewer img").get_attribute("alt") == "the alt text"
-        page.wait_for_function("document.querySelector('img').naturalWidth === 240")

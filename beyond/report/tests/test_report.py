@@ -6,7 +6,6 @@ import io
 import json
 import math
 import re
-import tracemalloc
 
 import numpy as np
 import pytest
@@ -21,7 +20,6 @@ from captioning.base.cli import InputError
 from captioning.config.settings import DecodeConfig
 from captioning.data.annotations import Example
 from captioning.output.captions import Caption
-from captioning.output.results import CaptionedImage
 from inference import Captioner
 
 VOID = {"meta", "link", "img", "input"}
@@ -136,15 +134,6 @@ def test_report_shows_odd_captions_and_names(tmp_path):
     assert page.results()[1]["words"] == [{"word": "a", "probability": None, "attention": [None]}]
 
 
-def test_report_writes_captioned_images(tmp_path):
-    caption = make_caption(alternatives=(make_caption("a cat"),))
-    with open_report(tmp_path / "report.html", "Captions", "run x") as report:
-        report.write(CaptionedImage("a.jpg", Image.new("L", (8, 8)), caption, ("one",)), tmp_path / "plot.png")
-    page = parse_page(tmp_path / "report.html")
-    assert page.texts("h2") == ["a.jpg"] and page.texts("li") == ["one"]
-    assert page.results() == [caption.to_json(with_attention=True)]
-
-
 def test_report_appears_when_it_is_complete(tmp_path):
     path = tmp_path / "report.html"
     path.write_text("old")
@@ -154,19 +143,6 @@ def test_report_appears_when_it_is_complete(tmp_path):
     assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]
     write_page(path, {})
     assert path.read_text(encoding="utf-8").endswith("</html>\n") and list(tmp_path.iterdir()) == [path]
-
-
-def test_report_needs_constant_memory(tmp_path):
-    image = Image.fromarray(np.random.default_rng(0).integers(0, 255, (320, 320, 3), np.uint8))
-    with open_report(tmp_path / "report.html", "Captions", "") as page:
-        page.add(image, "a.jpg", make_result())
-        tracemalloc.start()
-        for number in range(30):
-            page.add(image, f"{number}.jpg", make_result())
-        remaining, _ = tracemalloc.get_traced_memory()
-        tracemalloc.stop()
-        (partial,) = tmp_path.iterdir()
-        assert partial.stat().st_size > 30 * 50_000 > 10 * remaining
 
 
 @pytest.mark.parametrize("name", ["viewer.js", "report.js", "viewer.css", "report.css"])
