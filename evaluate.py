@@ -144,6 +144,7 @@ def check_features(cache: FeatureCache, image_dir: Path, examples: list[Example]
             f"{cache.folder}: the features of {len(missing):,} images are missing or incomplete (the first: "
             f"{cache.path(missing[0])}); {hint}"
         )
+    # The features of an image that was replaced would give the captions of the old one.
     records = ImageRecords(cache.folder, image_dir)
     if changed := records.find_changed({path: cache.path(path) for path in image_paths}):
         raise InputError(
@@ -204,6 +205,8 @@ def score_file(
     Raises:
         InputError: an image has no caption; or see `read_results` and `match_results`.
     """
+    # Captions of other splits are normal: a file may hold all images. Captions of no image at all may be a mistake in
+    # the ids, so that they are reported, and are an error only if an image is left without a caption.
     results = read_results(path)
     captions, unknown_ids = match_results(path, results, all_examples or examples)
     no_image = ""
@@ -315,6 +318,7 @@ def check_spice_words(args: argparse.Namespace, words: str) -> None:
 
 def evaluate_results(args: argparse.Namespace) -> None:
     """Scores the results file of the command line, prints the scores and writes them beside the file."""
+    # Only the reference captions are needed, not the images.
     if args.other_data:
         data_config = args.other_data
         dataset = data_utils.load_dataset(data_config, with_images=False)

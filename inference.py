@@ -148,9 +148,9 @@ class Captioner:
         image_features = self.extract_features(pixels)  # (1, 64, 2048)
         # Begin with <start> and predict one word after the other, each from the word before it and the decoder's state,
         # until <end>. The tutorial draws each word at random by its probability, so that a bad word comes up now and
-        # then, and the next call gives another caption. Greedy search takes the most probable word at every step: it is
-        # repeatable and scores higher. A beam search (--beam-size) also keeps captions whose first words are less
-        # probable, but which are more probable as a whole. `image_keys` only seeds the random words of --sample.
+        # then, and the next call gives another caption. Greedy search takes the most probable word at every step, which
+        # is repeatable. A beam search (--beam-size) also keeps captions whose first words are less probable, but which
+        # are more probable as a whole. `image_keys` only seeds the random words of --sample.
         decoded = decode(self.model, image_features, self.decode_config, image_keys(pixels))  # tokens: (1, T)
         # Look up the words of the ids. Each has its probability, and its attention weights: the shares, which sum to 1,
         # of the 64 locations in the context vector from which the word was predicted. `plot_attention` draws them over
@@ -165,6 +165,7 @@ class Captioner:
             InputError: an image cannot be read, or the CNN cannot be built.
         """
         sources = (image.read() if hasattr(image, "read") else image for image in images)
+        # Threads read the next images while the CNN and the decoder work on these.
         loaded = map_threads(self.load_image, sources, NUM_AHEAD * batch_size)
         captions = []
         while batch := list(itertools.islice(loaded, batch_size)):
@@ -179,6 +180,8 @@ class Captioner:
 
     def caption_pixels(self, pixels: np.ndarray) -> list[Caption]:
         """Captions images read by `load_image`, (B, size, size, 3) uint8."""
+        # The captions of a batch grow in step, by one word at a time. One that has its <end> is padded until the longest
+        # has ended, too.
         decoded = decode(self.model, self.extract_features(pixels), self.decode_config, image_keys(pixels))
         return to_captions(decoded, self.tokenizer, self.decode_config.captions)
 
@@ -228,6 +231,7 @@ def caption_and_plot(
         InputError: the image cannot be read.
         OSError: the disk is full.
     """
+    # The plot shows the image in its own proportions. The CNN is given a square: the grid of attention is stretched back.
     image = read_image(path, captioner.min_jpeg_side)
     caption = captioner.caption(image)
     plot_path = folder / f"{name or path.stem}_attention.{image_format}"
@@ -268,6 +272,7 @@ def caption_stream(
 
     loaded = map_threads(load, images, NUM_AHEAD * batch_size)
     while batch := list(itertools.islice(loaded, batch_size)):
+        # Only images that could be read go through the CNN; their captions are taken in the same order below.
         pixels = [result[0] for _, result in batch if not isinstance(result, InputError)]
         captions = iter(captioner.caption_pixels(np.stack(pixels)) if pixels else [])
         for name, result in batch:
