@@ -180,7 +180,7 @@ class Captioner:
 
     def caption_pixels(self, pixels: np.ndarray) -> list[Caption]:
         """Captions images read by `load_image`, (B, size, size, 3) uint8."""
-        # The captions of a batch grow in step, by one word at a time. One that has its <end> is padded until the longest
+        # The captions of a batch grow in step, word by word. One that has its <end> is padded until the longest
         # has ended, too.
         decoded = decode(self.model, self.extract_features(pixels), self.decode_config, image_keys(pixels))
         return to_captions(decoded, self.tokenizer, self.decode_config.captions)
@@ -231,7 +231,7 @@ def caption_and_plot(
         InputError: the image cannot be read.
         OSError: the disk is full.
     """
-    # The plot shows the image in its own proportions. The CNN is given a square: the grid of attention is stretched back.
+    # The plot has the proportions of the image, and the CNN a square: the grid of attention is stretched for it.
     image = read_image(path, captioner.min_jpeg_side)
     caption = captioner.caption(image)
     plot_path = folder / f"{name or path.stem}_attention.{image_format}"
