@@ -4,7 +4,6 @@ Tutorial section: none. The tutorial compares single captions by eye.
 
     python evaluate.py                                    # the latest run on its val split
     python evaluate.py --run runs/coco --split test --beam-size 5
-    python evaluate.py --html report.html                 # a page of all images, the worst captions first
     python evaluate.py --per-image scores.csv             # a table of all images, the worst captions first
     python evaluate.py --results captions.json --annotations captions_val2014.json
 
@@ -16,15 +15,11 @@ challenge; captions are split into words as for published scores. METEOR and SPI
 import argparse
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
-
-from PIL import Image
+from typing import Any, NamedTuple
 
 import data_utils
 import inference
-from beyond.report.report import ReportWriter
-from beyond.share.packed_run import open_run
-from captioning.base.cli import InputError, add_quiet_option, log, make_parser, run_main
+from captioning.base.cli import InputError, add_quiet_option, log, make_parser, progress_bar, run_main
 from captioning.base.files import write_json
 from captioning.base.quiet_tensorflow import tf
 from captioning.config.options import add_options
@@ -33,17 +28,33 @@ from captioning.data.annotations import SPLITS, Example
 from captioning.decoder.decoding import StepModel
 from captioning.images.feature_cache import FeatureCache, FeatureSource, map_prefetch, open_run_cache
 from captioning.images.image_records import ImageRecords
-from captioning.images.reading import map_threads, read_image
-from captioning.output.plots import thumbnail
-from captioning.runs.run_folder import read_config
+from captioning.runs.run_folder import open_run, read_config
 from captioning.scores.coco_results import match_results, read_results
 from captioning.scores.java_scores import check_spice
 from captioning.scores.metrics import Scores, distinct_ratio, has_pycocoevalcap, mid_sentence_ratio, score_all
 from captioning.scores.score_table import check_table_path, write_score_table
 from tokenizer import Tokenizer, split_words
 
+# What the scores measure, all in percent:
+#   BLEU-n    which share of the sequences of up to n words are also in a reference; captions that are too short lose
+#   METEOR    which words match, stems and synonyms included, and whether they come in the same order
+#   ROUGE-L   the longest subsequence of words that a caption and a reference have in common
+#   CIDEr     sequences of up to 4 words, weighted by how rare they are in the references: "a" counts little. It is
+#             not limited to 100, and depends on the other images. The best checkpoint is chosen by it.
+#   SPICE     the objects, attributes and relations that a parser finds in the sentences
+# A model may score well and still repeat a few safe sentences, or stop in the middle of one. These ratios show it.
+RATIOS = ("distinct captions", "end in mid-sentence", "unfinished captions")
 NO_DATA = DataConfig(dataset=None)  # the data options if none is given
-RATIOS = ("distinct captions", "end in mid-sentence", "unfinished captions")  # in percent, beside the scores
+
+
+class Evaluation(NamedTuple):
+    """The captions of some images of a run's dataset, and their scores."""
+
+    examples: list[Example]  # the images, with the reference captions
+    image_dir: Path  # the folder of the images
+    captions: list[inference.Caption]  # of each image
+    metrics: dict[str, Any]  # the content of metrics_<split>.json
+    by_image: dict[str, list[float]]  # the scores of each image, in percent, by their name
 
 
 # Captions of a split.
@@ -68,11 +79,54 @@ def generate_captions(
         config: how captions are searched for.
     """
     paths = [str(cache.path(example.image_path)) for example in examples]
-    num_rows = config.captions if config.sample else config.num_beams  # that are followed for each image
+    # The decoder follows several captions of each image: batches get smaller, so that its memory does not grow.
+    num_rows = config.captions if config.sample else config.num_beams
     batches = tf.data.Dataset.from_tensor_slices(paths).batch(max(1, batch_size // num_rows))
     captions = []
-    for values in map_prefetch(batches, cache.read):  # (B, L, C), or pixels, which a trained CNN takes
-        captions += inference.decode_captions(model, tokenizer, values, config)
+    # Several threads read the next batches while the decoder works on this one.
+    for image_features in map_prefetch(batches, cache.read):  # (B, L, C)
+        captions += inference.decode_captions(model, tokenizer, image_features, config)
+    return captions
+
+
+def caption_examples(
+    captioner: inference.Captioner, image_dir: Path, examples: list[Example], features_dir: str | None = None
+) -> list[inference.Caption]:
+    """Captions images of a run's dataset from their cached features, or else from the images themselves.
+
+    Args:
+        captioner: the run.
+        image_dir: the folder of the images.
+        examples: the images.
+        features_dir: the folder of their features; None for the folder that the run was trained with.
+
+    Raises:
+        InputError: the features are not complete, or images have changed since; or an image cannot be read.
+    """
+    manifest = captioner.config.features
+    folder = Path(features_dir or manifest["folder"])
+    # A run that came from another machine has no features here, nor has one whose CNN was trained with the decoder.
+    if features_dir is None and not folder.exists():
+        log(f"no cached features in {folder}: computing them from the images")
+        return caption_from_images(captioner, image_dir, examples)
+    cache = open_run_cache(manifest | {"folder": str(folder)})
+    check_features(cache, image_dir, examples)
+    return generate_captions(captioner.model, captioner.tokenizer, cache, examples, config=captioner.decode_config)
+
+
+def caption_from_images(
+    captioner: inference.Captioner, image_dir: Path, examples: list[Example]
+) -> list[inference.Caption]:
+    """Captions images without cached features; raises InputError if one cannot be read."""
+    paths = [str(image_dir / example.image_path) for example in examples]
+    captions = []
+    with progress_bar(total=len(paths), unit="image", desc="captions") as progress:
+        for result in inference.caption_stream(captioner, paths, with_copies=False):
+            # Scores of fewer images could not be compared with those of other runs.
+            if isinstance(result, InputError):
+                raise result
+            captions.append(result.caption)
+            progress.update()
     return captions
 
 
@@ -81,11 +135,8 @@ def unfinished_ratio(captions: list[inference.Caption]) -> float:
     return round(100 * sum(not caption.finished for caption in captions) / len(captions), 1)
 
 
-# Scores.
-
-
 def check_features(cache: FeatureCache, image_dir: Path, examples: list[Example]) -> None:
-    """Checks that a cache has the features of images as they are now; raises InputError if it has not."""
+    """Checks that a cache has the features of images as they are now; raises InputError if not."""
     image_paths = [example.image_path for example in examples]
     hint = "run features.py with the data options of the run"
     if missing := cache.missing(image_paths):
@@ -93,6 +144,7 @@ def check_features(cache: FeatureCache, image_dir: Path, examples: list[Example]
             f"{cache.folder}: the features of {len(missing):,} images are missing or incomplete (the first: "
             f"{cache.path(missing[0])}); {hint}"
         )
+    # The features of an image that was replaced would give the captions of the old one.
     records = ImageRecords(cache.folder, image_dir)
     if changed := records.find_changed({path: cache.path(path) for path in image_paths}):
         raise InputError(
@@ -101,69 +153,33 @@ def check_features(cache: FeatureCache, image_dir: Path, examples: list[Example]
         )
 
 
-def score_run(
-    captioner: inference.Captioner, cache: FeatureSource, examples: list[Example], with_spice: bool = False
-) -> tuple[dict[str, Any], list[inference.Caption], Scores]:
-    """Captions images from their cached features, and scores the captions.
+# Scores.
+
+
+def score_texts(
+    examples: Sequence[Example], texts: list[str], words: str, with_spice: bool = False
+) -> tuple[dict[str, Any], Scores]:
+    """Scores the captions of images against their reference captions.
+
+    Args:
+        examples: the images.
+        texts: the caption of each.
+        words: how captions are split into words, see `tokenizer.split_words`.
+        with_spice: whether to compute SPICE.
 
     Returns:
-        The metrics, the caption of each image, and the scores.
+        What the metrics file has of the scores, and the scores.
     """
-    config = captioner.decode_config
-    captions = generate_captions(captioner.model, captioner.tokenizer, cache, examples, config=config)
-    texts = [caption.text for caption in captions]
+    # A caption may agree with any of the captions that people wrote for its image.
     references = [list(example.captions) for example in examples]
-    scores, tokenizer_name = score_all(references, texts, split_words, captioner.tokenizer.words, with_spice)
+    scores, tokenizer_name = score_all(references, texts, split_words, words, with_spice)
     metrics = {
-        "run": str(captioner.run),
-        **config.to_json(),
         "tokenizer": tokenizer_name,
         "scores": scores.total,
         "distinct captions": distinct_ratio(texts),
         "end in mid-sentence": mid_sentence_ratio(texts),
-        "unfinished captions": unfinished_ratio(captions),
     }
-    return metrics, captions, scores
-
-
-def write_report(
-    path: Path,
-    examples: Sequence[Example],
-    captions: Sequence[inference.Caption],
-    metrics: dict[str, Any],
-    image_dir: Path,
-    ciders: Sequence[float],
-) -> None:
-    """Writes a page of images, each with its caption, those of people and its CIDEr; the worst captions come first.
-
-    Args:
-        path: the page.
-        examples: the images.
-        captions: the caption of each.
-        metrics: what `score_run` returned.
-        image_dir: the folder of the images. Those that cannot be read are left out, which is logged.
-        ciders: the CIDEr of each caption, in percent.
-    """
-    scores = ", ".join(f"{name} {metrics['scores'][name]:.1f}" for name in ("BLEU-4", "CIDEr"))
-    search = DecodeConfig(**{name: metrics[name] for name in DecodeConfig().to_json()}).describe()
-    subtitle = f"run {Path(metrics['run']).name}, {metrics['split']} images, {search}: {scores}"
-
-    def load(index: int) -> Image.Image | InputError:
-        try:
-            return thumbnail(read_image(image_dir / examples[index].image_path))
-        except InputError as error:
-            return error
-
-    worst_first = sorted(range(len(examples)), key=ciders.__getitem__)
-    with ReportWriter(path, "Captions", subtitle) as report:
-        for index, image in map_threads(load, worst_first, 2 * inference.BATCH_SIZE):
-            if isinstance(image, InputError):
-                log(f"left out of {path}: {image}", error=True)
-                continue
-            result = captions[index].to_json(with_attention=True)
-            references = list(examples[index].captions)
-            report.add(image, examples[index].image_path, result, references, ciders[index], "CIDEr")
-    log(f"page: {path}")
+    return metrics, scores
 
 
 def score_file(
@@ -178,8 +194,9 @@ def score_file(
     Args:
         path: the file.
         examples: the images.
-        all_examples: those of all splits, whose captions are left out; none if `examples` are all.
-        words: what a word is, see `tokenizer.split_words`.
+        all_examples: the images of all splits: the file may also have captions of the others, which are left out.
+            None if `examples` are all.
+        words: how captions are split into words, see `tokenizer.split_words`.
         with_spice: whether to compute SPICE.
 
     Returns:
@@ -188,41 +205,36 @@ def score_file(
     Raises:
         InputError: an image has no caption; or see `read_results` and `match_results`.
     """
-    captions, strangers = match_results(path, results := read_results(path), all_examples or examples)
+    # Captions of other splits are normal: a file may hold all images. Captions of no image at all may be a mistake in
+    # the ids, so that they are reported, and are an error only if an image is left without a caption.
+    results = read_results(path)
+    captions, unknown_ids = match_results(path, results, all_examples or examples)
     no_image = ""
-    if strangers:
+    if unknown_ids:
         no_image = (
-            f"{len(strangers):,} of its {len(results):,} captions belong to no image of the data, the first with "
-            f"image_id {strangers[0]!r}"
+            f"{len(unknown_ids):,} of its {len(results):,} captions belong to no image of the data, the first with "
+            f"image_id {unknown_ids[0]!r}"
         )
     if missing := [example for example in examples if example not in captions]:
+        reason = f"{no_image}; expected ids, paths or file names" if no_image else "are they of this --split?"
         raise InputError(
             f"{path}: no caption of {len(missing):,} of the {len(examples):,} images, the first with image_id "
-            f"{missing[0].image_id} ({missing[0].image_path}); "
-            + (f"{no_image}; expected ids, paths or file names" if no_image else "are they of this --split?")
+            f"{missing[0].image_id} ({missing[0].image_path}); {reason}"
         )
     if no_image:
         log(f"{path}: {no_image}; left out")
     if num_others := len(captions) - len(examples):
         log(f"{path}: {num_others:,} captions of images of other splits are left out")
     texts = [captions[example] for example in examples]
-    references = [list(example.captions) for example in examples]
-    scores, tokenizer_name = score_all(references, texts, split_words, words, with_spice)
-    metrics = {
-        "results": str(path),
-        "tokenizer": tokenizer_name,
-        "scores": scores.total,
-        "distinct captions": distinct_ratio(texts),
-        "end in mid-sentence": mid_sentence_ratio(texts),
-    }
-    return metrics, texts, scores
+    metrics, scores = score_texts(examples, texts, words, with_spice)
+    return {"results": str(path), **metrics}, texts, scores
 
 
 # The command.
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
-    """Parses the command line; `args.other_data` are the data of --results, or None for those of the run."""
+    """Parses the command line; `args.other_data` are the data of --results, or None for the data of the run."""
     parser = make_parser(__doc__)
     inference.add_model_options(parser)
     parser.add_argument(
@@ -232,43 +244,65 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         "--results",
         type=Path,
         metavar="FILE.json",
-        help="score these captions, COCO results made elsewhere, against the data of the run or those given below; "
+        help="score these captions, COCO results made elsewhere, against the data of the run or the data given below; "
         "writes FILE_metrics_<split>.json",
     )
-    text = "write a page of the images with their attention and people's captions, the worst first"
-    parser.add_argument("--html", type=Path, metavar="FILE", help=text)
-    text = "write a table of the images with their captions, scores and references, the worst first"
-    parser.add_argument("--per-image", type=Path, metavar="FILE.csv", help=text)
     parser.add_argument(
-        "--spice", action="store_true", help="SPICE too: needs Java 8 to 15; the first time downloads Stanford CoreNLP"
+        "--per-image",
+        type=Path,
+        metavar="FILE.csv",
+        help="write a table of the images with their captions, scores and references, the worst first",
+    )
+    parser.add_argument(
+        "--spice",
+        action="store_true",
+        help="compute SPICE too: needs Java 8 to 15; the first time downloads Stanford CoreNLP",
     )
     group = parser.add_argument_group("features of the run, if they were moved")
     add_options(group, FeatureConfig, only=("features_dir",))
-    title = "data of --results (default: the run's); or where those of the run are, if they were moved"
+    title = "data of --results (default: the run's); or where the data of the run are, if they were moved"
     data_utils.add_data_options(parser, title, dataset=None)
     add_quiet_option(parser)
     args = parser.parse_args(argv)
+    args.other_data = other_data_from_args(args)
+    if args.results and DecodeConfig.from_args(args) != DecodeConfig():
+        raise InputError("--results holds captions already; --beam-size and the like are for a run")
+    if args.per_image:
+        check_table_path(args.per_image)
+    args.split = args.split or ("all" if args.other_data else "val")
+    check_tools(args.spice)
+    return args
+
+
+def other_data_from_args(args: argparse.Namespace) -> DataConfig | None:
+    """Returns the data that the captions of --results are scored against, or None for the data of the run.
+
+    Raises:
+        InputError: the data options contradict the others.
+    """
     data_config = DataConfig.from_args(args)
-    args.other_data = None
+    if data_config == NO_DATA:
+        return None
     if args.results and not args.run:
-        args.other_data = data_config if data_config != NO_DATA else None
-        if args.other_data and not (args.dataset or args.annotations):
+        if not (args.dataset or args.annotations):
             raise InputError("expected --dataset or --annotations with the other data options")
-    elif any(
-        value != getattr(NO_DATA, name) for name, value in data_config.to_json().items() if name not in DATA_PATHS
-    ):
+        return data_config
+    # A model must not be scored on images that it was trained on, as it might be with another split.
+    names = [name for name in data_config.to_json() if name not in DATA_PATHS]
+    if any(getattr(data_config, name) != getattr(NO_DATA, name) for name in names):
         raise InputError(
             "a run is scored on its own data; only where they are can be named, and other data for --results FILE "
             "without --run"
         )
-    if args.results and DecodeConfig.from_args(args) != DecodeConfig():
-        raise InputError("--results holds captions already; --beam-size and the like are for a run")
-    if args.results and args.html:
-        raise InputError("--results has no attention; --html is for a run")
-    if args.per_image:
-        check_table_path(args.per_image)
-    args.split = args.split or ("all" if args.other_data else "val")
-    return args
+    return None
+
+
+def check_tools(with_spice: bool) -> None:
+    """Checks that the programs that compute the scores are installed, before hours of captioning."""
+    if not has_pycocoevalcap():
+        raise InputError("scoring needs pycocoevalcap, which is not installed; run `pip install pycocoevalcap`")
+    if with_spice:
+        check_spice()
 
 
 def select_split(dataset: data_utils.CaptionDataset, split: str) -> list[Example]:
@@ -279,11 +313,12 @@ def select_split(dataset: data_utils.CaptionDataset, split: str) -> list[Example
 def check_spice_words(args: argparse.Namespace, words: str) -> None:
     """Checks that SPICE, if it is asked for, is of words between spaces; raises InputError if it is of characters."""
     if args.spice and words == "characters":
-        raise InputError("--spice knows English words only, and these captions are split into characters; leave it out")
+        raise InputError("--spice supports English words only, and these captions are split into characters; omit it")
 
 
 def evaluate_results(args: argparse.Namespace) -> None:
     """Scores the results file of the command line, prints the scores and writes them beside the file."""
+    # Only the reference captions are needed, not the images.
     if args.other_data:
         data_config = args.other_data
         dataset = data_utils.load_dataset(data_config, with_images=False)
@@ -304,41 +339,41 @@ def evaluate_results(args: argparse.Namespace) -> None:
         write_score_table(args.per_image, examples, texts, scores.by_image)
 
 
-def open_features(
-    captioner: inference.Captioner, image_dir: Path, examples: list[Example], features_dir: str | None
-) -> FeatureSource:
-    """Opens the features of images, or the images themselves if the run's CNN was trained and no folder is given."""
-    manifest = captioner.config.features
-    cache = open_run_cache(manifest | {"folder": features_dir or manifest["folder"]})
-    check_features(cache, image_dir, examples)
-    return cache
-
-
-def evaluate_run(args: argparse.Namespace) -> None:
+def evaluate_run(args: argparse.Namespace) -> Evaluation:
     """Captions and scores the split of the command line, prints the scores and writes all into the run folder."""
     captioner = inference.Captioner.load(args.run, DecodeConfig.from_args(args))
     check_spice_words(args, captioner.tokenizer.words)
     dataset = data_utils.load_run_dataset(captioner.config, locations=data_utils.locations_from_args(args))
     examples = select_split(dataset, args.split)
-    cache = open_features(captioner, dataset.image_dir, examples, args.features_dir)
-    metrics, captions, scores = score_run(captioner, cache, examples, args.spice)
-    metrics |= {"split": args.split, "images": len(examples)}
+
+    # The model writes each caption alone, as for a new image. In training it is given the true word before each word;
+    # scored like that, it would look better than it is.
+    captions = caption_examples(captioner, dataset.image_dir, examples, args.features_dir)
+    texts = [caption.text for caption in captions]
+    scored, scores = score_texts(examples, texts, captioner.tokenizer.words, args.spice)
+    metrics = {
+        "run": str(captioner.run),
+        **captioner.decode_config.to_json(),
+        **scored,
+        "unfinished captions": unfinished_ratio(captions),
+        "split": args.split,
+        "images": len(examples),
+    }
     print_metrics(captioner.run, metrics)
-    results = [
-        {"image_id": example.image_id, "caption": caption.text}
-        for example, caption in zip(examples, captions, strict=True)
-    ]
+
+    # COCO's format for results, which other programs can score. The names of the files say how captions were searched
+    # for, so that greedy search and a beam search of the same run can be compared.
+    results = [{"image_id": example.image_id, "caption": text} for example, text in zip(examples, texts, strict=True)]
     name = f"{args.split}{captioner.decode_config.suffix}.json"
     write_json(captioner.run / f"captions_{name}", results)
     write_json(captioner.run / f"metrics_{name}", metrics)
-    if args.html:
-        write_report(args.html, examples, captions, metrics, dataset.image_dir, scores.by_image["CIDEr"])
     if args.per_image:
-        write_score_table(args.per_image, examples, [caption.text for caption in captions], scores.by_image)
+        write_score_table(args.per_image, examples, texts, scores.by_image)
+    return Evaluation(examples, dataset.image_dir, captions, metrics, scores.by_image)
 
 
 def print_metrics(source: Path, metrics: dict[str, Any]) -> None:
-    """Prints the scores, one a line, below what was scored."""
+    """Prints what was scored, and the scores below it, one a line."""
     print(f"{source}, {metrics['split']}: {metrics['images']:,} images")
     ratios = {name: metrics[name] for name in RATIOS if name in metrics}
     for name, value in {**metrics["scores"], **ratios}.items():
@@ -348,10 +383,6 @@ def print_metrics(source: Path, metrics: dict[str, Any]) -> None:
 def main(argv: list[str] | None = None) -> None:
     """Captions and scores a split of a run's dataset, or scores a results file."""
     args = parse(argv)
-    if not has_pycocoevalcap():
-        raise InputError("scoring needs pycocoevalcap, which is not installed; run `pip install pycocoevalcap`")
-    if args.spice:
-        check_spice()
     if args.results:
         evaluate_results(args)
     else:

@@ -3,8 +3,7 @@
 Tutorial sections: "Caption!" and "Try it on your own images".
 
     python inference.py photo.jpg                       # the latest run; writes photo_attention.png
-    python inference.py photos/ --csv results.csv       # all images below a folder; run again, it continues
-    python inference.py photos/ --html report.html      # a page that shows the attention for each word
+    python inference.py photos/ --csv results.csv       # all images in a folder; resumes if interrupted
     python inference.py photo.jpg --captions 5          # the five best captions, and how sure the model is
     python inference.py photo.jpg --captions 5 --sample --top-p 0.9 --no-repeat
     python inference.py --from list.txt --json | jq     # results for programs; --from - reads standard input
@@ -29,8 +28,6 @@ from PIL import Image
 import data_utils
 import features
 import model
-from beyond.report.report import ReportWriter
-from beyond.share.packed_run import open_run
 from captioning.base.cli import InputError, add_quiet_option, int_at_least, log, make_parser, progress_bar, run_main
 from captioning.base.downloads import redact_url
 from captioning.base.files import file_sha256
@@ -45,9 +42,9 @@ from captioning.images.image_args import find_images, is_url, open_image, plot_p
 from captioning.images.reading import ImageSource, map_threads, read_image, set_max_megapixels
 from captioning.output.captions import Caption, to_captions
 from captioning.output.plots import FORMATS, MAX_GRID_IMAGES, thumbnail
-from captioning.output.results import CaptionedImage, ResultWriter, write_plot
+from captioning.output.results import CaptionedImage, GridWriter, JsonWriter, TextWriter, Writer, write_plot
 from captioning.output.results_csv import ResultsCsv
-from captioning.runs.run_folder import VOCABULARY_FILE, best_checkpoint, read_config, restore_model
+from captioning.runs.run_folder import VOCABULARY_FILE, best_checkpoint, open_run, read_config, restore_model
 from tokenizer import Tokenizer
 
 GREEDY = DecodeConfig()  # the default: the most probable word at every step
@@ -61,7 +58,7 @@ NUM_AHEAD = 2  # batches of images that are read ahead
 def decode_captions(
     model: StepModel, tokenizer: Tokenizer, features: tf.Tensor, config: DecodeConfig = GREEDY
 ) -> list[Caption]:
-    """Captions a batch of image features, (B, L, C)."""
+    """Captions a batch of image features, (B, L, C): L locations with C channels, of InceptionV3 (B, 64, 2048)."""
     return to_captions(decode(model, features, config), tokenizer, config.captions)
 
 
@@ -72,12 +69,13 @@ def load_run(run: Path | str) -> tuple[model.CaptionModel, Tokenizer, RunConfig]
         InputError: something is missing, or does not belong to the rest.
     """
     run = Path(run)
-    prefix = best_checkpoint(run)
+    prefix = best_checkpoint(run)  # the epoch with the best score on the validation images, not the last one
     config = read_config(run)
     tokenizer = Tokenizer.load(run / VOCABULARY_FILE, config.data.words)
+    # The weights know words only by their ids. With another vocabulary they would give fluent, but wrong captions.
     if file_sha256(run / VOCABULARY_FILE) != config.vocabulary_sha256 or len(tokenizer) != config.model.vocab_size:
         raise InputError(
-            f"{run / VOCABULARY_FILE}: not the vocabulary these weights were trained with; put back that of this run"
+            f"{run / VOCABULARY_FILE}: not the vocabulary these weights were trained with; restore this run's own"
         )
     build = functools.partial(model.build, features_shape=config.cnn.features_shape)
     return restore_model(prefix, config.model, build), tokenizer, config
@@ -90,10 +88,11 @@ class Captioner:
         model: the caption model.
         tokenizer: its vocabulary.
         config: the settings of the run.
-        decode_config: how captions are searched for.
-        min_jpeg_side: how large JPEGs were decoded for the training, see `captioning.images.reading.read_image`.
-        image_size: pixels of both sides of what the CNN takes.
         run: the run folder.
+        decode_config: how captions are searched for.
+        min_jpeg_side: how large JPEGs are decoded, as for the training; see `captioning.images.reading.read_image`.
+        image_size: the sides of the square images that the CNN takes, in pixels.
+        compile_cnn: whether the CNN runs as a graph, which is several times faster but takes seconds to build.
     """
 
     def __init__(
@@ -103,30 +102,35 @@ class Captioner:
         config: RunConfig,
         run: Path,
         decode_config: DecodeConfig = GREEDY,
+        compile_cnn: bool = True,
     ):
-        self.model, self.tokenizer, self.config, self.run = model, tokenizer, config, run
+        self.model = model
+        self.tokenizer = tokenizer
+        self.config = config
+        self.run = run
         self.decode_config = self._with_max_words(decode_config)
-        self.min_jpeg_side, self.image_size = min_jpeg_side(config.features), config.cnn.image_size
-        self._has_extracted = False  # features of any image
+        self.min_jpeg_side = min_jpeg_side(config.features)
+        self.image_size = config.cnn.image_size
+        self.compile_cnn = compile_cnn
 
     @classmethod
-    def load(cls, run: Path | str | None, config: DecodeConfig = GREEDY) -> "Captioner":
+    def load(cls, run: Path | str | None, config: DecodeConfig = GREEDY, compile_cnn: bool = True) -> "Captioner":
         """Loads a run: its folder, a .zip of it or the address of one; None for the latest in runs/.
 
         Raises:
-            InputError: as `beyond.share.packed_run.open_run` and `load_run` do.
+            InputError: see `captioning.runs.run_folder.open_run` and `load_run`.
         """
         folder = open_run(run)
-        return cls(*load_run(folder), folder, config)
+        return cls(*load_run(folder), folder, config, compile_cnn)
 
     def with_decoding(self, config: DecodeConfig) -> "Captioner":
-        """Returns a captioner of the same run that searches in another way; it shares the CNN once that is built."""
+        """Returns a captioner of the same run with another search; they share the CNN if it is built already."""
         other = copy.copy(self)
         other.decode_config = self._with_max_words(config)
         return other
 
     def _with_max_words(self, config: DecodeConfig) -> DecodeConfig:
-        """Fills in the length of the longest caption, as it was trained, if it is not said."""
+        """Fills in the run's longest caption: the model has never seen a longer one."""
         return dataclasses.replace(config, max_words=config.max_words or self.config.train.max_length)
 
     def caption(self, image: ImageSource) -> Caption:
@@ -138,14 +142,19 @@ class Captioner:
         Raises:
             InputError: the image cannot be read, or the CNN cannot be built.
         """
-        # Read the image and compute its features, both as for training.
         image = image.read() if hasattr(image, "read") else image  # an open file can be read only once
-        pixels = self.load_image(image)[np.newaxis]  # (1, size, size, 3)
-        image_features = self.extract_features(pixels)  # (1, L, C)
-        # Begin with <start>, and predict one word after the other, each from the word before it and the decoder's
-        # state, until <end>. The tutorial draws a random word at every step; this takes the most probable one.
-        decoded = decode(self.model, image_features, self.decode_config, image_keys(pixels))  # the tokens are (1, T)
-        # Look up the words of the ids. Each has its probability and its attention weights, for `plot_attention`.
+        # Read the image and compute its features exactly as for the training: the model knows no others.
+        pixels = self.load_image(image)[np.newaxis]  # (1, 299, 299, 3)
+        image_features = self.extract_features(pixels)  # (1, 64, 2048)
+        # Begin with <start> and predict one word after the other, each from the word before it and the decoder's state,
+        # until <end>. The tutorial draws each word at random by its probability, so that a bad word comes up now and
+        # then, and the next call gives another caption. Greedy search takes the most probable word at every step, which
+        # is repeatable. A beam search (--beam-size) also keeps captions whose first words are less probable, but which
+        # are more probable as a whole. `image_keys` only seeds the random words of --sample.
+        decoded = decode(self.model, image_features, self.decode_config, image_keys(pixels))  # tokens: (1, T)
+        # Look up the words of the ids. Each has its probability, and its attention weights: the shares, which sum to 1,
+        # of the 64 locations in the context vector from which the word was predicted. `plot_attention` draws them over
+        # the image. They show where the model looked, which is not always why it chose the word.
         caption = to_captions(decoded, self.tokenizer, self.decode_config.captions)[0]
         return dataclasses.replace(caption, image=image)
 
@@ -156,13 +165,13 @@ class Captioner:
             InputError: an image cannot be read, or the CNN cannot be built.
         """
         sources = (image.read() if hasattr(image, "read") else image for image in images)
+        # Threads read the next images while the CNN and the decoder work on these.
         loaded = map_threads(self.load_image, sources, NUM_AHEAD * batch_size)
-        captions: list[Caption] = []
+        captions = []
         while batch := list(itertools.islice(loaded, batch_size)):
-            of_batch = self.caption_pixels(np.stack([pixels for _, pixels in batch]))
-            captions += (
-                dataclasses.replace(caption, image=image) for caption, (image, _) in zip(of_batch, batch, strict=True)
-            )
+            pixels = np.stack([pixels for _, pixels in batch])  # (B, 299, 299, 3)
+            for (image, _), caption in zip(batch, self.caption_pixels(pixels), strict=True):
+                captions.append(dataclasses.replace(caption, image=image))
         return captions
 
     def load_image(self, image: ImageSource) -> np.ndarray:
@@ -171,6 +180,8 @@ class Captioner:
 
     def caption_pixels(self, pixels: np.ndarray) -> list[Caption]:
         """Captions images read by `load_image`, (B, size, size, 3) uint8."""
+        # The captions of a batch grow in step, word by word. One that has its <end> is padded until the longest
+        # has ended, too.
         decoded = decode(self.model, self.extract_features(pixels), self.decode_config, image_keys(pixels))
         return to_captions(decoded, self.tokenizer, self.decode_config.captions)
 
@@ -179,29 +190,39 @@ class Captioner:
         return decode_captions(self.model, self.tokenizer, features, self.decode_config)
 
     def extract_features(self, pixels: np.ndarray) -> tf.Tensor:
-        """Computes the features (B, L, C) of images (B, size, size, 3), rounded as those of the training were."""
-        # A graph is several times faster, but takes seconds to build: too long for the only image of a command.
-        extract = self._extractor_graph if self._has_extracted or len(pixels) > 1 else self.extractor
-        self._has_extracted = True
-        return tf.cast(extract(pixels, training=False), self.config.features["dtype"])
+        """Computes the features (B, L, C) of images (B, size, size, 3)."""
+        # Without training=False, batch normalization would use the statistics of these images, not the trained ones.
+        image_features = self._run_extractor(pixels, training=False)
+        # The training read its features from a cache, which usually rounds them to float16. They are rounded here, too,
+        # so that an image has the same caption whether its features were cached or not.
+        return tf.cast(image_features, self.config.features["dtype"])
 
     @functools.cached_property
     def extractor(self) -> tf.keras.Model:
         """The CNN whose features the run was trained on, built when it is first needed."""
+        # The run folder has its own copy of weights that cannot be downloaded. Features of other weights would mean
+        # something else in every channel, and the captions would be nonsense without an error: hence the SHA-256.
         cnn_weights = find_cnn_weights(self.run) or self.config.features["weights"]
         check_cnn_weights(cnn_weights, self.config.features.get("sha256"))
         return features.build_feature_extractor(cnn_weights, self.config.cnn)
 
     @functools.cached_property
-    def _extractor_graph(self) -> tf.types.experimental.PolymorphicFunction:
-        """The CNN as a graph, for any number of images."""
-        return tf.function(self.extractor, reduce_retracing=True)
+    def _run_extractor(self) -> tf.keras.Model | tf.types.experimental.PolymorphicFunction:
+        """The CNN, as a graph for any number of images if `compile_cnn`."""
+        return tf.function(self.extractor, reduce_retracing=True) if self.compile_cnn else self.extractor
 
 
 def caption_and_plot(
     captioner: Captioner, path: Path, folder: Path, name: str | None = None, image_format: str = "png"
 ) -> tuple[Caption, Path | None]:
-    """Captions an image, and plots the attention: `<folder>/<name, by default the image's>_attention.<image_format>`.
+    """Captions an image, and plots the attention into `<folder>/<name>_attention.<image_format>`.
+
+    Args:
+        captioner: the run.
+        path: the image.
+        folder: where the plot is written.
+        name: the beginning of the plot's name; that of the image by default.
+        image_format: the ending of the plot's name.
 
     Returns:
         The caption, and the path of the plot; None if it cannot be written there, which is logged.
@@ -210,6 +231,7 @@ def caption_and_plot(
         InputError: the image cannot be read.
         OSError: the disk is full.
     """
+    # The plot has the proportions of the image, and the CNN a square: the grid of attention is stretched for it.
     image = read_image(path, captioner.min_jpeg_side)
     caption = captioner.caption(image)
     plot_path = folder / f"{name or path.stem}_attention.{image_format}"
@@ -221,7 +243,7 @@ def caption_and_plot(
 
 def caption_stream(
     captioner: Captioner, images: Iterable[str], batch_size: int = BATCH_SIZE, with_copies: bool = True
-) -> Iterator[tuple[str, CaptionedImage | InputError]]:
+) -> Iterator[CaptionedImage | InputError]:
     """Captions files and addresses in batches; the next ones are read, or downloaded, while the CNN computes.
 
     The memory does not grow with their number.
@@ -230,58 +252,69 @@ def caption_stream(
         captioner: the run.
         images: paths and addresses.
         batch_size: images that are captioned at the same time.
-        with_copies: whether to give a small copy of each image, for plots and pages.
+        with_copies: whether to give a small copy of each image, for plots and other outputs that show it.
 
     Yields:
-        Each image, in its order, with its caption, or the reason why it cannot be read.
+        Each image with its caption, in the given order, or the reason why it cannot be read.
 
     Raises:
         InputError: the CNN cannot be built.
     """
-    _ = captioner.extractor  # built here, so that its failure is not taken for that of an image
 
     def load(image: str) -> tuple[np.ndarray, Image.Image | None] | InputError:
+        # A bad image must not stop the others: its error is passed on as a value.
         try:
             whole = open_image(image, captioner.min_jpeg_side)
         except InputError as error:
             return error
+        # The image itself is dropped: a batch of large photos would fill the memory.
         return features.to_pixels(whole, captioner.image_size), thumbnail(whole) if with_copies else None
 
     loaded = map_threads(load, images, NUM_AHEAD * batch_size)
     while batch := list(itertools.islice(loaded, batch_size)):
+        # Only images that could be read go through the CNN; their captions are taken in the same order below.
         pixels = [result[0] for _, result in batch if not isinstance(result, InputError)]
         captions = iter(captioner.caption_pixels(np.stack(pixels)) if pixels else [])
-        for image, result in batch:
+        for name, result in batch:
             if isinstance(result, InputError):
-                yield image, result
+                yield result
             else:
-                yield image, CaptionedImage(redact_url(image) if is_url(image) else image, result[1], next(captions))
+                shown_name = redact_url(name) if is_url(name) else name  # an address may hold a secret key
+                yield CaptionedImage(shown_name, result[1], next(captions))
 
 
 def caption_images(
     captioner: Captioner,
     images: Sequence[str],
-    writer: ResultWriter,
+    writers: Sequence[Writer],
     plots: dict[str, Path] | None = None,
     batch_size: int = BATCH_SIZE,
 ) -> int:
-    """Captions files and addresses (see `caption_stream`), and gives the captions to a writer.
+    """Captions files and addresses, and hands each caption to the writers.
 
-    `plots` has the file for the attention plot of each image; None for no plots.
+    Args:
+        captioner: the run.
+        images: paths and addresses.
+        writers: the outputs.
+        plots: the file for the attention plot of each image; None for no plots.
+        batch_size: images that are captioned at the same time.
 
     Returns:
-        The number of images that could not be read.
+        The number of images that could not be read, which are logged.
 
     Raises:
         InputError: the only image cannot be read, or the CNN cannot be built.
     """
     num_failed = 0
-    with_copies = writer.shows_images or plots is not None
+    # Copies cost time and memory: only if something shows the images.
+    with_copies = plots is not None or any(writer.shows_images for writer in writers)
+    results = caption_stream(captioner, images, batch_size, with_copies)
     with progress_bar(total=len(images), unit="image", desc="captions", disable=len(images) == 1) as progress:
-        for image, result in caption_stream(captioner, images, batch_size, with_copies):
+        for image, result in zip(images, results, strict=True):
             progress.update()
             if not isinstance(result, InputError):
-                writer.write(result, plots[image] if plots else None)
+                if plot := write_result(result, writers, plots[image] if plots else None):
+                    log(f"attention: {plot}")
             elif len(images) == 1:
                 raise result
             else:
@@ -290,7 +323,17 @@ def caption_images(
     return num_failed
 
 
-# The test images of the run.
+def write_result(result: CaptionedImage, writers: Iterable[Writer], plot: Path | None) -> Path | None:
+    """Plots the attention of an image, unless `plot` is None, and hands its caption to the writers.
+
+    Returns:
+        The plot; None if there is none, or it could not be written.
+    """
+    if plot and result.image and not write_plot(result.image, result.caption, plot):
+        plot = None
+    for writer in writers:
+        writer.write(result, plot)
+    return plot
 
 
 def caption_test_images(
@@ -298,23 +341,29 @@ def caption_test_images(
     dataset: data_utils.CaptionDataset,
     num_images: int,
     seed: int | None,
-    writer: ResultWriter,
+    writers: Sequence[Writer],
     image_format: str | None = "png",
 ) -> None:
     """Captions random test images of the run's dataset, next to their reference captions, as the tutorial does.
 
-    A dataset without test images gives validation images. Plots are written into the run folder, unless
-    `image_format` is None.
+    Args:
+        captioner: the run.
+        dataset: its dataset. If there are no test images, validation images are taken.
+        num_images: how many.
+        seed: of the choice; None for other images each time.
+        writers: the outputs.
+        image_format: of the attention plots, which are written into the run folder; None for no plots.
     """
+    # Not training images: the model may have memorized their captions.
     candidates = [example for example in dataset.examples if example.split == "test"] or dataset.split("val")
     examples = random.Random(seed).sample(candidates, min(num_images, len(candidates)))
-    references = {str(dataset.image_dir / example.image_path): example.captions for example in examples}
-    plots = plot_paths(references, captioner.run / "attention", image_format or "png")
-    for image, result in caption_stream(captioner, references):
+    images = [str(dataset.image_dir / example.image_path) for example in examples]
+    plots = plot_paths(images, captioner.run / "attention", image_format or "png")
+    for image, example, result in zip(images, examples, caption_stream(captioner, images), strict=True):
         if isinstance(result, InputError):
             log(f"skipped {result}", error=True)
-            continue
-        writer.write(result._replace(references=references[image]), plots[image] if image_format else None)
+        else:
+            write_result(result._replace(references=example.captions), writers, plots[image] if image_format else None)
 
 
 # The command.
@@ -322,77 +371,144 @@ def caption_test_images(
 
 def add_model_options(parser: argparse.ArgumentParser) -> None:
     """Adds the options of every script that captions: the run, and how captions are searched for."""
-    group = parser.add_argument_group("model")
-    text = "run folder, a .zip that beyond.export packed, or the https address of one (default: the latest in runs/)"
-    group.add_argument("--run", metavar="DIR|ZIP|URL", help=text)
+    parser.add_argument_group("model").add_argument(
+        "--run", metavar="DIR|ZIP|URL", help="run folder, a .zip of one, or its address (default: the latest in runs/)"
+    )
     add_options(parser.add_argument_group("decoding"), DecodeConfig)
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
-    """Parses the command line."""
+    """Parses the command line; `args.inputs` are the paths and addresses of the images, each once."""
     parser = make_parser(__doc__, "[option ...] [image ...]")
-    text = "files, folders (with all folders below) or http(s) addresses of images (default: a few test images)"
-    parser.add_argument("image", nargs="*", help=text)
-    text = "a list of more images, one a line; - reads it from standard input"
-    parser.add_argument("--from", dest="image_list", metavar="FILE", help=text)
+    parser.add_argument(
+        "image",
+        nargs="*",
+        help="files, folders (with their subfolders) or http(s) addresses of images (default: a few test images)",
+    )
+    parser.add_argument(
+        "--from",
+        dest="image_list",
+        metavar="FILE",
+        help="read more images from a list, one a line; - reads it from standard input",
+    )
     add_model_options(parser)
     group = parser.add_argument_group("test images, if no images are given")
-    group.add_argument("--num-images", type=int_at_least(1), metavar="N", default=3, help="how many (default: 3)")
+    group.add_argument(
+        "--num-images", type=int_at_least(1), metavar="N", default=3, help="caption this many (default: 3)"
+    )
     group.add_argument("--seed", type=int, metavar="N", help="seed of the choice (default: other images each time)")
     data_utils.add_location_options(parser)
-    group = parser.add_argument_group("output")
-    text = "write a table: image, rank, caption, confidence, log_prob, finished. Run again, the command continues it"
-    group.add_argument("--csv", type=Path, metavar="FILE", help=text)
-    text = "print a JSON object per image, one a line: image, caption, confidence, words with probabilities, plot"
-    group.add_argument("--json", action="store_true", help=text)
-    text = "write a page that shows where the model attends for each word that the mouse is on"
-    group.add_argument("--html", type=Path, metavar="FILE", help=text)
-    text = "plot the attention of each image (default: of one image, and of test images)"
-    group.add_argument("--plots", action=argparse.BooleanOptionalAction, help=text)
-    text = "folder for <image>_attention.png (default: the current one; of test images, the run folder)"
-    group.add_argument("--output-dir", type=Path, metavar="DIR", default=Path(), help=text)
-    group.add_argument("--format", choices=FORMATS, default="png", help="of the attention plots (default: png)")
-    text = f"write one plot of all images with their captions, {MAX_GRID_IMAGES} at most: .png, .svg or .pdf"
-    group.add_argument("--grid", type=Path, metavar="FILE", help=text)
-    add_options(group, FeatureConfig, only=("cnn_batch_size", "max_megapixels"))
-    add_quiet_option(group)
+    add_output_options(parser.add_argument_group("output"))
     args = parser.parse_args(argv)
     if args.grid and args.grid.suffix[1:].lower() not in FORMATS:
         raise InputError(f"--grid {args.grid}: expected a file that ends in .{', .'.join(FORMATS)}")
     if args.csv and not (args.image or args.image_list):
         raise InputError("--csv is for the images of the command line; evaluate.py captions those of a split")
+    args.inputs = find_images(args.image, args.image_list)
     return args
+
+
+def add_output_options(group: argparse._ArgumentGroup) -> None:
+    """Adds the options that say where captions and plots go, and how images are read."""
+    group.add_argument(
+        "--csv",
+        type=Path,
+        metavar="FILE",
+        help="write a table: image, rank, caption, confidence, log_prob, finished. Run again, the command resumes it",
+    )
+    group.add_argument(
+        "--json",
+        action="store_true",
+        help="print a JSON object per image, one a line: image, caption, confidence, words with probabilities, plot",
+    )
+    group.add_argument(
+        "--plots",
+        action=argparse.BooleanOptionalAction,
+        help="plot the attention of each image (default: of one image, and of test images)",
+    )
+    group.add_argument(
+        "--output-dir",
+        type=Path,
+        metavar="DIR",
+        default=Path(),
+        help="write <image>_attention.png there (default: the current folder; for test images, the run folder)",
+    )
+    group.add_argument("--format", choices=FORMATS, default="png", help="format of the plots (default: png)")
+    group.add_argument(
+        "--grid",
+        type=Path,
+        metavar="FILE",
+        help=f"write one plot of the images with their captions, {MAX_GRID_IMAGES} at most: .png, .svg or .pdf",
+    )
+    add_options(group, FeatureConfig, only=("cnn_batch_size", "max_megapixels"))
+    add_quiet_option(group)
+
+
+def load_captioner(args: argparse.Namespace) -> Captioner:
+    """Loads the run of the command line."""
+    set_max_megapixels(args.max_megapixels)
+    # For a single image, building a graph of the CNN would take longer than running it as it is.
+    compile_cnn = (len(args.inputs) or args.num_images) > 1
+    captioner = Captioner.load(args.run, DecodeConfig.from_args(args), compile_cnn)
+    log(f"run: {captioner.run}")
+    return captioner
+
+
+def caption_from_args(args: argparse.Namespace, captioner: Captioner, writers: Iterable[Writer] = ()) -> int:
+    """Captions the images of the command line, or a few test images.
+
+    Args:
+        args: what `parse` returned.
+        captioner: what `load_captioner` returned.
+        writers: outputs in addition to those that the command line asks for.
+
+    Returns:
+        The number of images that could not be read, which are logged.
+    """
+    outputs = list(writers)
+    images = args.inputs
+    with contextlib.ExitStack() as stack:  # closes the table and draws the grid at the end
+        if args.csv:
+            table = ResultsCsv(args.csv, captioner.run, captioner.decode_config)
+            outputs.append(stack.enter_context(contextlib.closing(table)))
+            images = skip_done(args.inputs, table)
+        if args.json:
+            outputs.append(JsonWriter())
+        elif not args.csv:  # of thousands of images nobody reads the captions twice
+            outputs.append(TextWriter(show_names=len(args.inputs) > 1))
+        if args.grid:
+            outputs.append(stack.enter_context(contextlib.closing(GridWriter(args.grid))))
+        if images:
+            with_plots = len(args.inputs) == 1 if args.plots is None else args.plots  # None: neither option was given
+            plots = plot_paths(args.inputs, args.output_dir, args.format) if with_plots else None
+            return caption_images(captioner, images, outputs, plots, args.cnn_batch_size)
+        if not args.inputs:
+            dataset = data_utils.load_run_dataset(captioner.config, locations=data_utils.locations_from_args(args))
+            image_format = None if args.plots is False else args.format
+            caption_test_images(captioner, dataset, args.num_images, args.seed, outputs, image_format)
+        return 0
+
+
+def skip_done(images: list[str], table: ResultsCsv) -> list[str]:
+    """Returns the images that are not in a table yet, and logs how many are."""
+    remaining = [image for image in images if image not in table.done]
+    if num_done := len(images) - len(remaining):
+        log(f"{table.path}: {num_done:,} of {len(images):,} images are in it already; all outputs skip them")
+    return remaining
+
+
+def check_all_captioned(num_failed: int, images: list[str]) -> None:
+    """Raises InputError, for the exit code, if images could not be captioned."""
+    if num_failed:
+        raise InputError(f"{num_failed} of {len(images)} images could not be captioned")
 
 
 def main(argv: list[str] | None = None) -> None:
     """Captions the images of the command line, or a few test images."""
     args = parse(argv)
-    set_max_megapixels(args.max_megapixels)
-    images = find_images(args.image, args.image_list)
-    captioner = Captioner.load(args.run, DecodeConfig.from_args(args))
-    log(f"run: {captioner.run}")
-    table = ResultsCsv(args.csv, captioner.run, captioner.decode_config) if args.csv else None
-    with contextlib.closing(table) if table else contextlib.nullcontext():
-        remaining = [image for image in images if image not in table.done] if table else images
-        if len(remaining) < len(images):
-            log(f"{args.csv}: {len(images) - len(remaining):,} of {len(images):,} images are in it already")
-            if args.html:
-                log(f"{args.html}: will show only the other {len(remaining):,}")
-        subtitle = f"run {captioner.run.name}; {captioner.decode_config.describe()}"
-        with ReportWriter(args.html, "Captions", subtitle) if args.html else contextlib.nullcontext() as report:
-            writer = ResultWriter(args.json, len(images) > 1, args.grid, table, report)
-            if not images:
-                dataset = data_utils.load_run_dataset(captioner.config, locations=data_utils.locations_from_args(args))
-                image_format = None if args.plots is False else args.format
-                caption_test_images(captioner, dataset, args.num_images, args.seed, writer, image_format)
-            num_failed = 0
-            if remaining:
-                with_plots = len(images) == 1 if args.plots is None else args.plots
-                plots = plot_paths(images, args.output_dir, args.format) if with_plots else None
-                num_failed = caption_images(captioner, remaining, writer, plots, args.cnn_batch_size)
-            writer.write_grid()
-    if num_failed:
-        raise InputError(f"{num_failed} of {len(images)} images could not be captioned")
+    captioner = load_captioner(args)
+    num_failed = caption_from_args(args, captioner)
+    check_all_captioned(num_failed, args.inputs)
 
 
 if __name__ == "__main__":

@@ -1,20 +1,18 @@
-"""Where captions go: standard output, a CSV file, a page, a grid of images, and a plot for each image."""
+"""Where captions go: standard output as text or JSON, a plot for each image, and one plot of all images."""
 
 import errno
 import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 from PIL import Image
 from tqdm import tqdm
 
-from beyond.report.report import ReportWriter
 from captioning.base.cli import log
 from captioning.output.captions import Caption
 from captioning.output.plots import MAX_GRID_IMAGES, plot_attention, plot_caption_grid
-from captioning.output.results_csv import ResultsCsv
 
 
 class CaptionedImage(NamedTuple):
@@ -26,18 +24,26 @@ class CaptionedImage(NamedTuple):
     references: Sequence[str] | None = None  # people's captions, of an image of the dataset
 
 
+class Writer(Protocol):
+    """An output of captions, which takes them as they are generated."""
+
+    shows_images: bool  # whether it needs the images, and not only their captions
+
+    def write(self, result: CaptionedImage, plot: Path | None = None) -> None:
+        """Writes the caption of an image; `plot` is the file with its attention plot, if there is one."""
+
+
 def write_plot(image: Image.Image, caption: Caption, path: Path) -> bool:
     """Plots the attention for each word into a file.
 
     Returns:
-        False if it cannot be written there, which is logged: its name is too long, or nothing may be written there.
+        False if the file cannot be written, because its name is too long or permission is denied; this is logged.
 
     Raises:
         OSError: the disk is full.
     """
     try:
-        words, attention = caption.words, caption.attention
-        plot_attention(image, words, attention, caption.probabilities, path, caption.text, caption.gates)
+        plot_attention(image, caption.words, caption.attention, caption.probabilities, path, caption.text)
     except OSError as error:
         if error.errno == errno.ENOSPC:
             raise
@@ -46,73 +52,75 @@ def write_plot(image: Image.Image, caption: Caption, path: Path) -> bool:
     return True
 
 
-class ResultWriter:
-    """Writes captions as they come, in every form that was asked for.
+def _print(text: str) -> None:
+    """Prints to standard output, above a progress bar if there is one."""
+    tqdm.write(text, file=sys.stdout)
+    sys.stdout.flush()
+
+
+class TextWriter:
+    """Prints captions as text, one a line.
+
+    Several captions of an image have their log p and confidence beside them. An image of the dataset is printed as in
+    the tutorial, its "Real Caption" and "Prediction Caption" below each other.
 
     Args:
-        as_json: whether standard output gets a JSON object for each image, one a line, instead of text.
-        show_names: whether each line of text begins with the name of the image.
-        grid: the file for one plot of all images; None for none.
-        table: the CSV file; nothing is printed if there is one, unless `as_json`.
-        report: the page.
+        show_names: whether each line begins with the name of the image.
     """
 
-    def __init__(
-        self,
-        as_json: bool = False,
-        show_names: bool = True,
-        grid: Path | None = None,
-        table: ResultsCsv | None = None,
-        report: ReportWriter | None = None,
-    ):
-        self.as_json, self.show_names, self.grid = as_json, show_names, grid
-        self.table, self.report = table, report
-        self.images_and_captions: list[tuple[Image.Image, str]] = []  # for the grid
+    shows_images = False
 
-    @property
-    def shows_images(self) -> bool:
-        """Whether the images themselves are needed, and not only their captions."""
-        return bool(self.grid or self.report)
+    def __init__(self, show_names: bool = True):
+        self.show_names = show_names
 
     def write(self, result: CaptionedImage, plot: Path | None = None) -> None:
-        """Writes the caption of an image; its plot, if there is one, comes first, so that JSON can name it."""
-        name, image, caption, references = result
-        plot = plot if plot and image and write_plot(image, caption, plot) else None
-        if self.as_json:
-            fields = {"references": list(references)} if references is not None else {}
-            self._print(json.dumps({"image": name, **caption.to_json(), "plot": plot and str(plot), **fields}))
-        elif self.table is None:
-            self._print(self._to_text(result, plot))
-        if self.table:
-            self.table.write(name, caption)
-        if self.report and image:
-            self.report.add(image, name, caption.to_json(with_attention=True), references or ())
-        if self.grid and image and len(self.images_and_captions) < MAX_GRID_IMAGES:
-            self.images_and_captions.append((image, caption.text))
-        if plot and references is None:
-            log(f"attention: {plot}")
-
-    def _to_text(self, result: CaptionedImage, plot: Path | None) -> str:
-        """Returns the lines that standard output gets: the caption, or several with log p and confidence."""
-        name, _, caption, references = result
-        if references is not None:  # the tutorial's "Real Caption" and "Prediction Caption"
-            captions = (caption, *caption.alternatives)
-            lines = [*(f"reference: {text}" for text in references), *(f"predicted: {each.text}" for each in captions)]
+        """Prints the caption of an image."""
+        captions = (result.caption, *result.caption.alternatives)
+        if result.references is not None:
+            lines = [f"reference: {text}" for text in result.references]
+            lines += [f"predicted: {caption.text}" for caption in captions]
             lines += [f"attention: {plot}"] if plot else []
-            return "\n".join([name, *(f"  {line}" for line in lines)])
-        prefix = f"{name}\t" if self.show_names else ""
-        if not caption.alternatives:
-            return prefix + caption.text
-        captions = (caption, *caption.alternatives)
-        return "\n".join(f"{prefix}{each.text}\t{each.log_prob:.2f}\t{each.confidence:.3f}" for each in captions)
+            _print("\n  ".join([result.name, *lines]))
+            return
+        prefix = f"{result.name}\t" if self.show_names else ""
+        for caption in captions:
+            scores = f"\t{caption.log_prob:.2f}\t{caption.confidence:.3f}" if len(captions) > 1 else ""
+            _print(prefix + caption.text + scores)
 
-    @staticmethod
-    def _print(text: str) -> None:
-        tqdm.write(text, file=sys.stdout)  # above a progress bar, if there is one
-        sys.stdout.flush()
 
-    def write_grid(self) -> None:
-        """Writes the grid, if it was asked for and there are images."""
-        if self.grid and self.images_and_captions:
-            plot_caption_grid(self.images_and_captions, self.grid)
-            log(f"grid: {self.grid}")
+class JsonWriter:
+    """Prints captions as JSON, an object for each image, one a line."""
+
+    shows_images = False
+
+    def write(self, result: CaptionedImage, plot: Path | None = None) -> None:
+        """Prints the captions of an image."""
+        fields = {"image": result.name, **result.caption.to_json(), "plot": str(plot) if plot else None}
+        if result.references is not None:
+            fields["references"] = list(result.references)
+        _print(json.dumps(fields))
+
+
+class GridWriter:
+    """Draws the first images, at most `MAX_GRID_IMAGES`, with their captions into one plot.
+
+    Args:
+        path: the file, whose ending is the format.
+    """
+
+    shows_images = True
+
+    def __init__(self, path: Path):
+        self.path = path
+        self.images_and_captions: list[tuple[Image.Image, str]] = []
+
+    def write(self, result: CaptionedImage, plot: Path | None = None) -> None:
+        """Keeps an image for the plot."""
+        if result.image and len(self.images_and_captions) < MAX_GRID_IMAGES:
+            self.images_and_captions.append((result.image, result.caption.text))
+
+    def close(self) -> None:
+        """Draws the plot, if there are images."""
+        if self.images_and_captions:
+            plot_caption_grid(self.images_and_captions, self.path)
+            log(f"grid: {self.path}")

@@ -1,4 +1,4 @@
-"""A CSV file of captions that grows while images are captioned, and goes on where it was if the work was stopped."""
+"""A CSV file of captions that grows while images are captioned; an interrupted command resumes it."""
 
 import csv
 import io
@@ -10,7 +10,7 @@ from typing import Any
 from captioning.base.cli import InputError
 from captioning.base.files import file_sha256, read_json, try_lock, write_json
 from captioning.config.settings import DecodeConfig
-from captioning.output.captions import Caption
+from captioning.output.results import CaptionedImage
 from captioning.runs.run_folder import best_checkpoint
 
 COLUMNS = ("image", "rank", "caption", "confidence", "log_prob", "finished")
@@ -20,20 +20,22 @@ ERRORS = "surrogateescape"  # a name on the disk need not be Unicode
 class ResultsCsv:
     """A table with a row for every caption: the image, the rank among its captions, the text and how sure it is.
 
-    What made the captions is kept in `<file>.settings.json`, so that captions of another run, or of another search, are
-    never mixed with them.
+    `<file>.settings.json` records which weights and which search made the captions, so that others are never mixed
+    with them.
 
     Args:
-        path: the file; rows that it has are kept.
+        path: the file; the rows that are in it already are kept.
         run: the run folder whose weights make the captions.
         config: how captions are searched for.
 
     Attributes:
-        done: the images whose rows it had.
+        done: the images that were in the file already.
 
     Raises:
         InputError: the file was made with other settings or by another program, or another process writes into it.
     """
+
+    shows_images = False
 
     def __init__(self, path: Path, run: Path, config: DecodeConfig):
         self.path = path
@@ -48,16 +50,16 @@ class ResultsCsv:
             self._file.close()
             raise
 
-    def write(self, image: str, caption: Caption) -> None:
+    def write(self, result: CaptionedImage, plot: Path | None = None) -> None:
         """Adds the captions of an image, all at once."""
-        captions = (caption, *caption.alternatives)
-        self._write(
-            (image, rank, each.text, f"{each.confidence:.4f}", f"{each.log_prob:.3f}", str(each.finished).lower())
-            for rank, each in enumerate(captions, 1)
-        )
+        rows = []
+        for rank, caption in enumerate((result.caption, *result.caption.alternatives), start=1):
+            confidence, log_prob = f"{caption.confidence:.4f}", f"{caption.log_prob:.3f}"
+            rows.append((result.name, rank, caption.text, confidence, log_prob, str(caption.finished).lower()))
+        self._write(rows)
 
     def close(self) -> None:
-        """Closes the file. What was written is on the disk already."""
+        """Closes the file. All rows are on the disk already."""
         self._file.close()
 
     def _write(self, rows: Iterable[Iterable[Any]]) -> None:
@@ -67,7 +69,7 @@ class ResultsCsv:
         self._file.flush()
 
     def _resume(self, settings: dict[str, Any]) -> set[str]:
-        """Checks what the file holds, cuts off an unfinished end, and returns the images before it."""
+        """Checks the rows of the file, cuts off an unfinished end, and returns the images before it."""
         settings_path = self.path.with_name(f"{self.path.name}.settings.json")
         self._file.seek(0)
         content = self._file.read()
@@ -78,13 +80,13 @@ class ResultsCsv:
             self._write([COLUMNS])
             return set()
         if not content.endswith(b"\n"):
-            lines.pop()
+            lines.pop()  # the command was stopped in the middle of a line
         images, ends = self._read_images(lines)
         if not settings_path.exists() or (saved := read_json(settings_path)) != settings:
             found = "by another program" if not settings_path.exists() else f"with other settings ({saved})"
             raise InputError(f"--csv {self.path}: was made {found}, expected {settings}; choose another file")
         last = next((len(list(rows)) for _, rows in itertools.groupby(reversed(images))), 0)
-        if last < settings["captions"]:  # not all of them were written; a small vocabulary may also have no more
+        if last < settings["captions"]:  # not all were written, or a small vocabulary has no more: captioned again
             images = images[: len(images) - last]
         self._file.truncate(sum(map(len, lines[: ends[len(images)]])))
         return set(images)
@@ -101,9 +103,8 @@ class ResultsCsv:
             rows = []
         if len(rows) > 1 and len(rows[-1]) < len(COLUMNS):  # it was cut off inside a name with a line break
             rows.pop()
-        header = (
-            [name.lstrip("\ufeff") for name in rows[0]] if rows else []
-        )  # spreadsheet programs write a byte order mark
+        # Spreadsheet programs write a byte order mark.
+        header = [name.lstrip("\ufeff") for name in rows[0]] if rows else []
         if tuple(header) != COLUMNS or any(len(row) != len(COLUMNS) for row in rows):
             expected = ",".join(COLUMNS)
             raise InputError(f"--csv {self.path}: expected the columns {expected}; choose another file")

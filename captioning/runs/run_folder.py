@@ -20,6 +20,7 @@ from captioning.base.cli import InputError, log
 from captioning.base.files import atomic_write, check_schema, file_sha256, read_json, write_json
 from captioning.base.quiet_tensorflow import tf
 from captioning.config.cnns import CNN
+from captioning.config.guests import load_guest
 from captioning.config.run_config import FORMAT, RunConfig
 from captioning.config.settings import DATA_PATHS, DataConfig, FeatureConfig, ModelConfig, TrainConfig
 from captioning.images.feature_cache import check_manifest, find_cnn_weights
@@ -38,7 +39,25 @@ CONFIG_SCHEMA = {
 }
 
 
-# Checkpoints.
+# Finding a run and its checkpoints.
+
+
+def open_run(run: str | Path | None) -> Path:
+    """Returns the run folder that `--run` names.
+
+    Args:
+        run: a folder; a .zip of one, or its address, which `beyond.share` unpacks; or None for the latest run in runs/.
+
+    Raises:
+        InputError: there is no latest run, or the .zip cannot be unpacked. A folder is checked when it is read.
+    """
+    if run is None:
+        return latest_run()
+    path = Path(run)
+    is_zip = path.is_file() or (path.suffix.lower() == ".zip" and not path.is_dir())
+    if is_zip or "://" in str(run):
+        return load_guest("--run ZIP").open_run(run)
+    return path
 
 
 def latest_run(folder: Path | str = "runs") -> Path:

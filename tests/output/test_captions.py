@@ -2,12 +2,10 @@ import math
 
 import numpy as np
 import pytest
-from PIL import Image
 
 from captioning.base.quiet_tensorflow import tf
 from captioning.base.special_tokens import END_ID, SPECIAL_TOKENS
 from captioning.decoder.decoding import DecodedBatch
-from captioning.output import captions
 from captioning.output.captions import Caption, to_captions
 from tokenizer import Tokenizer
 
@@ -77,7 +75,7 @@ def test_confidence_of_odd_captions_is_a_number():
     assert -110 < impossible.log_prob < -100, "JSON has no infinity"
 
 
-# As JSON and in a notebook.
+# As JSON and as text.
 
 
 def test_to_json_has_what_is_known():
@@ -92,18 +90,5 @@ def test_to_json_has_what_is_known():
         assert [word["attention"] for word in each["words"]] == [[0.0156] * 64] * 2
 
 
-def test_notebook_shows_the_image_that_was_captioned(monkeypatch, tmp_path):
-    calls = []
-    monkeypatch.setattr(captions, "notebook_html", lambda *args: calls.append(args) or "<page>")
-    path = tmp_path / "photo.png"
-    Image.new("RGB", (960, 320), "red").save(path)
-    caption = make_caption(image=path)
-    assert caption._repr_html_() == "<page>"
-    image, result = calls[0]
-    assert image.size == (480, 160) and result == caption.to_json(with_attention=True)
-
-
-def test_notebook_shows_the_text_alone_without_an_image(tmp_path):
-    caption = Caption("a <dog>", ("a", "<dog>"), (1.0, 1.0), np.zeros((2, 64)), 1.0)
-    assert caption._repr_html_() == "<p>a &lt;dog&gt;</p>"
-    assert make_caption(image=tmp_path / "gone.png")._repr_html_() == "<p>a dog</p>"
+def test_caption_is_short_where_a_notebook_shows_it():
+    assert repr(make_caption()) == "<Caption 'a dog', confidence 0.40>"

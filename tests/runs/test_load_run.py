@@ -1,7 +1,9 @@
-"""Loading a run: its weights, vocabulary and settings, and its dataset, checked against each other."""
+"""Finding and loading a run: its weights, vocabulary and settings, and its dataset, checked against each other."""
 
 import dataclasses
 import json
+from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -9,8 +11,25 @@ import pytest
 import data_utils
 from captioning.base.cli import InputError
 from captioning.config.run_config import FORMAT
-from captioning.runs.run_folder import latest_run, read_config
+from captioning.runs import run_folder
+from captioning.runs.run_folder import latest_run, open_run, read_config
 from inference import load_run
+
+
+def test_open_run_leaves_folders_to_the_core_and_the_rest_to_the_guest(run, tmp_path, monkeypatch):
+    opened = []
+    guest = SimpleNamespace(open_run=lambda run: opened.append(run) or Path("unpacked"))
+    monkeypatch.setattr(run_folder, "load_guest", {"--run ZIP": guest}.get)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "folder.zip").mkdir()
+    (tmp_path / "packed").touch()
+    assert open_run(None) == run.relative_to(tmp_path)
+    assert open_run(run) == open_run(str(run)) == run and open_run("folder.zip") == Path("folder.zip")
+    assert open_run("none") == Path("none"), "an error is reported when it is read"
+    assert open_run("") == Path(), "not the latest: a variable of the shell may be empty"
+    assert opened == []
+    others = ["packed", Path("none.zip"), "https://example.com/run.zip"]
+    assert [open_run(each) for each in others] == [Path("unpacked")] * 3 and opened == others
 
 
 def test_load_run_restores_what_was_saved(run, small_model, tokenizer):

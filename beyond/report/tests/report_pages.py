@@ -1,4 +1,4 @@
-"""Captions whose words light known places, the page of them, and how it looks."""
+"""Captions in the form of `Caption.to_json`, whose words light known locations, and pages of them."""
 
 import contextlib
 import io
@@ -7,40 +7,42 @@ import numpy as np
 from helpers.browser import open_page
 from PIL import Image
 
-from beyond.report.report import ReportWriter
+from beyond.report.report import open_report
 
-HOSTILE = "</script><img src=x onerror=alert(1)> \"'<b>&amp;"
+HOSTILE = "</script><!--<img src=x onerror=alert(1)> \"'<b>&amp; \u2028 </figure>"
 SIZE = WIDTH, HEIGHT = 240, 160
 GREY = Image.new("RGB", SIZE, (120, 120, 120))
 BORDER = 8  # pixels, with the rounded corners
 STILL = {"reduced_motion": "reduce"}  # the light comes at once
+CORNERS = (0, 7, 56, 63, 27)  # of a grid of 8 x 8: upper left, upper right, lower left, lower right, middle
+PROBABILITIES = (0.98, 0.5, 0.02, 0.0001, 0.7)
 
 
 def one_hot(location, size=64):
     return [float(index == location) for index in range(size)]
 
 
-def make_result(text="a red dog", words=None, locations=(0, 7, 56, 63, 27), **fields):
-    """Makes a caption whose words light the corners, from the upper left to the lower right, and the middle."""
-    probabilities = (0.98, 0.5, 0.02, 0.0001, 0.7)
+def make_result(text="a red dog", words=None, **fields):
+    """Makes a caption; its first words light the corners, then the middle."""
     words = [
-        {"word": word, "probability": probabilities[index % 5], "attention": one_hot(locations[index % 5])}
+        {"word": word, "probability": PROBABILITIES[index % 5], "attention": one_hot(CORNERS[index % 5])}
         for index, word in enumerate(text.split() if words is None else words)
     ]
     return {"caption": text, "confidence": 0.42, "log_prob": -3.1, "finished": True, "words": words, **fields}
 
 
-def write_page(path, *entries):
-    with ReportWriter(path, "Captions", "run small, greedy search") as page:
+def write_page(path, *entries, subtitle="run small, greedy search", score_name="CIDEr"):
+    """Writes a page; an entry has arguments of `ReportWriter.add` that are not the default."""
+    with open_report(path, "Captions", subtitle, score_name) as page:
         for entry in entries:
             page.add(**{"image": GREY, "name": "photo.jpg", "result": make_result(), **entry})
     return path.as_uri()
 
 
 @contextlib.contextmanager
-def open_report(browser, url, **options):
-    """Opens a page that `write_page` wrote, as `open_page` does, and waits for its figures."""
-    with open_page(browser, url, **options) as page:
+def open_entries(browser, folder, *entries, **options):
+    """Writes a page, opens it as `open_page` does, and waits for its figures."""
+    with open_page(browser, write_page(folder / "a.html", *entries), **options) as page:
         if options.get("java_script_enabled", True):
             page.locator(".caption-viewer").first.wait_for()
         yield page
@@ -57,12 +59,6 @@ def brightest(pixels):
     """Returns the centre of the brightest pixels as shares of the whole image's height and width."""
     rows, columns = np.nonzero(pixels >= pixels.max() - 1)
     return (rows.mean() + BORDER) / HEIGHT, (columns.mean() + BORDER) / WIDTH
-
-
-def quarters(pixels):
-    """Returns the brightness of the quarters: upper left, upper right, lower left, lower right."""
-    (top, bottom) = np.array_split(pixels, 2)
-    return [half.mean() for row in (top, bottom) for half in np.array_split(row, 2, axis=1)]
 
 
 def lit_words(page):

@@ -1,14 +1,13 @@
-// The page that report.py writes: makes figures of its captions where one scrolls to, searches them and sorts them.
+// The page that report.py writes: turns its captions into figures near the visible part, searches and sorts them.
 "use strict";
 
 (() => {
-  const AHEAD = "1000px"; // figures are made so far below, before one sees them or reaches them by keyboard
-  const find = (id) => document.getElementById(id);
-  const main = document.querySelector("main");
+  const AHEAD = "1000px"; // figures are made this far below the visible part
+  const [search, order, count, main] = ["#search", "#order", "#count", "main"].map((one) => document.querySelector(one));
   const articles = [...main.querySelectorAll("article")]; // in the order of the file
   const normalize = (text) => text.normalize("NFKC").toLowerCase();
 
-  // The name, the caption and people's captions of an entry; read before a figure takes the place of the plain caption.
+  // The name, the caption and people's captions of an entry, read before a figure replaces the plain caption.
   const texts = new Map(
     articles.map((article) => {
       const parts = [...article.querySelectorAll("h2, figcaption, li")];
@@ -27,48 +26,36 @@
     { rootMargin: AHEAD },
   );
 
-  // Shows the entries that have all the words one typed, or the beginnings of them.
-  function search() {
-    const terms = normalize(find("search").value).split(/\s+/);
-    let numFound = 0;
-    for (const article of articles) {
-      article.hidden = !terms.every((term) => texts.get(article).includes(term));
-      numFound += !article.hidden;
-    }
+  // Shows the entries that contain all the words, or beginnings of words, in the search field.
+  function filter() {
+    const terms = normalize(search.value).split(/\s+/);
+    for (const article of articles) article.hidden = !terms.every((term) => texts.get(article).includes(term));
+    const numShown = articles.filter((article) => !article.hidden).length;
     const total = articles.length.toLocaleString("en");
-    find("found").textContent = terms.join("") ? `${numFound.toLocaleString("en")} of ${total}` : "";
+    count.textContent = terms.join("") ? `${numShown.toLocaleString("en")} of ${total}` : `${total} images`;
   }
 
-  // The values of the choice are "", or a field of the entries with the sign of the order: "score", "-score".
+  // An order is "", or a field of the entries with a sign for descending: "score", "-score".
   function sort() {
-    const [, sign, field] = find("order").value.match(/^(-?)(.*)$/);
-    const key = (article) => (sign ? -1 : 1) * (article.dataset[field] ?? NaN);
-    const compare = (one, other) => {
-      const difference = key(one) - key(other);
-      return Number.isNaN(difference) ? Number.isNaN(key(one)) - Number.isNaN(key(other)) : difference;
-    };
-    main.append(...(field ? [...articles].sort(compare) : articles)); // entries without the field come last
+    const [, sign, field] = order.value.match(/^(-?)(.*)$/);
+    const key = (article) => (field in article.dataset ? (sign ? -1 : 1) * article.dataset[field] : Infinity);
+    main.append(...(field ? [...articles].sort((one, other) => key(one) - key(other) || 0) : articles));
   }
 
-  function addOrders() {
-    const scored = document.querySelector("[data-score]");
-    const name = scored?.querySelector(".score-name").textContent;
-    const orders = [["confidence", "least confident first"]];
-    if (scored) orders.push(["score", `lowest ${name} first`], ["-score", `highest ${name} first`]);
-    for (const [value, text] of orders) find("order").append(new Option(text, value));
-  }
-
+  const scored = document.querySelector("[data-score]");
+  const name = scored?.querySelector(".score-name").textContent;
+  order.append(new Option("least confident first", "confidence"));
+  if (scored) order.append(new Option(`lowest ${name} first`, "score"), new Option(`highest ${name} first`, "-score"));
   for (const article of articles) observer.observe(article);
-  addOrders();
-  find("search").addEventListener("input", search);
-  find("order").addEventListener("change", sort);
+  search.addEventListener("input", filter);
+  order.addEventListener("change", sort);
   document.addEventListener("keydown", (event) => {
-    if (event.key !== "/" || event.target === find("search") || event.ctrlKey || event.metaKey || event.altKey) return;
+    if (event.key !== "/" || event.target === search || event.ctrlKey || event.metaKey || event.altKey) return;
     event.preventDefault(); // the slash is not typed into the field
-    find("search").focus();
-    find("search").select();
+    search.focus();
+    search.select();
   });
-  find("tools").hidden = false; // it needs this script
-  search(); // a page that was reloaded may still have the words in its field
-  if (find("order").value) sort();
+  document.querySelector("#tools").hidden = false; // it needs this script
+  filter(); // a page that was reloaded may still have its search and order
+  sort();
 })();

@@ -1,4 +1,4 @@
-// Shows an image with its caption; a word that is hovered, focused or tapped lights the image where the model looked.
+// Shows an image with its caption; a word that is hovered, focused or tapped lights up where the model attended.
 //
 //     captionViewer.create(imageUrl, alt, result)   // a <figure>, of what Caption.to_json(with_attention=True) returns
 //     captionViewer.enhance(element)                // makes figures of the plain captions that report.py wrote into it
@@ -10,8 +10,8 @@
 window.captionViewer ??= (() => {
   const CUT = "cut: the model predicted no end";
   const CANVAS_SIDE = 96; // pixels; the browser stretches the canvas over the image
-  const DARKNESS = 0.78; // what is taken from the light where the model did not look
-  const GLOW = 0.1; // of white where it looked most, so that this is visible in a dark image too
+  const DARKNESS = 0.78; // opacity of black where the attention is 0
+  const GLOW = 0.1; // opacity of white where the attention is largest, which is visible in a dark image too
   let clearKept = () => {}; // clears the word that stays lit, focused or tapped: at most one on the page
 
   document.addEventListener("keydown", (event) => {
@@ -25,8 +25,7 @@ window.captionViewer ??= (() => {
   }
 
   function describeWord(word) {
-    const gate = word.gate == null ? "" : `, gate ${word.gate.toFixed(2)}`; // only of a decoder that has one
-    return `${word.word}, ${formatPercent(word.probability)}${gate}`;
+    return `${word.word}, ${formatPercent(word.probability)}`;
   }
 
   function formatScores(result) {
@@ -58,7 +57,7 @@ window.captionViewer ??= (() => {
     for (let column = 0; column < CANVAS_SIDE; column++) {
       const center = ((column + 0.5) * side) / CANVAS_SIDE - 0.5;
       for (let place = Math.floor(center) - 1; place <= Math.floor(center) + 2; place++) {
-        const source = Math.min(side - 1, Math.max(0, place)); // the border goes on outside the image
+        const source = Math.min(side - 1, Math.max(0, place)); // outside the image the border is repeated
         const weight = cubic(center - place);
         for (let row = 0; row < numRows; row++) enlarged[column * numRows + row] += weight * grid[row * side + source];
       }
