@@ -45,7 +45,7 @@ from captioning.config.options import add_options
 from captioning.config.settings import DecodeConfig, ModelConfig
 from captioning.data import shapes
 from captioning.decoder.decoding import beam_search, greedy_search
-from captioning.output.results import ResultWriter
+from captioning.output.results import TextWriter
 from captioning.output.results_csv import ResultsCsv
 
 PROJECT = Path(__file__).resolve().parents[1]
@@ -155,7 +155,7 @@ def measure_folder(folder: Path, args: argparse.Namespace) -> dict[str, float]:
     def caption_folder() -> None:
         with contextlib.closing(ResultsCsv(folder / f"captions{len(memory)}.csv", captioner.run, config)) as table:
             for half in (paths[: len(paths) // 2], paths[len(paths) // 2 :]):
-                inference.caption_images(captioner, half, ResultWriter(table=table))
+                inference.caption_images(captioner, half, [table])
                 memory.append(resident_mb())
 
     def run_cnn() -> None:
@@ -166,7 +166,7 @@ def measure_folder(folder: Path, args: argparse.Namespace) -> dict[str, float]:
         "cnn": functools.partial(items_per_second, run_cnn, len(paths)),
         "folder": functools.partial(items_per_second, caption_folder, len(paths)),
     }
-    inference.caption_images(captioner, paths[: 2 * size + 1], ResultWriter())  # compiles
+    inference.caption_images(captioner, paths[: 2 * size + 1], [TextWriter()])  # compiles
     rates = interleaved_median_rates(measurements, args.rounds, "images")
     return {
         "images": len(paths),
