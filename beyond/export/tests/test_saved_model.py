@@ -1,19 +1,21 @@
-"""The exported model captions as inference.py does, without this project."""
+"""The SavedModel captions as inference.py does, without this project."""
 
+import io
 import json
+import shlex
 import subprocess
 import sys
+from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from PIL import Image
-from test_graph_images import EQUAL, draw, encode
 
+import beyond.export.__main__ as export
 import features
-import inference
-from beyond.export.exported_model import ExportedModel, save
+from beyond.export.saved_model import ExportedModel, read_pixels, save
 from captioning.base.cli import InputError
-from captioning.base.files import read_json, write_json
 from captioning.base.quiet_tensorflow import tf
 from captioning.config.settings import DecodeConfig
 from captioning.decoder.decoding import DecodedBatch
@@ -21,19 +23,20 @@ from captioning.output.captions import to_captions
 from inference import Captioner
 from tokenizer import Tokenizer
 
-# What a process runs that has only TensorFlow and NumPy: it may import neither this project nor Pillow.
+# What a process runs that has only TensorFlow and NumPy: it can import neither this project nor Pillow.
 PROGRAM = """
 import json, sys
-for name in ("PIL", "captioning", "inference", "features", "model", "tokenizer"):
+for name in ("PIL", "beyond", "captioning", "inference", "features", "model", "tokenizer"):
     sys.modules[name] = None
+import numpy as np
 import tensorflow as tf
-results = []
-for folder in sys.argv[1:3]:
-    model = tf.saved_model.load(folder).signatures["serving_default"]
-    for path in sys.argv[3:]:
-        result = model(image=tf.constant([open(path, "rb").read()]))
-        results.append({name: tensor.numpy()[0].tolist() for name, tensor in result.items()})
-print(json.dumps(results, default=bytes.decode))
+folder, signature, path = sys.argv[1:]
+function = tf.saved_model.load(folder).signatures[signature]
+if signature == "caption_files":
+    results = function(content=tf.constant([open(path, "rb").read()] * 2))
+else:
+    results = function(pixels=tf.constant(np.load(path)))
+print(json.dumps({name: tensor.numpy().tolist() for name, tensor in results.items()}, default=bytes.decode))
 """
 
 
@@ -47,23 +50,15 @@ def build_small_cnn(cnn_weights="imagenet", cnn=None):
     return tf.keras.Model(pixels, tf.keras.layers.Reshape((64, 2048))(x))
 
 
-@pytest.fixture
-def captioner(run, monkeypatch):
-    """The untrained run, with a small CNN; its features are those of JPEGs that were scaled."""
-    monkeypatch.setattr(features, "build_feature_extractor", build_small_cnn)
-    config = read_json(run / "config.json")
-    config["features"]["jpeg_decoding"] = "scaled"
-    write_json(run / "config.json", config)
-    return Captioner.load(run, DecodeConfig(max_words=6))
-
-
-def export(captioner):
-    parts = captioner.extractor, captioner.model, captioner.tokenizer, captioner.decode_config
-    return ExportedModel(*parts, captioner.config.features["dtype"], captioner.min_jpeg_side, captioner.image_size)
+def encode(image, image_format, **options):
+    """Returns the content of an image file."""
+    file = io.BytesIO()
+    image.save(file, image_format, **options)
+    return file.getvalue()
 
 
 def compare(result, caption, tolerance=1e-4):
-    """Compares what the exported model gave for an image, with NumPy arrays, with a caption and its alternatives."""
+    """Compares what the exported model returned for an image with a caption and its alternatives."""
     captions = [caption, *caption.alternatives]
     num_words = max(len(each.words) for each in captions)
     for rank, each in enumerate(captions):
@@ -86,71 +81,62 @@ def to_python(result, row):
 
 
 @pytest.mark.slow
-def test_exported_model_in_a_process_without_the_project(captioner, tmp_path):
-    paths = []
-    for number, (name, content) in enumerate(sorted(EQUAL.items())[:-4:2] + sorted(EQUAL.items())[-4:]):
-        paths.append(tmp_path / f"{number}.{name.split()[0].lower()}")
-        paths[-1].write_bytes(content)
-    Image.effect_noise((640, 480), 90).convert("RGB").save(tmp_path / "large.jpg")
-    paths.append(tmp_path / "large.jpg")
-    Image.effect_noise((2000, 1500), 90).convert("RGB").save(tmp_path / "larger.jpg")  # decoded at half its size
-    paths.append(tmp_path / "larger.jpg")
-    assert len(paths) >= 20
+def test_saved_model_in_a_process_without_the_project(run, monkeypatch, tmp_path, rng, capsys):
+    monkeypatch.setattr(features, "build_feature_extractor", build_small_cnn)
+    monkeypatch.chdir(tmp_path)
+    pixels = rng.integers(0, 256, (3, 299, 299, 3), dtype=np.uint8)
+    np.save("pixels.npy", pixels)
+    Image.fromarray(pixels[0]).resize((400, 300)).save("photo.jpg")
+    of_file = read_pixels(tf.constant(Path("photo.jpg").read_bytes()), 299).numpy()
     beam = DecodeConfig(beam_size=4, captions=3, length_penalty=0.7, max_words=9, min_words=2, no_repeat=True)
-    captioners = {"greedy": captioner, "beam": captioner.with_decoding(beam)}
-    for name, each in captioners.items():
-        save(export(each), tmp_path / name)
-    (tmp_path / "empty").mkdir()
-    command = [sys.executable, "-I", "-c", PROGRAM, *(str(tmp_path / name) for name in captioners), *map(str, paths)]
-    output = subprocess.run(command, cwd=tmp_path / "empty", capture_output=True, text=True, timeout=120)
-    assert output.returncode == 0, output.stderr[-2000:]
-    results = iter(json.loads(output.stdout.splitlines()[-1]))
-    for each in captioners.values():
-        for path in paths:
-            compare(next(results), each.caption(path))
-    assert next(results, None) is None
+    options = shlex.split("--beam-size 4 --captions 3 --length-penalty 0.7 --max-words 9 --min-words 2 --no-repeat")
+
+    def caption_elsewhere(folder, signature, path):
+        (tmp_path / "empty").mkdir(exist_ok=True)
+        arguments = [str(tmp_path / folder), signature, str(tmp_path / path)]
+        command = [sys.executable, "-I", "-c", PROGRAM, *arguments]
+        output = subprocess.run(command, cwd=tmp_path / "empty", capture_output=True, text=True, timeout=120)
+        assert output.returncode == 0, output.stderr[-2000:]
+        results = json.loads(output.stdout.splitlines()[-1])
+        return [dict(zip(results, values, strict=True)) for values in zip(*results.values(), strict=True)]
+
+    export.main(["--run", str(run), "--with-decoder", "--max-words", "6"])
+    printed = capsys.readouterr()
+    assert printed.out == "small_saved_model\n"
+    assert "decoding (fixed): greedy search, at most 6 words" in printed.err and "size: " in printed.err
+    export.main(["--run", str(run), "--output", "out/beam", *options])
+    greedy = Captioner.load(run, DecodeConfig(max_words=6))
+    for folder, captioner in (("small_saved_model", greedy), ("out/beam", greedy.with_decoding(beam))):
+        results = caption_elsewhere(folder, "serving_default", "pixels.npy")
+        for result, caption in zip(results, captioner.caption_pixels(pixels), strict=True):
+            compare(result, caption)
+    for result in caption_elsewhere("small_saved_model", "caption_files", "photo.jpg"):
+        compare(result, greedy.caption_pixels(of_file[np.newaxis])[0])
+    assert sorted(tf.saved_model.load("out/beam").signatures) == ["caption", "serving_default"]
+    project = str(Path(export.__file__).parents[2]).encode()
+    for path in tmp_path.glob("small_saved_model/**/*.*"):
+        assert project not in path.read_bytes() and b".py" not in path.read_bytes()
 
 
-@pytest.mark.slow
-def test_exported_model_captions_batches_and_pixels(captioner):
-    captioner = captioner.with_decoding(DecodeConfig(beam_size=3, captions=2, max_words=4))
-    model = export(captioner)
-    contents = [EQUAL["JPEG turned 6"], EQUAL["PNG with alpha"], EQUAL["GIF"]]
-    result = model.caption(tf.constant(contents))
-    assert {name: tensor.shape.as_list()[:2] for name, tensor in result.items()} == {key: [3, 2] for key in result}
-    assert sorted(result) == sorted(
-        ["caption", "words", "probabilities", "attention", "finished", "log_prob", "confidence"]
-    )
-    pixels = np.stack([features.load_image(content) for content in contents])
-    of_pixels = model.caption_pixels(pixels)
-    for row, content in enumerate(contents):
-        compare(to_python(result, row), captioner.caption(content))
-        compare(to_python(of_pixels, row), captioner.caption(content))
-    large = encode(draw(size=(2000, 1500)), "JPEG")  # decoded at half its size
-    np.testing.assert_array_equal(model.load(tf.constant(large)), captioner.load_image(large))
-    with pytest.raises(tf.errors.InvalidArgumentError, match="expected the content of a JPEG"):
-        model.caption(tf.constant([EQUAL["PNG"], b"text"]))
-
-
-def test_exported_model_rounds_features_as_the_cache(captioner, monkeypatch):
-    seen = []
-    monkeypatch.setattr(
-        "beyond.export.exported_model.decode", lambda model, features, config: seen.append(features.dtype)
-    )
-    export(captioner).decode_pixels(np.zeros((1, 299, 299, 3), np.uint8))
-    assert seen == [tf.float16]
-
-
-def test_exported_model_refuses_random_words(captioner):
-    with pytest.raises(InputError, match="--sample cannot be exported"):
-        export(captioner.with_decoding(DecodeConfig(sample=True)))
+def test_read_pixels_are_nearly_those_of_the_training(rng):
+    noise = rng.integers(0, 256, (30, 40, 3), dtype=np.uint8)
+    image = Image.fromarray(noise).resize((400, 330), Image.Resampling.BICUBIC)
+    contents = [encode(image, name) for name in ("JPEG", "PNG", "GIF", "BMP")]
+    contents.append(encode(image.resize((1500, 1300)), "JPEG"))  # training decodes it at half its size
+    for content in contents:
+        expected = features.load_image(content).astype(int)
+        difference = np.abs(read_pixels(tf.constant(content), 299).numpy() - expected)
+        assert difference.mean() < 0.3 and difference.max() <= 3
+    for content in (b"text", encode(image, "TIFF"), contents[0][:2000]):
+        with pytest.raises(tf.errors.InvalidArgumentError):
+            read_pixels(tf.constant(content), 299)
 
 
 # Words.
 
 
-class Decoded:
-    """Stands for the CNN and the search: ids that are given."""
+class Decoded(ExportedModel):
+    """An exported model without a CNN or a decoder: its ids are given."""
 
     def __init__(self, tokens, vocabulary, num_captions=1):
         rng = np.random.default_rng(0)
@@ -159,13 +145,28 @@ class Decoded:
             tf.constant(rng.uniform(0.1, 1, np.shape(tokens)), tf.float32),
             tf.constant(rng.uniform(size=(*np.shape(tokens), 64)), tf.float32),
         )
-        config = DecodeConfig(captions=num_captions)
-        self.model = ExportedModel(lambda pixels, training: pixels, None, vocabulary, config, "float32", None, 299)
-        self.model.decode_pixels = lambda pixels: self.batch
-        self.num_images = len(tokens) // num_captions
+        captioner = SimpleNamespace(
+            extractor=lambda pixels, training: pixels,
+            model=None,
+            tokenizer=vocabulary,
+            config=SimpleNamespace(features={"dtype": "float16"}),
+            decode_config=DecodeConfig(captions=num_captions),
+            image_size=2,
+        )
+        super().__init__(captioner)
+        self.pixels = np.zeros((len(tokens) // num_captions, 2, 2, 3), np.uint8)
 
     def run(self):
-        return self.model.caption_pixels(np.zeros((self.num_images, 299, 299, 3), np.uint8))
+        self.decode_pixels = lambda pixels: self.batch
+        return self.caption(self.pixels)
+
+
+def test_exported_model_rounds_features_as_the_cache(monkeypatch):
+    seen = []
+    monkeypatch.setattr("beyond.export.saved_model.decode", lambda model, features, config: seen.append(features.dtype))
+    model = Decoded([[4, 3]], Tokenizer.fit(["a dog"]))
+    model.decode_pixels(model.pixels)
+    assert seen == [tf.float16]
 
 
 @pytest.mark.parametrize("words", ["spaces", "characters"])
@@ -192,8 +193,7 @@ def test_exported_model_of_captions_without_words_or_end(tokens):
 
 
 def test_exported_model_tells_that_there_is_no_further_caption():
-    decoded = Decoded([[4, 5, 3], [0, 0, 0]], Tokenizer.fit(["a dog"]), num_captions=2)
-    result = to_python(decoded.run(), 0)
+    result = to_python(Decoded([[4, 5, 3], [0, 0, 0]], Tokenizer.fit(["a dog"]), num_captions=2).run(), 0)
     assert result["caption"].tolist() == ["a dog", ""] and result["confidence"][1] == 0 < result["confidence"][0]
     assert result["log_prob"][1] == -np.inf and result["finished"].tolist() == [True, False]
 
@@ -216,47 +216,43 @@ class SmallModule(tf.Module):
     def __init__(self, value):
         super().__init__()
         self.variable = tf.Variable(value)
-        self.caption = self.caption_pixels = tf.function(
-            lambda image: {"value": self.variable + tf.size(image)}, input_signature=[tf.TensorSpec([None], tf.string)]
-        )
+        spec = tf.TensorSpec([None], tf.string)
+        self.caption = tf.function(lambda x: {"value": self.variable + tf.size(x)}, input_signature=[spec])
+        self.caption_files = None
+
+
+def load_value(folder):
+    model = tf.saved_model.load(folder)
+    return model.caption(tf.constant(["x"]))["value"] - 1
 
 
 def test_save_replaces_an_earlier_model(tmp_path):
     folder = tmp_path / "a/model"
     for value in (1, 5):
         save(SmallModule(value), folder)
-        loaded = tf.saved_model.load(folder)
-        assert loaded.caption(tf.constant(["x"]))["value"] == value + 1
-        assert sorted(loaded.signatures) == ["pixels", "serving_default"]
+        assert load_value(folder) == value
     assert [path.name for path in folder.parent.iterdir()] == ["model"]
-    (tmp_path / "empty").mkdir()
-    save(SmallModule(2), tmp_path / "empty")
-    assert (tmp_path / "empty/saved_model.pb").exists()
 
 
 def test_save_refuses_a_folder_with_something_else(tmp_path):
     (tmp_path / "photos").mkdir()
     (tmp_path / "photos/a.jpg").touch()
     for path in (tmp_path / "photos", tmp_path / "photos/a.jpg"):
-        with pytest.raises(InputError, match="expected a new folder, or that of an earlier SavedModel"):
+        with pytest.raises(InputError, match="expected a new folder or one with an earlier SavedModel"):
             save(SmallModule(1), path)
     assert (tmp_path / "photos/a.jpg").exists()
 
 
 def test_save_that_fails_keeps_the_earlier_model(tmp_path, monkeypatch):
+    (tmp_path / "model").mkdir()
     save(SmallModule(1), tmp_path / "model")
 
     def fail(*_, **__):
         raise tf.errors.ResourceExhaustedError(None, None, "No space left on device")
 
-    monkeypatch.setattr(tf.saved_model, "save", fail)
-    with pytest.raises(OSError, match=r"cannot write .*No space left on device"):
-        save(SmallModule(2), tmp_path / "model")
-    monkeypatch.undo()
-    loaded = tf.saved_model.load(tmp_path / "model")
-    assert loaded.caption(tf.constant(["x"]))["value"] == 2
+    with monkeypatch.context() as patch:
+        patch.setattr(tf.saved_model, "save", fail)
+        with pytest.raises(OSError, match=r"cannot write .*No space left on device"):
+            save(SmallModule(2), tmp_path / "model")
+    assert load_value(tmp_path / "model") == 1
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
-
-
-def test_inference_uses_the_same_decoding():
-    assert ExportedModel.__init__.__globals__["decode"] is inference.decode
