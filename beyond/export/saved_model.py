@@ -62,18 +62,14 @@ class ExportedModel(tf.Module):
         # Whether a word is written without a space beside another such word, as Chinese characters are.
         self.is_unspaced = tf.constant([vocabulary.join((w, w)) == w + w for w in vocabulary.index_word])
 
-        def read_files(content: tf.Tensor) -> tf.Tensor:
-            one = tf.TensorSpec([size, size, 3], tf.uint8)
-            return tf.map_fn(lambda each: read_pixels(each, size), content, fn_output_signature=one)
+        def caption_files(content: tf.Tensor) -> dict[str, tf.Tensor]:
+            spec = tf.TensorSpec([size, size, 3], tf.uint8)
+            return self._caption(tf.map_fn(lambda file: read_pixels(file, size), content, fn_output_signature=spec))
 
         pixels = tf.TensorSpec([None, size, size, 3], tf.uint8, "pixels")
         content = tf.TensorSpec([None], tf.string, "content")  # (B,)
         self.caption = tf.function(self._caption, input_signature=[pixels])
-        self.caption_files = None
-        if with_decoder:
-            self.caption_files = tf.function(
-                lambda content: self._caption(read_files(content)), input_signature=[content]
-            )
+        self.caption_files = tf.function(caption_files, input_signature=[content]) if with_decoder else None
 
     def _caption(self, pixels: tf.Tensor) -> dict[str, tf.Tensor]:
         """Captions pixels (B, size, size, 3). All results are (B, N, ...), the best caption of an image first."""
@@ -107,10 +103,11 @@ class ExportedModel(tf.Module):
 def read_pixels(content: tf.Tensor, size: int) -> tf.Tensor:
     """Decodes and resizes an image file with TensorFlow, which gives slightly other pixels than the training's Pillow.
 
-    EXIF's orientation and transparency are ignored, and 16 bits are cut to 8. docs/export.md has what was measured.
+    EXIF's orientation and transparency are ignored, and 16 bits are cut to 8; docs/export.md has the measured
+    differences.
 
     Args:
-        content: a scalar string, the content of a JPEG, PNG, GIF (the first image) or BMP file.
+        content: a scalar string, the content of a JPEG, PNG, GIF (its first image), BMP or WebP file.
         size: pixels of a side.
 
     Returns:
