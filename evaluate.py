@@ -21,9 +21,7 @@ from typing import Any
 from PIL import Image
 
 import data_utils
-import features
 import inference
-from beyond.finetune.cnn_training import ImageReader, TrainedCNN, explain_failure
 from beyond.report.report import ReportWriter
 from beyond.share.packed_run import open_run
 from captioning.base.cli import InputError, add_quiet_option, log, make_parser, run_main
@@ -311,9 +309,6 @@ def open_features(
 ) -> FeatureSource:
     """Opens the features of images, or the images themselves if the run's CNN was trained and no folder is given."""
     manifest = captioner.config.features
-    if captioner.config.train.train_cnn and not features_dir:
-        captioner.model.cnn = TrainedCNN(captioner.extractor, manifest["dtype"])
-        return ImageReader(image_dir, manifest, features.load_image, captioner.model.cnn)
     cache = open_run_cache(manifest | {"folder": features_dir or manifest["folder"]})
     check_features(cache, image_dir, examples)
     return cache
@@ -326,8 +321,7 @@ def evaluate_run(args: argparse.Namespace) -> None:
     dataset = data_utils.load_run_dataset(captioner.config, locations=data_utils.locations_from_args(args))
     examples = select_split(dataset, args.split)
     cache = open_features(captioner, dataset.image_dir, examples, args.features_dir)
-    with explain_failure(cache):
-        metrics, captions, scores = score_run(captioner, cache, examples, args.spice)
+    metrics, captions, scores = score_run(captioner, cache, examples, args.spice)
     metrics |= {"split": args.split, "images": len(examples)}
     print_metrics(captioner.run, metrics)
     results = [

@@ -3,148 +3,107 @@
     python train.py                                # MS-COCO 2014, 30,000 captions, as the tutorial
     python train.py --num-captions all             # all of its training images
     python train.py --annotations captions.csv --images photos/
-    python train.py --self-critical --run runs/coco    # then: trains on CIDEr, into runs/coco_cider
-    python train.py --train-cnn 5 --run runs/coco      # or: trains the end of the CNN too, into runs/coco_cnn
+    python train.py --recipe best                  # the settings that scored best on Flickr8k
 
 A run folder, runs/<dataset>/, holds everything that captioning needs (config.json, vocabulary.json, checkpoints/)
 and the record of the training (history.csv, loss.png, tensorboard/).
 """
 
 import argparse
+import contextlib
 import dataclasses
-import functools
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from types import MappingProxyType
+from typing import Any
 
 import data_utils
-import evaluate
 import features
 import model
-from beyond.cider import self_critical
-from beyond.cider.rewards import CaptionReward, Reward
-from beyond.finetune import cnn_training
 from captioning.base import devices
 from captioning.base.cli import add_quiet_option, defer_interrupts, log, make_parser, progress_bar, run_main
 from captioning.base.files import lock_folder
 from captioning.base.quiet_tensorflow import tf
+from captioning.config.guests import find_model_guest
 from captioning.config.options import add_options
 from captioning.config.run_config import RunConfig
 from captioning.config.settings import RECIPES, DataConfig, FeatureConfig, ModelConfig, TrainConfig
-from captioning.decoder import losses
-from captioning.images.feature_cache import FeatureSource
-from captioning.runs import run_folder
-from captioning.runs.run_folder import fill_locations, init_run_dir
-from captioning.scores.metrics import choose_tokenizer
-from captioning.training.checkpoints import Checkpoints, TrainProgress
+from captioning.runs.run_folder import best_checkpoint, check_run_cnn, fill_locations, init_run_dir, restore_weights
+from captioning.training.checkpoints import Checkpoints, TrainProgress, TrainState
 from captioning.training.input_pipeline import (
     Batch,
-    EncodedCaptions,
-    copy_ahead,
+    TrainBatches,
+    TrainData,
     describe_cut,
     encode_captions,
-    make_distributed_dataset,
-    make_epoch_batches,
 )
-from captioning.training.optimizer import WeightEMA, make_optimizer, slow_down
+from captioning.training.objective import CrossEntropy, StepSums
+from captioning.training.optimizer import WeightEMA, make_optimizer
 from captioning.training.training_log import TrainingLog
-from captioning.training.validation import EpochScore, Validator, make_validator, score_start
-from tokenizer import Tokenizer, split_words
+from captioning.training.validation import EpochScore, Validator
+from tokenizer import Tokenizer
 
-KINDS = ("recipe", "self_critical", "train_cnn")  # of training, with defaults of their own
 SPEED_SETTINGS = ("fused", "mixed_precision", "jit", "strategy")
 
-
-class TrainState(NamedTuple):
-    """What a training step changes."""
-
-    model: model.CaptionModel
-    optimizer: tf.keras.optimizers.Optimizer
-    ema: WeightEMA
-    progress: TrainProgress
+OnStep = Callable[[TrainState], None]  # is called after every step
 
 
 # One step.
 
 
-def compute_gradients(
-    state: TrainState, batch: Batch, config: TrainConfig, reward: Reward | None = None
-) -> tuple[list[tf.Tensor], losses.StepSums]:
-    """Computes the gradients of the mean loss over the words of a batch, teacher forced.
+def compute_gradients(state: TrainState, batch: Batch) -> tuple[list[tf.Tensor], StepSums]:
+    """Computes the gradients of the objective, by default the mean loss over the words of a batch, teacher forced.
 
-    With a `reward` these words are samples of the model (beyond/cider/self_critical.py).
+    Returns:
+        The gradients of the model's trainable variables, and the sums that are reported.
     """
-    variables = state.model.trainable_variables
-    if config.train_cnn:
-        batch = cnn_training.augment_batch(batch, config.seed, state.optimizer.iterations)
-    if reward:
-        samples = self_critical.draw_samples(state.model, batch, config, reward, state.optimizer.iterations)
+    objective, variables = state.objective, state.model.trainable_variables
+    prepared = objective.prepare(state.model, batch, state.optimizer.iterations)
     with tf.GradientTape() as tape:
-        if reward:
-            mean_loss, sums = self_critical.self_critical_loss(state.model, batch, samples, config)
-        else:
-            outputs = state.model(batch.features, batch.tokens, batch.image_index, training=True, order=batch.order)
-            baseline = state.progress.baseline if state.model.decoder.attention.hard else None
-            mean_loss, sums = losses.mean_loss(outputs, batch.tokens, config, baseline)
-        if config.mixed_precision:
-            mean_loss = state.optimizer.scale_loss(mean_loss)
-    gradients = tape.gradient(mean_loss, variables)
-    for i, variable in enumerate(variables):  # V's bias cancels in the softmax: the fused decoder has no gradient of it
-        gradients[i] = tf.zeros(variable.shape) if gradients[i] is None else tf.convert_to_tensor(gradients[i])
+        loss, sums = objective.loss(state.model, prepared)
+        # Small gradients would be lost in float16. In float32 Keras returns the loss as it is.
+        scaled_loss = state.optimizer.scale_loss(loss)
+    gradients = [
+        # The bias of V has no gradient in the fused decoder: it cancels in the softmax.
+        tf.zeros(variable.shape) if gradient is None else tf.convert_to_tensor(gradient)
+        for gradient, variable in zip(tape.gradient(scaled_loss, variables), variables, strict=True)
+    ]
     return gradients, sums
 
 
 def make_train_step(
-    state: TrainState,
-    config: TrainConfig,
-    strategy: tf.distribute.Strategy,
-    batch_spec: Any,
-    reward: Reward | None = None,
+    state: TrainState, config: TrainConfig, strategy: tf.distribute.Strategy, batch_spec: Any
 ) -> Callable[[Batch], None]:
     """Makes the tutorial's `train_step`, for one device or several.
 
     Args:
         state: what a step changes.
         config: the settings of the training.
-        strategy: whose replicas get a part of every batch each.
-        batch_spec: the shapes that `make_distributed_dataset` yields, so that the step is compiled once for all sizes.
-        reward: that of self-critical training, otherwise None.
+        strategy: distributes each batch over its replicas.
+        batch_spec: the shapes that `TrainBatches` yields, so that the step is compiled once for all sizes.
     """
-    jit = config.jit == "on"
-    gradients_of = functools.partial(compute_gradients, state, config=config, reward=reward)
-    if jit:
-        gradients_of = tf.function(gradients_of, jit_compile=True)
+    with_xla = config.jit == "on"
+    gradients_of = tf.function(compute_gradients, jit_compile=True) if with_xla else compute_gradients
 
-    def replica_step(batch: Batch) -> losses.StepSums:
-        gradients, local_sums = gradients_of(batch)
-        sums = local_sums
-        if strategy.num_replicas_in_sync > 1:
-            replica = tf.distribute.get_replica_context()
-            sums = losses.StepSums(*replica.all_reduce(tf.distribute.ReduceOp.SUM, list(local_sums)))
-            share = local_sums.num_tokens / sums.num_tokens  # so that the mean is that over all words
-            gradients = replica.all_reduce(tf.distribute.ReduceOp.SUM, [share * gradient for gradient in gradients])
+    def replica_step(batch: Batch) -> StepSums:
+        gradients, sums = gradients_of(state, batch)
+        gradients, sums = devices.sum_over_replicas(gradients, sums)
         state.optimizer.apply(gradients, state.model.trainable_variables)
         return sums
 
-    @tf.function(input_signature=None if jit else [batch_spec])
+    @tf.function(input_signature=None if with_xla else [batch_spec])  # XLA compiles anew for every shape
     def train_step(batch: Batch) -> None:
         steps_before = tf.identity(state.optimizer.iterations)
-        sums = losses.StepSums(
-            *(strategy.experimental_local_results(x)[0] for x in strategy.run(replica_step, (batch,)))
-        )
-        is_new = 1.0
-        if config.mixed_precision:  # the optimizer skips a step whose gradients overflow, and then so does the rest
-            is_new = tf.cast(state.optimizer.iterations > steps_before, tf.float32)
-            sums = losses.StepSums(*(tf.where(is_new > 0, x, 0.0) for x in sums))
-        state.ema.update(is_new)
-        progress = state.progress
-        if state.model.decoder.attention.hard:  # after the gradient, since a baseline must not depend on its samples
-            progress.update_baseline(sums.sampled_log_prob, sums.num_sampled)
-        progress.loss_sum.assign_add(tf.cast(sums.loss, tf.float64))
-        progress.token_count.assign_add(tf.cast(sums.num_tokens, tf.float64))
-        progress.step.assign_add(1)
+        sums = strategy.run(replica_step, (batch,))
+        sums = tf.nest.map_structure(lambda x: strategy.experimental_local_results(x)[0], sums)
+        # In float16 the optimizer skips a step whose gradients overflow. Then so does all else.
+        is_applied = state.optimizer.iterations > steps_before
+        sums = tf.nest.map_structure(lambda x: tf.where(is_applied, x, 0.0), sums)
+        state.ema.update(tf.cast(is_applied, tf.float32))
+        state.objective.update(sums)
+        state.progress.add(sums)
 
     return train_step
 
@@ -154,13 +113,11 @@ def make_train_step(
 
 def train_epoch(
     train_step: Callable[[Batch], None],
-    captions: EncodedCaptions,
-    cache: FeatureSource,
+    batches: TrainBatches,
     state: TrainState,
     checkpoints: Checkpoints,
     config: TrainConfig,
-    strategy: tf.distribute.Strategy,
-    on_step: Callable[[TrainState], None] | None = None,
+    on_step: OnStep | None = None,
 ) -> None:
     """Trains through the rest of an epoch, saving a checkpoint now and then.
 
@@ -168,59 +125,51 @@ def train_epoch(
         InputError: the loss or the weights are not finite; or the disk is full.
     """
     progress = state.progress
-    epoch, done = progress.get("epoch"), progress.get("step")
-    batches = make_epoch_batches(
-        captions,
-        config.batch_size,
-        config.seed,
-        epoch,
-        min_last_batch=strategy.num_replicas_in_sync,
-        group_by_image=config.shuffle_by == "image",
-    )
-    if done == len(batches):
+    epoch, done = progress.get("epoch"), progress.get("step")  # a resumed run begins within an epoch
+    order = batches.order(epoch)
+    if done == len(order):
         return
-    dataset = make_distributed_dataset(strategy, captions, batches[done:], cache.read, static_shapes=config.jit == "on")
     bar = progress_bar(
-        total=len(captions.lengths),
-        initial=sum(map(len, batches[:done])),
+        total=sum(map(len, order)),
+        initial=sum(map(len, order[:done])),
         unit="caption",
         desc=f"epoch {epoch + 1}/{config.epochs}",
-        disable=not devices.is_chief(strategy),
+        disable=not checkpoints.is_writer,
     )
     saved = shown = time.monotonic()
     with bar:
-        for batch, rows in zip(copy_ahead(dataset, strategy), batches[done:], strict=True):
+        for batch, rows in zip(batches.load(order[done:]), order[done:], strict=True):
             train_step(batch)
             bar.update(len(rows))
             now = time.monotonic()
-            if now - shown >= 1 or rows is batches[-1]:  # reading the loss waits for the step, so not every time
+            if now - shown >= 1 or rows is order[-1]:  # reading the loss waits for the step, so not every time
                 progress.seconds.assign_add(now - shown)
                 shown = now
-                name, value = progress.result(config.self_critical)
-                bar.set_postfix_str(f"{name.removeprefix('train_')} {value:.3f}", refresh=False)
+                name = state.objective.column.removeprefix("train_")
+                bar.set_postfix_str(f"{name} {state.objective.result(progress.mean_loss()):.3f}", refresh=False)
                 checkpoints.check_loss()
             if now - saved >= 60 * config.checkpoint_minutes:
                 checkpoints.save()
                 saved = time.monotonic()
             if on_step:
                 on_step(state)
-    checkpoints.save()  # before validation, so that an epoch is not lost with it
+    checkpoints.save()  # before the validation, so that an epoch is not lost with it
 
 
 def validate_and_log(
-    validator: Validator, state: TrainState, checkpoints: Checkpoints, training_log: TrainingLog, config: TrainConfig
+    validator: Validator, state: TrainState, checkpoints: Checkpoints, training_log: TrainingLog
 ) -> EpochScore:
-    """Validates an epoch, saves the weights if it is the best so far, and writes it down; returns its score."""
+    """Validates an epoch, saves the weights if they are the best so far, and logs the epoch; returns its score."""
     progress = state.progress
     epoch, best_epoch, best_score = progress.get("epoch") + 1, progress.get("best_epoch"), progress.best()
-    with state.ema.applied():
+    with state.ema.applied():  # the averaged weights are validated and saved as the best
         validation = validator.evaluate()
         if validation.score > best_score:
             best_score, best_epoch = validation.score, epoch
             checkpoints.save_best()
-    name, value = progress.result(config.self_critical)
+    result = state.objective.result(progress.mean_loss())
     seconds = round(progress.get("seconds"), 1)
-    row = {"epoch": epoch, name: value, **validation.row, "train_seconds": seconds}
+    row = {"epoch": epoch, state.objective.column: result, **validation.row, "train_seconds": seconds}
     training_log.add(row, best_epoch, best_score.column)
     log("  ".join(f"{name} {value}" for name, value in row.items() if value is not None))
     log(f"  {validation.sample or '(no words)'}")
@@ -230,173 +179,248 @@ def validate_and_log(
 # A run.
 
 
-def build_train_state(
-    run: Path, config: RunConfig, strategy: tf.distribute.Strategy, start: Path | None = None, cnn: Any = None
-) -> tuple[TrainState, Checkpoints]:
-    """Builds what is trained on the devices of a strategy, and restores the last checkpoint if there is one.
+def make_train_state(caption_model: model.CaptionModel, objective: CrossEntropy, config: TrainConfig) -> TrainState:
+    """Makes the rest of what is trained: the optimizer, the average of the weights, and the counters."""
+    optimizer = make_optimizer(config.learning_rate, config.clip_norm, config.mixed_precision)
+    optimizer.build(caption_model.trainable_variables)  # before a checkpoint is restored: its slots must exist
+    ema = WeightEMA(caption_model.trainable_variables, config.ema_decay)
+    choose_decoder_loop(caption_model, config)
+    return TrainState(caption_model, optimizer, ema, TrainProgress(), objective)
 
-    If there is none, it begins from the best weights of another run, `start`, if given. A `cnn` is trained with it.
+
+def choose_decoder_loop(caption_model: model.CaptionModel, config: TrainConfig) -> None:
+    """Chooses the fused decoder, which is faster on a CPU, if it computes what the decoder's `step` does.
+
+    XLA needs shapes that are known, which only the plain loop has.
     """
-    settings = config.train
-    tf.keras.utils.set_random_seed(settings.seed)
+    if not (config.fused and caption_model.config.can_be_fused and config.jit == "off"):
+        return
+    caption_model.decoder.fused = model.fused_decoder_matches(caption_model.config)
+    if not caption_model.decoder.fused:
+        name = type(caption_model.decoder).__name__
+        log(f"fused_decoder.py differs from {name}.step in model.py: training with the plain loop")
+
+
+def make_objective(config: RunConfig) -> CrossEntropy:
+    """Makes what is minimised: cross-entropy, unless the decoder or the attention brings more."""
+    guest = find_model_guest(config.model.decoder, config.model.attention)
+    return guest.make_objective(config) if guest else CrossEntropy(config.train)
+
+
+def build_train_state(
+    run: Path,
+    config: RunConfig,
+    strategy: tf.distribute.Strategy,
+    objective: Callable[[RunConfig], CrossEntropy] = make_objective,
+    start: Path | None = None,
+) -> tuple[TrainState, Checkpoints]:
+    """Builds what is trained, on the devices of a strategy, and opens the run's checkpoints.
+
+    Args:
+        run: the run folder.
+        config: the settings of the run.
+        strategy: distributes each batch over its replicas.
+        objective: makes what is minimised.
+        start: another run, with whose best weights the model begins.
+    """
+    tf.keras.utils.set_random_seed(config.train.seed)
     with strategy.scope():
-        caption_model = model.build(config.model, config.cnn.features_shape, settings.mixed_precision)
+        caption_model = model.build(config.model, config.cnn.features_shape, config.train.mixed_precision)
         if start:
-            run_folder.restore_weights(run_folder.best_checkpoint(start), caption_model)
-        caption_model.cnn = cnn
-        optimizer = make_optimizer(settings.learning_rate, settings.clip_norm, settings.mixed_precision)
-        optimizer.build(caption_model.trainable_variables)  # before restoring: its slots must exist
-        if cnn:
-            slow_down(optimizer, cnn.trainable_variables, settings.cnn_learning_rate / settings.learning_rate)
-        ema = WeightEMA(caption_model.trainable_variables, settings.ema_decay)
-        progress = TrainProgress()
-    # XLA needs shapes that are known, which only the plain loop has.
-    if settings.fused and config.model.can_be_fused and settings.jit == "off":
-        caption_model.decoder.fused = model.fused_decoder_matches(config.model)
-        if not caption_model.decoder.fused:
-            name = type(caption_model.decoder).__name__
-            log(f"fused_decoder.py differs from {name}.step in model.py: training with the plain loop")
-    kind = cnn_training.CNNCheckpoints if cnn else Checkpoints
-    checkpoints = kind(run, caption_model, optimizer, ema, progress, devices.is_chief(strategy))
-    if checkpoints.restore():
-        done = f"{progress.get('epoch')} epochs and {progress.get('step')} batches"
-        log(f"resuming {run} after {done}; best so far: epoch {progress.get('best_epoch')}")
-    devices.separate_random_states(caption_model, strategy)
-    return TrainState(caption_model, optimizer, ema, progress), checkpoints
+            restore_weights(best_checkpoint(start), caption_model)
+        state = make_train_state(caption_model, objective(config), config.train)
+    return state, Checkpoints(run, state, devices.is_chief(strategy))
 
 
 def train(
     run: Path,
-    dataset: data_utils.CaptionDataset,
-    cache: FeatureSource,
+    data: TrainData,
     config: RunConfig,
-    tokenizer: Tokenizer,
     strategy: tf.distribute.Strategy,
-    on_step: Callable[[TrainState], None] | None = None,
-    start: Path | None = None,
+    build: Callable[..., tuple[TrainState, Checkpoints]] = build_train_state,
+    on_step: OnStep | None = None,
 ) -> None:
-    """Trains a run to its end, from wherever it stopped, or from the best weights of another run, `start`.
+    """Trains a run to its end, from wherever it stopped.
 
-    `on_step` is called after every step.
+    Args:
+        run: the run folder.
+        data: the dataset with its features, and the tokenizer.
+        config: the settings of the run.
+        strategy: distributes each batch over its replicas.
+        build: builds what is trained; takes `run`, `config` and `strategy`.
+        on_step: is called after every step.
     """
     settings = config.train
-    state, checkpoints = build_train_state(run, config, strategy, start, cache.trained_cnn)
+    state, checkpoints = build(run, config, strategy)
     progress = state.progress
-    training_log = TrainingLog(run, progress.get("epoch")) if devices.is_chief(strategy) else None
-    captions = encode_captions(dataset.split("train"), tokenizer.encode, cache.path, settings.max_length)
+    if checkpoints.restore():
+        done = f"{progress.get('epoch')} epochs and {progress.get('step')} batches"
+        log(f"resuming {run} after {done}; best so far: epoch {progress.get('best_epoch')}")
+    devices.separate_random_states(state.model, strategy)
+    training_log = TrainingLog(run, progress.get("epoch")) if checkpoints.is_writer else None
+
+    examples = data.dataset.split("train")
+    captions = encode_captions(examples, data.tokenizer.encode, data.cache.path, settings.max_length)
     if cut := describe_cut(captions):
         log(cut)
-    _, split = choose_tokenizer(tokenizer.words, split_words)
-    examples = dataset.split("val")
-    validator = make_validator(state.model, examples, tokenizer, cache, settings, evaluate.generate_captions, split)
+    validator = Validator(state.model, data, settings)
     log(
         f"{run}: {len(captions.lengths):,} captions of {len(captions.feature_paths):,} images, "
-        f"{len(tokenizer):,} words, {state.model.count_params():,} weights; validation on "
+        f"{len(data.tokenizer):,} words, {state.model.count_params():,} weights; validation on "
         f"{len(validator.references):,} images; at most {settings.epochs} epochs"
     )
     validator.log_best_so_far(progress.best())
-    if start and progress.best() == EpochScore():
-        progress.best_score.assign(score_start(validator, checkpoints.save_best, strategy))
-    reward = None
-    if settings.self_critical:
-        references = [map(tokenizer.encode, example.captions) for example in dataset.split("train")]
-        reward = CaptionReward(references, settings.bleu_weight)
-    batch_spec = make_distributed_dataset(strategy, captions, [], cache.read).element_spec
-    train_step = make_train_step(state, settings, strategy, batch_spec, reward)
+    if state.objective.starts_trained and progress.best() == EpochScore():
+        progress.best_score.assign(score_start(validator, checkpoints, strategy))
+    batches = TrainBatches(captions, data.cache.read, settings, strategy)
+    train_step = make_train_step(state, settings, strategy, batches.spec)
     try:
         while (epoch := progress.get("epoch")) < settings.epochs:
             if settings.patience and epoch - progress.get("best_epoch") >= settings.patience:
                 log(f"stopped early: {settings.patience} epochs without a better score")
                 break
             state.optimizer.learning_rate.assign(settings.learning_rate * settings.learning_rate_decay**epoch)
-            train_epoch(train_step, captions, cache, state, checkpoints, settings, strategy, on_step)
-            score = EpochScore()
-            if training_log:
-                score = validate_and_log(validator, state, checkpoints, training_log, settings)
+            train_epoch(train_step, batches, state, checkpoints, settings, on_step)
+            score = validate_and_log(validator, state, checkpoints, training_log) if training_log else EpochScore()
             score = EpochScore(*devices.broadcast_from_chief(strategy, score))  # all machines stop at the same epoch
             with defer_interrupts():
-                if score > progress.best():
-                    progress.best_score.assign(score)
-                    progress.best_epoch.assign(epoch + 1)
-                progress.epoch.assign(epoch + 1)
-                progress.reset_epoch()
-                checkpoints.save()
+                finish_epoch(progress, score, checkpoints)
     except KeyboardInterrupt:
         checkpoints.save()
         raise
     log(f"best: epoch {progress.get('best_epoch')}, {progress.best()}; see {run / 'loss.png'}")
 
 
+def score_start(validator: Validator, checkpoints: Checkpoints, strategy: tf.distribute.Strategy) -> EpochScore:
+    """Scores weights that come from another run. They are saved as the best, until an epoch is better."""
+    score = EpochScore()
+    if checkpoints.is_writer:
+        score = validator.evaluate().score
+        log(f"score of the initial weights: {score}")
+        checkpoints.save_best()
+    return EpochScore(*devices.broadcast_from_chief(strategy, score))
+
+
+def finish_epoch(progress: TrainProgress, score: EpochScore, checkpoints: Checkpoints) -> None:
+    """Counts an epoch, with its score, and saves that."""
+    epoch = progress.get("epoch") + 1
+    if score > progress.best():
+        progress.best_score.assign(score)
+        progress.best_epoch.assign(epoch)
+    progress.epoch.assign(epoch)
+    progress.reset_epoch()
+    checkpoints.save()
+
+
+# The command.
+
+
+def add_train_options(parser: argparse.ArgumentParser, defaults: Mapping[str, Any] = MappingProxyType({})) -> None:
+    """Adds the options of every script that trains, with other defaults by the name of the setting."""
+    add_quiet_option(parser)
+    data_utils.add_data_options(parser, **defaults)
+    group = parser.add_argument_group("features", "python features.py --help lists more, which work here, too")
+    add_options(group, FeatureConfig, defaults, unlisted=("cnn_batch_size", "max_megapixels"))
+    add_options(parser.add_argument_group("model"), ModelConfig, defaults)
+    add_options(parser.add_argument_group("training"), TrainConfig, defaults, skip=SPEED_SETTINGS)
+    add_options(parser.add_argument_group("speed and devices"), TrainConfig, defaults, only=SPEED_SETTINGS)
+
+
+def find_recipe(argv: list[str] | None) -> str:
+    """Returns the recipe of a command line, by default the tutorial's."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    add_options(parser, TrainConfig, only=("recipe",))
+    return parser.parse_known_args(argv)[0].recipe
+
+
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
     """Parses the command line; a recipe changes the defaults of its settings, also in --help."""
-    recipe_parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    add_options(recipe_parser, TrainConfig, only=KINDS)
-    text = "run folder (default: runs/<name of the dataset>); with --self-critical or --train-cnn the run to start from"
-    recipe_parser.add_argument("--run", type=Path, metavar="DIR", help=text)
-    first, _ = recipe_parser.parse_known_args(argv)
-    is_self_critical = first.self_critical or first.recipe == "best-cider"
-    recipe = RECIPES["best-cider" if is_self_critical else first.recipe]
-    recipe = cnn_training.CNN_RECIPE | recipe if first.train_cnn else recipe
-    parser = make_parser(__doc__, parents=[recipe_parser])
-    add_quiet_option(parser)
-    data_utils.add_data_options(parser)
-    add_options(parser.add_argument_group("features"), FeatureConfig)
-    add_options(parser.add_argument_group("model"), ModelConfig, recipe)
-    add_options(parser.add_argument_group("training"), TrainConfig, recipe, skip=(*KINDS, *SPEED_SETTINGS))
-    add_options(parser.add_argument_group("speed and devices"), TrainConfig, recipe, only=SPEED_SETTINGS)
-    if not (is_self_critical or first.train_cnn):
-        return parser.parse_args(argv)
-    if is_self_critical and first.recipe == "best":
-        parser.error("--recipe best: not for --self-critical, whose recipe is best-cider")
-    if not first.run:
-        parser.error("--self-critical and --train-cnn: expected --run DIR, the run to start from")
-    settings_of = cnn_training.settings_to_train_cnn if first.train_cnn else run_folder.settings_to_continue
-    parser.set_defaults(**(settings_of(first.run) | recipe))
+    parser = make_parser(__doc__)
+    parser.add_argument("--run", type=Path, metavar="DIR", help="run folder (default: runs/<name of the dataset>)")
+    add_train_options(parser, RECIPES[find_recipe(argv)])
     return parser.parse_args(argv)
 
 
-def main(argv: list[str] | None = None, on_step: Callable[[TrainState], None] | None = None) -> None:
-    """Prepares data, features and vocabulary, and trains; calls `on_step` after every step."""
-    args = parse(argv)
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # a cluster's request to stop saves, as Ctrl-C does
-    train_config, model_config = TrainConfig.from_args(args), ModelConfig.from_args(args)
+def start_devices(config: TrainConfig) -> tf.distribute.Strategy:
+    """Chooses the devices that train; SIGTERM, by which a cluster asks to stop, saves as Ctrl-C does.
+
+    Raises:
+        InputError: the devices cannot be used as the settings ask.
+    """
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     devices.check_gpus()
-    strategy = devices.make_strategy(train_config.strategy)
-    devices.check_batch_size(train_config.batch_size, strategy)
-    if train_config.jit == "on":
+    strategy = devices.make_strategy(config.strategy)
+    devices.check_batch_size(config.batch_size, strategy)
+    if config.jit == "on":
         devices.check_xla()
+    return strategy
+
+
+def prepare(
+    args: argparse.Namespace, open_features: Callable[..., Any] = features.extract_features
+) -> tuple[TrainData, RunConfig]:
+    """Prepares the data, their features and the vocabulary, as the tutorial does before it trains.
+
+    Args:
+        args: the command line.
+        open_features: returns the features of a dataset, and the dataset without the images that cannot be read.
+
+    Raises:
+        InputError: something of it is missing or wrong.
+    """
+    train_config, model_config = TrainConfig.from_args(args), ModelConfig.from_args(args)
     data_config, feature_config = fill_locations(args.run, DataConfig.from_args(args), FeatureConfig.from_args(args))
     dataset = data_utils.load_dataset(data_config)
     all_images = {example.image_path for example in dataset.examples}
     for split in ("train", "val"):
         dataset.split(split)  # an empty split is an error before hours of features, not after
-    run = args.run or Path("runs") / dataset.name
-    run_folder.check_run_cnn(run, feature_config.sized_cnn)
-    start, run = run if train_config.suffix else None, run.with_name(run.name + train_config.suffix)
-    if start and (block := train_config.train_cnn):
-        functions = features.load_image, features.build_feature_extractor
-        cache, dataset = cnn_training.open_images(run, start, dataset, feature_config, block, *functions)
-    else:
-        cache, dataset = features.extract_features(dataset, feature_config)
-    train_captions = (text for example in dataset.split("train") for text in example.captions)
+    check_run_cnn(args.run or default_run(dataset), feature_config.sized_cnn)
+    cache, dataset = open_features(dataset, feature_config)
+    train_captions = (caption for example in dataset.split("train") for caption in example.captions)
     tokenizer = Tokenizer.fit(train_captions, model_config.vocab_size, data_config.words)
     config = RunConfig(
         model=dataclasses.replace(model_config, vocab_size=len(tokenizer)),
         train=train_config,
         data=data_config,
+        objective={},
         features=cache.manifest | {"folder": str(cache.folder)},
         unreadable_images=tuple(sorted(all_images - {example.image_path for example in dataset.examples})),
         data_fingerprint=dataset.fingerprint,
         vocabulary_sha256="",  # known once the vocabulary is saved
     )
-    if start:
-        run_folder.check_start(start, config)
+    return TrainData(dataset, cache, tokenizer), config
+
+
+def default_run(dataset: data_utils.CaptionDataset) -> Path:
+    """Returns the run folder of a dataset."""
+    return Path("runs") / dataset.name
+
+
+@contextlib.contextmanager
+def open_run_folder(run: Path, data: TrainData, config: RunConfig, strategy: tf.distribute.Strategy) -> Iterator[None]:
+    """Locks a run folder for this process while the block runs, and creates or checks what is in it.
+
+    Of several machines, only the first one writes.
+
+    Raises:
+        InputError: another process has the folder, or it holds a run with other settings.
+    """
     if not devices.is_chief(strategy):
-        train(run, dataset, cache, config, tokenizer, strategy, on_step, start)
+        yield
         return
-    with lock_folder(run), cnn_training.explain_failure(cache):
-        init_run_dir(run, config, tokenizer.save, cache.cnn_weights)
-        train(run, dataset, cache, config, tokenizer, strategy, on_step, start)
+    with lock_folder(run):
+        init_run_dir(run, config, data.tokenizer.save, data.cache.cnn_weights)
+        yield
+
+
+def main(argv: list[str] | None = None, on_step: OnStep | None = None) -> None:
+    """Prepares data, features and vocabulary, and trains; calls `on_step` after every step."""
+    args = parse(argv)
+    strategy = start_devices(TrainConfig.from_args(args))
+    data, config = prepare(args)
+    run = args.run or default_run(data.dataset)
+    with open_run_folder(run, data, config, strategy):
+        train(run, data, config, strategy, on_step=on_step)
 
 
 if __name__ == "__main__":

@@ -27,18 +27,17 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
-from PIL import Image
 
 import features
 import inference
 import model
 import train
-from benchmarks.timing import interleaved_median_rates, items_per_second
+from benchmarks.features import draw_photos
+from benchmarks.timing import add_counts, interleaved_median_rates, items_per_second
 from captioning.base.cli import int_at_least, log, make_parser, run_main
 from captioning.base.quiet_tensorflow import tf
 from captioning.base.special_tokens import END_ID, PAD_ID, START_ID
@@ -56,7 +55,6 @@ import os, sys
 os.environ["TF_CPP_MIN_LOG_LEVEL"] = "3"
 import numpy as np
 import tensorflow as tf
-from PIL import Image
 cnn = tf.keras.applications.InceptionV3(include_top=False, weights=sys.argv[1])
 pixels = np.asarray(Image.open(sys.argv[2]).convert("RGB").resize((299, 299)), np.float32)
 print(cnn(tf.keras.applications.inception_v3.preprocess_input(pixels[None])).shape)
@@ -105,15 +103,8 @@ def project_captions(
     return results
 
 
-class Variant(NamedTuple):
-    """One way to caption."""
-
-    run: Callable[[], list]
-    num_images: int
-
-
-def make_variants(args: argparse.Namespace) -> dict[str, Variant]:
-    """Makes what is compared, with a model with random weights and random features."""
+def measure_search(args: argparse.Namespace) -> dict[str, Any]:
+    """Measures the captions per second of the searches, with a model with random weights and random features."""
     caption_model = model.build(ModelConfig(args.vocab_size, args.embedding_dim, args.units))
     features = np.random.default_rng(0).random((args.images, 64, 2048), np.float32).astype(np.float16)
     few_features = features[: args.tutorial_images]
@@ -121,37 +112,22 @@ def make_variants(args: argparse.Namespace) -> dict[str, Variant]:
     greedy = functools.partial(project_captions, caption_model, features, args.batch_size, 1)
     beam = functools.partial(project_captions, caption_model, features, beam_batch_size, args.beam_size)
     tutorial = functools.partial(tutorial_captions, caption_model, few_features)
+    measurements = {
+        "greedy": functools.partial(items_per_second, greedy, len(features)),
+        f"beam {args.beam_size}": functools.partial(items_per_second, beam, len(features)),
+        "tutorial": functools.partial(items_per_second, tutorial, len(few_features)),
+    }
+    for measure in measurements.values():
+        measure()  # compiles
+    rates = interleaved_median_rates(measurements, args.rounds, "captions")
     return {
-        "greedy": Variant(greedy, len(features)),
-        f"beam {args.beam_size}": Variant(beam, len(features)),
-        "tutorial": Variant(tutorial, len(few_features)),
+        "words": MAX_WORDS,
+        "captions_per_second": {name: round(rate, 1) for name, rate in rates.items()},
+        "ratio": {name: round(rate / rates["tutorial"], 1) for name, rate in rates.items() if name != "tutorial"},
     }
 
 
-def measure_variants(variants: dict[str, Variant], rounds: int) -> dict[str, float]:
-    """Returns the captions per second of each variant, compilation not counted."""
-    for variant in variants.values():
-        variant.run()  # compiles
-    measurements = {name: functools.partial(items_per_second, *variant) for name, variant in variants.items()}
-    rates = interleaved_median_rates(measurements, rounds, "captions")
-    return {name: round(rate, 1) for name, rate in rates.items()}
-
-
 # A folder of images.
-
-
-def write_photos(folder: Path, num_images: int) -> list[str]:
-    """Writes JPEG files of 500x375 pixels with soft colours and noise, and returns their paths."""
-    folder.mkdir()
-    rng = np.random.default_rng(0)
-    paths = []
-    for number in range(num_images):
-        coarse = Image.fromarray(rng.integers(0, 256, (12, 16, 3), np.uint8))
-        pixels = np.asarray(coarse.resize((500, 375), Image.Resampling.BICUBIC), np.float32)
-        pixels = (pixels + rng.normal(0, 6, pixels.shape)).clip(0, 255).astype(np.uint8)
-        paths.append(str(folder / f"{number:05}.jpg"))
-        Image.fromarray(pixels).save(paths[-1], quality=90)
-    return paths
 
 
 def resident_mb() -> float:
@@ -169,7 +145,9 @@ def measure_folder(folder: Path, args: argparse.Namespace) -> dict[str, float]:
     """
     config = DecodeConfig(beam_size=args.folder_beam_size, max_words=MAX_WORDS)
     captioner = inference.Captioner.load(folder / "run", config)
-    paths = write_photos(folder / "photos", args.folder_images)
+    photos = folder / "photos"
+    photos.mkdir()
+    paths = [str(photos / name) for name in draw_photos(photos, args.folder_images)]
     size = inference.BATCH_SIZE
     pixels = np.stack([features.load_image(path) for path in paths[:size]])
     memory: list[float] = []
@@ -185,8 +163,8 @@ def measure_folder(folder: Path, args: argparse.Namespace) -> dict[str, float]:
             captioner.extract_features(pixels[: len(paths) - start])
 
     measurements = {
-        name: functools.partial(items_per_second, fn, len(paths))
-        for name, fn in (("cnn", run_cnn), ("folder", caption_folder))
+        "cnn": functools.partial(items_per_second, run_cnn, len(paths)),
+        "folder": functools.partial(items_per_second, caption_folder, len(paths)),
     }
     inference.caption_images(captioner, paths[: 2 * size + 1], ResultWriter())  # compiles
     rates = interleaved_median_rates(measurements, args.rounds, "images")
@@ -251,19 +229,18 @@ def time_processes(folder: Path, rounds: int) -> dict[str, float]:
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
     """Parses the command line."""
-    parser = make_parser(__doc__, prog="python -m benchmarks.captioning")
+    parser = make_parser(__doc__)
+    text = "measure one of the three (default: all)"
+    parser.add_argument("--only", choices=("search", "folder", "process"), help=text)
     counts = {
-        "images": (512, "images for the project's search"),
-        "tutorial-images": (16, "images for the tutorial's"),
-        "batch-size": (64, "captions in a batch of the search"),
-        "folder-images": (1000, "images in the folder"),
-        "rounds": (3, "measurements of each"),
+        "images": (512, "search for captions of so many images"),
+        "tutorial-images": (16, "let the tutorial's code caption so many"),
+        "batch-size": (64, "search for so many captions at a time"),
+        "folder-images": (1000, "caption a folder of so many images"),
+        "rounds": (3, "measure each variant so often"),
     }
-    parser.add_argument("--only", choices=("search", "folder", "process"), help="one of the three (default: all)")
-    for name, (default, text) in counts.items():
-        text += " (default: %(default)s)"
-        parser.add_argument(f"--{name}", type=int_at_least(1), metavar="N", default=default, help=text)
-    text = "width of the beam search, of the folder too if it is given (default: 5, and 1 for the folder)"
+    add_counts(parser, counts)
+    text = "search with a beam of N, of the folder too if it is given (default: 5, and 1 for the folder)"
     parser.add_argument("--beam-size", type=int_at_least(2), metavar="N", help=text)
     add_options(parser, ModelConfig, only=("vocab_size", "embedding_dim", "units"))
     args = parser.parse_args(argv)
@@ -277,9 +254,7 @@ def main(argv: list[str] | None = None) -> None:
     args = parse(argv)
     result: dict[str, Any] = {}
     if args.only in (None, "search"):
-        rates = measure_variants(make_variants(args), args.rounds)
-        ratio = {name: round(rate / rates["tutorial"], 1) for name, rate in rates.items() if name != "tutorial"}
-        result["search"] = {"words": MAX_WORDS, "captions_per_second": rates, "ratio": ratio}
+        result["search"] = measure_search(args)
     if args.only != "search":
         with tempfile.TemporaryDirectory() as name:
             train_small_run(Path(name))

@@ -2,7 +2,6 @@
 
     python -m benchmarks.features
     python -m benchmarks.features --images 96 --batch-sizes 16 32
-    python -m benchmarks.features --only pipeline --readers 16 --cnn-rate 3000
     python -m benchmarks.features --only cnns --images 64
 
 cnn: the variants, in images per second:
@@ -14,43 +13,34 @@ cnn: the variants, in images per second:
 
 decoding: how many JPEGs of several sizes one core turns into pixels in a second, decoded in full and scaled.
 
-pipeline: how fast images are read, computed and written where there are more cores and a GPU than here. Readers that
-          only sleep as long as decoding takes stand for the cores, and a CNN that only sleeps for the GPU; the rest is
-          real: threads, batches, hashes of the images, and files. At best it is as fast as the slower of the two. It
-          needs some time of a real core for every image (`cpu_ms_per_image`), so two cores carry about 1,000 images/s.
-
-cnns: the CNNs of cnns.py alone, in images per second of a core's time, whatever else the cores do, and the
-      multiplications for an image. Only if asked for.
+cnns: the CNNs of captioning/config/cnns.py alone, in images per second of a core's time, whatever else the cores do,
+      and the multiplications for an image. Only if asked for.
 
 The weights are random, which does not change the speed. The last line is JSON.
 """
 
-import argparse
 import functools
 import json
 import math
-import os
 import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import numpy as np
 from PIL import Image
 
 import features
-from benchmarks.timing import interleaved_median_rates, items_per_second
+from benchmarks.timing import add_counts, interleaved_median_rates, items_per_second
 from captioning.base.cli import int_at_least, log, make_parser, run_main
 from captioning.base.quiet_tensorflow import tf
-from captioning.config.cnns import CNNS, INCEPTION_V3
-from captioning.images import reading as captioning_images
+from captioning.config.cnns import CNNS
 from captioning.images.cnn_loader import find_cnn
 from captioning.images.feature_cache import SCALED_JPEG_SIDE, FeatureCache
 
 BATCH_SIZES = [8, 16, 32, 64]
-PIPELINE_BATCH_SIZE = 32
+CNN_BATCH_SIZE = 32
 PHOTO_SIZE = (500, 375)  # as most of COCO and Flickr
 SIZES = (PHOTO_SIZE, (640, 480), (4000, 3000))
 MIN_CPU_SECONDS = 0.2  # of a measurement of decoding
@@ -94,73 +84,6 @@ def measure_decoding(root: Path, sizes: tuple[tuple[int, int], ...], rounds: int
     return {name: round(rate, 1) for name, rate in rates.items()}
 
 
-# The pipeline.
-
-
-def make_sleeping_cnn(rate: float) -> Callable[..., tf.Tensor]:
-    """Makes what stands for a CNN on a GPU, which takes no time of a core."""
-    values = tf.zeros((PIPELINE_BATCH_SIZE, *INCEPTION_V3.features_shape), tf.float16)
-
-    def sleep(num_images: np.ndarray) -> np.ndarray:
-        time.sleep(num_images / rate)
-        return num_images
-
-    def extract(pixels: tf.Tensor, training: bool = False) -> tf.Tensor:
-        del training
-        num_images = tf.numpy_function(sleep, [tf.shape(pixels)[0]], tf.int32)
-        return tf.ensure_shape(values[:num_images], (None, *INCEPTION_V3.features_shape))
-
-    return extract
-
-
-def measure_pipeline(
-    root: Path, num_images: int, cnn_rate: float, num_readers: int, decode_seconds: float
-) -> dict[str, float]:
-    """Measures the pipeline from the image files to those of the features, with readers and a CNN that sleep.
-
-    Args:
-        root: an empty folder.
-        num_images: at least two batches of `PIPELINE_BATCH_SIZE`.
-        cnn_rate: images per second.
-        num_readers: threads.
-        decode_seconds: how long a reader sleeps.
-
-    Returns:
-        The rates in images per second, their share of what is possible, and the cores' time for each image.
-    """
-    image_dir, pixels = root / "pipeline", np.zeros((299, 299, 3), np.uint8)
-    image_dir.mkdir()
-    [first] = draw_photos(image_dir, 1)
-    names = [f"{i}_of_many.jpg" for i in range(num_images)]
-    for name in names:
-        os.link(image_dir / first, image_dir / name)
-    cache = features.open_or_create_cache(root / "pipeline_cache", image_dir, names, "imagenet", "float16")
-    extractor = make_sleeping_cnn(cnn_rate)
-    run_cnn = make_cnn_run(extractor, np.stack([pixels] * 8 * PIPELINE_BATCH_SIZE))
-    run_cnn(PIPELINE_BATCH_SIZE)  # compiles
-    cnn = items_per_second(lambda: run_cnn(PIPELINE_BATCH_SIZE), 8 * PIPELINE_BATCH_SIZE)
-
-    def load_image(*_: Any) -> np.ndarray:
-        time.sleep(decode_seconds)
-        return pixels.copy()
-
-    cpu_start = time.process_time()
-    with (
-        mock.patch.object(features, "load_image", load_image),
-        mock.patch.object(features, "build_feature_extractor", lambda *_: extractor),
-        mock.patch.object(captioning_images, "count_cores", lambda: num_readers),
-    ):
-        rate = project_rate(cache, image_dir, names)
-    possible = min(cnn, num_readers / decode_seconds)
-    return {
-        "decoding": round(num_readers / decode_seconds),
-        "cnn": round(cnn),
-        "pipeline": round(rate),
-        "share_of_possible": round(rate / possible, 3),
-        "cpu_ms_per_image": round(1000 * (time.process_time() - cpu_start) / num_images, 2),
-    }
-
-
 # The CNN.
 
 
@@ -186,7 +109,7 @@ def project_rate(cache: FeatureCache, image_dir: Path, names: list[str]) -> floa
     """
     for path in cache.folder.glob("*.npy"):
         path.unlink()
-    batch_size = min(PIPELINE_BATCH_SIZE, len(names) // 2)
+    batch_size = min(CNN_BATCH_SIZE, len(names) // 2)
     features.cache_features(cache, image_dir, names, batch_size)
     written = sorted(path.stat().st_mtime_ns for path in cache.folder.glob("*.npy"))
     return (len(names) - batch_size) / (written[-1] - written[batch_size - 1]) * 1e9
@@ -229,6 +152,7 @@ def measure_cnn(root: Path, num_images: int, batch_sizes: list[int], rounds: int
     image_dir, tutorial_dir = root / "images", root / "tutorial"
     image_dir.mkdir()
     tutorial_dir.mkdir()
+    num_images = max(2, num_images)  # `project_rate` needs two batches
     names = draw_photos(image_dir, num_images)
     megabytes = sum((image_dir / name).stat().st_size for name in names) / num_images / 1e6
     cache = features.open_or_create_cache(root / "cache", image_dir, names, "random", "float16")
@@ -281,64 +205,38 @@ def measure_cnns(num_images: int, rounds: int) -> dict[str, dict[str, float]]:
         extractor = features.build_feature_extractor("random", cnn)
         pixels = np.random.default_rng(0).integers(0, 256, (num_images, *extractor.input_shape[1:]), np.uint8)
         run_cnn = make_cnn_run(extractor, pixels)
-        run_cnn(PIPELINE_BATCH_SIZE)  # compiles
-        run = functools.partial(run_cnn, PIPELINE_BATCH_SIZE)
+        run_cnn(CNN_BATCH_SIZE)  # compiles
+        run = functools.partial(run_cnn, CNN_BATCH_SIZE)
         variants[option] = functools.partial(rate_of_a_core, run)
         figures[option] = {"billion_multiplications": round(count_multiplications(find_cnn(extractor)) / 1e9, 2)}
     rates = interleaved_median_rates(variants, rounds, "images")
     return {option: figures[option] | {"images_per_second_of_a_core": round(rate, 2)} for option, rate in rates.items()}
 
 
-def measure(root: Path, args: argparse.Namespace) -> dict[str, Any]:
-    """Measures the parts that the command line asks for, in an empty folder."""
-    results: dict[str, Any] = {}
-    if args.only in (None, "cnn"):
-        results |= measure_cnn(root, args.images, args.batch_sizes, args.rounds)
-    if args.only in (None, "decoding"):
-        results["decoded_per_second_of_a_core"] = measure_decoding(root, SIZES, args.rounds)
-    if args.only in (None, "pipeline"):
-        [name] = draw_photos(root, 1)
-        decode_seconds = 1 / decoding_rate(root / name, SCALED_JPEG_SIDE)
-        results["pipeline"] = measure_pipeline(root, args.pipeline_images, args.cnn_rate, args.readers, decode_seconds)
-    if args.only == "cnns":
-        results["cnns"] = measure_cnns(args.images, args.rounds)
-    return results
-
-
 def main(argv: list[str] | None = None) -> None:
     """Measures all, or one part, and prints the rates and ratios."""
-    parser = make_parser(__doc__, prog="python -m benchmarks.features")
-    parser.add_argument(
-        "--images",
-        type=int_at_least(2),
-        metavar="N",
-        default=192,
-        help="images in a measurement (default: %(default)s)",
-    )
+    parser = make_parser(__doc__)
+    add_counts(parser, {"images": (192, "measure with so many images"), "rounds": (3, "measure each variant so often")})
     parser.add_argument(
         "--batch-sizes",
         type=int_at_least(1),
         nargs="+",
         metavar="N",
         default=BATCH_SIZES,
-        help="batch sizes to try with the CNN alone (default: 8 16 32 64)",
-    )
-    parser.add_argument(
-        "--rounds", type=int_at_least(1), metavar="N", default=3, help="measurements of each (default: %(default)s)"
+        help="try these batch sizes with the CNN alone (default: 8 16 32 64)",
     )
     text = "measure only this part (default: all but cnns)"
-    parser.add_argument("--only", choices=("cnn", "decoding", "pipeline", "cnns"), help=text)
-    text = "of the pipeline: threads that stand for cores (default: %(default)s)"
-    parser.add_argument("--readers", type=int_at_least(1), metavar="N", default=16, help=text)
-    text = "of the pipeline: images per second of what stands for the CNN (default: %(default)s)"
-    parser.add_argument("--cnn-rate", type=int_at_least(1), metavar="N", default=3000, help=text)
-    text = "of the pipeline (default: %(default)s)"
-    parser.add_argument(
-        "--pipeline-images", type=int_at_least(2 * PIPELINE_BATCH_SIZE), metavar="N", default=3200, help=text
-    )
+    parser.add_argument("--only", choices=("cnn", "decoding", "cnns"), help=text)
     args = parser.parse_args(argv)
+    result: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as folder:
-        print(json.dumps(measure(Path(folder), args)))
+        if args.only in (None, "cnn"):
+            result |= measure_cnn(Path(folder), args.images, args.batch_sizes, args.rounds)
+        if args.only in (None, "decoding"):
+            result["decoded_per_second_of_a_core"] = measure_decoding(Path(folder), SIZES, args.rounds)
+    if args.only == "cnns":
+        result["cnns"] = measure_cnns(args.images, args.rounds)
+    print(json.dumps(result))
 
 
 if __name__ == "__main__":

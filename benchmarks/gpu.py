@@ -1,147 +1,295 @@
-"""Checks the suite on a machine with a GPU, in at most ten minutes: that it works, that it is right, how fast it is.
+"""Checks on a machine with a GPU that it computes what the CPU does, and measures how fast it is.
 
-    python benchmarks/gpu.py                              # all checks
-    python benchmarks/gpu.py --only numbers variants      # some of them
-    python benchmarks/gpu.py --small                      # tiny sizes, on any machine: only whether the checks run
+    python -m benchmarks.gpu                              # everything
+    python -m benchmarks.gpu --only numbers training      # some of it
+    python -m benchmarks.gpu --small                      # tiny sizes, on any machine: only whether the benchmark runs
 
-Every check has its own process and time limit, so that one that crashes or hangs costs no other. `numbers` and
-`captions` also run on the CPU, with which the GPU is compared. Everything is written into a temporary folder. A table
-comes first; the last line is JSON: please add it to a report. The exit code is 1 if a check has failed.
+numbers   features of drawings, losses of five training steps, and captions, each compared with those of the CPU of the
+          same machine, from the same weights and inputs
+search    captions per second from features, greedy and with a beam of 5
+features  images per second of the CNN alone, and of features.py, which also reads JPEGs and writes files
+training  captions per second by batch size: fused decoder, plain loop and, on a GPU, float16
+xla       captions per second of the plain loop with --jit on, which compiles for a minute or two
+
+All data are random, the weights too. Each result is printed as a line when it is known; the last line is JSON: please
+add it to a report. The exit code is 1 if a number differs from the CPU's or is not finite.
 """
 
-import argparse
+import functools
 import json
-import os
-import subprocess
+import statistics
 import sys
 import tempfile
-import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-PROJECT = Path(__file__).resolve().parents[1]
-MINUTES = 10
-WITHOUT_GPU = {"CUDA_VISIBLE_DEVICES": "-1"}
+import numpy as np
+
+import features
+import model
+from benchmarks import captioning, training
+from benchmarks.features import draw_photos, make_cnn_run, project_rate
+from benchmarks.timing import items_per_second
+from captioning.base.cli import make_parser, run_main
+from captioning.base.devices import has_gpu
+from captioning.base.quiet_tensorflow import tf
+from captioning.config.cnns import CNN, CNNS, INCEPTION_V3
+from captioning.config.settings import FeatureConfig, ModelConfig, TrainConfig
+from captioning.data import shapes
+from captioning.decoder.decoding import beam_search, greedy_search
+from captioning.images.feature_cache import CNN_FILE
+from captioning.images.reading import count_cores
+from captioning.training.input_pipeline import make_dataset, make_epoch_batches
+
+MAX_FEATURE_DIFFERENCE = 1e-3  # of float32, relative to the CPU's
+MAX_LOSS_DIFFERENCE = 1e-4  # of a step, relative to the CPU's
+MIN_EQUAL_CAPTIONS = 0.95  # of random weights, with which words are nearly equally probable
+NUM_STEPS_COMPARED = 5
+ROUNDS = 3  # of each measurement, whose median counts
 
 
-class Check(NamedTuple):
-    """A check of benchmarks/gpu_checks.py."""
+class Sizes(NamedTuple):
+    """How much work the checks and measurements do."""
 
-    name: str
-    seconds: int  # its time limit
-    compares: bool = False  # with the CPU, where it runs first
-    needs_gpu: bool = False
-    is_long: bool = False  # left out with --small
+    num_captions: int = 12_800
+    num_images: int = 1600
+    model: ModelConfig = ModelConfig(vocab_size=5000)
+    batch_sizes: tuple[int, ...] = (64, 256, 1024)
+    num_steps: int = 30  # of the smallest batch size, in a round
+    num_pictures: int = 256  # that the CNN turns into features
+    cnn: CNN = INCEPTION_V3
 
 
-CHECKS = (
-    Check("device", 60),
-    Check("numbers", 120, compares=True),
-    Check("variants", 240),
-    Check("training", 150),
-    Check("search", 60),
-    Check("features", 90),
-    Check("memory", 90, needs_gpu=True),
-    Check("resume", 120, is_long=True),
-    Check("demo", 240, is_long=True),
-    Check("captions", 60, compares=True, is_long=True),
-    Check("several", 120, needs_gpu=True),
-    Check("xla", 150),  # last, since it takes long
+SMALL = Sizes(
+    num_captions=40,
+    num_images=16,
+    model=ModelConfig(vocab_size=60, embedding_dim=8, units=16),
+    batch_sizes=(8,),
+    num_steps=2,
+    num_pictures=4,
+    cnn=CNNS["mobilenet_v3_large"].at(64),
 )
 
-Row = dict[str, Any]  # check, what, value, expected and passed, the last two None where there is nothing to expect
+
+class Report:
+    """The results, printed as they come: figures, and checks that may fail."""
+
+    def __init__(self) -> None:
+        self.results: dict[str, float | str] = {}
+        self.failed: list[str] = []
+
+    def add(self, name: str, value: float | str, passed: bool | None = None, expected: str = "") -> None:
+        """Prints a result as a line; `passed` tells whether a check is met, and is None of a figure."""
+        self.results[name] = value
+        if passed is False:
+            self.failed.append(name)
+        mark = {None: "", True: "ok", False: f"FAILED, expected {expected}"}[passed]
+        print(f"{name:66} {value!s:>12}  {mark}".rstrip(), flush=True)
 
 
-def run_check(check: Check, folder: Path, small: bool, seconds: float, reference: bool = False) -> list[Row]:
-    """Runs a check in a process of its own, on the CPU for a reference; one that fails has a row that says so."""
-    command = [sys.executable, "-m", "benchmarks.gpu_checks", check.name, str(folder)]
-    if small:
-        command.append("--small")
-    if reference:
-        command.append("--reference")
-
-    def failure(reason: str) -> list[Row]:
-        return [{"check": check.name, "what": "runs", "value": reason, "expected": "no error", "passed": False}]
-
-    log = folder / f"{check.name}.log"
-    with log.open("a+") as stderr:
-        try:
-            result = subprocess.run(
-                command,
-                cwd=PROJECT,
-                env=os.environ | (WITHOUT_GPU if reference else {}),
-                stdout=subprocess.PIPE,
-                stderr=stderr,
-                text=True,
-                timeout=seconds,
-            )
-        except subprocess.TimeoutExpired:
-            return failure(f"not done after {seconds:.0f} s")
-    lines = log.read_text(errors="replace").strip().splitlines()
-    if result.returncode:
-        return failure(lines[-1][:200] if lines else f"exit code {result.returncode}")
-    return [{"check": check.name, **row} for row in json.loads(result.stdout.splitlines()[-1])]
+# The numbers of a CPU.
 
 
-def format_row(row: Row) -> str:
-    """Formats a row of the table."""
-    mark = {True: "ok", False: "FAILED", None: ""}[row["passed"]]
-    expected = "" if row["expected"] is None else f"expected {row['expected']}"
-    return f"{row['check']:9} {row['what']:52} {row['value']!s:>16}  {mark:6} {expected}".rstrip()
+def set_random_weights(caption_model: model.CaptionModel, scale: float) -> None:
+    """Sets all weights to numbers that NumPy draws, which are the same on every device."""
+    rng = np.random.default_rng(0)
+    for variable in caption_model.trainable_variables:
+        variable.assign(rng.normal(0, scale, variable.shape))
 
 
-def run_checks(names: list[str], small: bool) -> list[Row]:
-    """Runs checks one after the other, as long as there is time, and prints their rows as they come."""
-    rows: list[Row] = []
-    start = time.monotonic()
+def compute_features(folder: Path, sizes: Sizes) -> np.ndarray:
+    """Computes the features (images, L, C) of drawings; the first call draws the CNN's weights, the next reads them."""
+    image_dir = folder / "drawings"
+    if not image_dir.exists():
+        shapes.draw_dataset(image_dir, num_images=max(4, sizes.num_pictures // 8))
+    names = sorted(str(path.relative_to(image_dir)) for path in image_dir.rglob("*.png"))
+    weights = folder / "cnn" / CNN_FILE
+    if not weights.exists():
+        features.open_or_create_cache(weights.parent, image_dir, names, "random", "float32", sizes.cnn)
+    extractor = features.build_feature_extractor(str(weights), sizes.cnn)
+    pixels = np.stack([features.load_image(image_dir / name, image_size=sizes.cnn.image_size) for name in names])
+    return tf.function(lambda batch: extractor(batch, training=False))(pixels).numpy()
 
-    def add(new_rows: list[Row]) -> None:
-        rows.extend(new_rows)
-        for row in new_rows:
-            print(format_row(row), flush=True)
 
-    def leave_out(check: Check, reason: str) -> None:
-        add([{"check": check.name, "what": "left out", "value": reason, "expected": None, "passed": None}])
+def compute_losses(data: training.TrainingData, batch_size: int, fused: bool) -> np.ndarray:
+    """Trains for a few steps, and returns the mean loss of each, (NUM_STEPS_COMPARED,)."""
+    caption_model = model.build(data.config)
+    set_random_weights(caption_model, 0.05)
+    batches = make_epoch_batches(data.captions, batch_size, seed=0, epoch=0)[:NUM_STEPS_COMPARED]
+    dataset = make_dataset(data.captions, batches, data.cache.read)
+    settings = TrainConfig(batch_size=batch_size, jit="off", fused=fused)
+    step = training.make_project_step(caption_model, settings, dataset.element_spec)
+    losses, total = [], 0.0
+    for batch in dataset:
+        before, total = total, float(step(batch))
+        losses.append((total - before) / np.count_nonzero(batch.tokens[:, 1:]))
+    return np.array(losses)
 
-    def run_one(check: Check, folder: Path) -> None:
-        seconds = 60 * MINUTES - (time.monotonic() - start)
-        if small and check.is_long:
-            return leave_out(check, "--small")
-        if check.needs_gpu and any(row["what"] == "GPU" and row["value"] == "none" for row in rows):
-            return leave_out(check, "no GPU")
-        if seconds < 15:
-            return leave_out(check, f"{MINUTES} minutes are over")
-        limit = min(seconds, check.seconds)
-        reference = run_check(check, folder, small, limit, reference=True) if check.compares else []
-        failed = any(row["passed"] is False for row in reference)
-        return add(reference if failed else run_check(check, folder, small, limit))
 
-    with tempfile.TemporaryDirectory() as name:
-        for check in CHECKS:
-            if check.name in names:
-                run_one(check, Path(name))
-    return rows
+def compute_captions(config: ModelConfig, num_images: int) -> dict[str, np.ndarray]:
+    """Returns the captions (images, words) of random features, found by both searches."""
+    caption_model = model.build(config)
+    set_random_weights(caption_model, 0.1)
+    image_features = tf.constant(np.random.default_rng(1).random((num_images, 64, 2048), np.float32))
+    greedy = greedy_search(caption_model, image_features, max_words=12)
+    beam = beam_search(caption_model, image_features, 3, length_penalty=1.0, max_words=12)
+    return {"greedy captions": greedy.tokens.numpy(), "captions of a beam of 3": beam.tokens.numpy()}
+
+
+def compute_numbers(folder: Path, data: training.TrainingData, sizes: Sizes) -> dict[str, np.ndarray]:
+    """Computes features, losses and captions, from weights and inputs that are the same on every device."""
+    batch_size = sizes.batch_sizes[0]
+    return {
+        "features": compute_features(folder, sizes),
+        "losses, fused": compute_losses(data, batch_size, fused=True),
+        "losses, plain": compute_losses(data, batch_size, fused=False),
+        **compute_captions(data.config, batch_size),
+    }
+
+
+def compare_numbers(report: Report, found: dict[str, np.ndarray], expected: dict[str, np.ndarray]) -> None:
+    """Reports how far the numbers are from the CPU's."""
+    for name, value in found.items():
+        if "captions" in name:
+            equal = float(np.mean([np.array_equal(*pair) for pair in zip(value, expected[name], strict=True)]))
+            limit = f"at least {MIN_EQUAL_CAPTIONS:.0%}"
+            report.add(f"{name}, equal to the CPU's", f"{equal:.0%}", equal >= MIN_EQUAL_CAPTIONS, limit)
+            continue
+        if name == "features":
+            difference = float(np.linalg.norm(value - expected[name]) / np.linalg.norm(expected[name]))
+            largest = MAX_FEATURE_DIFFERENCE
+        else:
+            difference = float(np.max(np.abs(value / expected[name] - 1)))
+            largest = MAX_LOSS_DIFFERENCE
+        passed = difference < largest
+        report.add(f"{name}, relative difference to the CPU's", f"{difference:.1e}", passed, f"less than {largest:.0e}")
+
+
+def check_numbers(report: Report, folder: Path, sizes: Sizes) -> None:
+    """Compares features, losses and captions with those that the CPU computes."""
+    data = make_data(folder, sizes)
+    with tf.device("CPU:0"):
+        expected = compute_numbers(folder, data, sizes)
+    compare_numbers(report, compute_numbers(folder, data, sizes), expected)
+
+
+# Speed.
+
+
+def make_data(folder: Path, sizes: Sizes) -> training.TrainingData:
+    """Makes random captions and features."""
+    examples = training.make_examples(sizes.num_captions, sizes.num_images)
+    return training.make_data(folder / "features", examples, sizes.model)
+
+
+def median_rate(run: Callable[[], object], num_items: int) -> float:
+    """Calls a function several times, and returns its median rate."""
+    return statistics.median(items_per_second(run, num_items) for _ in range(ROUNDS))
+
+
+def measure_search(report: Report, folder: Path, sizes: Sizes) -> None:
+    """Measures how many captions a second are generated from features."""
+    del folder
+    caption_model = model.build(sizes.model)
+    batch_size = sizes.batch_sizes[0]
+    image_features = np.random.default_rng(0).random((batch_size, 64, 2048), np.float32)
+    for beam_size in (1, 5):
+        run = functools.partial(captioning.project_captions, caption_model, image_features, batch_size, beam_size)
+        run()  # compiles
+        name = f"captions/s, beam of {beam_size}" if beam_size > 1 else "captions/s, greedy"
+        report.add(f"{name}, {captioning.MAX_WORDS} words, batch {batch_size}", round(median_rate(run, batch_size)))
+
+
+def measure_features(report: Report, folder: Path, sizes: Sizes) -> None:
+    """Measures the CNN alone, and caching features of JPEG files."""
+    image_dir = folder / "photos"
+    image_dir.mkdir()
+    names = draw_photos(image_dir, sizes.num_pictures)
+    cache = features.open_or_create_cache(folder / "photo_features", image_dir, names, "random", "float16", sizes.cnn)
+    extractor = features.build_feature_extractor(cache.cnn_weights, sizes.cnn)
+    image_size = sizes.cnn.image_size
+    pixels = np.stack([features.load_image(image_dir / name, image_size=image_size) for name in names])
+    batch_size = FeatureConfig().cnn_batch_size
+    run = functools.partial(make_cnn_run(extractor, pixels), batch_size)
+    run()  # compiles
+    report.add(f"images/s, {sizes.cnn.name} alone, batch {batch_size}", round(median_rate(run, len(names))))
+    report.add("images/s, features.py, reading and writing included", round(project_rate(cache, image_dir, names)))
+
+
+def measure_variant(
+    report: Report, data: training.TrainingData, variant_name: str, settings: TrainConfig, num_steps: int
+) -> None:
+    """Measures a variant of benchmarks/training.py, reading included, and checks that its loss is finite."""
+    variant = training.make_variant(variant_name, data, settings)
+    first_step = 1 / items_per_second(functools.partial(training.run_steps, variant, 1), 1)
+    loss = training.run_steps(variant, 3)
+    rate = median_rate(functools.partial(training.run_steps, variant, num_steps), num_steps * settings.batch_size)
+    kind = {"fused": "fused decoder", "plain": "plain loop"}[variant_name]
+    kind += ", float16" * settings.mixed_precision + ", XLA" * (settings.jit == "on")
+    name = f"captions/s, batch {settings.batch_size}, {kind} (first step {first_step:.1f} s)"
+    report.add(name, round(rate), bool(np.isfinite(loss)), "a finite loss")
+
+
+def measure_training(report: Report, folder: Path, sizes: Sizes) -> None:
+    """Measures training by batch size, decoder and precision."""
+    data = make_data(folder, sizes)
+    for batch_size in sizes.batch_sizes:
+        num_steps = max(2, sizes.num_steps * sizes.batch_sizes[0] // batch_size)
+        settings = TrainConfig(batch_size=batch_size)
+        measure_variant(report, data, "fused", settings, num_steps)
+        measure_variant(report, data, "plain", settings, num_steps)
+        if has_gpu():  # a CPU only imitates float16
+            half = TrainConfig(batch_size=batch_size, mixed_precision=True)
+            measure_variant(report, data, "fused", half, num_steps)
+
+
+def measure_xla(report: Report, folder: Path, sizes: Sizes) -> None:
+    """Measures training that XLA compiles, anew for every shape of a batch."""
+    data = make_data(folder, sizes)
+    for batch_size in sizes.batch_sizes:
+        num_steps = max(2, sizes.num_steps * sizes.batch_sizes[0] // batch_size)
+        measure_variant(report, data, "plain", TrainConfig(batch_size=batch_size, jit="on"), num_steps)
+
+
+# The command line.
+
+PARTS: dict[str, Callable[[Report, Path, Sizes], None]] = {
+    "numbers": check_numbers,
+    "search": measure_search,
+    "features": measure_features,
+    "training": measure_training,
+    "xla": measure_xla,
+}
+
+
+def describe_machine() -> dict[str, Any]:
+    """Returns the versions, the number of cores and the names of the GPUs."""
+    gpus = tf.config.list_physical_devices("GPU")
+    names = [str(tf.config.experimental.get_device_details(gpu).get("device_name")) for gpu in gpus]
+    return {
+        "Python, TensorFlow, Keras": f"{sys.version.split()[0]}, {tf.__version__}, {tf.keras.__version__}",
+        "cores": count_cores(),
+        "GPU": ", ".join(names) or "none",
+    }
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Runs the checks; exits with 1 if one has failed."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
-    names = [check.name for check in CHECKS]
-    parser.add_argument(
-        "--only", nargs="+", choices=names, metavar="CHECK", help=f"some of {', '.join(names)} (default: all)"
-    )
-    parser.add_argument("--small", action="store_true", help="tiny sizes, of which no figure means anything")
+    """Runs the parts; exits with 1 if a check has failed."""
+    parser = make_parser(__doc__)
+    parser.add_argument("--only", nargs="+", choices=PARTS, metavar="PART", help=f"run some of {', '.join(PARTS)}")
+    parser.add_argument("--small", action="store_true", help="take tiny sizes, of which no figure means anything")
     args = parser.parse_args(argv)
-    selected = names if args.only is None else ["device", *args.only]
-    rows = run_checks(selected, args.small)
-    num_failed = sum(row["passed"] is False for row in rows)
-    num_passed = sum(row["passed"] is True for row in rows)
-    print(f"{num_passed} checks passed, {num_failed} failed")
-    print(json.dumps({"small": args.small, "rows": rows}))
-    sys.exit(int(num_failed > 0))
+    report = Report()
+    for name, value in describe_machine().items():
+        report.add(name, value)
+    for name, run in PARTS.items():
+        if args.only is None or name in args.only:
+            with tempfile.TemporaryDirectory() as folder:
+                run(report, Path(folder), SMALL if args.small else Sizes())
+    print(json.dumps({"small": args.small, **report.results, "failed": report.failed}))
+    sys.exit(int(bool(report.failed)))
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

@@ -20,9 +20,9 @@ import numpy as np
 
 import data_utils
 import train
-from benchmarks.timing import items_per_second
+from benchmarks.timing import add_counts, items_per_second
 from benchmarks.training import sample_lengths
-from captioning.base.cli import int_at_least, make_parser, run_main
+from captioning.base.cli import make_parser, run_main
 from captioning.base.files import write_json
 from captioning.config.settings import DataConfig
 from captioning.images.feature_cache import MANIFEST_FILE, FeatureCache, make_manifest, read_manifest
@@ -73,6 +73,7 @@ def make_data(folder: Path, num_images: int, num_captions: int) -> None:
         if number % MAX_LINKS == 0:
             empty_file = image_dir / image_path
             empty_file.touch()
+            os.utime(empty_file, (0, 0))  # older than the features, or they would be computed again
         else:
             os.link(empty_file, image_dir / image_path)
     write_json(cache.folder / MANIFEST_FILE, cache.manifest)
@@ -128,20 +129,9 @@ def measure_reading(folder: Path) -> float:
 
 def main(argv: list[str] | None = None) -> None:
     """Makes the data, runs the training, and prints what it took."""
-    parser = make_parser(__doc__, "[option ...] [-- option of train.py ...]", prog="python -m benchmarks.memory")
-    parser.add_argument(
-        "--images", type=int_at_least(10), metavar="N", default=82_783, help="images to make (default: %(default)s)"
-    )
-    parser.add_argument(
-        "--captions",
-        type=int_at_least(20),
-        metavar="N",
-        default=414_000,
-        help="captions to make (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--steps", type=int_at_least(1), metavar="N", default=50, help="training steps (default: %(default)s)"
-    )
+    parser = make_parser(__doc__, "[option ...] [-- option of train.py ...]")
+    counts = {"images": (82_783, "make so many images"), "captions": (414_000, "make so many captions")}
+    add_counts(parser, counts | {"steps": (50, "take so many training steps")})
     parser.add_argument("train_args", nargs="*", metavar="option", help="further options of train.py, after --")
     args = parser.parse_args(argv)
     with tempfile.TemporaryDirectory() as name:

@@ -12,6 +12,7 @@ continues; runs and scores that are complete are taken as they are.
 
 import argparse
 import json
+import os
 import re
 import subprocess
 import sys
@@ -31,7 +32,7 @@ RATIOS = ("distinct captions", "end in mid-sentence")
 class Row(NamedTuple):
     """A training of the table."""
 
-    options: str  # of train.py
+    options: str  # of train.py, or of beyond.cider
     start: str | None = None  # the row whose weights self-critical training starts from
 
 
@@ -40,10 +41,10 @@ ROWS = {
     "best": Row("--recipe best --epochs 8"),
     "image": Row("--recipe best --shuffle-by image --epochs 8"),
     "paper": Row("--recipe best --decoder paper --epochs 8"),
-    "paper-lstm": Row("--recipe best --decoder paper --cell lstm --epochs 8"),
+    "paper-lstm": Row("--recipe best --decoder paper-lstm --epochs 8"),
     "hard": Row("--recipe best --attention hard --epochs 8"),
-    "best-cider": Row("--self-critical", start="best"),
-    "paper-cider": Row("--self-critical", start="paper"),
+    "best-cider": Row("", start="best"),
+    "paper-cider": Row("", start="paper"),
 }
 
 
@@ -75,11 +76,12 @@ def beam_name(beam: DecodeConfig) -> str:
     return f"{beam.beam_size}" if beam.length_penalty == 1 else f"{beam.beam_size}:{beam.length_penalty:g}"
 
 
-def run_script(*args: str) -> None:
-    """Runs a script of the project; raises InputError if it fails, which it has explained."""
-    log(f"$ python {' '.join(args)}")
-    if code := subprocess.run([sys.executable, str(ROOT / args[0]), *args[1:]]).returncode:
-        raise InputError(f"{args[0]} ended with code {code}: see above; run the same command again to continue")
+def run_command(module: str, *args: str) -> None:
+    """Runs a command of the project; raises InputError if it fails, which it has explained."""
+    log(f"$ python -m {module} {' '.join(args)}")
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    if code := subprocess.run([sys.executable, "-m", module, *args], env=environment).returncode:
+        raise InputError(f"{module} ended with code {code}: see above; run the same command again to continue")
 
 
 def run_folder(runs_dir: Path, name: str, seed: int) -> Path:
@@ -96,9 +98,9 @@ def train_row(runs_dir: Path, name: str, seed: int, data: list[str]) -> Path:
     options = [*row.options.split(), "--seed", str(seed)]
     if row.start:
         start = train_row(runs_dir, row.start, seed, data)
-        run_script("train.py", *options, "--run", str(start))
+        run_command("beyond.cider", *options, "--run", str(start))
     else:
-        run_script("train.py", *data, *options, "--run", str(run))
+        run_command("train", *data, *options, "--run", str(run))
     (run / "done").touch()
     return run
 
@@ -108,7 +110,7 @@ def score(run: Path, beam: DecodeConfig) -> dict[str, Any]:
     path = run / f"metrics_val{beam.suffix}.json"
     if not path.exists() or path.stat().st_mtime < (run / "done").stat().st_mtime:
         options = ["--beam-size", str(beam.beam_size), "--length-penalty", f"{beam.length_penalty:g}"]
-        run_script("evaluate.py", "--run", str(run), *options)
+        run_command("evaluate", "--run", str(run), *options)
     return json.loads(path.read_text(encoding="utf-8"))
 
 
@@ -149,7 +151,7 @@ def to_markdown(lines: list[dict[str, Any]]) -> str:
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
     """Parses the command line."""
-    parser = make_parser(__doc__, usage="[option ...] -- [option of train.py ...]", prog="python -m benchmarks.scores")
+    parser = make_parser(__doc__, usage="[option ...] -- [option of train.py ...]")
     every = ",".join(ROWS)
     parser.add_argument("--rows", type=names, default=list(ROWS), metavar="NAMES", help=f"of {every} (default: all)")
     parser.add_argument("--seeds", type=numbers, default=[0], metavar="N,N", help="seeds of the trainings (default: 0)")

@@ -34,8 +34,9 @@ import features
 from benchmarks.captioning import train_small_run
 from benchmarks.features import draw_photos
 from benchmarks.timing import interleaved_median_rates, items_per_second
+from beyond.serve import server
 from beyond.serve.caption_batcher import MAX_BATCH
-from beyond.serve.web_server import CaptionServer, ServerConfig
+from beyond.serve.settings import ServerConfig
 from captioning.base.cli import int_at_least, make_parser, run_main
 from captioning.config.settings import DecodeConfig
 from captioning.images.reading import is_image_file
@@ -58,27 +59,29 @@ class Load(NamedTuple):
 
 
 @contextlib.contextmanager
-def run_server(captioner: Captioner, max_requests: int) -> Iterator[CaptionServer]:
-    """Runs a server in a thread, without a line in the log for each request."""
+def run_server(captioner: Captioner, max_requests: int) -> Iterator[tuple[server.CaptionApp, tuple[str, int]]]:
+    """Runs a server in a thread, without a line in the log for each request; gives its application and address."""
     config = ServerConfig(port=0, max_requests=max_requests)
-    with CaptionServer(config) as server, unittest.mock.patch("beyond.serve.web_server.log"):
-        thread = threading.Thread(target=server.run, args=[serve.make_service(captioner)])
+    with server.listen(config) as listener, unittest.mock.patch("beyond.serve.server.log"):
+        app = server.CaptionApp(serve.make_service(captioner), config)
+        wsgi_server = server.make_server(app, listener)
+        thread = threading.Thread(target=server.run, args=[app, wsgi_server])
         thread.start()
         try:
-            yield server
+            yield app, listener.getsockname()
         finally:
-            server.shutdown()
+            server.stop(wsgi_server)
             thread.join()
 
 
-def send_images(server: CaptionServer, images: list[bytes], num_clients: int, num_requests: int) -> list[float]:
+def send_images(address: tuple[str, int], images: list[bytes], num_clients: int, num_requests: int) -> list[float]:
     """Sends images from several clients, and returns the seconds of each request; raises RuntimeError if one fails."""
     numbers = itertools.count()
     seconds: list[float] = []
     failures: list[str] = []
 
     def work() -> None:
-        with contextlib.closing(http.client.HTTPConnection(*server.server_address[:2])) as connection:  # type: ignore[arg-type]
+        with contextlib.closing(http.client.HTTPConnection(*address)) as connection:
             while (number := next(numbers)) < num_requests:
                 start = time.perf_counter()
                 headers = {"Content-Type": "image/jpeg"}
@@ -127,11 +130,11 @@ def measure(
     loads = [*(Load(count, MAX_BATCH) for count in clients), Load(max(clients), 1)]
     seconds: dict[str, list[float]] = {load.name: [] for load in loads}
     pixels = np.stack([features.load_image(content) for content in images])
-    with run_server(captioner, max_requests=max(clients)) as server:
+    with run_server(captioner, max_requests=max(clients)) as (app, address):
 
         def run_load(load: Load) -> None:
-            server.batcher.max_batch = load.max_batch
-            seconds[load.name] += send_images(server, images, load.clients, num_requests)
+            app.batcher.max_batch = load.max_batch
+            seconds[load.name] += send_images(address, images, load.clients, num_requests)
 
         runs = {f"cnn, batch of {size}": (cnn_run(captioner, pixels, size), len(pixels)) for size in CNN_BATCH_SIZES}
         runs |= {load.name: (functools.partial(run_load, load), num_requests) for load in loads}
@@ -163,7 +166,7 @@ def read_images(folder: Path) -> list[bytes]:
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
     """Parses the command line."""
-    parser = make_parser(__doc__, prog="python -m benchmarks.serving")
+    parser = make_parser(__doc__)
     count = int_at_least(1)
     text = f"folder of the images, of which the first {NUM_PHOTOS} are sent in turn (default: drawn)"
     parser.add_argument("--images", type=Path, metavar="DIR", help=text)

@@ -1,10 +1,18 @@
-"""What the benchmarks share: rates of several variants of the same work, measured alternately."""
+"""What the benchmarks share: options, and rates of several variants of the same work, measured alternately."""
 
+import argparse
 import statistics
 import time
 from collections.abc import Callable, Mapping
 
-from captioning.base.cli import log
+from captioning.base.cli import int_at_least, log
+
+
+def add_counts(parser: argparse.ArgumentParser, counts: Mapping[str, tuple[int, str]]) -> None:
+    """Adds options that are whole numbers of at least 1: by name, the default and the help."""
+    for name, (default, text) in counts.items():
+        text += " (default: %(default)s)"
+        parser.add_argument(f"--{name}", type=int_at_least(1), metavar="N", default=default, help=text)
 
 
 def items_per_second(run: Callable[[], object], num_items: int) -> float:

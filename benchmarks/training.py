@@ -11,11 +11,10 @@ The variants train the same model on the same features, with the same batch size
               and the loss is a mean over padding too. It has no dropout.
     fused     train.py's step, with captioning/decoder/fused_decoder.py (the default of train.py).
     plain     train.py's step, with the plain loop of model.py (--no-fused).
-    paper, paper-plain        the same two with --decoder paper.
-    paper-lstm                the plain loop with --decoder paper --cell lstm.
+    paper     the plain loop with --decoder paper; paper-lstm: with --decoder paper-lstm.
 
-They are measured alternately, and compilation is not counted. The last line is JSON. Its `ratio` is that of the first
-variant that is not the tutorial's to the tutorial.
+They are measured alternately, and compilation is not counted. The last line is JSON. Its `ratio` is the rate of the
+first variant but the tutorial's, divided by the tutorial's.
 """
 
 import argparse
@@ -32,34 +31,41 @@ import numpy as np
 
 import model
 import train
-from benchmarks.timing import interleaved_median_rates, items_per_second
-from captioning.base.cli import int_at_least, log, make_parser, run_main
+from benchmarks.timing import add_counts, interleaved_median_rates, items_per_second
+from captioning.base.cli import InputError, log, make_parser, run_main
 from captioning.base.quiet_tensorflow import tf
-from captioning.config.cnns import INCEPTION_V3
 from captioning.config.options import add_options
 from captioning.config.settings import ModelConfig, TrainConfig
 from captioning.data.annotations import Example, read_annotations
 from captioning.images.feature_cache import FeatureCache, make_manifest
 from captioning.training.checkpoints import TrainProgress
 from captioning.training.input_pipeline import Batch, EncodedCaptions, encode_captions, make_dataset, make_epoch_batches
+from captioning.training.objective import CrossEntropy
 from captioning.training.optimizer import WeightEMA, make_optimizer
 from tokenizer import START_ID, Tokenizer
 
 layers = tf.keras.layers
 
-# Of each variant of the project, the settings of the model, and whether it takes the fused decoder.
-PROJECT_VARIANTS: dict[str, tuple[dict[str, Any], bool]] = {
-    "fused": ({}, True),
-    "plain": ({}, False),
-    "paper": ({"decoder": "paper"}, True),
-    "paper-plain": ({"decoder": "paper"}, False),
-    "paper-lstm": ({"decoder": "paper", "cell": "lstm"}, False),
+# The variants, and what each changes in the settings of the model.
+VARIANTS: dict[str, dict[str, Any]] = {
+    "tutorial": {},
+    "fused": {},
+    "plain": {},
+    "paper": {"decoder": "paper"},
+    "paper-lstm": {"decoder": "paper-lstm"},
 }
-VARIANTS = ("tutorial", *PROJECT_VARIANTS)
 MAX_LENGTH, MEAN_LENGTH = 49, 12.5  # tokens of COCO's captions, <start> and <end> included
 
 
 # The data.
+
+
+class TrainingData(NamedTuple):
+    """What all variants train on."""
+
+    captions: EncodedCaptions
+    cache: FeatureCache
+    config: ModelConfig
 
 
 def sample_lengths(num_captions: int, rng: np.random.Generator) -> np.ndarray:
@@ -70,25 +76,36 @@ def sample_lengths(num_captions: int, rng: np.random.Generator) -> np.ndarray:
     return lengths
 
 
-def make_examples(num_captions: int, annotations: str | None, num_images: int) -> list[Example]:
-    """Makes the captions to train on: those of some images of a file, or random words if there is no file."""
+def read_examples(annotations: str, num_images: int) -> list[Example]:
+    """Reads the captions of some images of a file."""
+    examples = read_annotations(annotations)
+    subset = np.random.default_rng(0).permutation(len(examples))[:num_images]
+    return [dataclasses.replace(examples[i], split="train") for i in subset]
+
+
+def make_examples(num_captions: int, num_images: int) -> list[Example]:
+    """Makes captions of random words, with the lengths of COCO's."""
     rng = np.random.default_rng(0)
-    if annotations:
-        examples = read_annotations(annotations)
-        subset = [examples[i] for i in rng.permutation(len(examples))[:num_images]]
-        return [dataclasses.replace(example, split="train") for example in subset]
     num_words = sample_lengths(num_captions, rng) - 2  # without <start> and <end>
     texts = [" ".join(f"word{i}" for i in rng.integers(0, 4996, count)) for count in num_words]
     return [Example(f"{i}.jpg", tuple(texts[i::num_images]), i, "train") for i in range(min(num_images, len(texts)))]
 
 
-def write_random_features(folder: Path, examples: list[Example]) -> FeatureCache:
-    """Fills a cache with random features."""
+def make_data(folder: Path, examples: list[Example], config: ModelConfig) -> TrainingData:
+    """Encodes captions, and fills a cache in a folder with random features of their images.
+
+    Args:
+        folder: where the features are written.
+        examples: images with captions.
+        config: the settings of the model, of which `vocab_size` is the largest size.
+    """
+    tokenizer = Tokenizer.fit((text for example in examples for text in example.captions), config.vocab_size)
     cache = FeatureCache(folder, make_manifest(folder, folder, "imagenet", "float16"))
     rng = np.random.default_rng(0)
     for example in examples:
         cache.write(example.image_path, rng.random(cache.shape))
-    return cache
+    captions = encode_captions(examples, tokenizer.encode, cache.path, MAX_LENGTH)
+    return TrainingData(captions, cache, dataclasses.replace(config, vocab_size=len(tokenizer)))
 
 
 # The tutorial's code.
@@ -189,25 +206,30 @@ def make_tutorial_step(tutorial: TutorialModel) -> Callable[[tuple[tf.Tensor, tf
 # The project's code.
 
 
-def project_batches(
-    captions: EncodedCaptions, cache: FeatureCache, batch_size: int, static_shapes: bool
-) -> Iterator[Batch]:
+def project_batches(data: TrainingData, batch_size: int, static_shapes: bool) -> Iterator[Batch]:
     """Yields the batches of train.py, epoch after epoch, without the last one, which is not full."""
     for epoch in itertools.count():
-        batches = make_epoch_batches(captions, batch_size, seed=0, epoch=epoch)
+        batches = make_epoch_batches(data.captions, batch_size, seed=0, epoch=epoch)
         full_batches = [rows for rows in batches if len(rows) == batch_size]
-        yield from make_dataset(captions, full_batches, cache.read, static_shapes)
+        yield from make_dataset(data.captions, full_batches, data.cache.read, static_shapes)
 
 
 def make_project_step(
-    caption_model: model.CaptionModel, config: TrainConfig, batch_spec: Batch
+    caption_model: model.CaptionModel, settings: TrainConfig, batch_spec: Batch
 ) -> Callable[[Batch], tf.Tensor]:
-    """Makes the training step of train.py, and returns the sum of the losses so far from it."""
-    optimizer = make_optimizer(config.learning_rate, config.clip_norm, config.mixed_precision)
+    """Makes the training step of train.py, which here returns the sum of the losses so far.
+
+    Args:
+        caption_model: the model; `settings.fused` decides which way through its decoder is taken.
+        settings: those of train.py.
+        batch_spec: the shapes of the batches.
+    """
+    caption_model.decoder.fused = settings.fused
+    optimizer = make_optimizer(settings.learning_rate, settings.clip_norm, settings.mixed_precision)
     optimizer.build(caption_model.trainable_variables)
-    ema = WeightEMA(caption_model.trainable_variables, config.ema_decay)
-    state = train.TrainState(caption_model, optimizer, ema, TrainProgress())
-    train_step = train.make_train_step(state, config, tf.distribute.get_strategy(), batch_spec)
+    ema = WeightEMA(caption_model.trainable_variables, settings.ema_decay)
+    state = train.TrainState(caption_model, optimizer, ema, TrainProgress(), CrossEntropy(settings))
+    train_step = train.make_train_step(state, settings, tf.distribute.get_strategy(), batch_spec)
 
     def step(batch: Batch) -> tf.Tensor:
         train_step(batch)
@@ -224,85 +246,26 @@ class Variant(NamedTuple):
 
     step: Callable[..., tf.Tensor]  # takes a batch, returns a loss
     batches: Iterator[tuple]
-    num_steps: int  # in a round
 
 
-def make_variant(
-    name: str, args: argparse.Namespace, config: ModelConfig, captions: EncodedCaptions, cache: FeatureCache
-) -> Variant:
+def make_variant(name: str, data: TrainingData, settings: TrainConfig) -> Variant:
     """Makes a variant by its name, with a model of its own."""
     if name == "tutorial":
-        tutorial_step = make_tutorial_step(TutorialModel(config))
-        return Variant(tutorial_step, tutorial_batches(captions, args.batch_size), args.tutorial_steps)
-    model_settings, fused = PROJECT_VARIANTS[name]
-    train_config = TrainConfig(
-        batch_size=args.batch_size, jit=args.jit, mixed_precision=args.mixed_precision, fused=fused
-    )
-    caption_model = model.build(dataclasses.replace(config, **model_settings), mixed_precision=args.mixed_precision)
-    caption_model.decoder.fused = train_config.fused
-    batch_spec = make_dataset(captions, [], cache.read).element_spec
-    step = make_project_step(caption_model, train_config, batch_spec)
-    batches = project_batches(captions, cache, args.batch_size, args.jit == "on")
-    return Variant(step, batches, args.steps)
+        tutorial_step = make_tutorial_step(TutorialModel(data.config))
+        return Variant(tutorial_step, tutorial_batches(data.captions, settings.batch_size))
+    config = dataclasses.replace(data.config, **VARIANTS[name])
+    settings = dataclasses.replace(settings, fused=name == "fused")
+    caption_model = model.build(config, mixed_precision=settings.mixed_precision)
+    batch_spec = make_dataset(data.captions, [], data.cache.read).element_spec
+    step = make_project_step(caption_model, settings, batch_spec)
+    return Variant(step, project_batches(data, settings.batch_size, settings.jit == "on"))
 
 
-def run_steps(variant: Variant, num_steps: int) -> None:
-    """Runs training steps, reading included."""
+def run_steps(variant: Variant, num_steps: int) -> float:
+    """Runs training steps, reading included; returns the last step's loss, and so waits for it."""
     for batch in itertools.islice(variant.batches, num_steps):
         loss = variant.step(batch)
-    float(loss)  # waits for the last step
-
-
-def measure_variants(
-    variants: dict[str, Variant], batch_size: int, rounds: int
-) -> tuple[dict[str, float], dict[str, float]]:
-    """Measures the variants.
-
-    Returns:
-        By variant, the captions per second, and the seconds of the first step, compilation included.
-    """
-    first_step = {
-        name: 1 / items_per_second(functools.partial(run_steps, variant, 1), 1) for name, variant in variants.items()
-    }
-    seconds = ", ".join(f"{name} {value:.1f} s" for name, value in first_step.items())
-    log(f"first step, compilation included: {seconds}")
-
-    def measure(variant: Variant) -> float:
-        return items_per_second(lambda: run_steps(variant, variant.num_steps), variant.num_steps * batch_size)
-
-    measurements = {name: functools.partial(measure, variant) for name, variant in variants.items()}
-    return interleaved_median_rates(measurements, rounds, "captions"), first_step
-
-
-def matrix_product_rate(size: int = 2048, repeats: int = 5) -> float:
-    """Measures the machine's rate of large matrix products, in FLOP/s."""
-    a = tf.random.normal((size, size))
-    product = tf.function(lambda: tf.matmul(a, a)[0, 0])
-    product()
-    return max(items_per_second(lambda: product().numpy(), 2 * size**3) for _ in range(repeats))
-
-
-def flop_per_caption(config: ModelConfig, num_steps: float) -> float:
-    """Counts the floating-point operations of the matrix products of training, forward and backward.
-
-    Args:
-        config: the sizes of the model.
-        num_steps: the decoder's steps for a caption.
-    """
-    num_locations, num_channels = INCEPTION_V3.features_shape
-    encoder_size = num_channels * config.embedding_dim  # of fc, applied at each location
-    key_size = config.embedding_dim * config.units  # of W1, too
-    num_gates = 4 if config.cell == "lstm" else 3
-    step_size = config.units**2 + (2 * config.embedding_dim + config.units) * num_gates * config.units  # W2, the cell
-    first_state_size = 0
-    if config.decoder == "paper":  # f_beta, L_h, L_z and L_o; and f_init
-        step_size += config.units + config.embedding_dim * (config.units + config.embedding_dim + config.vocab_size)
-        first_state_size = config.embedding_dim * config.units * (num_gates - 2)
-    else:
-        step_size += config.units * (config.units + config.vocab_size)  # fc1 and fc2
-    # Backward, each product has two: for the weights and for the input; but the features need no gradient.
-    per_image = 2 * 2 * num_locations * encoder_size + 3 * 2 * (num_locations * key_size + first_state_size)
-    return per_image + 3 * 2 * num_steps * step_size
+    return float(loss)
 
 
 # The command line.
@@ -311,7 +274,7 @@ def flop_per_caption(config: ModelConfig, num_steps: float) -> float:
 def parse_variants(text: str) -> tuple[str, ...]:
     """Parses the value of --variants: names separated by commas, at least one of them the project's."""
     names = tuple(text.split(","))
-    if not set(names) <= set(VARIANTS) or len(set(names)) < len(names) or not set(names) & PROJECT_VARIANTS.keys():
+    if not set(names) <= VARIANTS.keys() or len(set(names)) < len(names) or names == ("tutorial",):
         raise argparse.ArgumentTypeError(
             f"expected some of {','.join(VARIANTS)}, at least one of them not tutorial, found {text!r}"
         )
@@ -320,79 +283,68 @@ def parse_variants(text: str) -> tuple[str, ...]:
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
     """Parses the command line."""
-    parser = make_parser(__doc__, prog="python -m benchmarks.training")
-    count = int_at_least(1)
-    parser.add_argument("--annotations", metavar="FILE", help="captions to train on (default: random words)")
-    parser.add_argument(
-        "--variants",
-        type=parse_variants,
-        metavar="NAMES",
-        default="tutorial,fused",
-        help="what is compared (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--captions",
-        type=int_at_least(2),
-        metavar="N",
-        default=12_800,
-        help="random captions, if no file is given (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--images", type=count, metavar="N", default=2560, help="images, 256 KB of features each (default: %(default)s)"
-    )
-    parser.add_argument(
-        "--rounds", type=count, metavar="N", default=3, help="measurements of each variant (default: %(default)s)"
-    )
-    parser.add_argument(
-        "--steps", type=count, metavar="N", default=50, help="the project's steps in a round (default: %(default)s)"
-    )
-    parser.add_argument(
-        "--tutorial-steps",
-        type=count,
-        metavar="N",
-        default=5,
-        help="the tutorial's steps in a round (default: %(default)s)",
-    )
+    parser = make_parser(__doc__)
+    parser.add_argument("--annotations", metavar="FILE", help="train on these captions (default: random words)")
+    text = "compare these (default: %(default)s)"
+    parser.add_argument("--variants", type=parse_variants, metavar="NAMES", default="tutorial,fused", help=text)
+    counts = {
+        "captions": (12_800, "make so many random captions, if no file is given"),
+        "images": (2560, "take so many images, 256 KB of features each"),
+        "rounds": (3, "measure each variant so often"),
+        "steps": (50, "take so many of the project's steps in a round"),
+        "tutorial-steps": (5, "take so many of the tutorial's steps in a round"),
+    }
+    add_counts(parser, counts)
     add_options(parser, ModelConfig, only=("vocab_size", "embedding_dim", "units", "dropout"))
     add_options(parser, TrainConfig, only=("batch_size", "mixed_precision", "jit"))
     args = parser.parse_args(argv)
-    if args.jit == "on" and any(PROJECT_VARIANTS[name][1] for name in args.variants if name != "tutorial"):
+    if args.jit == "on" and "fused" in args.variants:
         parser.error(
             "--jit: expected off for the fused decoder, which XLA cannot compile; add --variants tutorial,plain"
         )
     return args
 
 
+def measure(data: TrainingData, args: argparse.Namespace) -> dict[str, Any]:
+    """Measures the variants that the command line names; returns what the benchmark prints."""
+    settings = TrainConfig(batch_size=args.batch_size, mixed_precision=args.mixed_precision, jit=args.jit)
+    measurements, first_step = {}, {}
+    for name in args.variants:
+        variant = make_variant(name, data, settings)
+        first_step[name] = round(1 / items_per_second(functools.partial(run_steps, variant, 1), 1), 1)
+        log(f"{name}: the first step, compilation included, took {first_step[name]} s")
+        num_steps = args.tutorial_steps if name == "tutorial" else args.steps
+        run = functools.partial(run_steps, variant, num_steps)
+        measurements[name] = functools.partial(items_per_second, run, num_steps * args.batch_size)
+    rates = interleaved_median_rates(measurements, args.rounds, "captions")
+    ratios = {}
+    if "tutorial" in rates:
+        ratios = {name: round(rate / rates["tutorial"], 2) for name, rate in rates.items() if name != "tutorial"}
+    return {
+        "captions": len(data.captions.lengths),
+        "mean_tokens": round(float(data.captions.lengths.mean()), 2),
+        "longest": int(data.captions.lengths.max()),
+        "batch_size": args.batch_size,
+        "captions_per_second": {name: round(rate, 1) for name, rate in rates.items()},
+        "ratio": next(iter(ratios.values()), None),
+        "ratios": ratios,
+        "first_step_seconds": first_step,
+    }
+
+
 def main(argv: list[str] | None = None) -> None:
     """Measures the variants and prints their rates and ratios."""
     args = parse(argv)
-    examples = make_examples(args.captions, args.annotations, args.images)
-    tokenizer = Tokenizer.fit((text for example in examples for text in example.captions), args.vocab_size)
-    config = ModelConfig(len(tokenizer), args.embedding_dim, args.units, args.dropout)
+    if args.annotations:
+        examples = read_examples(args.annotations, args.images)
+    else:
+        examples = make_examples(args.captions, args.images)
+    num_captions = sum(len(example.captions) for example in examples)
+    if num_captions < args.batch_size:
+        raise InputError(f"--batch-size: expected at most the {num_captions} captions, found {args.batch_size}")
     with tempfile.TemporaryDirectory() as folder:
-        cache = write_random_features(Path(folder), examples)
-        captions = encode_captions(examples, tokenizer.encode, cache.path, MAX_LENGTH)
-        variants = {name: make_variant(name, args, config, captions, cache) for name in args.variants}
-        rates, first_step = measure_variants(variants, args.batch_size, args.rounds)
-    project_rates = {name: rate for name, rate in rates.items() if name in PROJECT_VARIANTS}
-    first = next(iter(project_rates))
-    ratios = {}
-    if "tutorial" in rates:
-        ratios = {name: round(rate / rates["tutorial"], 2) for name, rate in project_rates.items()}
-    mean_length = float(captions.lengths.mean())
-    used = flop_per_caption(dataclasses.replace(config, **PROJECT_VARIANTS[first][0]), mean_length - 1) * rates[first]
-    result = {
-        "captions": len(captions.lengths),
-        "mean_tokens": round(mean_length, 2),
-        "longest": int(captions.lengths.max()),
-        "batch_size": args.batch_size,
-        "captions_per_second": {name: round(value, 1) for name, value in rates.items()},
-        "ratio": ratios.get(first),
-        "ratios": ratios,
-        "first_step_seconds": {name: round(value, 1) for name, value in first_step.items()},
-        "share_of_matrix_product_rate": round(used / matrix_product_rate(), 3),
-    }
-    print(json.dumps(result))
+        config = ModelConfig(args.vocab_size, args.embedding_dim, args.units, args.dropout)
+        print(json.dumps(measure(make_data(Path(folder), examples, config), args)))
 
 
 if __name__ == "__main__":

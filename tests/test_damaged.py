@@ -1,4 +1,4 @@
-"""Damaged inputs, about 3,700 of them, given to the commands as they are run from a shell.
+"""Damaged inputs, some 2,000 of them, given to the commands as they are run from a shell.
 
 Each ends in success, with what is damaged named and skipped, or in one line and exit code 2; never in a traceback, a
 hang or a changed good file. InceptionV3 and Java are left out.
@@ -16,19 +16,7 @@ from typing import NamedTuple
 
 import pytest
 from helpers.annotation_files import WRITERS
-from helpers.damages import (
-    CSV_LINES,
-    ODD,
-    WORDLESS,
-    WRONG_VALUES,
-    Damage,
-    cut_and_flip,
-    damage_features,
-    damage_images,
-    damage_text,
-    edit_json,
-    recode,
-)
+from helpers.damages import WRONG_VALUES, Damage, cut_and_flip, damage_features, damage_images, damage_text, edit_json
 from PIL import Image
 
 import data_utils
@@ -36,7 +24,6 @@ import evaluate
 import features
 import inference
 import model
-import tokenizer
 import train
 from captioning.base.cli import Command, run_main
 from captioning.base.files import file_sha256
@@ -51,31 +38,13 @@ IMAGES = [f"images/shapes_{number:05}.png" for number in range(12)]
 DATA = ["--annotations", "shapes/dataset_shapes.json", "--images", "shapes", "--cnn-weights", "weights.h5"]
 # With these settings an epoch suffices for captions that end: longer ones take longer to decode and to plot.
 SMALL = ["--embedding-dim", "8", "--units", "16", "--epochs", "1", "--batch-size", "2", "--learning-rate", "0.05"]
+ODD_CAPTIONS = ("", "?!?", "\x00", "\u200b", "word " * 500, "a" * 5000, "🐶 dog", "<end> <start>", "=1+1", "\ud800")
 USUAL_ARGUMENTS = {
     evaluate: ["--split", "test"],
     features: DATA,
     inference: [f"shapes/{IMAGES[0]}"],
     train: [*DATA, *SMALL],
 }
-
-
-def write_captions():
-    """Draws 12 images, and writes their captions in all formats."""
-    rows = json.loads(shapes.draw_dataset("shapes", num_images=len(IMAGES)).read_text())["images"]
-    for row in rows:
-        del row["shapes"]
-    captions = [(f"images/{row['filename']}", row["cocoid"], s["raw"]) for row in rows for s in row["sentences"]]
-    coco = {
-        "images": [{"id": row["cocoid"], "file_name": f"images/{row['filename']}"} for row in rows],
-        "annotations": [{"image_id": image_id, "caption": caption} for _, image_id, caption in captions],
-    }
-    for name, text in {
-        "shapes/dataset_shapes.json": json.dumps({"images": rows}),
-        "coco.json": json.dumps(coco),
-        "captions.csv": "image,caption\n" + "".join(f'{image},"{text}"\n' for image, _, text in captions),
-        "tokens.txt": "".join(f"{image}#0\t{text}\n" for image, _, text in captions),
-    }.items():
-        Path(name).write_text(text)
 
 
 def mean_brightness_extractor(cnn_weights, cnn=None):
@@ -88,15 +57,16 @@ def mean_brightness_extractor(cnn_weights, cnn=None):
     return extractor
 
 
-def write_empty_plot(image, words, attention, probabilities, path, text, gates):
+def write_empty_plot(*args, **_):
     """Stands for plot_attention, which takes longer than all the rest."""
+    path = next(argument for argument in args if isinstance(argument, Path))
     path.parent.mkdir(parents=True, exist_ok=True)
     path.touch()
 
 
 @pytest.fixture(scope="module", autouse=True)
 def run_dir(tmp_path_factory):
-    """The run folder, in a folder with 12 images and their captions; it is trained on them for one epoch."""
+    """The folder of a run, in a folder with 12 images and their captions, on which it is trained for one epoch."""
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(tmp_path_factory.mktemp("damaged"))
         patch.setattr(features, "build_feature_extractor", mean_brightness_extractor)
@@ -104,7 +74,7 @@ def run_dir(tmp_path_factory):
         patch.setattr(model, "fused_decoder_matches", functools.cache(model.fused_decoder_matches))
         patch.setattr(results, "plot_attention", write_empty_plot)
         patch.setattr(metrics, "has_java", lambda: False)
-        write_captions()
+        shapes.draw_dataset("shapes", num_images=len(IMAGES))
         Path("weights.h5").write_text("stands for weights")
         train.main(USUAL_ARGUMENTS[train])
         evaluate.main(USUAL_ARGUMENTS[evaluate])
@@ -200,13 +170,6 @@ def check_damages(run_command):
 # Annotations.
 
 
-@pytest.mark.parametrize("name", ["shapes/dataset_shapes.json", "coco.json", "captions.csv", "tokens.txt"])
-def test_annotations_damaged(check_damages, name):
-    is_json = name.endswith(".json")
-    damages = [*damage_text(name, 8, is_text=not is_json), *(edit_json(name) if is_json else ())]
-    check_damages(name, damages, features, ["--annotations", name, *DATA[2:]])
-
-
 @pytest.mark.parametrize("description", WRITERS)
 def test_annotations_of_every_format_damaged(check_damages, description):
     names = ["".join(filter(str.isalnum, description)) + f"_{name}" for name in ("a.jpg", "b.jpg", "c.jpg", "d.jpg")]
@@ -228,30 +191,9 @@ def test_annotations_of_every_format_damaged(check_damages, description):
         check_damages(file, damages, data_utils, arguments)
 
 
-def test_captions_without_words_are_skipped_and_odd_ones_kept(run_command):
-    rows = [(IMAGES[i % 12], caption) for i, caption in enumerate((*WORDLESS, *ODD))]
-    good_rows = [(name, "a good caption") for name in IMAGES]
-    Path("odd.csv").write_text("image,caption\n" + "".join(f"{name},{caption}\n" for name, caption in good_rows + rows))
-    result = run_command(train, "--annotations", "odd.csv", *DATA[2:], *SMALL, "--run", "odd")
-    assert result.code == 0, result.lines
-    skipped = [line for line in result.lines if line.startswith("skipped")]
-    assert skipped == [
-        *(f"skipped odd.csv: a caption without a word: {name!r} {caption!r}" for name, caption in rows[:3]),
-        f"skipped odd.csv: {len(WORDLESS) - 3} more (a caption without a word)",
-    ]
-
-
-def test_csv_with_odd_quotes_is_read_or_refused(check_damages):
-    content = Path("captions.csv").read_bytes()
-    damages = [
-        Damage(repr(line[:40]), content + line.replace("X", IMAGES[0]).encode(), is_readable)
-        for line, is_readable in CSV_LINES.items()
-    ]
-    check_damages("captions.csv", damages, features, ["--annotations", "captions.csv", *DATA[2:]])
-
-
 def test_split_lists_damaged(check_damages):
-    names = [f"{Path(image).name}\n" for image in IMAGES]
+    names = [f"{image}\n" for image in IMAGES]
+    Path("captions.csv").write_text("image,caption\n" + "".join(f"{image},a shape\n" for image in IMAGES))
     Path("train.txt").write_text("".join(names[:8]))
     Path("val.txt").write_text("".join(names[8:]))
     content = Path("val.txt").read_bytes()
@@ -260,14 +202,6 @@ def test_split_lists_damaged(check_damages):
     damages += [Damage("marked as UTF-8", b"\xef\xbb\xbf" + content), Damage("lines without names", b"\n \n\n")]
     arguments = ["--annotations", "captions.csv", "--images", "shapes", "--train-list", "train.txt"]
     check_damages("val.txt", damages, data_utils, [*arguments, "--val-list", "val.txt"])
-
-
-def test_tokenizer_input_damaged(check_damages):
-    path = Path("lines.txt")
-    path.write_text("".join(f"{Path(image).name}\n" for image in IMAGES[8:]))
-    still_text = ("utf-16-le", "brackets", "zeros")
-    damages = [d._replace(plausible=d.description in still_text) for d in recode(path.read_bytes())]
-    check_damages(path, damages, tokenizer, [path])
 
 
 # Images.
@@ -303,34 +237,29 @@ def test_images_damaged_are_skipped_by_features_and_refused_by_inference(run_com
     for name in skipped:
         assert sum(line.startswith(f"inference.py: photos/{name}: ") for line in lines) == 1
     assert lines[-1] == f"inference.py: {len(skipped)} of {len(images)} images could not be captioned"
-    for name in sorted(skipped)[::12]:
-        code, out, lines = run_command(inference, f"photos/{name}")
-        assert (code, out) == (2, "") and lines[-1].startswith(f"inference.py: photos/{name}: ") and len(lines) == 2
 
 
 # Features.
 
 
-@pytest.mark.parametrize("script", [features, evaluate, train])
+@pytest.mark.parametrize("script", [evaluate, train])
 def test_feature_files_damaged(check_damages, script):
     path = Path(f"features/shapes/{IMAGES[0]}.npy")
-    check_damages(path, damage_features(path), script, is_repaired=script is not evaluate)
+    check_damages(path, damage_features(path), script, is_repaired=script is train)
 
 
-@pytest.mark.parametrize("script", [features, evaluate])
-def test_feature_manifest_damaged(check_damages, script):
+def test_feature_manifest_damaged(check_damages):
     path = "features/shapes/features.json"
-    check_damages(path, [*edit_json(path), *damage_text(path)], script)
+    check_damages(path, [*edit_json(path), *damage_text(path)], features)
 
 
 # Runs.
 
 
-@pytest.mark.parametrize("script", [inference, evaluate, train])
-def test_config_damaged(check_damages, run_dir, script):
+@pytest.mark.parametrize(("script", "values"), [(inference, WRONG_VALUES), (train, (None, "text"))])
+def test_config_damaged(check_damages, run_dir, script, values):
     path = run_dir / "config.json"
-    damages = [*edit_json(path, WRONG_VALUES), *damage_text(path)]
-    check_damages(path, damages, script)
+    check_damages(path, [*edit_json(path, values), *damage_text(path)], script)
 
 
 @pytest.mark.parametrize("script", [evaluate, train])
@@ -339,14 +268,15 @@ def test_vocabulary_damaged(check_damages, run_dir, script):
     words = json.loads(path.read_text())
     others = {"turned": words[::-1], "twice": [*words, words[-1]], "fewer": words[:-1], "more": [*words, "a b"]}
     damages = [Damage(description, json.dumps(other).encode()) for description, other in others.items()]
-    damages += [*edit_json(path), *damage_text(path)]
+    if script is evaluate:
+        damages += [*edit_json(path), *damage_text(path)]
     check_damages(path, damages, script, is_repaired=script is train)
 
 
 @pytest.mark.parametrize(("name", "script"), [("best", evaluate), ("last", train)])
 def test_checkpoints_damaged(check_damages, run_dir, name, script):
     for path in sorted((run_dir / "checkpoints" / name).iterdir()):
-        check_damages(path, cut_and_flip(path.read_bytes(), 5), script)
+        check_damages(path, cut_and_flip(path.read_bytes(), 3), script)
 
 
 def test_cnn_weights_damaged(check_damages, run_dir):
@@ -357,17 +287,15 @@ def test_cnn_weights_damaged(check_damages, run_dir):
 
 def test_history_damaged(check_damages, run_dir):
     path = run_dir / "history.csv"
-    check_damages(path, damage_text(path, 10, is_text=True), train)
+    check_damages(path, damage_text(path, is_text=True), train)
 
 
 def test_results_damaged(check_damages, run_dir):
     path = Path("results.json")
     path.write_bytes((run_dir / "captions_test.json").read_bytes())
     first, *rest = json.loads(path.read_text())
-    damages = [*edit_json(path), *damage_text(path, 8)]
-    damages += [
-        Damage(f"caption {caption[:9]!r}", json.dumps([first | {"caption": caption}, *rest]).encode(), plausible=True)
-        for caption in (*WORDLESS, *ODD)
-    ]
-    damages.append(Damage("half a character", json.dumps([first | {"caption": "\ud800"}, *rest]).encode()))
+    damages = [*edit_json(path), *damage_text(path)]
+    for caption in ODD_CAPTIONS:
+        edited = json.dumps([first | {"caption": caption}, *rest]).encode()
+        damages.append(Damage(f"caption {caption[:9]!r}", edited, plausible=caption != "\ud800"))
     check_damages(path, damages, evaluate, ["--results", path, "--split", "test"])

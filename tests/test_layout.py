@@ -1,6 +1,7 @@
 """The layout that CONTRIBUTING.md describes: what lies where, what may import what, and what is explained."""
 
 import ast
+import re
 from pathlib import Path
 
 import pytest
@@ -51,6 +52,13 @@ def test_scripts_are_the_only_files_at_the_top():
 def test_folders_import_in_one_direction(path):
     later = FOLDERS[FOLDERS.index(path.parent.name) + 1 :]
     assert not imports(path) & {f"captioning.{folder}" for folder in later}
+
+
+@pytest.mark.parametrize("path", [*SCRIPTS, *CORE], ids=relative)
+def test_core_names_no_guest(path):
+    """But for one table, which names modules that an option asks for."""
+    if path.name != "guests.py":
+        assert not re.search(r"\bbeyond[./]|from beyond", path.read_text(encoding="utf-8"))
 
 
 @pytest.mark.parametrize("path", [*SCRIPTS, *CORE, *GUESTS], ids=relative)

@@ -7,8 +7,8 @@ import model
 from captioning.base.cli import InputError
 from captioning.base.quiet_tensorflow import tf
 from captioning.config.settings import ModelConfig
-from captioning.decoder.losses import masked_cross_entropy
-from model import BahdanauAttention, CaptionModel, CNNEncoder, EncodedImages, RNNDecoder, SamplingNoise
+from captioning.decoder.losses import loss_function
+from model import BahdanauAttention, CaptionModel, CNNEncoder, EncodedImages, RNNDecoder
 
 
 def make_features(rng, num_images=3):
@@ -21,7 +21,7 @@ def make_tokens(rng, num_captions=3, length=7):
 
 def mean_loss(caption_model, features, tokens, image_index=None):
     outputs = caption_model(features, tokens, image_index)
-    losses, mask = masked_cross_entropy(outputs.logits, outputs.targets)
+    losses, mask = loss_function(outputs.logits, outputs.targets)
     return tf.reduce_sum(losses) / tf.reduce_sum(mask)
 
 
@@ -65,7 +65,7 @@ def test_encoder_and_decoder_can_be_used_alone(rng):
     features = make_features(rng)
     assert CNNEncoder(4)(features).shape == (3, 64, 4)
     decoder = RNNDecoder(ModelConfig(vocab_size=20, embedding_dim=4, units=6))
-    images = decoder.encode(tf.zeros((3, 64, 4)))
+    images = decoder.attention.encode(tf.zeros((3, 64, 4)))
     logits, _, _ = decoder(tf.zeros(3, tf.int32), images.features, decoder.initial_state(images))
     assert logits.shape == (3, 20)
     assert isinstance(model.build(ModelConfig(vocab_size=20)), CaptionModel)
@@ -102,75 +102,15 @@ def test_model_config_rejects_impossible_settings(settings):
 def test_bahdanau_attention_matches_hand_computed_values():
     attention = BahdanauAttention(2)
     features, state = tf.constant([[[1.0, 0.0], [0.0, 2.0]]]), tf.constant([[0.5]])
-    attention(features, state)
+    attention(attention.encode(features), state)
     attention.W1.set_weights([np.eye(2), np.zeros(2)])
     attention.W2.set_weights([np.array([[1.0, -1.0]]), np.zeros(2)])
     attention.V.set_weights([np.array([[1.0], [2.0]]), np.zeros(1)])
     scores = [math.tanh(1.5) + 2 * math.tanh(-0.5), math.tanh(0.5) + 2 * math.tanh(1.5)]
     first = math.exp(scores[0]) / sum(map(math.exp, scores))
-    context_vector, attention_weights, location_weights = attention(features, state)
+    context_vector, attention_weights = attention(attention.encode(features), state)
     np.testing.assert_allclose(attention_weights, [[first, 1 - first]], rtol=1e-5)
     np.testing.assert_allclose(context_vector, [[first, 2 * (1 - first)]], rtol=1e-5)
-    np.testing.assert_array_equal(location_weights, attention_weights)
-
-
-def test_hard_attention_samples_half_of_the_captions():
-    tf.keras.utils.set_random_seed(0)
-    attention = BahdanauAttention(2, hard=True)
-    scores = tf.tile(tf.constant([[0.0, 1.0, -2.0]]), [20_000, 1])
-    attention_weights = tf.nn.softmax(scores)
-    noise = attention.sample_noise(2, 20_000, 3)
-    assert noise.gumbel.shape == (2, 20_000, 3)
-    is_sampled = noise.is_sampled.numpy()[:, 0]
-    assert is_sampled.mean() == pytest.approx(0.5, abs=0.02)
-    rows_by_step = []
-    for gumbel in noise.gumbel:
-        rows = attention.select_location(scores, attention_weights, SamplingNoise(gumbel, noise.is_sampled)).numpy()
-        np.testing.assert_array_equal(rows[~is_sampled], attention_weights.numpy()[~is_sampled])
-        assert set(rows[is_sampled].ravel()) == {0.0, 1.0}
-        np.testing.assert_allclose(rows[is_sampled].mean(axis=0), attention_weights[0], atol=0.02)
-        rows_by_step.append(rows[is_sampled])
-    assert np.any(rows_by_step[0] != rows_by_step[1]), "steps must be sampled independently"
-
-
-@pytest.fixture
-def hard_model():
-    """Hard attention over two locations, which differ much."""
-    tf.keras.utils.set_random_seed(3)
-    hard_model = model.build(ModelConfig(6, embedding_dim=3, units=4, attention="hard"), features_shape=(2, 2048))
-    for variable in hard_model.decoder.trainable_variables:
-        variable.assign(variable * 3)
-    return hard_model
-
-
-def test_hard_attention_takes_the_most_probable_location_outside_training(hard_model, rng):
-    features = tf.constant(rng.normal(size=(5, 2, 2048)).astype(np.float32))
-    images = hard_model.encode(features)
-    _, _, step_location_weights = hard_model.step(tf.fill([5], 2), images, hard_model.initial_state(images))
-    outputs = hard_model(features, tf.fill([5, 2], 2))
-    expected = tf.one_hot(tf.argmax(outputs.attention_weights, axis=1), 2)
-    np.testing.assert_array_equal(step_location_weights, expected)
-    np.testing.assert_array_equal(outputs.location_weights, expected)
-    assert outputs.attention_weights.numpy().min() > 0, "the attention weights themselves are soft"
-    assert not outputs.is_sampled.numpy().any()
-
-
-def test_teacher_force_gives_every_step_and_caption_its_noise(hard_model, rng, monkeypatch):
-    """Noise that is much larger than the scores decides the location of every step."""
-    features = tf.constant(rng.normal(size=(1, 2, 2048)).astype(np.float32))
-    locations = np.array([[0, 1, 1, 0], [1, 0, 1, 0], [0, 0, 0, 1]])  # (captions, steps)
-    is_sampled = np.array([[True], [False], [True]])
-    noise = SamplingNoise(1e4 * tf.one_hot(locations.T, 2), tf.constant(is_sampled))
-    monkeypatch.setattr(hard_model.decoder.attention, "sample_noise", lambda *_: noise)
-    tokens = tf.constant(rng.integers(4, 6, (3, 5)), tf.int32)
-    outputs = hard_model(features, tokens, tf.zeros(3, tf.int32), training=True)
-    np.testing.assert_array_equal(
-        unpack(outputs.is_sampled, outputs, tokens), np.repeat(is_sampled[:, np.newaxis], 4, 1)
-    )
-    location_weights = unpack(outputs.location_weights, outputs, tokens)
-    attention_weights = unpack(outputs.attention_weights, outputs, tokens)
-    np.testing.assert_array_equal(location_weights[[0, 2]], np.eye(2)[locations[[0, 2]]])
-    np.testing.assert_array_equal(location_weights[1], attention_weights[1])
 
 
 # Teacher forcing.

@@ -6,18 +6,38 @@ E[(r - b) d log p(caption)] (REINFORCE), for any baseline b that does not depend
 the number of images of a batch, S that of samples of each, R = I * S, and T the number of steps.
 """
 
-from typing import NamedTuple
+import dataclasses
+from collections.abc import Iterable
+from typing import Any, NamedTuple
 
-from beyond.cider.rewards import Reward
+from beyond.cider.rewards import CaptionReward, Reward
 from captioning.base.quiet_tensorflow import tf
 from captioning.base.special_tokens import START_ID
+from captioning.config.options import Settings, option
 from captioning.config.settings import TrainConfig
 from captioning.decoder.constraints import forbidden_tokens
 from captioning.decoder.decoding import StepModel, generate, greedy_search, repeat_images
-from captioning.decoder.losses import StepSums, masked_cross_entropy
-from captioning.training.input_pipeline import Batch
+from captioning.decoder.losses import loss_function
+from captioning.training.input_pipeline import Batch, TrainData
+from captioning.training.objective import CrossEntropy, StepSums
 
 FORBIDDEN_LOGIT = -1e9
+
+
+@dataclasses.dataclass(frozen=True)
+class CiderConfig(Settings):
+    """How captions are sampled and rewarded; the defaults scored best on Flickr8k."""
+
+    samples: int = option(5, "number of captions that are sampled for each image", bounds="[2, inf)")
+    baseline: str = option(
+        "others",
+        "what the reward of a caption is compared with: the mean of the image's other samples, or its greedy caption",
+        choices=("others", "greedy"),
+    )
+    bleu_weight: float = option(1.0, "weight of a caption's BLEU-4, which is added to its CIDEr", bounds="[0, inf)")
+    cross_entropy_weight: float = option(
+        0.1, "weight of the cross-entropy of the true captions, which is added to the loss", bounds="[0, inf)"
+    )
 
 
 class Samples(NamedTuple):
@@ -65,61 +85,80 @@ def advantages(rewards: tf.Tensor, num_samples: int, greedy_rewards: tf.Tensor |
     return tf.reshape(by_image - others, [-1])
 
 
-def draw_samples(model: StepModel, batch: Batch, config: TrainConfig, reward: Reward, step: tf.Tensor) -> Samples:
-    """Samples captions of the images of a batch, without dropout, and scores them.
+class SelfCritical(CrossEntropy):
+    """Minimises the negative reward of sampled captions.
 
     Args:
-        model: the caption model.
-        batch: the images and their numbers.
         config: the settings of the training.
+        cider: how captions are sampled and rewarded.
         reward: scores captions by the numbers of their images.
-        step: the number of the training step, with which every replica draws other captions, and a resumed run the
-            same.
     """
-    max_words = config.max_length - 1
-    replica = tf.distribute.get_replica_context()
-    draw = tf.cast(step, tf.int64) * replica.num_replicas_in_sync
-    seed = tf.stack([tf.constant(config.seed, tf.int64), draw + tf.cast(replica.replica_id_in_sync_group, tf.int64)])
-    tokens = sample_captions(model, batch.features, config.samples, max_words, seed)  # (R, T)
-    numbers = tf.repeat(batch.images, config.samples)  # (R,)
-    rewards = tf.ensure_shape(tf.numpy_function(reward, [tokens, numbers], tf.float32), [None])
-    greedy_rewards = None
-    if config.baseline == "greedy":
-        greedy = greedy_search(model, batch.features, max_words).tokens
-        greedy_rewards = tf.numpy_function(reward, [greedy, batch.images], tf.float32)
-    return Samples(tokens, rewards, advantages(rewards, config.samples, greedy_rewards))
+
+    column = "train_reward"
+    starts_trained = True
+
+    def __init__(self, config: TrainConfig, cider: CiderConfig, reward: Reward):
+        super().__init__(config)
+        self.cider, self.reward = cider, reward
+
+    def result(self, mean_loss: float) -> float:
+        """Returns the mean reward, in percent as CIDEr."""
+        return round(-100 * mean_loss, 2)
+
+    def prepare(self, model: StepModel, batch: Batch, step: tf.Tensor) -> tuple[Batch, Samples]:
+        """Samples captions of the images of a batch, without dropout, and scores them.
+
+        Every replica draws other captions in every step.
+        """
+        max_words = self.config.max_length - 1
+        replica = tf.distribute.get_replica_context()
+        draw = tf.cast(step, tf.int64) * replica.num_replicas_in_sync
+        draw += tf.cast(replica.replica_id_in_sync_group, tf.int64)
+        seed = tf.stack([tf.constant(self.config.seed, tf.int64), draw])
+        tokens = sample_captions(model, batch.features, self.cider.samples, max_words, seed)  # (R, T)
+        numbers = tf.repeat(batch.images, self.cider.samples)  # (R,)
+        rewards = tf.ensure_shape(tf.numpy_function(self.reward, [tokens, numbers], tf.float32), [None])
+        greedy_rewards = None
+        if self.cider.baseline == "greedy":
+            greedy = greedy_search(model, batch.features, max_words).tokens
+            greedy_rewards = tf.numpy_function(self.reward, [greedy, batch.images], tf.float32)
+        return batch, Samples(tokens, rewards, advantages(rewards, self.cider.samples, greedy_rewards))
+
+    def loss(self, model: tf.keras.Model, prepared: Any) -> tuple[tf.Tensor, StepSums]:
+        """Computes a loss whose gradient makes the better samples more probable; its value has no meaning.
+
+        A share of the cross-entropy of the batch's true captions can be kept, which holds the model to their language.
+
+        Returns:
+            The loss; and sums: the negative rewards of the samples, and their number.
+        """
+        batch, samples = prepared
+        tokens = tf.pad(samples.tokens, [[0, 0], [1, 0]], constant_values=START_ID)  # (R, T + 1)
+        image_index = tf.repeat(tf.range(tf.shape(batch.features)[0]), self.cider.samples)  # (R,)
+        # Means over the words, as the cross-entropy of other trainings.
+        weights = samples.advantages / tf.math.count_nonzero(samples.tokens, dtype=tf.float32)  # (R,)
+        if self.cider.cross_entropy_weight:
+            weight = self.cider.cross_entropy_weight / tf.math.count_nonzero(batch.tokens[:, 1:], dtype=tf.float32)
+            weights = tf.concat([weights, tf.fill(tf.shape(batch.image_index), weight)], 0)  # (R + B,)
+            longest = tf.maximum(tf.shape(tokens)[1], tf.shape(batch.tokens)[1])
+            tokens = tf.concat([_pad_to(tokens, longest), _pad_to(batch.tokens, longest)], 0)  # (R + B, longest)
+            image_index = tf.concat([image_index, batch.image_index], 0)  # (R + B,)
+        outputs = model(batch.features, tokens, image_index, training=True)
+        row = outputs.positions[:, 0]  # (N,), the caption of each word
+        # Words that cannot be sampled take no part in the probabilities of the samples.
+        forbidden = FORBIDDEN_LOGIT * tf.cast(forbidden_tokens(model.config.vocab_size), tf.float32)  # (V,)
+        is_sample = tf.cast(row < tf.size(samples.rewards), tf.float32)[:, tf.newaxis]  # (N, 1)
+        logits = tf.cast(outputs.logits, tf.float32) + is_sample * forbidden  # (N, V)
+        word_losses, _ = loss_function(logits, outputs.targets)  # (N,)
+        num_samples = tf.cast(tf.size(samples.rewards), tf.float32)
+        sums = StepSums(loss=-tf.reduce_sum(samples.rewards), num_tokens=num_samples)
+        return tf.reduce_sum(tf.gather(weights, row) * word_losses), sums
 
 
-def self_critical_loss(
-    model: tf.keras.Model, batch: Batch, samples: Samples, config: TrainConfig
-) -> tuple[tf.Tensor, StepSums]:
-    """Computes a loss whose gradient makes the better samples more probable; its value has no meaning.
-
-    A share of the cross-entropy of the batch's true captions can be kept, which holds the model to their language.
-
-    Returns:
-        The loss; and sums, of which the first two are the negative rewards and the number of the samples.
-    """
-    tokens = tf.pad(samples.tokens, [[0, 0], [1, 0]], constant_values=START_ID)  # (R, T + 1)
-    image_index = tf.repeat(tf.range(tf.shape(batch.features)[0]), config.samples)  # (R,)
-    # Means over the words, as the cross-entropy of other trainings.
-    weights = samples.advantages / tf.math.count_nonzero(samples.tokens, dtype=tf.float32)  # (R,)
-    if config.cross_entropy_weight:
-        weight = config.cross_entropy_weight / tf.math.count_nonzero(batch.tokens[:, 1:], dtype=tf.float32)
-        weights = tf.concat([weights, tf.fill(tf.shape(batch.image_index), weight)], 0)  # (R + B,)
-        longest = tf.maximum(tf.shape(tokens)[1], tf.shape(batch.tokens)[1])
-        tokens = tf.concat([_pad_to(tokens, longest), _pad_to(batch.tokens, longest)], 0)  # (R + B, longest)
-        image_index = tf.concat([image_index, batch.image_index], 0)  # (R + B,)
-    outputs = model(batch.features, tokens, image_index, training=True)
-    row = outputs.positions[:, 0]  # (N,), the caption of each word
-    # Words that were never to be sampled take no part in the probabilities of the samples.
-    forbidden = FORBIDDEN_LOGIT * tf.cast(forbidden_tokens(model.config.vocab_size), tf.float32)  # (V,)
-    is_sample = tf.cast(row < tf.size(samples.rewards), tf.float32)[:, tf.newaxis]  # (N, 1)
-    logits = tf.cast(outputs.logits, tf.float32) + is_sample * forbidden  # (N, V)
-    word_losses, _ = masked_cross_entropy(logits, outputs.targets)  # (N,)
-    num_samples = tf.cast(tf.size(samples.rewards), tf.float32)
-    sums = StepSums(-tf.reduce_sum(samples.rewards), num_samples, tf.constant(0.0), tf.constant(0.0))
-    return tf.reduce_sum(tf.gather(weights, row) * word_losses), sums
+def make_reward(data: TrainData, bleu_weight: float) -> Reward:
+    """Makes what scores captions of the training images by their reference captions."""
+    references: Iterable = (map(data.tokenizer.encode, example.captions) for example in data.dataset.split("train"))
+    return CaptionReward(references, bleu_weight)
 
 
 def _pad_to(tokens: tf.Tensor, length: tf.Tensor) -> tf.Tensor:

@@ -1,1 +1,1 @@
-"""A local web page and API."""
+"""A page and an API on this machine that caption images."""

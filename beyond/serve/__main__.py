@@ -1,34 +1,34 @@
 """Serves a page on this machine: drop an image on it, or take one, and see its caption and where the model looked.
 
-Tutorial section: none.
+Tutorial section: none. It needs `pip install werkzeug waitress`.
 
     python -m beyond.serve                                       # the latest run, at http://127.0.0.1:8000/
     python -m beyond.serve --run runs/coco --beam-size 5 --port 0
     python -m beyond.serve --host 0.0.0.0 --max-requests 16      # for all machines that reach this one
+    python -m beyond.serve --trusted-hosts hub.example.com       # behind a proxy of that name
 
 Programs send an image to POST /caption, its bytes or a form, and get JSON: the caption, its confidence, and the
 probability and attention of each word. The options of decoding are the defaults of parameters of the same names:
 
     curl -F image=@photo.jpg "http://127.0.0.1:8000/caption?beam_size=5&captions=3"
 
-Ctrl-C ends it. Python's own web server is made for one machine and a few people, not for the internet.
+Ctrl-C ends it. It has no password and no https: it is made for one machine and a few people, not for the internet.
 """
 
 import argparse
+import importlib.util
 from collections.abc import Sequence
 
 import numpy as np
 
 from beyond.serve.caption_batcher import Service
-from beyond.serve.web_server import CaptionServer, ServerConfig, is_loopback
-from captioning.base.cli import add_quiet_option, log, make_parser, run_main
+from beyond.serve.settings import ServerConfig, is_loopback
+from captioning.base.cli import InputError, add_quiet_option, log, make_parser, run_main
 from captioning.config.options import add_options
-from captioning.config.settings import DecodeConfig, FeatureConfig
+from captioning.config.settings import DecodeConfig
 from captioning.images.reading import set_max_megapixels
 from captioning.output.captions import Caption
 from inference import Captioner, add_model_options
-
-MAX_MEGAPIXELS = 50  # of an image of a stranger; phones take photos of 12 to 50
 
 
 def make_service(captioner: Captioner) -> Service:
@@ -52,7 +52,6 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser = make_parser(__doc__)
     group = parser.add_argument_group("server")
     add_options(group, ServerConfig)
-    add_options(group, FeatureConfig, {"max_megapixels": MAX_MEGAPIXELS}, only=("max_megapixels",))
     add_quiet_option(group)
     add_model_options(parser)
     return parser.parse_args(argv)
@@ -61,20 +60,22 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> None:
     """Serves the page until Ctrl-C."""
     args = parse(argv)
-    decode_config = DecodeConfig.from_args(args)
-    set_max_megapixels(args.max_megapixels)
-    with CaptionServer(ServerConfig.from_args(args)) as server:  # first, since a port in use is known at once
+    if missing := [name for name in ("werkzeug", "waitress") if importlib.util.find_spec(name) is None]:
+        raise InputError(f"the server needs {' and '.join(missing)}; run `pip install werkzeug waitress`")
+    from beyond.serve import server  # here, since it imports them
+
+    config, decode_config = ServerConfig.from_args(args), DecodeConfig.from_args(args)
+    set_max_megapixels(config.max_megapixels)
+    with server.listen(config) as listener:  # first, since a port in use is known at once
         captioner = Captioner.load(args.run, decode_config)
         log(f"run: {captioner.run}")
-        service = make_service(captioner)
-        if not is_loopback(args.host):
+        app = server.CaptionApp(make_service(captioner), config)
+        if not is_loopback(config.host):
             text = "anybody who reaches this machine can caption with it; there is no password"
-            log(f"--host {args.host}: {text}", error=True)
-        print(server.url, flush=True)
-        try:
-            server.run(service)
-        except KeyboardInterrupt:  # how a server is ended
-            log("stopped")
+            log(f"--host {config.host}: {text}", error=True)
+        print(server.page_url(listener), flush=True)
+        server.run(app, server.make_server(app, listener))
+    log("stopped")
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 import dataclasses
 import threading
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 
 import numpy as np
 
@@ -23,7 +24,7 @@ class Service:
         defaults: how captions are searched for if a request does not say it.
         load_image: turns the content of a file into pixels; raises InputError if it is no image. Called by several
             threads at the same time.
-        caption_batch: captions pixels. Called by one thread at a time.
+        caption_batch: captions pixels. Always called by the same thread.
     """
 
     run: str
@@ -32,14 +33,13 @@ class Service:
     caption_batch: Callable[[Sequence[np.ndarray], DecodeConfig], Sequence[Caption]]
 
 
-@dataclasses.dataclass(eq=False)
+@dataclasses.dataclass(frozen=True, eq=False)
 class _Job:
     """An image that waits for its caption."""
 
     pixels: np.ndarray
     config: DecodeConfig
-    caption: Caption | None = None
-    error: Exception | None = None
+    caption: Future[Caption] = dataclasses.field(default_factory=Future)
 
 
 class Batcher:
@@ -47,30 +47,39 @@ class Batcher:
 
     def __init__(self, service: Service, max_batch: int = MAX_BATCH):
         self.service, self.max_batch = service, max_batch
-        self._model_lock = threading.Lock()
-        self._waiting: list[_Job] = []  # in the order of their arrival; taken from only by who has the lock
+        self._worker = ThreadPoolExecutor(1)  # the only thread that computes
+        self._lock = threading.Lock()  # of the two below
+        self._waiting: list[_Job] = []  # in the order of their arrival
         self._searches: set[DecodeConfig] = set()
 
-    def caption(self, pixels: np.ndarray, config: DecodeConfig) -> Caption:
+    def caption(self, pixels: np.ndarray, config: DecodeConfig, timeout: float | None = None) -> Caption:
         """Captions an image.
+
+        Args:
+            pixels: the image, as `Service.load_image` returns it.
+            config: how its caption is searched for.
+            timeout: seconds in which the work on the image must begin; None for any time.
 
         Raises:
             InputError: the search is new, and there were `MAX_SEARCHES` others.
+            TimeoutError: the work has not begun in time.
             Exception: what `Service.caption_batch` raises.
         """
-        self._note_search(dataclasses.replace(config, decode_seed=0))
         job = _Job(pixels, config)
-        self._waiting.append(job)
-        with self._model_lock:
-            if job.caption is None and job.error is None:  # nobody who had the lock before has taken it along
-                self._caption_waiting(job)
-        if job.error:
-            raise job.error
-        assert job.caption is not None
-        return job.caption
+        with self._lock:
+            self._count_search(config)
+            self._waiting.append(job)
+        self._worker.submit(self._caption_waiting)
+        try:
+            return job.caption.result(timeout)
+        except TimeoutError:
+            if job.caption.cancel():
+                raise
+            return job.caption.result()  # it is in work
 
-    def _note_search(self, search: DecodeConfig) -> None:
+    def _count_search(self, config: DecodeConfig) -> None:
         """Counts a search; raises InputError if there are too many."""
+        search = dataclasses.replace(config, decode_seed=0)  # a seed compiles nothing
         if search not in self._searches and len(self._searches) >= MAX_SEARCHES:
             raise InputError(
                 f"expected settings that were used before: {MAX_SEARCHES} others are compiled, as many as there is "
@@ -78,20 +87,23 @@ class Batcher:
             )
         self._searches.add(search)
 
-    def _caption_waiting(self, first: _Job) -> None:
-        """Captions an image, and with it others that wait for the same search."""
-        others = [job for job in list(self._waiting) if job.config == first.config and job is not first]
-        jobs = [first, *others[: self.max_batch - 1]]
-        for job in jobs:
-            self._waiting.remove(job)
+    def _caption_waiting(self) -> None:
+        """Captions the image that has waited longest, and with it others that wait for the same search."""
+        with self._lock:
+            same = [job for job in self._waiting if job.config == self._waiting[0].config][: self.max_batch]
+            self._waiting = [job for job in self._waiting if job not in same]
+        jobs = [job for job in same if job.caption.set_running_or_notify_cancel()]
+        if not jobs:  # they went along with an image before them, or were given up
+            return
         try:
-            captions = self.service.caption_batch([job.pixels for job in jobs], first.config)
+            captions = self.service.caption_batch([job.pixels for job in jobs], jobs[0].config)
             for job, caption in zip(jobs, captions, strict=True):
-                job.caption = caption
+                job.caption.set_result(caption)
         except Exception as error:
             for job in jobs:
-                job.error = error
+                if not job.caption.done():
+                    job.caption.set_exception(error)
 
     def finish(self) -> None:
-        """Waits for the images in work, and lets no others begin."""
-        self._model_lock.acquire()
+        """Waits for the images in work, and begins no others."""
+        self._worker.shutdown(cancel_futures=True)

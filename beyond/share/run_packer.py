@@ -1,84 +1,73 @@
-"""Packs a run as one .zip that `--run` takes on any machine, see `beyond.share.packed_run`.
-
-The same run, packed by the same versions, gives the same bytes.
-"""
+"""Packs a run as one .zip that `--run` takes on any machine, see `beyond.share.packed_run`."""
 
 import dataclasses
-import hashlib
-import io
+import glob
 import json
-import platform
 import re
-import shutil
 import zipfile
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from beyond.share.model_card import PackedFile, make_card
-from beyond.share.model_weights import read_checkpoint, write_weights
+import inference
 from beyond.share.packed_run import (
+    BEST,
     CARD_FILE,
-    HISTORY_FILE,
     METRICS,
+    PREFIX,
     RUN_NAME,
-    WEIGHTS_FILE,
+    STATE,
+    STATE_FILE,
+    check_cnn,
     without_paths,
 )
 from captioning.base.cli import InputError
-from captioning.base.downloads import BLOCK_BYTES
-from captioning.base.files import atomic_write, file_sha256, read_json
-from captioning.images.feature_cache import check_cnn_weights, find_cnn_weights
-from captioning.runs.run_folder import CONFIG_FILE, VOCABULARY_FILE, best_checkpoint, read_config
+from captioning.base.files import atomic_write, read_json
+from captioning.config.options import Settings
+from captioning.config.run_config import RunConfig
+from captioning.config.settings import DecodeConfig
+from captioning.runs.run_folder import CONFIG_FILE, VOCABULARY_FILE, best_checkpoint
 
-PACKAGES = ("tensorflow", "keras", "numpy", "pillow")
+CARD_TEMPLATE = Path(__file__).with_name("model_card.md")
+OPTIONAL_FILES = ("cnn.h5", "cnn.weights.h5", "history.csv", "loss.png")
+PACKAGES = ("tensorflow", "keras", "numpy")  # whose versions the card names
 EPOCH = (1980, 1, 1, 0, 0, 0)  # the time of every file in the .zip, the first that it can hold
 FILE_MODE = 0o100644  # a plain file that its owner may write
 
 
-def pack_run(run: Path, path: Path, weights_dtype: str = "float16") -> Path:
+def pack_run(run: Path, path: Path) -> None:
     """Packs a run's best weights with all that captioning needs, its scores and a model card.
 
-    Paths of this machine are left out.
+    Paths of this machine are left out. The same run, packed by the same versions, gives the same bytes.
 
     Args:
         run: the run folder.
         path: the .zip to write.
-        weights_dtype: `float16`, half as large and rounded, or `float32`.
-
-    Returns:
-        `path`.
 
     Raises:
-        InputError: something of the run is missing or damaged, or a weight is too large for float16.
+        InputError: something of the run is missing or damaged.
     """
-    config = read_config(run)
-    name = run_name(run)
-    weights = read_checkpoint(best_checkpoint(run))
-    if file_sha256(run / VOCABULARY_FILE) != config.vocabulary_sha256:
-        raise InputError(f"{run / VOCABULARY_FILE}: not the vocabulary these weights were trained with")
-    packed_weights = io.BytesIO()
-    write_weights(packed_weights, weights, weights_dtype)
-    values = without_paths(config.to_json())
+    model, _, config = inference.load_run(run)
+    check_cnn(run, config.features.get("sha256"))
+    name, values = run_name(run), without_paths(config.to_json())
     config = dataclasses.replace(config, data=type(config.data)(**values["data"]), features=values["features"])
-    metrics = {file.name: _read_metrics(file, name) for file in sorted(run.glob("metrics_*.json"))}
-    metrics = {file: scored for file, scored in metrics.items() if re.fullmatch(METRICS, file)}
-    files: dict[str, bytes | Path] = {
-        CONFIG_FILE: _to_json(values),
-        VOCABULARY_FILE: run / VOCABULARY_FILE,
-        WEIGHTS_FILE: packed_weights.getvalue(),
-        **_find_cnn(run, config.features.get("sha256")),
-        **({HISTORY_FILE: run / HISTORY_FILE} if (run / HISTORY_FILE).is_file() else {}),
-        **{file: _to_json(scored) for file, scored in metrics.items()},
+    paths = [path for path in sorted(run.glob("metrics_*.json")) if METRICS.fullmatch(path.name)]
+    metrics = {path.name: read_json(path) for path in paths}
+    scores = [_score_row(path, metrics[path.name]) for path in paths]
+    files = {
+        CARD_FILE: _make_card(name, config, scores, model.count_params()).encode(),
+        CONFIG_FILE: json.dumps(values, indent=2).encode(),
+        VOCABULARY_FILE: (run / VOCABULARY_FILE).read_bytes(),
+        STATE_FILE: STATE,
+        **_read_checkpoint(best_checkpoint(run)),
+        **{file: (run / file).read_bytes() for file in OPTIONAL_FILES if (run / file).is_file()},
+        **{file: json.dumps({**scored, "run": name}, indent=2).encode() for file, scored in metrics.items()},
     }
-    versions = {"Python": platform.python_version(), **{package: version(package) for package in PACKAGES}}
-    num_weights = sum(array.size for array in weights.values())
-    listed = [_describe(file, content) for file, content in files.items()]
-    card = make_card(name, config, metrics, weights_dtype, num_weights, listed, versions)
     with atomic_write(path, "wb") as target, zipfile.ZipFile(target, "w") as archive:
-        for file, content in {CARD_FILE: card.encode(), **files}.items():
-            _add(archive, f"{name}/{file}", content)
-    return path
+        for file, content in files.items():
+            info = zipfile.ZipInfo(f"{name}/{file}", EPOCH)
+            info.create_system, info.external_attr = 3, FILE_MODE << 16  # as on Unix, also where Windows packs it
+            archive.writestr(info, content)  # not compressed: weights cannot be, and zlib's bytes differ by version
 
 
 def run_name(run: Path) -> str:
@@ -87,45 +76,57 @@ def run_name(run: Path) -> str:
     return name if RUN_NAME.fullmatch(name) else "run"
 
 
-def _to_json(value: Any) -> bytes:
-    """Returns JSON as `captioning.base.files.write_json` writes it."""
-    return f"{json.dumps(value, indent=2, ensure_ascii=False)}\n".encode(errors="backslashreplace")
+def _read_checkpoint(prefix: str) -> dict[str, bytes]:
+    """Returns the files of a checkpoint by their names in the .zip."""
+    patterns = (".index", ".data-?????-of-?????")
+    paths = [path for pattern in patterns for path in sorted(glob.glob(glob.escape(prefix) + pattern))]
+    return {f"{BEST}/{PREFIX}{path.removeprefix(prefix)}": Path(path).read_bytes() for path in paths}
 
 
-def _read_metrics(path: Path, name: str) -> dict[str, Any]:
-    """Reads the scores that evaluate.py wrote, and puts the name of the run in the place of its path."""
-    scored = read_json(path)
-    if not isinstance(scored, dict) or not {"scores", "split", "images", "tokenizer"} <= scored.keys():
-        raise InputError(f"{path}: expected the scores that evaluate.py writes; delete it, or score the run again")
-    return {**scored, "run": name}
+# The model card.
 
 
-def _find_cnn(run: Path, sha256: str | None) -> dict[str, bytes | Path]:
-    """Returns the file of the CNN's weights by its name in the .zip; nothing if they are ImageNet's."""
-    if sha256 is None:
-        return {}
-    if not (cnn_weights := find_cnn_weights(run)):
-        raise InputError(f"{run}: the weights of its CNN, cnn.h5 or cnn.weights.h5, are missing; put the file back")
-    check_cnn_weights(cnn_weights, sha256)
-    # Keras distinguishes two file formats by these endings.
-    return {"cnn.weights.h5" if cnn_weights.endswith(".weights.h5") else "cnn.h5": Path(cnn_weights)}
+def _make_card(name: str, config: RunConfig, scores: list[str], num_weights: int) -> str:
+    """Fills model_card.md in: what a run is, how it was trained and scored, and its limits (Mitchell et al. 2019)."""
+    features, data = config.features, config.data
+    cnn_weights = {"imagenet": "ImageNet's", "random": "random"}.get(features["weights"], "the author's")
+    return CARD_TEMPLATE.read_text(encoding="utf-8").format(
+        name=name,
+        cnn=config.cnn.name,
+        cnn_weights=cnn_weights + (f", SHA-256 `{features['sha256']}`" if "sha256" in features else ""),
+        image_size=config.cnn.image_size,
+        dtype=features["dtype"],
+        source=f"the annotations `{data.annotations}`" if data.annotations else f"the dataset {data.dataset}",
+        data=_list_changed(data),
+        num_unreadable=len(config.unreadable_images),
+        fingerprint=config.data_fingerprint,
+        cell="an LSTM" if config.model.decoder == "paper-lstm" else "a GRU",
+        attention=config.model.attention,
+        vocab_size=config.model.vocab_size,
+        num_weights=num_weights,
+        model=", ".join(f"{field} {value}" for field, value in config.model.to_json().items()),
+        train=_list_changed(config.train),
+        versions=", ".join(f"{package} {version(package)}" for package in PACKAGES),
+        scores="\n".join(scores) or "| TO FILL IN: none were measured, `evaluate.py` does | | | | |",
+    )
 
 
-def _describe(name: str, content: bytes | Path) -> PackedFile:
-    """Returns the row of a file in the card."""
-    if isinstance(content, Path):
-        return PackedFile(name, content.stat().st_size, file_sha256(content))
-    return PackedFile(name, len(content), hashlib.sha256(content).hexdigest())
+def _list_changed(settings: Settings) -> str:
+    """Returns the settings that are not the defaults, as `name value`, joined by commas."""
+    defaults = type(settings)().to_json()
+    changed = {name: value for name, value in settings.to_json().items() if value != defaults[name]}
+    return ", ".join(f"{name} {value}" for name, value in changed.items()) or "none"
 
 
-def _add(archive: zipfile.ZipFile, name: str, content: bytes | Path) -> None:
-    """Adds a file, not compressed: weights cannot be, and compressed bytes would depend on the version of zlib."""
-    info = zipfile.ZipInfo(name, EPOCH)
-    info.create_system = 3  # Unix, also if Windows packs it
-    info.external_attr = FILE_MODE << 16
-    info.file_size = content.stat().st_size if isinstance(content, Path) else len(content)
-    with (
-        open(content, "rb") if isinstance(content, Path) else io.BytesIO(content) as source,
-        archive.open(info, "w") as target,
-    ):
-        shutil.copyfileobj(source, target, BLOCK_BYTES)
+def _score_row(path: Path, scored: Any) -> str:
+    """Returns the row of the table of scores for a file of evaluate.py; raises InputError if it is something else."""
+    try:
+        names = {field.name for field in dataclasses.fields(DecodeConfig)}
+        search = DecodeConfig(**{name: value for name, value in scored.items() if name in names})
+        scores = ", ".join(f"{metric} {value:.1f}" for metric, value in scored["scores"].items())
+        how = f"{search.describe()} ({_list_changed(search)})"
+        return f"| {scored['split']} | {scored['images']:,} | {how} | {scored['tokenizer']} | {scores} |"
+    except (InputError, AttributeError, KeyError, TypeError, ValueError) as error:
+        raise InputError(
+            f"{path}: expected the scores that evaluate.py writes ({error}); delete it, or score the run again"
+        ) from None

@@ -68,9 +68,18 @@ def advise(text: str) -> str:
     return text if Command.options.issuperset(re.findall(r"--[a-z-]+", text)) else ""
 
 
+def command_name() -> str:
+    """Returns what help and messages call the command: a script's file name, or a package run by `python -m`."""
+    path = Path(sys.argv[0])
+    if path.name != "__main__.py":
+        return path.name
+    return f"{path.parent.parent.name}.{path.parent.name}"
+
+
 def make_parser(description: str | None, usage: str = "[option ...]", **kwargs: Any) -> argparse.ArgumentParser:
     """Makes a parser whose --help shows a script's docstring, with its examples, and the options in groups."""
     return _Parser(
+        prog=command_name(),
         description=description,
         usage=f"%(prog)s {usage}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -105,7 +114,7 @@ def run_main(main: Callable[[], None]) -> None:
 
     Exit codes: 2 for bad input, a missing file or a full disk; 130 for Ctrl-C; 0 otherwise.
     """
-    name = Path(sys.argv[0]).name
+    name = command_name()
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # an image's name need not be Unicode
     try:

@@ -125,6 +125,25 @@ def broadcast_from_chief(strategy: tf.distribute.Strategy, values: Sequence[floa
     return strategy.experimental_local_results(total())[0].numpy().tolist()
 
 
+def sum_over_replicas(gradients: list[tf.Tensor], sums: Any) -> tuple[list[tf.Tensor], Any]:
+    """Sums what each replica computed of its part of a batch; called on all of them.
+
+    Args:
+        gradients: of the mean over the words of the replica's part.
+        sums: a tuple of scalars with `num_tokens`, the number of words.
+
+    Returns:
+        The gradients of the mean over all words, and the sums of all.
+    """
+    replica = tf.distribute.get_replica_context()
+    if replica.num_replicas_in_sync == 1:
+        return gradients, sums
+    totals = replica.all_reduce(tf.distribute.ReduceOp.SUM, sums)
+    share = sums.num_tokens / totals.num_tokens
+    gradients = replica.all_reduce(tf.distribute.ReduceOp.SUM, [share * gradient for gradient in gradients])
+    return gradients, totals
+
+
 def check_xla() -> None:
     """Tries XLA on a small function; raises InputError if it fails, as on a GPU without the libraries it needs."""
     try:

@@ -1,35 +1,39 @@
-"""Downloads that resume and are checked, and archives that cannot write outside their folder."""
+"""Downloads that resume and are checked, and archives that cannot write outside their folder.
+
+Connections, retries, proxies and certificates are those of `requests`, which comes with TensorFlow.
+"""
 
 import contextlib
 import functools
 import hashlib
-import http.client
 import os
+import re
 import shutil
 import stat
 import time
-import urllib.error
 import urllib.parse
-import urllib.request
 import zipfile
 import zlib
 from collections.abc import Iterator
 from io import BufferedRandom
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
+import requests
+import urllib3
+from requests.adapters import HTTPAdapter
 from tqdm import tqdm
+from urllib3.util import Retry
 
 from captioning.base.cli import InputError, format_bytes, log, progress_bar
 from captioning.base.files import atomic_write, try_lock
 
 MAX_RETRIES = 5  # requests in a row that bring no data, after which a download fails
-INITIAL_BACKOFF_S = 1.0  # pause before the second request; doubled before each one after
+INITIAL_BACKOFF_S = 1.0  # pause after the first of them; doubled after each one
 TIMEOUT_S = 60  # without any data
 MAX_COMPRESSION_RATIO = 100  # an archive that unpacks to more than so many times its size is refused
-
+MAX_CONNECTIONS = 16  # kept open to a server
 BLOCK_BYTES = 1 << 20
-_TRANSIENT_ERRORS = (urllib.error.URLError, http.client.HTTPException, TimeoutError, ConnectionError)
 
 
 class Archive(NamedTuple):
@@ -41,24 +45,8 @@ class Archive(NamedTuple):
     md5: str | None = None
 
 
-class _PermanentError(Exception):
-    """A failure that another request would not change."""
-
-
-class _HttpOnlyRedirects(urllib.request.HTTPRedirectHandler):
-    """Follows redirects to http and https only."""
-
-    def redirect_request(self, req, fp, code, msg, headers, newurl):
-        _check_url(newurl)
-        return super().redirect_request(req, fp, code, msg, headers, newurl)
-
-
-def _check_url(url: str) -> None:
-    """Raises _PermanentError unless an address is http or https, without a name and password."""
-    if not url.lower().startswith(("http://", "https://")):
-        raise _PermanentError(f"expected an address that begins with http:// or https://, found {redact_url(url)!r}")
-    if "@" in urllib.parse.urlsplit(url).netloc:
-        raise _PermanentError("expected an address without a name and a password in it")
+class _WrongFileError(Exception):
+    """The server's file is not the expected one: what was received of it is of no use."""
 
 
 def redact_url(url: str) -> str:
@@ -78,7 +66,8 @@ def download(
     """Downloads a file to `path`, unless it exists; it appears there only when it is complete.
 
     What has been received is kept as `<path>.part`. The next request, or the next run, asks the server only for the
-    rest. A second process that downloads the same file waits for the first.
+    rest, or for all of it if the server's file has changed. A second process that downloads the same file waits for
+    the first.
 
     Args:
         url: an http or https address.
@@ -97,146 +86,148 @@ def download(
     """
     if path.exists():
         return path
-    part = path.with_name(f"{path.name}.part")
-    source = redact_url(url)
-    hint = f"run the same command again, or download {source} yourself and put it into {path.parent}/ as {path.name}"
-    with _locked_part(path, part) as file:
-        if file is None:  # another process has completed it
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part, version = path.with_name(f"{path.name}.part"), path.with_name(f"{path.name}.part.version")
+    with _lock_part(part) as file:
+        if path.exists():  # another process has completed it
+            part.unlink()
             return path
-        with progress_bar(total=num_bytes, unit="B", unit_scale=True, desc=path.name, disable=quiet) as bar:
-            try:
-                _check_url(url)
-                _fetch(url, file, num_bytes, max_bytes, bar)
-            except (_PermanentError, *_TRANSIENT_ERRORS) as error:
-                received = file.tell()
-                if not received:
-                    part.unlink()
-                is_resumable = received and not isinstance(error, _PermanentError)
-                kept = f"; {received:,} bytes are kept" if is_resumable else ""
-                raise InputError(
-                    f"{path.name} cannot be downloaded from {source} ({_describe_error(error)}){kept}; {hint}"
-                ) from None
-        if problem := _integrity_error(file, num_bytes, md5):
-            part.unlink()  # complete and wrong: there is nothing to resume
-            raise InputError(f"{path.name}: {problem}; {hint}")
-        os.replace(part, path)
+        try:
+            with progress_bar(total=num_bytes, unit="B", unit_scale=True, desc=path.name, disable=quiet) as bar:
+                _fetch(url, file, version, num_bytes, max_bytes, bar)
+            _check_content(file, num_bytes, md5)
+            os.replace(part, path)
+        except (requests.RequestException, _WrongFileError) as error:
+            received, source = file.seek(0, os.SEEK_END), redact_url(url)
+            is_kept = received and not isinstance(error, _WrongFileError)
+            if not is_kept:
+                part.unlink()
+            kept = f"; {received:,} bytes are kept" if is_kept else ""
+            raise InputError(
+                f"{path.name} cannot be downloaded from {source} ({_describe(error)}){kept}; run the same command "
+                f"again, or download {source} yourself and put it into {path.parent}/ as {path.name}"
+            ) from None
+        finally:
+            if not part.exists():
+                version.unlink(missing_ok=True)
     return path
 
 
-def _describe_error(error: Exception) -> str:
-    """Returns the reason of a failed download, for its message."""
-    if isinstance(error, urllib.error.HTTPError):
-        return f"the server answered {error.code} {error.reason}"
-    return str(getattr(error, "reason", error) or type(error).__name__)
-
-
-def _integrity_error(file: BufferedRandom, num_bytes: int | None, md5: str | None) -> str | None:
-    """Returns how a complete file differs from what is expected; None if it does not."""
-    received = file.seek(0, os.SEEK_END)
-    if num_bytes and received != num_bytes:
-        return f"expected {num_bytes:,} bytes, received {received:,}"
-    if md5:
-        file.seek(0)
-        received_md5 = hashlib.file_digest(file, functools.partial(hashlib.md5, usedforsecurity=False)).hexdigest()
-        if received_md5 != md5:
-            return f"expected MD5 {md5}, found {received_md5}"
-    return None
-
-
 @contextlib.contextmanager
-def _locked_part(path: Path, part: Path) -> Iterator[BufferedRandom | None]:
-    """Opens the part file for appending and locks it; gives None if another process has completed the download."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+def _lock_part(part: Path) -> Iterator[BufferedRandom]:
+    """Opens the part file for appending and locks it, after any other process has finished with it."""
     while True:
         with open(part, "ab+") as file:
-            if not try_lock(file, wait=False):
-                log(f"{path.name}: another process is downloading it, waiting")
+            if not try_lock(file):
+                log(f"{part.stem}: another process is downloading it, waiting")
                 try_lock(file, wait=True)
-            # While this process waited, the other one may have renamed or removed the file that is now locked.
             try:
                 is_current = os.path.samestat(os.fstat(file.fileno()), os.stat(part))
             except FileNotFoundError:
                 is_current = False
-            if path.exists():
-                if is_current:
-                    part.unlink()
-                yield None
-                return
-            if is_current:
+            if is_current:  # otherwise another process has renamed or removed it meanwhile
                 yield file
                 return
 
 
-def _fetch(url: str, file: BufferedRandom, num_bytes: int | None, max_bytes: int | None, bar: tqdm) -> None:
-    """Appends to `file` what is missing, with retries; raises the last error."""
+def _fetch(
+    url: str, file: BufferedRandom, version: Path, num_bytes: int | None, max_bytes: int | None, bar: tqdm
+) -> None:
+    """Appends what is missing to `file`; asks again for the rest if the connection is lost.
+
+    Raises:
+        requests.RequestException: the server cannot be reached or refuses, or requests bring no more data.
+        _WrongFileError: the file is longer than expected.
+    """
     num_failed = 0
-    while True:
+    while num_failed < MAX_RETRIES:
         offset = file.seek(0, os.SEEK_END)
-        if num_bytes and offset > num_bytes:
-            file.truncate(0)
-            continue
-        bar.n = offset
         if num_bytes and offset == num_bytes:
             return
-        try:
-            _fetch_remaining(url, file, offset, num_bytes, max_bytes, bar)
-            return
-        except _TRANSIENT_ERRORS as error:
-            if isinstance(error, urllib.error.HTTPError):
-                _check_status(error, file, offset)
-                num_failed += 1
-            else:
-                has_received = file.seek(0, os.SEEK_END) != offset
-                num_failed = 1 if has_received else num_failed + 1
-            if num_failed >= MAX_RETRIES:
-                raise
+        with _request(url, offset, version) as response:
+            if response.status_code == 416 and offset:  # the server's file is shorter
+                file.truncate(0)
+                continue
+            if not response.ok:
+                raise requests.HTTPError(f"the server answered {response.status_code} {response.reason}")
+            if response.status_code != 206:  # it sends everything: at first, or since its file has changed
+                file.truncate(0)
+                version.write_text(response.headers.get("ETag") or response.headers.get("Last-Modified", ""))
+            if _receive(response, file, num_bytes or max_bytes, bar):
+                return
+        num_failed = 1 if file.seek(0, os.SEEK_END) > offset else num_failed + 1
         time.sleep(INITIAL_BACKOFF_S * 2 ** (num_failed - 1))
+    raise requests.ConnectionError("the connection was lost")
 
 
-def _check_status(error: urllib.error.HTTPError, file: BufferedRandom, offset: int) -> None:
-    """Prepares the next request after an HTTP error; raises _PermanentError if there is no use in one."""
-    if error.code == 416 and offset:  # the range begins behind the end of the server's file
-        file.truncate(0)
-    elif error.code < 500 and error.code not in (408, 429):
-        raise _PermanentError(_describe_error(error)) from None
+def _request(url: str, offset: int, version: Path) -> requests.Response:
+    """Asks for what follows the first `offset` bytes of a file, or for all of it if it has changed since."""
+    parts = urllib.parse.urlsplit(url)
+    if parts.scheme not in ("http", "https") or "@" in parts.netloc:
+        raise requests.exceptions.InvalidURL(
+            "expected an address that begins with http:// or https://, without a name and a password in it"
+        )
+    headers = {"Accept-Encoding": "identity"}  # the length of compressed data would be another
+    if offset:
+        headers["Range"] = f"bytes={offset}-"
+        if version.exists() and (known := version.read_text()):
+            headers["If-Range"] = known
+    return _session().get(url, headers=headers, stream=True, timeout=TIMEOUT_S)
 
 
-def _fetch_remaining(
-    url: str, file: BufferedRandom, offset: int, num_bytes: int | None, max_bytes: int | None, bar: tqdm
-) -> None:
-    """Makes one request for what follows the first `offset` bytes, and appends the answer to `file`."""
-    request = urllib.request.Request(url, headers={"Range": f"bytes={offset}-"} if offset else {})
-    with urllib.request.build_opener(_HttpOnlyRedirects).open(request, timeout=TIMEOUT_S) as response:
-        if offset and response.status != 206:  # the server does not resume and sends everything
-            file.truncate(0)
-            offset = file.seek(0)
-            bar.n = 0
-        announced = _announced_bytes(response, offset, num_bytes, max_bytes)
-        bar.total = num_bytes or announced
-        received = offset
-        while block := response.read(BLOCK_BYTES):
+@functools.cache
+def _session() -> requests.Session:
+    """Returns the session of all downloads, in any thread; it keeps connections open for the next file."""
+    retry = Retry(
+        MAX_RETRIES - 1,
+        status_forcelist=(408, 429, 500, 502, 503, 504),
+        backoff_factor=INITIAL_BACKOFF_S,
+        raise_on_status=False,
+        respect_retry_after_header=False,  # it may ask for hours
+    )
+    session = requests.Session()
+    for scheme in ("http://", "https://"):
+        session.mount(scheme, HTTPAdapter(pool_maxsize=MAX_CONNECTIONS, max_retries=retry))
+    return session
+
+
+def _receive(response: requests.Response, file: BufferedRandom, max_bytes: int | None, bar: tqdm) -> bool:
+    """Appends an answer to `file`; returns whether it came to its end."""
+    received, length = file.seek(0, os.SEEK_END), response.headers.get("Content-Length")
+    announced = received + int(length) if length else None
+    if max_bytes and announced and announced > max_bytes:
+        raise _WrongFileError(f"expected at most {max_bytes:,} bytes, the server announces {announced:,}")
+    bar.n, bar.total = received, announced
+    try:
+        while block := response.raw.read1(BLOCK_BYTES):  # what has arrived, so that it is kept if no more comes
             file.write(block)
             received += len(block)
             bar.update(len(block))
             if max_bytes and received > max_bytes:
-                raise _PermanentError(f"expected at most {max_bytes:,} bytes, received more")
+                raise _WrongFileError(f"expected at most {max_bytes:,} bytes, received more")
+    except urllib3.exceptions.HTTPError:  # the connection was lost
+        return False
+    finally:
         file.flush()
-        expected = num_bytes or announced or received
-        if received < expected:
-            raise http.client.IncompleteRead(b"", expected - received)
+    return announced in (None, received)
 
 
-def _announced_bytes(response: Any, offset: int, num_bytes: int | None, max_bytes: int | None) -> int | None:
-    """Returns the length of the file that the server announces, if it does; raises _PermanentError if it is wrong."""
-    content_length = response.headers.get("Content-Length")
-    if not content_length:
-        return None
-    total = offset + int(content_length)
-    if max_bytes and total > max_bytes:
-        raise _PermanentError(f"expected at most {max_bytes:,} bytes, the server announces {total:,}")
-    if num_bytes and total and total != num_bytes:
-        raise _PermanentError(f"expected {num_bytes:,} bytes, the server announces {total:,}")
-    return total
+def _describe(error: Exception) -> str:
+    """Returns the reason of a failed download, without the address that urllib3 names, which can hold secrets."""
+    cause = error.args[0] if error.args else error
+    return re.sub(r"^HTTPS?Connection[^:]*: ", "", str(getattr(cause, "reason", cause)))
+
+
+def _check_content(file: BufferedRandom, num_bytes: int | None, md5: str | None) -> None:
+    """Raises _WrongFileError if a complete file has another length or MD5."""
+    received = file.seek(0, os.SEEK_END)
+    if num_bytes and received != num_bytes:
+        raise _WrongFileError(f"expected {num_bytes:,} bytes, received {received:,}")
+    if md5:
+        file.seek(0)
+        found = hashlib.file_digest(file, functools.partial(hashlib.md5, usedforsecurity=False)).hexdigest()
+        if found != md5:
+            raise _WrongFileError(f"expected MD5 {md5}, found {found}")
 
 
 def unpack(archive: Path, folder: Path, suffixes: tuple[str, ...]) -> None:

@@ -19,50 +19,65 @@ def option(
     default: Any,
     help: str,
     *,
-    minimum: float = -math.inf,
-    above: float = -math.inf,
-    maximum: float = math.inf,
-    below: float = math.inf,
+    bounds: str = "",
     choices: tuple[str, ...] | None = None,
     metavar: str | None = None,
     words: Mapping[str, Any] | None = None,
     may_change: bool = False,
     is_path: bool = False,
-    is_new: bool = False,
 ) -> Any:
     """Declares a setting as a dataclass field.
 
     Args:
-        default: its value if nothing is said.
+        default: its value if none is given.
         help: what it does, for `--help`.
-        minimum: the smallest value.
-        above: values must be larger than this.
-        maximum: the largest value.
-        below: values must be smaller than this.
-        choices: the values there are, of a setting that is a word.
-        metavar: what `--help` calls the value; N for whole numbers and X for others if not given.
+        bounds: the interval of its values, as `[1, inf)` or `(0, 1]`.
+        choices: the allowed values of a text.
+        metavar: what `--help` calls the value; by default N for whole numbers and X for others.
         words: words of the command line that stand for a value, such as `all`.
         may_change: whether a run may be resumed with another value.
         is_path: whether it names a file or a folder. A run may be resumed with another one, since what they hold is
             compared instead; and `captioning.runs.run_folder` saves it so that it is found from any folder.
-        is_new: whether there are runs from before there was the setting; they were trained with its default.
     """
     return dataclasses.field(
         default=default,
         metadata={
             "help": help,
-            "minimum": minimum,
-            "above": above,
-            "maximum": maximum,
-            "below": below,
+            "bounds": Bounds.parse(bounds) if bounds else Bounds(),
             "choices": choices,
             "metavar": metavar,
             "words": words or {},
             "may_change": may_change or is_path,
             "is_path": is_path,
-            "is_new": is_new,
         },
     )
+
+
+@dataclasses.dataclass(frozen=True)
+class Bounds:
+    """An interval of numbers."""
+
+    low: float = -math.inf
+    high: float = math.inf
+    has_low: bool = False  # whether `low` itself is allowed
+    has_high: bool = False
+
+    @classmethod
+    def parse(cls, text: str) -> "Bounds":
+        """Parses an interval as mathematics writes it: `[0, 1)` is from 0 to below 1."""
+        low, high = text[1:-1].split(",")
+        return cls(float(low), float(high), text[0] == "[", text[-1] == "]")
+
+    def __contains__(self, value: object) -> bool:
+        """Returns whether a number is in the interval; one that is not finite never is."""
+        value = typing.cast(float, value)
+        is_inside = self.low < value < self.high
+        return is_inside or (self.has_low and value == self.low) or (self.has_high and value == self.high)
+
+    def __str__(self) -> str:
+        low = f"{'of at least' if self.has_low else 'above'} {self.low:g}" if math.isfinite(self.low) else ""
+        high = f"{'of at most' if self.has_high else 'below'} {self.high:g}" if math.isfinite(self.high) else ""
+        return " and ".join(filter(None, (low, high)))
 
 
 class Settings:
@@ -80,17 +95,16 @@ class Settings:
 
     @classmethod
     def from_json(cls, values: Any) -> Self:
-        """Makes the settings from what `to_json` returned, now or before there were the new ones.
+        """Makes the settings from what `to_json` returned.
+
+        A setting that was added after the file was written has its default, which is how the file's run was made.
 
         Raises:
-            InputError: a value is missing, unknown, or not what its field allows.
+            InputError: a value is unknown, or not what its field allows.
         """
-        fields = dataclasses.fields(cls)  # type: ignore[arg-type]
-        names = [field.name for field in fields]
-        if isinstance(values, dict):
-            values = {field.name: field.default for field in fields if field.metadata["is_new"]} | values
-        if not isinstance(values, dict) or (missing := [name for name in names if name not in values]):
-            raise InputError(f"{missing[0]} is missing" if isinstance(values, dict) else f"expected {', '.join(names)}")
+        names = [field.name for field in dataclasses.fields(cls)]  # type: ignore[arg-type]
+        if not isinstance(values, dict):
+            raise InputError(f"expected {', '.join(names)}, found {str(values)[:60]!r}")
         if unknown := [name for name in values if name not in names]:
             raise InputError(f"{unknown[0]} is not a setting")
         return cls(**values)
@@ -110,31 +124,26 @@ def value_type(field: dataclasses.Field) -> type:
 
 def is_valid(field: dataclasses.Field, value: Any) -> bool:
     """Tells whether a field may have a value: one of its type (a float may be whole), within its bounds."""
-    bounds = field.metadata
     if value is None:
         return isinstance(field.type, types.UnionType)
     kind = value_type(field)
     if isinstance(value, bool) != (kind is bool) or not isinstance(value, int | float if kind is float else kind):
         return False
-    if bounds["choices"] is not None and value not in bounds["choices"]:
+    if field.metadata["choices"] is not None and value not in field.metadata["choices"]:
         return False
-    if kind not in (int, float):
-        return True
-    # A number that is not finite is never above -inf and below inf.
-    return bounds["minimum"] <= value <= bounds["maximum"] and bounds["above"] < value < bounds["below"]
+    return kind not in (int, float) or value in field.metadata["bounds"]
 
 
 def describe(field: dataclasses.Field) -> str:
-    """Says which values a field may have: `a whole number of at least 1`."""
-    bounds, kind = field.metadata, value_type(field)
-    if bounds["choices"]:
-        return " or ".join(bounds["choices"])
+    """Describes which values a field may have: `a whole number of at least 1`."""
+    kind = value_type(field)
+    if field.metadata["choices"]:
+        return " or ".join(field.metadata["choices"])
     if kind in (bool, str):
         return "true or false" if kind is bool else "text"
-    texts = {"minimum": "of at least", "above": "above", "maximum": "of at most", "below": "below"}
-    limits = [f"{text} {bounds[name]:g}" for name, text in texts.items() if math.isfinite(bounds[name])]
-    words = "".join(f", or {word}" for word in bounds["words"])
-    return " ".join(["a whole number" if kind is int else "a number", " and ".join(limits)]).strip() + words
+    words = "".join(f", or {word}" for word in field.metadata["words"])
+    noun = "a whole number" if kind is int else "a number"
+    return f"{noun} {field.metadata['bounds']}".strip() + words
 
 
 # The command line.
@@ -146,6 +155,7 @@ def add_options(
     defaults: Mapping[str, Any] | None = None,
     only: tuple[str, ...] | None = None,
     skip: tuple[str, ...] = (),
+    unlisted: tuple[str, ...] = (),
 ) -> None:
     """Adds an option for every field of a settings class.
 
@@ -155,6 +165,7 @@ def add_options(
         defaults: values that take the place of the fields' own defaults.
         only: the names of the fields to add; None for all.
         skip: the names of fields to leave out.
+        unlisted: the names of fields whose options work, but are not listed by `--help`.
     """
     for field in dataclasses.fields(settings):  # type: ignore[arg-type]
         if (only is not None and field.name not in only) or field.name in skip:
@@ -163,6 +174,7 @@ def add_options(
         text, kind = field.metadata["help"], value_type(field)
         if default is not None and kind is not bool:
             text += " (default: %(default)s)"
+        text = argparse.SUPPRESS if field.name in unlisted else text
         keywords: dict[str, Any] = {"dest": field.name, "default": default, "help": text}
         if kind is bool:
             keywords["action"] = argparse.BooleanOptionalAction if default else "store_true"

@@ -1,21 +1,23 @@
 """All settings of a run, as its config.json keeps them."""
 
 import dataclasses
+from collections.abc import Collection
 from typing import Any
 
 from captioning.config.cnns import CNN, cnn_of_manifest
 from captioning.config.settings import DataConfig, ModelConfig, TrainConfig
 
-FORMAT = 3  # of config.json and of the checkpoints; changed whenever their names change
+FORMAT = 4  # of config.json and of the checkpoints, since version 1.0; every later 1.x reads it
 
 
 @dataclasses.dataclass(frozen=True)
 class RunConfig:
-    """All that a run was trained with, as its config.json keeps it."""
+    """All that a run was trained with."""
 
     model: ModelConfig
     train: TrainConfig
     data: DataConfig
+    objective: dict[str, Any]  # the settings of what is minimised; empty for cross-entropy
     features: dict[str, Any]  # the manifest of the feature cache, and its `folder`
     unreadable_images: tuple[str, ...]  # left out, with their captions
     data_fingerprint: str  # of the images, their splits and their captions
@@ -33,6 +35,7 @@ class RunConfig:
             "model": self.model.to_json(),
             "train": self.train.to_json(),
             "data": self.data.to_json(),
+            "objective": self.objective,
             "features": self.features,
             "unreadable_images": list(self.unreadable_images),
             "data_fingerprint": self.data_fingerprint,
@@ -51,14 +54,21 @@ class RunConfig:
                 values = getattr(ours, field.name), getattr(theirs, field.name)
                 if not field.metadata["may_change"] and values[0] != values[1]:
                     return field.name, *values
-        for name in ("unreadable_images", "data_fingerprint"):
-            if getattr(self, name) != getattr(other, name):
-                return name, getattr(self, name), getattr(other, name)
-        for name in self.features | other.features:  # in the order of the manifest, the CNN first
-            # A weights file is what it holds (its SHA-256), not what it is called. The shape, which earlier versions
-            # did not write, follows from the CNN and the image size.
-            if name in ("folder", "shape") or (name == "weights" and "sha256" in self.features):
-                continue
-            if self.features.get(name) != other.features.get(name):
-                return name, self.features.get(name), other.features.get(name)
-        return None
+        # A weights file is identified by its content (its SHA-256), not by its name.
+        ignored = {"folder", "weights"} if "sha256" in self.features else {"folder"}
+        names = "unreadable_images", "data_fingerprint"
+        return (
+            find_difference(self.objective, other.objective)
+            or find_difference(*({name: getattr(config, name) for name in names} for config in (self, other)))
+            or find_difference(self.features, other.features, ignored)  # in the order of the manifest, the CNN first
+        )
+
+
+def find_difference(
+    ours: dict[str, Any], theirs: dict[str, Any], ignored: Collection[str] = ()
+) -> tuple[str, Any, Any] | None:
+    """Finds the first key with two different values, and returns it with both; a missing value is None."""
+    for name in ours | theirs:
+        if name not in ignored and ours.get(name) != theirs.get(name):
+            return name, ours.get(name), theirs.get(name)
+    return None

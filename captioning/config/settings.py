@@ -4,13 +4,13 @@ A setting is a field of one of the frozen dataclasses below; `options` makes opt
 """
 
 import dataclasses
-from typing import Any, Self
+from typing import Any
 
 from captioning.base.cli import InputError
 from captioning.config.cnns import CNN, CNNS
 from captioning.config.options import Settings, option
 
-SEED_LIMIT = 2**32  # NumPy's seeds are smaller
+SEEDS = "[0, 4294967296)"  # NumPy's are below 2 ** 32
 MAX_TOKENS = 10_000  # of a caption
 MAX_MEGAPIXELS = 179  # Pillow's own limit against decompression bombs
 
@@ -41,12 +41,12 @@ class DataConfig(Settings):
         None, "the folder of their images (default: --images)", metavar="DIR", is_path=True
     )
     official_val: bool = option(
-        False, "of coco and coco2017: take the images for validation and testing from the official validation images"
+        False, "for coco and coco2017: take the images for validation and testing from the official validation images"
     )
     num_captions: int | None = option(
         None,
-        "captions to use, of whole images chosen at random (default: 30000 of coco and coco2017, all of the others)",
-        minimum=0,
+        "captions to use, of whole images chosen at random (default: 30000 for coco and coco2017, else all)",
+        bounds="[0, inf)",
         words={"all": 0},
         metavar="N|all",
     )
@@ -55,23 +55,25 @@ class DataConfig(Settings):
     test_list: str | None = option(None, "names of the test images, one a line", metavar="FILE", is_path=True)
     val_fraction: float = option(0.1, "fraction of the images for validation, if no lists or files are given")
     test_fraction: float = option(0.1, "fraction of the images for testing, if no lists or files are given")
-    split_seed: int = option(0, "seed of the split and of the choice of captions", minimum=0, below=SEED_LIMIT)
+    split_seed: int = option(0, "seed of the split and of the choice of captions", bounds=SEEDS)
     data_dir: str | None = option(None, "folder for downloaded datasets (default: data)", metavar="DIR", is_path=True)
     image_column: str | None = option(
-        None, "the column or field with the images' names, if it has none of the usual names", metavar="NAME"
+        None, "column or field with the names of the images, if its name is none of the usual ones", metavar="NAME"
     )
     caption_column: str | None = option(
-        None, "the column or field with the captions, if it has none of the usual names", metavar="NAME"
+        None, "column or field with the captions, if its name is none of the usual ones", metavar="NAME"
     )
     separator: str | None = option(
-        None, "what separates the columns: a character, or `tab` (default: comma, tab, semicolon or bar, as found)"
+        None, "separator of the columns: a character, or `tab` (default: detected: comma, tab, semicolon or bar)"
     )
     encoding: str | None = option(
-        None, "of the annotations, such as windows-1252 (default: UTF-8, or UTF-16 by its mark)", metavar="NAME"
+        None,
+        "encoding of the annotation file, such as windows-1252 (default: UTF-8, or UTF-16 if it has a byte order mark)",
+        metavar="NAME",
     )
     words: str = option(
         "spaces",
-        "what a word is: what stands between spaces, or every character of scripts without spaces, such as Chinese",
+        "how captions are split into words: by spaces, or by characters (Chinese, Japanese, Thai)",
         choices=("spaces", "characters"),
     )
 
@@ -88,31 +90,31 @@ class FeatureConfig(Settings):
     )
     image_size: int | None = option(
         None,
-        "pixels of both sides of the square that an image is squeezed to, which give the CNN's grid of locations "
-        "(default: the CNN's own, 299 of inception_v3)",
-        minimum=1,
+        "side in pixels of the square that an image is resized to; it decides the number of locations (default: the "
+        "CNN's own, 299 for inception_v3)",
+        bounds="[1, inf)",
     )
     cnn_weights: str = option(
         "imagenet",
-        "weights of the CNN: imagenet (downloaded by Keras on first use, 88 MB of inception_v3), random, or a file",
+        "weights of the CNN: imagenet (Keras downloads them once, 88 MB for inception_v3), random, or a file",
         metavar="imagenet|random|FILE",
     )
     features_dir: str | None = option(
         None,
-        "folder of the cached features (default: features/<name of the dataset>, and of other CNNs or image sizes "
-        "features/<name>_<CNN>_<size>)",
+        "folder of the cached features (default: features/<name of the dataset>, with _<CNN>_<size> added for another "
+        "CNN or image size)",
         metavar="DIR",
     )
     dtype: str = option(
         "float16",
-        "number format of the stored features: 256 or 512 KB an image with inception_v3",
+        "number format of the stored features: 256 or 512 KB an image for inception_v3",
         choices=("float16", "float32"),
     )
-    cnn_batch_size: int = option(32, "images in a batch of the CNN", minimum=1)
+    cnn_batch_size: int = option(32, "number of images in a batch of the CNN", bounds="[1, inf)")
     max_megapixels: int = option(
         MAX_MEGAPIXELS,
-        "largest image that is read, in millions of pixels, which take 3 bytes of memory each",
-        minimum=1,
+        "largest image that is read, in millions of pixels (3 bytes of memory each)",
+        bounds="[1, inf)",
     )
 
     def __post_init__(self) -> None:
@@ -129,34 +131,28 @@ class FeatureConfig(Settings):
 class ModelConfig(Settings):
     """The sizes of the model; the defaults are the tutorial's."""
 
-    vocab_size: int = option(5000, "words in the vocabulary, the 4 special ones included", minimum=5)
-    embedding_dim: int = option(256, "size of a word embedding, and of an encoded image location", minimum=1)
-    units: int = option(512, "size of the GRU's state and of the attention", minimum=1)
-    dropout: float = option(0.0, "dropout rate of the word embeddings and of the GRU's outputs", minimum=0, below=1)
-    feature_dropout: float = option(0.0, "dropout rate of the encoded features", minimum=0, below=1, is_new=True)
+    vocab_size: int = option(5000, "number of words in the vocabulary, the 4 special ones included", bounds="[5, inf)")
+    embedding_dim: int = option(256, "size of a word embedding, and of an encoded image location", bounds="[1, inf)")
+    units: int = option(512, "size of the GRU's state and of the attention", bounds="[1, inf)")
+    dropout: float = option(0.0, "dropout rate of the word embeddings and of the GRU's outputs", bounds="[0, 1)")
+    feature_dropout: float = option(0.0, "dropout rate of the encoded features", bounds="[0, 1)")
     attention: str = option(
         "soft", "soft: a weighted mean of all locations; hard: one location for each word", choices=("soft", "hard")
     )
     decoder: str = option(
         "tutorial",
-        "the tutorial's; or that of the paper, with a gate, a first state from the image, and deep output",
-        choices=("tutorial", "paper"),
-        is_new=True,
+        "the tutorial's decoder; or the paper's, with a gated context vector, a first state made from the image, and a "
+        "deep output layer, with a GRU or an LSTM",
+        choices=("tutorial", "paper", "paper-lstm"),
     )
-    cell: str = option("gru", "recurrent cell; lstm is for --decoder paper", choices=("gru", "lstm"), is_new=True)
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.cell == "lstm" and self.decoder != "paper":
-            raise InputError(f"cell: lstm is only for the paper's decoder, found the {self.decoder}'s")
 
     @property
     def can_be_fused(self) -> bool:
-        """Whether captioning/decoder/fused_decoder.py has this attention and this cell."""
-        return self.attention == "soft" and self.cell == "gru"
+        """Whether captioning/decoder/fused_decoder.py computes this model."""
+        return self.decoder == "tutorial" and self.attention == "soft"
 
 
-# What each recipe sets instead of the defaults below. "best" scored best on Flickr8k, "best-cider" after it.
+# What a recipe sets instead of the defaults below. "best" scored best on Flickr8k.
 RECIPES: dict[str, dict[str, Any]] = {
     "tutorial": {},
     "best": {
@@ -167,97 +163,52 @@ RECIPES: dict[str, dict[str, Any]] = {
         "learning_rate_decay": 0.9,
         "shuffle_by": "caption",
     },
-    "best-cider": {
-        "recipe": "best-cider",
-        "self_critical": True,
-        "epochs": 3,
-        "learning_rate": 4e-5,
-        "clip_norm": 0.5,
-        "ema_decay": 0.998,
-        "dropout": 0.3,
-        "feature_dropout": 0.5,
-        "bleu_weight": 1.0,
-        "cross_entropy_weight": 0.1,
-    },
 }
-CNN_SETTINGS = ("cnn_learning_rate",)
-SELF_CRITICAL_SETTINGS = ("samples", "baseline", "bleu_weight", "cross_entropy_weight")
 
 
 @dataclasses.dataclass(frozen=True)
 class TrainConfig(Settings):
     """How the model is trained; the defaults are the tutorial's, with gradient clipping and early stopping."""
 
-    epochs: int = option(20, "largest number of epochs", minimum=1, may_change=True)
-    batch_size: int = option(64, "captions in a training step", minimum=1)
-    learning_rate: float = option(1e-3, "learning rate of Adam", above=0)
+    epochs: int = option(20, "largest number of epochs", bounds="[1, inf)", may_change=True)
+    batch_size: int = option(64, "number of captions in a training step", bounds="[1, inf)")
+    learning_rate: float = option(1e-3, "learning rate of Adam", bounds="(0, inf)")
     learning_rate_decay: float = option(
-        1.0, "factor of the learning rate after every epoch; 1 keeps it", above=0, maximum=1
+        1.0, "factor by which the learning rate is multiplied after every epoch; 1 = off", bounds="(0, 1]"
     )
-    clip_norm: float = option(5.0, "largest global norm of the gradients; larger ones are scaled down", above=0)
+    clip_norm: float = option(
+        5.0, "largest global norm of the gradients; larger ones are scaled down", bounds="(0, inf)"
+    )
     ema_decay: float = option(
         0.0,
-        "decay of the moving average of the weights, such as 0.999, that is validated and captions; 0: no average",
-        minimum=0,
-        below=1,
+        "decay of the exponential moving average of the weights (e.g. 0.999), used for validation and captioning; "
+        "0 = off",
+        bounds="[0, 1)",
     )
-    label_smoothing: float = option(0.0, "share of the target spread evenly over all words", minimum=0, below=1)
-    doubly_stochastic: float = option(
-        0.0, "weight of the penalty on uneven attention (Xu et al. 2015, section 4.2.1)", minimum=0
-    )
-    reinforce_weight: float = option(0.1, "weight of the REINFORCE term of hard attention", minimum=0)
-    entropy_weight: float = option(0.002, "weight of the attention's entropy in hard attention", minimum=0)
+    label_smoothing: float = option(0.0, "share of the target that is spread evenly over all words", bounds="[0, 1)")
     patience: int = option(
         3,
-        "epochs that are not better than the best one, before training stops; 0: never stop early",
-        minimum=0,
+        "number of epochs without a better score after which training stops; 0 = never",
+        bounds="[0, inf)",
         may_change=True,
     )
     max_length: int = option(
-        50, "longest caption in tokens, <start> and <end> included; longer ones are cut", minimum=3, maximum=MAX_TOKENS
+        50, "longest caption in tokens, <start> and <end> included; longer ones are cut", bounds=f"[3, {MAX_TOKENS}]"
     )
-    max_val_images: int = option(1000, "largest number of images to validate with", minimum=1)
-    checkpoint_minutes: float = option(5.0, "minutes between checkpoints within an epoch", minimum=0, may_change=True)
-    seed: int = option(
-        0, "seed of the initial weights, of dropout and of the order of the data", minimum=0, below=SEED_LIMIT
+    max_val_images: int = option(1000, "largest number of images to validate with", bounds="[1, inf)")
+    checkpoint_minutes: float = option(
+        5.0, "minutes between checkpoints within an epoch", bounds="[0, inf)", may_change=True
     )
+    seed: int = option(0, "seed of the initial weights, of dropout and of the order of the data", bounds=SEEDS)
     shuffle_by: str = option(
         "image",
         "image: all captions of an image come in one batch, which is faster; caption: captions are shuffled one by one",
         choices=("image", "caption"),
     )
-    self_critical: bool = option(
-        False,
-        "train on the CIDEr of captions that the model samples: from the best weights of --run, which is not changed, "
-        "into a run of the same name with _cider added",
-        is_new=True,
-    )
-    samples: int = option(5, "captions that are sampled of each image", minimum=2, is_new=True)
-    baseline: str = option(
-        "others",
-        "what a caption's reward is compared with: the mean of the image's other samples, or its greedy caption",
-        choices=("others", "greedy"),
-        is_new=True,
-    )
-    bleu_weight: float = option(0.0, "how much of a caption's BLEU-4 is added to its CIDEr", minimum=0, is_new=True)
-    cross_entropy_weight: float = option(
-        0.0, "weight of the cross-entropy of the true captions, beside that of the rewards", minimum=0, is_new=True
-    )
-    train_cnn: int = option(
-        0,
-        "train the CNN too, from its block N on, of 1 to 5: a block begins where the grid gets smaller (inception_v3: "
-        "mixed0 to 2 are block 3, mixed3 to 7 block 4, mixed8 to 10 block 5); from the best weights of --run, which is "
-        "not changed, into a run of the same name with _cnn added; 0: the CNN stays as it is",
-        minimum=0,
-        is_new=True,
-    )
-    cnn_learning_rate: float = option(
-        1e-5, "learning rate of the CNN in --train-cnn; --learning-rate is that of the decoder", above=0, is_new=True
-    )
     fused: bool = option(
         True,
-        "train soft attention with fused_decoder.py; --no-fused trains with the plain loop in model.py, "
-        "which is slower",
+        "train with captioning/decoder/fused_decoder.py; --no-fused trains with the plain loop in model.py, which is "
+        "slower on a CPU",
         may_change=True,
     )
     mixed_precision: bool = option(False, "compute in float16 on a GPU; weights stay float32")
@@ -269,84 +220,49 @@ class TrainConfig(Settings):
     )
     strategy: str = option(
         "none",
-        "devices that share the work: one, all GPUs of this machine, or those of the machines in TF_CONFIG",
+        "devices that share the work: one, all GPUs of this machine, or the machines in TF_CONFIG",
         choices=("none", "mirrored", "multiworker"),
         may_change=True,
     )
     recipe: str = option(
         "tutorial",
         "settings to start from: the tutorial's, or those that scored best on Flickr8k, "
-        + " ".join(f"--{name.replace('_', '-')} {value}" for name, value in RECIPES["best"].items())
-        + "; best-cider is that of --self-critical",
+        + " ".join(f"--{name.replace('_', '-')} {value}" for name, value in RECIPES["best"].items()),
         choices=tuple(RECIPES),
         may_change=True,
     )
-
-    @classmethod
-    def from_json(cls, values: Any) -> Self:
-        """Makes the settings from what `to_json` returned; `jit` may be `auto`, as it was when this was a choice."""
-        if isinstance(values, dict) and values.get("jit") == "auto":
-            values = values | {"jit": "off"}
-        return super().from_json(values)
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.self_critical:
-            unused = ("label_smoothing", "doubly_stochastic", "train_cnn")
-            self._expect_defaults(unused, "not for self-critical training")
-            if self.jit == "on":
-                raise InputError("jit on: not for self-critical training, whose rewards are computed on the CPU")
-        else:
-            self._expect_defaults(SELF_CRITICAL_SETTINGS, "only for self-critical training")
-        if self.train_cnn:
-            self._expect_defaults(("jit", "strategy"), "not for training the CNN")
-        else:
-            self._expect_defaults(CNN_SETTINGS, "only for training the CNN")
-
-    def _expect_defaults(self, names: tuple[str, ...], reason: str) -> None:
-        """Raises InputError if a setting that this kind of training does not have is not its default."""
-        for name in names:
-            if (value := getattr(self, name)) != (default := self.__dataclass_fields__[name].default):
-                raise InputError(f"{name}: {reason}; expected {default}, found {value}")
-
-    @property
-    def suffix(self) -> str:
-        """What the name of the new run has more than that of the run whose weights it starts from; often nothing."""
-        return "_cider" if self.self_critical else "_cnn" if self.train_cnn else ""
 
 
 @dataclasses.dataclass(frozen=True)
 class DecodeConfig(Settings):
     """How captions are searched for."""
 
-    beam_size: int = option(1, "width of the beam search; 1 takes the most probable word at every step", minimum=1)
+    beam_size: int = option(
+        1, "width of the beam search; 1 takes the most probable word at every step", bounds="[1, inf)"
+    )
     length_penalty: float = option(
-        1.0, "captions of a beam compete by log p / length ** this; larger values prefer longer ones", minimum=0
+        1.0, "beam search ranks captions by log p / length^X; larger values give longer captions", bounds="[0, inf)"
     )
     max_words: int | None = option(
         None,
-        "words after which a caption that has not ended is cut (default: the run's --max-length)",
-        minimum=1,
-        maximum=MAX_TOKENS,
+        "number of words after which a caption that has not ended is cut (default: the run's --max-length)",
+        bounds=f"[1, {MAX_TOKENS}]",
     )
-    min_words: int = option(0, "words before which a caption may not end", minimum=0, maximum=MAX_TOKENS)
-    no_repeat: bool = option(False, "never the same word twice in a row, and never the same three words twice")
+    min_words: int = option(0, "number of words before which a caption may not end", bounds=f"[0, {MAX_TOKENS}]")
+    no_repeat: bool = option(False, "never repeat a word at once, nor any three words in a row")
     captions: int = option(
         1,
-        "captions of each image: the best of the beam, which is made at least this wide, or as many random ones",
-        minimum=1,
-        maximum=100,
+        "number of captions per image (the beam is widened if needed; with --sample, that many samples)",
+        bounds="[1, 100]",
     )
     sample: bool = option(False, "draw every word at random by its probability, instead of searching for the best ones")
     temperature: float = option(
-        1.0, "of --sample: below 1 probable words are drawn more often, above 1 rare ones", minimum=0.01, maximum=100
+        1.0, "sampling temperature: below 1 favours probable words, above 1 rare ones", bounds="[0.01, 100]"
     )
     top_p: float = option(
-        1.0, "of --sample: draw from the most probable words that together have this probability", above=0, maximum=1
+        1.0, "sample only from the most probable words that together have this probability", bounds="(0, 1]"
     )
-    decode_seed: int = option(
-        0, "of --sample: the same image and seed give the same captions", minimum=0, below=SEED_LIMIT
-    )
+    decode_seed: int = option(0, "seed of --sample: the same image and seed give the same captions", bounds=SEEDS)
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -3,28 +3,30 @@
 `content` is parsed JSON (a dict or a list), JSON Lines (`JsonLines`), text (a str), or a folder (`Folder`).
 """
 
-import contextlib
 import functools
 import json
 import re
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
 from captioning.base.cli import InputError
 from captioning.base.files import parse_json
-from captioning.data import caption_table
-from captioning.data.caption_rows import (
-    CAPTION_FIELDS,
-    IMAGE_FIELDS,
+from captioning.data.caption_table import (
+    DOWNLOAD_ADVICE,
     CaptionRow,
     Parsed,
     ReadOptions,
     describe_fields,
-    find_field,
+    find_fields,
+    first_line,
+    is_headerless,
+    is_table,
     parse_split,
     parse_splits,
+    read_headerless,
+    read_table,
     read_text,
 )
 from captioning.images.image_names import walk_files
@@ -95,19 +97,10 @@ def _parse_json_line(line: str) -> Any:
         return line
 
 
-@contextlib.contextmanager
-def _json_errors(path: Path | str, form: str) -> Iterator[None]:
-    """Turns the errors of JSON with missing or wrong fields into an InputError that names the expected form."""
-    try:
-        yield
-    except (KeyError, TypeError, IndexError, AttributeError) as error:
-        raise InputError(f"{path}: expected {form}; a field is missing or wrong: {error!r}") from None
-
-
 # COCO.
 
 
-def is_coco(content: Any) -> bool:
+def is_coco(content: Any, options: ReadOptions) -> bool:
     """Tells whether JSON is like COCO's captions_*.json."""
     return isinstance(content, dict) and "annotations" in content
 
@@ -120,31 +113,34 @@ def read_coco(path: Path | str, content: Any, options: ReadOptions) -> Parsed:
     already split into words, which are Japanese.
     """
     parsed = Parsed([])
-    form = "COCO's captions JSON (images with id and file_name, annotations with image_id and caption)"
-    with _json_errors(path, form):
-        images = [image for image in content["images"] if isinstance(image, dict) and "id" in image]
-        names = {str(image["id"]): (image.get("file_name"), image["id"]) for image in images}
-        for annotation in content["annotations"]:
-            image_id, problem = annotation.get("image_id"), ""
-            name, image_id = names.get(str(image_id), (f"image_id {image_id}", image_id))
-            caption = annotation.get("tokenized_caption") or annotation.get("caption")
-            if str(image_id) not in names:
-                problem = "an annotation of an image that is not listed"
-            elif annotation.get("is_rejected") or annotation.get("is_precanned"):
-                problem = "a sentence that is rejected or ready-made, as VizWiz marks them"
-            parsed.rows.append(CaptionRow(name, caption, image_id, problem=problem))
-        if any("tokenized_caption" in annotation for annotation in content["annotations"]):
-            parsed.details = "captions from tokenized_caption"
+    images = [image for image in content["images"] if isinstance(image, dict) and "id" in image]
+    names = {str(image["id"]): (image.get("file_name"), image["id"]) for image in images}
+    for annotation in content["annotations"]:
+        image_id, problem = annotation.get("image_id"), ""
+        name, image_id = names.get(str(image_id), (f"image_id {image_id}", image_id))
+        caption = annotation.get("tokenized_caption") or annotation.get("caption")
+        if str(image_id) not in names:
+            problem = "an annotation of an image that is not listed"
+        elif annotation.get("is_rejected") or annotation.get("is_precanned"):
+            problem = "a sentence that is rejected or ready-made, as VizWiz marks them"
+        parsed.rows.append(CaptionRow(name, caption, image_id, problem=problem))
+    if any("tokenized_caption" in annotation for annotation in content["annotations"]):
+        parsed.details = "captions from tokenized_caption"
     return parsed
 
 
 # Karpathy's splits, TextCaps.
 
 
-def is_karpathy(content: Any) -> bool:
+def is_karpathy(content: Any, options: ReadOptions) -> bool:
     """Tells whether JSON is Karpathy's dataset_*.json."""
-    images = content.get("images") if isinstance(content, dict) else None
-    return isinstance(images, list) and bool(images) and isinstance(images[0], dict) and "sentences" in images[0]
+    return _has_objects(content, "images", "sentences")
+
+
+def _has_objects(content: Any, name: str, field: str) -> bool:
+    """Tells whether JSON has a list of objects under a name, the first of which has a field."""
+    objects = content.get(name) if isinstance(content, dict) else None
+    return isinstance(objects, list) and bool(objects) and isinstance(objects[0], dict) and field in objects[0]
 
 
 def read_karpathy(path: Path | str, content: Any, options: ReadOptions) -> Parsed:
@@ -153,46 +149,41 @@ def read_karpathy(path: Path | str, content: Any, options: ReadOptions) -> Parse
     The datasets of aerial images (RSICD, UCM, Sydney) have this form too.
     """
     parsed = Parsed([], "with its split")
-    with _json_errors(path, "Karpathy's JSON (images with filename, split and sentences)"):
-        for image in content["images"]:
-            image_path = str(PurePosixPath(image.get("filepath", "")) / image["filename"])
-            # None is refused later; an empty split would pass for an undecided one.
-            split = parse_split(image.get("split")) or None
-            problem = "" if split else f"a split that is not train, restval, val or test, {image.get('split')!r}"
-            for sentence in image["sentences"] or [{"raw": ""}]:
-                row = CaptionRow(image_path, sentence.get("raw"), image.get("cocoid"), split, problem)
-                parsed.rows.append(row)
+    for image in content["images"]:
+        image_path = str(PurePosixPath(image.get("filepath", "")) / image["filename"])
+        # None is refused later; an empty split would pass for an undecided one.
+        split = parse_split(image.get("split")) or None
+        problem = "" if split else f"a split that is not train, restval, val or test, {image.get('split')!r}"
+        for sentence in image["sentences"] or [{"raw": ""}]:
+            parsed.rows.append(CaptionRow(image_path, sentence.get("raw"), image.get("cocoid"), split, problem))
     return parsed
 
 
-def is_textcaps(content: Any) -> bool:
+def is_textcaps(content: Any, options: ReadOptions) -> bool:
     """Tells whether JSON is TextCaps."""
-    rows = content.get("data") if isinstance(content, dict) else None
-    return isinstance(rows, list) and bool(rows) and isinstance(rows[0], dict) and "caption_str" in rows[0]
+    return _has_objects(content, "data", "caption_str")
 
 
 def read_textcaps(path: Path | str, content: Any, options: ReadOptions) -> Parsed:
     """Reads TextCaps: `data` with a caption_str, an image and its split in every row."""
     parsed = Parsed([], "with its split")
-    with _json_errors(path, "TextCaps (data with image_id, image_name or image_path, and caption_str)"):
-        for row in content["data"]:
-            name = row.get("image_path") or row.get("image_name") or row["image_id"]
-            split = parse_split(row.get("set_name"))
-            parsed.rows.append(CaptionRow(name, row["caption_str"], row["image_id"], split))
+    for row in content["data"]:
+        name = row.get("image_path") or row.get("image_name") or row["image_id"]
+        parsed.rows.append(CaptionRow(name, row["caption_str"], row["image_id"], parse_split(row.get("set_name"))))
     return parsed
 
 
 # Lists and lines of objects, and mappings.
 
 
-def is_json_lines(content: Any) -> bool:
+def is_json_lines(content: Any, options: ReadOptions) -> bool:
     """Tells whether content is JSON Lines, or one such line."""
     return isinstance(content, JsonLines) or (
         isinstance(content, dict) and {str(name).lower() for name in content} >= {"file_name", "text"}
     )
 
 
-def is_object_list(content: Any) -> bool:
+def is_object_list(content: Any, options: ReadOptions) -> bool:
     """Tells whether JSON is a list of objects."""
     return isinstance(content, list) and bool(content) and all(isinstance(item, dict) for item in content[:5])
 
@@ -208,24 +199,21 @@ def read_objects(path: Path | str, content: Any, options: ReadOptions) -> Parsed
     """
     objects = content if isinstance(content, list) else [content]
     first = next((item for item in objects if isinstance(item, dict)), {})
-    image = find_field(first, IMAGE_FIELDS, options.image_column)
-    if image is None and options.image_column is None and isinstance(first.get("image_id"), str):
-        image = "image_id"
-    caption = find_field(first, CAPTION_FIELDS, options.caption_column)
-    if image is None or caption is None:
+    fields = find_fields(map(str, first), options)
+    if fields is None:
         found = ", ".join(map(str, first))[:60]
         raise InputError(
             f"{path}: expected objects with {describe_fields(options)}; the fields of the first are {found}"
         )
-    values = [item.get("split") if isinstance(item, dict) else None for item in objects]
-    splits, notes = parse_splits(values, f"{path}: the field split")
-    parsed = Parsed([], f"fields {image} and {caption}", notes)
-    for number, (item, split) in enumerate(zip(objects, splits, strict=True), 1):
-        if not isinstance(item, dict) or image not in item or caption not in item:
-            problem = f"object {number} is not JSON with {image} and {caption}"
+    parsed = Parsed([], f"fields {fields.image} and {fields.caption}")
+    for number, item in enumerate(objects, 1):
+        if not isinstance(item, dict) or fields.image not in item or fields.caption not in item:
+            problem = f"object {number} is not JSON with {fields.image} and {fields.caption}"
             parsed.rows.append(CaptionRow(str(item)[:60], "", problem=problem))
             continue
-        parsed.rows += [CaptionRow(item[image], text, split=split) for text in _as_list(item[caption])]
+        for text in _as_list(item[fields.caption]):
+            parsed.rows.append(CaptionRow(item[fields.image], text, split=item.get(fields.split)))
+    parse_splits(parsed, f"{path}: field {fields.split}")
     return parsed
 
 
@@ -235,7 +223,7 @@ def _as_list(captions: Any) -> list[Any]:
     return [item.get("raw", item) if isinstance(item, dict) else item for item in captions or [None]]
 
 
-def is_mapping(content: Any) -> bool:
+def is_mapping(content: Any, options: ReadOptions) -> bool:
     """Tells whether JSON maps names of images to their captions."""
     if not isinstance(content, dict) or not content:
         return False
@@ -252,7 +240,7 @@ def read_mapping(path: Path | str, content: Any, options: ReadOptions) -> Parsed
 # Text.
 
 
-def is_token_file(content: Any) -> bool:
+def is_token_file(content: Any, options: ReadOptions) -> bool:
     """Tells whether text is like Flickr8k.token.txt."""
     return isinstance(content, str) and TOKEN_LINE.match(content.lstrip("\n")) is not None
 
@@ -268,20 +256,10 @@ def read_token_file(path: Path | str, content: str, options: ReadOptions) -> Par
     return parsed
 
 
-def is_table(content: Any, options: ReadOptions) -> bool:
-    """Tells whether text is a table whose header has columns for images and captions."""
-    return isinstance(content, str) and caption_table.find_dialect(content, options) is not None
-
-
-def is_headerless(content: Any, options: ReadOptions) -> bool:
-    """Tells whether text is lines of a name and a caption."""
-    return isinstance(content, str) and caption_table.has_headerless_rows(content, options)
-
-
 # Folders.
 
 
-def has_metadata(content: Any) -> bool:
+def has_metadata(content: Any, options: ReadOptions) -> bool:
     """Tells whether content is a folder like Hugging Face's ImageFolder."""
     return isinstance(content, Folder) and bool(content.metadata_files)
 
@@ -290,13 +268,9 @@ def read_image_folder(path: Path | str, content: Folder, options: ReadOptions) -
     """Reads Hugging Face's ImageFolder: metadata.csv or metadata.jsonl beside the images, of all or of each split."""
     parsed = Parsed([], ", ".join(file.relative_to(content.path).as_posix() for file in content.metadata_files))
     for file in content.metadata_files:
-        inner = read_content(file, options.encoding)
-        read = read_objects if isinstance(inner, list | dict) else caption_table.read_table
-        if isinstance(inner, str) and not is_table(inner, options):
-            raise InputError(caption_table.describe_unknown(file, inner, options))
         folder = PurePosixPath(file.parent.relative_to(content.path).as_posix())
         split = parse_split(folder.name)
-        found = read(file, inner, options)
+        _, found = parse_annotations(file, options)
         for row in found.rows:
             name = f"{folder}/{row.image_path}" if isinstance(row.image_path, str) else row.image_path
             parsed.rows.append(row._replace(image_path=name, split=split or row.split))
@@ -304,7 +278,7 @@ def read_image_folder(path: Path | str, content: Folder, options: ReadOptions) -
     return parsed
 
 
-def has_caption_files(content: Any) -> bool:
+def has_caption_files(content: Any, options: ReadOptions) -> bool:
     """Tells whether content is a folder in which an image has a text file beside it."""
     return isinstance(content, Folder) and any(content.caption_files.values())
 
@@ -329,42 +303,40 @@ def read_caption_files(path: Path | str, content: Folder, options: ReadOptions) 
 
 # The list.
 
-Reader = Callable[[Path | str, Any, ReadOptions], Parsed]
-
 
 class AnnotationFormat(NamedTuple):
     """A format of annotations."""
 
     name: str
     matches: Callable[[Any, ReadOptions], bool]
-    read: Reader
-
-
-def _by_content(matches: Callable[[Any], Any]) -> Callable[[Any, ReadOptions], bool]:
-    """Makes a matcher of one that needs no options."""
-    return lambda content, options: bool(matches(content))
+    read: Callable[[Path | str, Any, ReadOptions], Parsed]
 
 
 # The first one that matches reads the file.
 FORMATS: list[AnnotationFormat] = [
-    AnnotationFormat("COCO captions JSON", _by_content(is_coco), read_coco),
-    AnnotationFormat("Karpathy's JSON", _by_content(is_karpathy), read_karpathy),
-    AnnotationFormat("TextCaps JSON", _by_content(is_textcaps), read_textcaps),
-    AnnotationFormat("JSON Lines", _by_content(is_json_lines), read_objects),
-    AnnotationFormat("JSON list of objects", _by_content(is_object_list), read_objects),
-    AnnotationFormat("JSON mapping of names to captions", _by_content(is_mapping), read_mapping),
-    AnnotationFormat("lines of name#0<TAB>caption", _by_content(is_token_file), read_token_file),
-    AnnotationFormat("table with a header", is_table, caption_table.read_table),
-    AnnotationFormat("table without a header", is_headerless, caption_table.read_headerless),
-    AnnotationFormat("image folder with metadata", _by_content(has_metadata), read_image_folder),
-    AnnotationFormat("folder of images with .txt files", _by_content(has_caption_files), read_caption_files),
+    AnnotationFormat("COCO captions JSON", is_coco, read_coco),
+    AnnotationFormat("Karpathy's JSON", is_karpathy, read_karpathy),
+    AnnotationFormat("TextCaps JSON", is_textcaps, read_textcaps),
+    AnnotationFormat("JSON Lines", is_json_lines, read_objects),
+    AnnotationFormat("JSON list of objects", is_object_list, read_objects),
+    AnnotationFormat("JSON mapping of names to captions", is_mapping, read_mapping),
+    AnnotationFormat("lines of name#0<TAB>caption", is_token_file, read_token_file),
+    AnnotationFormat("table with a header", is_table, read_table),
+    AnnotationFormat("table without a header", is_headerless, read_headerless),
+    AnnotationFormat("image folder with metadata", has_metadata, read_image_folder),
+    AnnotationFormat("folder of images with .txt files", has_caption_files, read_caption_files),
 ]
 
 
 def describe_unknown(path: Path | str, content: Any, options: ReadOptions) -> str:
     """Says why content has none of the formats, and what to do."""
+    if isinstance(content, str) and re.search(r"https?://", content[:1000]):
+        return f"{path}: it has addresses of images, the first line is {first_line(content)[:60]!r}; {DOWNLOAD_ADVICE}"
     if isinstance(content, str):
-        return caption_table.describe_unknown(path, content, options)
+        return (
+            f"{path}: not a known annotation format (docs/data.md shows them); if it is a table, its header should "
+            f"have {describe_fields(options)}; its first line is {first_line(content)[:60]!r}"
+        )
     if isinstance(content, Folder):
         return (
             f"{path}: expected a folder with metadata.csv or metadata.jsonl, or with a .txt file beside each image; "
@@ -388,5 +360,11 @@ def parse_annotations(path: Path, options: ReadOptions) -> tuple[str, Parsed]:
     content = read_content(path, options.encoding)
     for annotation_format in FORMATS:
         if annotation_format.matches(content, options):
-            return annotation_format.name, annotation_format.read(path, content, options)
+            try:
+                return annotation_format.name, annotation_format.read(path, content, options)
+            except (KeyError, TypeError, IndexError, AttributeError) as error:  # of JSON
+                raise InputError(
+                    f"{path}: expected {annotation_format.name} (docs/data.md shows it); a field is missing or wrong: "
+                    f"{error!r}"
+                ) from None
     raise InputError(describe_unknown(path, content, options))

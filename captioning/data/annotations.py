@@ -10,7 +10,7 @@ from typing import Any
 from captioning.base.cli import InputError, log
 from captioning.base.text import normalize_text
 from captioning.data.annotation_formats import parse_annotations
-from captioning.data.caption_rows import CaptionRow, ReadOptions
+from captioning.data.caption_table import CaptionRow, ReadOptions
 from captioning.images.image_names import clean_name
 
 SPLITS = ("train", "val", "test")

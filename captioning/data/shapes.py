@@ -139,7 +139,7 @@ def draw_dataset(folder: Path | str, num_images: int = NUM_IMAGES, seed: int = 0
 
 def main(argv: list[str] | None = None) -> None:
     """Draws the dataset and prints the path of its annotation file."""
-    parser = make_parser(__doc__, prog="python -m captioning.data.shapes")
+    parser = make_parser(__doc__)
     parser.add_argument(
         "--output", metavar="DIR", default="data/shapes", help="folder to draw into (default: %(default)s)"
     )

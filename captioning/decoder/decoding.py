@@ -25,7 +25,6 @@ class StepModel(Protocol):
     """What decoding needs of a model. `config` has the field `vocab_size`."""
 
     config: Any
-    has_gate: bool  # whether the decoder has a gate, of which `step` returns the value
 
     def encode(self, features: tf.Tensor) -> Any:
         """Encodes features (B, L, channels) as a NamedTuple of tensors that have the images as their first axis."""
@@ -36,8 +35,7 @@ class StepModel(Protocol):
     def step(self, token: tf.Tensor, images: Any, state: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
         """Returns the next word's logits (B, V), the new state (B, units) and the attention weights (B, L).
 
-        `token` is (B,) int32. The gate (Xu et al. 2015, section 4.2.1), if there is one, is a column after the
-        attention weights: (B, L + 1).
+        `token` is (B,) int32.
         """
 
 
@@ -50,14 +48,6 @@ class DecodedBatch(NamedTuple):
     tokens: tf.Tensor  # (R, T) int32, <end> included, then padded with <pad>; only <pad>: there was no further caption
     probabilities: tf.Tensor  # (R, T), of each token, given those before it
     attention: tf.Tensor  # (R, T, L), the attention weights of each step
-    gates: tf.Tensor | None = None  # (R, T), the gate of each step; None if the decoder has none
-
-    @classmethod
-    def of(cls, model: StepModel, tokens: tf.Tensor, probabilities: tf.Tensor, attention: tf.Tensor) -> "DecodedBatch":
-        """Separates the gates from the attention (R, T, L + 1) of a decoder that has one."""
-        if not model.has_gate:
-            return cls(tokens, probabilities, attention)
-        return cls(tokens, probabilities, attention[:, :, :-1], attention[:, :, -1])
 
 
 def decode(
@@ -176,8 +166,7 @@ def generate(
         attention = attention.write(t, tf.cast(attention_weights, tf.float32))
         finished |= token == END_ID
         t, is_done = t + 1, tf.reduce_all(finished)
-    return DecodedBatch.of(
-        model,
+    return DecodedBatch(
         tokens=tf.cast(tf.transpose(tokens.stack()), tf.int32),  # (T, B) -> (B, T)
         probabilities=tf.transpose(probabilities.stack()),  # (T, B) -> (B, T)
         attention=tf.transpose(attention.stack(), [1, 0, 2]),  # (T, B, L) -> (B, T, L)
@@ -200,7 +189,7 @@ class BeamState(NamedTuple):
     finished: tf.Tensor  # (B, K) bool, whether the caption has its <end>
     tokens: tf.Tensor  # (B, K, t) int64
     probabilities: tf.Tensor  # (B, K, t)
-    attention: tf.Tensor  # (B, K, t, L), or (B, K, t, L + 1) with the gates
+    attention: tf.Tensor  # (B, K, t, L)
 
 
 class Expansion(NamedTuple):
@@ -242,8 +231,9 @@ def beam_search(
     images = repeat_images(model.encode(features), beam_size)  # (B * K, ...)
     vocab_size = model.config.vocab_size
     forbidden = forbidden_tokens(vocab_size)  # (V,)
-    num_weights = features.shape[1] + int(model.has_gate)
-    beams = init_beams(model.initial_state(images), beam_size, num_weights)
+    # Cached features are (B, L, C); of pixels, which a trained CNN takes, L is known once they are encoded.
+    num_locations = tf.nest.flatten(images)[0].shape[1]
+    beams = init_beams(model.initial_state(images), beam_size, num_locations)
     t, is_done = tf.constant(0), tf.constant(False)
     while tf.logical_and(t < max_words, ~is_done):
         tf.autograph.experimental.set_loop_options(shape_invariants=[(beams, loop_shapes(beams))])
@@ -255,16 +245,16 @@ def beam_search(
         expansion = expand_beams(beams.scores, log_probs, beams.finished)
         beams = reorder_beams(beams, expansion, state, attention_weights)
         t, is_done = t + 1, tf.reduce_all(beams.finished | (beams.scores == -np.inf))
-    return DecodedBatch.of(model, *rank_beams(beams, length_penalty, num_captions))
+    return DecodedBatch(*rank_beams(beams, length_penalty, num_captions))
 
 
-def init_beams(state: tf.Tensor, beam_size: int, num_weights: int) -> BeamState:
+def init_beams(state: tf.Tensor, beam_size: int, num_locations: int) -> BeamState:
     """Returns the beams before the first step: one empty caption, and K - 1 places without one.
 
     Args:
         state: (B * K, units), the decoder's state.
         beam_size: K.
-        num_weights: the attention weights of a step, and its gate if there is one.
+        num_locations: L.
     """
     batch_size = tf.shape(state)[0] // beam_size
     first_only = tf.one_hot(0, beam_size, on_value=0.0, off_value=-np.inf)  # (K,)
@@ -275,7 +265,7 @@ def init_beams(state: tf.Tensor, beam_size: int, num_weights: int) -> BeamState:
         finished=tf.zeros([batch_size, beam_size], tf.bool),
         tokens=tf.zeros([batch_size, beam_size, 0], tf.int64),
         probabilities=tf.zeros([batch_size, beam_size, 0]),
-        attention=tf.zeros([batch_size, beam_size, 0, num_weights]),
+        attention=tf.zeros([batch_size, beam_size, 0, num_locations]),
     )
 
 
@@ -322,7 +312,7 @@ def reorder_beams(beams: BeamState, expansion: Expansion, state: tf.Tensor, atte
         beams: the beams before the step.
         expansion: the captions that are kept.
         state: (B * K, units), the decoder's state after the step.
-        attention_weights: (B * K, L) or (B * K, L + 1), of the step.
+        attention_weights: (B * K, L), of the step.
     """
     batch_size, beam_size = tf.shape(expansion.parent)[0], beams.scores.shape[1]
 

@@ -1,33 +1,36 @@
 """Teacher forcing of soft attention with a hand-written backward pass, faster on a CPU than the plain loop in model.py.
 
-The decoder's `step` is the definition; train.py compares the two before it trains. What makes this faster
+`RNNDecoder.step` is the definition; train.py compares the two before it trains. Four things make this one faster
 (docs/performance.md): a caption that has ended takes no part in the steps after it; the words' part of the GRU's input
-is computed once for all; a kernel's gradient is one product after the loop; of a step's large tensors only e is kept.
+is computed once for all steps; the gradient of a kernel is one product after the loop; of the large tensors of a step
+only e is kept.
 
 At a step, n captions are active. L locations, C channels, U units; N is the sum of n over all T steps.
 
     q = h W2                               query                (n, U)       b2 is added to the keys beforehand
     e = tanh(keys + q)                     attention hidden     (n, L, U)
     a = softmax(e v)                       attention weights    (n, L)       v's bias cancels in the softmax
-    b = sigmoid(h wb + bb)                 gate                 (n, 1)       only of the paper's decoder; else 1
-    c = b sum_l a_l f_l                    context vector       (n, C)
+    c = sum_l a_l f_l                      context vector       (n, C)
     x = token_input + c Wc                 input part           (n, 3U)      of the gates z, r and g, in Keras's order
     u = h Wh                               recurrent part       (n, 3U)      the biases of z and r are in token_input
     z = sigmoid(x_z + u_z)   r = sigmoid(x_r + u_r)   p = u_g + b_g   g = tanh(x_g + r p)
     h' = z h + (1 - z) g                   new state            (n, U)
 """
 
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from captioning.base.quiet_tensorflow import tf
 
+# The order of the words of a batch.
+
 
 class WordOrder(NamedTuple):
-    """The order in which the words of a batch are gone through: step after step, in each the longest caption first.
+    """The packing order of a batch: step by step, in each the longest caption first.
 
-    It is index arithmetic, which threads of the input pipeline do beforehand. A GPU would have to wait for each number.
+    It is index arithmetic, which the input pipeline computes beforehand: a GPU would stall on it.
     """
 
     longest_first: tf.Tensor  # (B,) int32, the captions by their lengths
@@ -41,12 +44,12 @@ ORDER_SHAPES = ([None], [None], [None], [None, 2], [None, 2])
 
 
 def order_words(tokens: np.ndarray) -> WordOrder:
-    """Makes the order of the words that are predicted of captions (B, T + 1), which are padded with <pad>, 0."""
+    """Makes the packing order of the words to predict of captions (B, T + 1), which are padded with <pad>, 0."""
     lengths = np.count_nonzero(tokens, axis=1) - 1  # (B,); the last token is only predicted
     longest_first = np.argsort(-lengths, kind="stable")  # (B,)
     is_active = lengths[longest_first] > np.arange(lengths.max())[:, np.newaxis]  # (T, B)
     num_active = is_active.sum(axis=1)  # (T,)
-    step, rank = np.nonzero(is_active)  # (N,), step after step
+    step, rank = np.nonzero(is_active)  # (N,), step by step
     order = WordOrder(
         longest_first=longest_first,
         num_active=num_active,
@@ -63,6 +66,28 @@ def order_tensors(tokens: tf.Tensor) -> WordOrder:
     return WordOrder(*map(tf.ensure_shape, arrays, ORDER_SHAPES))
 
 
+# One step forward.
+
+
+class Weights(NamedTuple):
+    """What is trained of the attention and the GRU, as far as the loop needs it; and its gradient."""
+
+    query: tf.Tensor  # (U, U): W2
+    score: tf.Tensor  # (U, 1): v
+    context: tf.Tensor  # (C, 3U): Wc
+    recurrent: tf.Tensor  # (U, 3U): Wh
+    candidate_bias: tf.Tensor  # (U,): b_g
+
+
+class StackedWeights(NamedTuple):
+    """The same, stacked so that the parts of a product need not be copied out of it."""
+
+    state: tf.Tensor  # (4, U, U): Wh of z, r and g, and W2
+    context: tf.Tensor  # (3, C, U): Wc of z, r and g
+    score: tf.Tensor  # (U, 1): v
+    candidate_bias: tf.Tensor  # (U,): b_g
+
+
 class Residuals(NamedTuple):
     """What the forward step keeps for the backward step, besides e."""
 
@@ -73,212 +98,319 @@ class Residuals(NamedTuple):
     reset: tf.Tensor  # (n, U): r
     candidate: tf.Tensor  # (n, U): g
     recurrent_candidate: tf.Tensor  # (n, U): p
-    context_gate: tf.Tensor | None = None  # (n, 1): b, if there is one
 
 
-def forward_step(state, token_input, features, keys, weights, gate=()) -> tuple[tf.Tensor, tf.Tensor, Residuals]:
-    """Computes h', e and the rest from state (n, U), token_input (3, n, U), features (n, L, C) and keys (n, L, U).
+def forward_step(
+    state: tf.Tensor, token_input: tf.Tensor, features: tf.Tensor, keys: tf.Tensor, weights: StackedWeights
+) -> tuple[tf.Tensor, tf.Tensor, Residuals]:
+    """Computes h' (n, U), e (n, L, U) and the rest.
 
-    The weights are Wh of z, r and g with W2, (4, U, U); Wc of z, r and g, (3, C, U); v, (U, 1); and b_g, (U,). They
-    are stacked so that the parts of a product need not be copied out of it. The gate is wb (U, 1) and bb (1,).
+    Args:
+        state: (n, U), h.
+        token_input: (3, n, U), the words' part of x.
+        features: (n, L, C), f.
+        keys: (n, L, U).
+        weights: the kernels.
     """
-    state_kernels, context_kernels, score_kernel, candidate_bias = weights
     num_locations, units = keys.shape[1:]
-    recurrent = tf.matmul(state[tf.newaxis], state_kernels)  # (4, n, U): u_z, u_r, u_g, q
-    hidden = tf.tanh(keys + recurrent[3, :, tf.newaxis])  # (n, L, U)
-    scores = tf.matmul(tf.reshape(hidden, (-1, units)), score_kernel)  # (n L, 1)
-    attention_weights = tf.nn.softmax(tf.reshape(scores, (-1, num_locations)))  # (n, L)
-    context = tf.squeeze(tf.matmul(attention_weights[:, tf.newaxis], features), 1)  # (n, C)
-    context_gate = None
-    if gate:
-        context_gate = tf.sigmoid(tf.matmul(state, gate[0]) + gate[1])  # (n, 1)
-        context *= context_gate
-    inputs = token_input + tf.matmul(context[tf.newaxis], context_kernels)  # (3, n, U): x_z, x_r, x_g
-    gates = tf.sigmoid(inputs[:2] + recurrent[:2])  # (2, n, U)
+    recurrent = tf.matmul(state[tf.newaxis], weights.state)  # (4, n, U): u_z, u_r, u_g, q
+    hidden = tf.tanh(keys + recurrent[3, :, tf.newaxis])  # (n, L, U): e
+    scores = tf.matmul(tf.reshape(hidden, (-1, units)), weights.score)  # (n L, 1): e v
+    attention_weights = tf.nn.softmax(tf.reshape(scores, (-1, num_locations)))  # (n, L): a
+    context = tf.squeeze(tf.matmul(attention_weights[:, tf.newaxis], features), 1)  # (n, C): c
+    inputs = token_input + tf.matmul(context[tf.newaxis], weights.context)  # (3, n, U): x_z, x_r, x_g
+    gates = tf.sigmoid(inputs[:2] + recurrent[:2])  # (2, n, U): z, r
     update, reset = gates[0], gates[1]  # (n, U)
-    recurrent_candidate = recurrent[2] + candidate_bias  # (n, U)
-    candidate = tf.tanh(inputs[2] + reset * recurrent_candidate)  # (n, U)
-    new_state = update * state + (1 - update) * candidate  # (n, U)
-    res = Residuals(state, attention_weights, context, update, reset, candidate, recurrent_candidate, context_gate)
-    return new_state, hidden, res
+    recurrent_candidate = recurrent[2] + weights.candidate_bias  # (n, U): p
+    candidate = tf.tanh(inputs[2] + reset * recurrent_candidate)  # (n, U): g
+    new_state = update * state + (1 - update) * candidate  # (n, U): h'
+    residuals = Residuals(state, attention_weights, context, update, reset, candidate, recurrent_candidate)
+    return new_state, hidden, residuals
 
 
-def gate_slopes(res: Residuals) -> tf.Tensor:
-    """Computes dh' by the pre-activations of z, r and g, by u_g, and by h directly, of all steps at once: (N, 5, U)."""
-    d_g = (1 - res.update) * (1 - res.candidate**2)  # (N, U)
-    d_z = (res.prev_state - res.candidate) * res.update * (1 - res.update)  # (N, U)
-    d_r = d_g * res.recurrent_candidate * res.reset * (1 - res.reset)  # (N, U)
+# One step backward.
+
+
+class TransposedKernels(NamedTuple):
+    """The kernels as the chain rule multiplies by them."""
+
+    context: tf.Tensor  # (3U, C): Wc
+    state: tf.Tensor  # (4U, U): Wh, and W2
+    score: tf.Tensor  # (U,): v
+
+
+class Sums(NamedTuple):
+    """Gradients that the backward loop sums over the steps."""
+
+    state: tf.Tensor  # (n, U), of h
+    keys: tf.Tensor  # (n, L, U), of the keys, as sum over the steps of d_scores e^2: see `backward_step`
+    score_kernel: tf.Tensor  # (1, U), of v
+
+
+class StepGradients(NamedTuple):
+    """Gradients of a step from which, for all steps at once, those of the kernels follow."""
+
+    inputs: tf.Tensor  # (n, 3U), of x
+    recurrent: tf.Tensor  # (n, 4U), of u, and of q
+    scores: tf.Tensor  # (n, L), of e v
+    context: tf.Tensor  # (n, C), of c
+
+
+def partial_derivatives(res: Residuals) -> tf.Tensor:
+    """Partial derivatives of h' with respect to x_z, x_r, x_g, u_g and h, for all steps at once: (N, 5, U)."""
+    d_g = (1 - res.update) * (1 - res.candidate**2)  # (N, U); h' = z h + (1 - z) g, and tanh' = 1 - tanh^2
+    d_z = (res.prev_state - res.candidate) * res.update * (1 - res.update)  # (N, U); sigmoid' = z (1 - z)
+    d_r = d_g * res.recurrent_candidate * res.reset * (1 - res.reset)  # (N, U), through r p
     return tf.stack([d_z, d_r, d_g, d_g * res.reset, res.update], 1)  # (N, 5, U)
 
 
 def backward_step(
-    d_state, d_attention, slopes, attention_weights, hidden, features, kernels, d_context=None, context_gate=None
-):
+    d_state: tf.Tensor,
+    d_attention: tf.Tensor,
+    partials: tf.Tensor,
+    attention_weights: tf.Tensor,
+    hidden: tf.Tensor,
+    features: tf.Tensor,
+    kernels: TransposedKernels,
+) -> tuple[Sums, StepGradients]:
     """Applies the chain rule to `forward_step`, from the bottom to the top.
 
-    Takes the gradients of h' (n, U) and of a (n, L), the latter from outside such as that of a penalty on it, and the
-    transposed kernels: Wc (3U, C), Wh with W2 (4U, U), v (U,). Returns the gradients that are summed over the steps, of
-    h, of the keys before the multiplication with tanh' and v, and of v; and those of x, u with q, the scores, and the
-    sum over l. With a gate it also takes the gradient of c from outside (n, C) and b (n, 1); wb is the last row of the
-    kernel with Wh, and the gradient of h wb + bb stands after that of q.
+    Args:
+        d_state: (n, U), the gradient of h'.
+        d_attention: (n, L), the gradient of a from outside, such as that of a penalty on it.
+        partials: (n, 5, U), see `partial_derivatives`.
+        attention_weights: (n, L), a.
+        hidden: (n, L, U), e.
+        features: (n, L, C), f.
+        kernels: the transposed kernels.
     """
     units = hidden.shape[2]
-    context_kernel, state_kernel, score_kernel = kernels
-    d_gates = tf.reshape(d_state[:, tf.newaxis] * slopes, (-1, 5 * units))  # (n, 5U)
-    d_inputs = d_gates[:, : 3 * units]  # (n, 3U)
-    d_sum = tf.matmul(d_inputs, context_kernel)  # (n, C)
-    if context_gate is not None:
-        d_sum = (d_sum + d_context) * context_gate  # (n, C)
-    d_weights = tf.squeeze(tf.matmul(d_sum[:, tf.newaxis], features, transpose_b=True), 1)  # (n, L)
-    d_gate_logit = []
-    if context_gate is not None:  # (1 - b) b dc . sum_l a_l f_l, of which d_weights has all but (1 - b) and a
-        d_gate_logit = [(1 - context_gate) * tf.reduce_sum(attention_weights * d_weights, 1, keepdims=True)]  # (n, 1)
-    d_weights += d_attention  # (n, L)
+    d_gates = tf.reshape(d_state[:, tf.newaxis] * partials, (-1, 5 * units))  # (n, 5U): of x_z, x_r, x_g, u_g, h
+    d_inputs = d_gates[:, : 3 * units]  # (n, 3U): dx
+    d_context = tf.matmul(d_inputs, kernels.context)  # (n, C): dc = dx Wc'
+    d_weights = tf.squeeze(tf.matmul(d_context[:, tf.newaxis], features, transpose_b=True), 1)  # (n, L): dc . f_l
+    d_weights += d_attention  # (n, L): da
     mean = tf.reduce_sum(attention_weights * d_weights, 1, keepdims=True)  # (n, 1)
-    d_scores = attention_weights * (d_weights - mean)  # (n, L), through the softmax
-    d_score_kernel = tf.matmul(tf.reshape(d_scores, (1, -1)), tf.reshape(hidden, (-1, units)))  # (1, U)
-    # tanh' = 1 - e^2. Only the e^2 of it is multiplied out; the sum of the ones costs next to nothing.
-    squared = tf.square(hidden)  # (n, L, U)
-    from_squares = tf.squeeze(tf.matmul(d_scores[:, tf.newaxis], squared), 1)  # (n, U)
-    d_query = (tf.reduce_sum(d_scores, 1, keepdims=True) - from_squares) * score_kernel  # (n, U)
-    d_recurrent = [d_gates[:, : 2 * units], d_gates[:, 3 * units : 4 * units], d_query, *d_gate_logit]
-    d_recurrent = tf.concat(d_recurrent, 1)  # (n, 4U), or (n, 4U + 1) with a gate
-    d_prev_state = d_gates[:, 4 * units :] + tf.matmul(d_recurrent, state_kernel)  # (n, U)
+    d_scores = attention_weights * (d_weights - mean)  # (n, L): through the softmax
+    d_score_kernel = tf.matmul(tf.reshape(d_scores, (1, -1)), tf.reshape(hidden, (-1, units)))  # (1, U): dv
+    # dq = sum_l d_scores v (1 - e^2), since tanh' = 1 - e^2. Only the part with e^2 needs a product of (n, L, U), and
+    # only that part of the keys' gradient is summed: `unroll` adds the part with 1 for all steps at once.
+    squared = tf.square(hidden)  # (n, L, U): e^2
+    with_squares = tf.squeeze(tf.matmul(d_scores[:, tf.newaxis], squared), 1)  # (n, U)
+    d_query = (tf.reduce_sum(d_scores, 1, keepdims=True) - with_squares) * kernels.score  # (n, U): dq
+    d_recurrent = tf.concat([d_gates[:, : 2 * units], d_gates[:, 3 * units : 4 * units], d_query], 1)  # (n, 4U)
+    d_prev_state = d_gates[:, 4 * units :] + tf.matmul(d_recurrent, kernels.state)  # (n, U): dh
     d_keys = d_scores[:, :, tf.newaxis] * squared  # (n, L, U)
-    return (d_prev_state, d_keys, d_score_kernel), (d_inputs, d_recurrent, d_scores, d_sum)
+    return Sums(d_prev_state, d_keys, d_score_kernel), StepGradients(d_inputs, d_recurrent, d_scores, d_context)
 
 
-def loop(body, num_steps, carry, shapes, reverse=False):
-    """Calls body(t, *carry) -> carry, values for every step; returns the last carry, and a TensorArray per value."""
-    settings = {"size": num_steps, "infer_shape": False, "clear_after_read": False}
-    arrays = [tf.TensorArray(carry[0].dtype, element_shape=(None, *shape), **settings) for shape in shapes]
-
-    def iterate(i, carry, arrays):
-        t = num_steps - 1 - i if reverse else i
-        carry, values = body(t, *carry)
-        return i + 1, carry, [array.write(t, value) for array, value in zip(arrays, values, strict=True)]
-
-    # The number of active captions changes, and with it the shapes. A step needs the last one: one iteration at a time.
-    free = [tf.TensorShape((None, *tensor.shape[1:])) for tensor in carry]
-    shapes = (tf.TensorShape(()), free, [tf.TensorShape(None)] * len(arrays))
-    return tf.while_loop(lambda i, *_: i < num_steps, iterate, (0, carry, arrays), shapes, parallel_iterations=1)[1:]
+# All steps.
 
 
-def forward_loop(token_inputs, features, keys, initial_state, order, weights, gate):
-    """Runs all steps; returns the new states (N, U), e as a TensorArray, since a copy would cost, and Residuals."""
-    num_locations, units = keys.shape[1:]
+def make_arrays(num_steps: tf.Tensor, dtype: tf.DType, shapes: Sequence[tuple[int, ...]]) -> list[tf.TensorArray]:
+    """Makes an array for each of some values of the steps, whose shapes are given without the captions."""
+    return [
+        tf.TensorArray(dtype, num_steps, element_shape=(None, *shape), infer_shape=False, clear_after_read=False)
+        for shape in shapes
+    ]
 
-    def body(t, state):
+
+def forward_loop(
+    token_inputs: tf.Tensor,
+    features: tf.Tensor,
+    keys: tf.Tensor,
+    initial_state: tf.Tensor,
+    order: WordOrder,
+    weights: StackedWeights,
+) -> tuple[tf.Tensor, tf.TensorArray, Residuals]:
+    """Runs all steps.
+
+    Returns:
+        The new states (N, U); e of every step, as an array, since a copy of it would cost; and the rest, (N, ...).
+    """
+    num_steps = tf.size(order.num_active)
+    (num_locations, units), channels = keys.shape[1:], features.shape[2]
+    # e, h', and the seven of Residuals.
+    shapes = [(num_locations, units), (units,), (units,), (num_locations,), (channels,), *[(units,)] * 4]
+
+    def body(t: tf.Tensor, state: tf.Tensor, arrays: list[tf.TensorArray]) -> tuple:
         n, start = order.num_active[t], order.step_start[t]
         inputs = token_inputs[:, start : start + n], features[:n], keys[:n]
-        new_state, hidden, res = forward_step(state[:n], *inputs, weights, gate)
-        return [new_state], [hidden, new_state, *(tensor for tensor in res if tensor is not None)]
+        new_state, hidden, residuals = forward_step(state[:n], *inputs, weights)
+        values = [hidden, new_state, *residuals]
+        return t + 1, new_state, [array.write(t, value) for array, value in zip(arrays, values, strict=True)]
 
-    shapes = [(num_locations, units), *[(units,)] * 2, (num_locations,), (features.shape[2],), *[(units,)] * 4]
-    if gate:
-        shapes.append((1,))
-    hidden, *arrays = loop(body, tf.size(order.num_active), [initial_state], shapes)[1]
-    states, *residuals = (array.concat() for array in arrays)  # (N, ...)
+    _, _, arrays = tf.while_loop(
+        lambda t, *_: t < num_steps,
+        body,
+        (0, initial_state, make_arrays(num_steps, initial_state.dtype, shapes)),
+        # The number of active captions changes, and with it the shape of the state.
+        (tf.TensorShape(()), tf.TensorShape((None, units)), [tf.TensorShape(None)] * len(shapes)),
+        parallel_iterations=1,  # a step needs the one before it
+    )
+    hidden, *others = arrays
+    states, *residuals = (array.concat() for array in others)  # (N, ...)
     return states, hidden, Residuals(*residuals)
 
 
-def backward_loop(d_states, d_attention, d_contexts, hidden, res, features, order, kernels):
-    """Runs `backward_step` from the last step to the first; returns its sums and its other gradients."""
-    units, num_locations = res.update.shape[1], d_attention.shape[1]
-    slopes = gate_slopes(res)
+def backward_loop(
+    d_states: tf.Tensor,
+    d_attention: tf.Tensor,
+    hidden: tf.TensorArray,
+    res: Residuals,
+    features: tf.Tensor,
+    order: WordOrder,
+    kernels: TransposedKernels,
+) -> tuple[Sums, StepGradients]:
+    """Runs `backward_step` from the last step to the first.
 
-    def body(t, d_state, d_keys, d_score_kernel):
+    Args:
+        d_states: (N, U), the gradients of the new states.
+        d_attention: (N, L), the gradients of the attention weights.
+        hidden: e of every step.
+        res: what the forward loop has kept, (N, ...).
+        features: (B, L, C), longest caption first.
+        order: the order of the words.
+        kernels: the transposed kernels.
+
+    Returns:
+        The sums over the steps, of B captions, and the gradients of all steps, (N, ...).
+    """
+    num_steps = tf.size(order.num_active)
+    units, num_locations, channels = res.update.shape[1], d_attention.shape[1], features.shape[2]
+    partials = partial_derivatives(res)
+
+    def body(i: tf.Tensor, sums: Sums, arrays: list[tf.TensorArray]) -> tuple:
+        t = num_steps - 1 - i
         n, start = order.num_active[t], order.step_start[t]
         rows = slice(start, start + n)
-        ending = [[0, n - tf.shape(d_state)[0]], [0, 0]]  # captions that have no later step
-        d_state = tf.pad(d_state, ending) + d_states[rows]  # (n, U)
-        inputs = d_attention[rows], slopes[rows], res.attention_weights[rows], hidden.read(t), features[:n]
-        gating = () if res.context_gate is None else (d_contexts[rows], res.context_gate[rows])
-        sums, others = backward_step(d_state, *inputs, kernels, *gating)
-        return [sums[0], tf.pad(d_keys, [*ending, [0, 0]]) + sums[1], d_score_kernel + sums[2]], others
+        ending = [[0, n - tf.shape(sums.state)[0]], [0, 0]]  # captions that have no later step
+        d_state = tf.pad(sums.state, ending) + d_states[rows]  # (n, U)
+        saved = partials[rows], res.attention_weights[rows], hidden.read(t)
+        of_step, gradients = backward_step(d_state, d_attention[rows], *saved, features[:n], kernels)
+        sums = Sums(
+            state=of_step.state,
+            keys=tf.pad(sums.keys, [*ending, [0, 0]]) + of_step.keys,
+            score_kernel=sums.score_kernel + of_step.score_kernel,
+        )
+        return i + 1, sums, [array.write(t, value) for array, value in zip(arrays, gradients, strict=True)]
 
-    zeros = [tf.zeros(shape, d_states.dtype) for shape in ((0, units), (0, num_locations, units), (1, units))]
-    shapes = [(3 * units,), (kernels[1].shape[0],), (num_locations,), (features.shape[2],)]
-    sums, arrays = loop(body, tf.size(order.num_active), zeros, shapes, reverse=True)
-    return *sums, *[array.concat() for array in arrays]
+    zeros = Sums(
+        state=tf.zeros((0, units), d_states.dtype),
+        keys=tf.zeros((0, num_locations, units), d_states.dtype),
+        score_kernel=tf.zeros((1, units), d_states.dtype),
+    )
+    growing = Sums(*(tf.TensorShape(shape) for shape in ((None, units), (None, num_locations, units), (1, units))))
+    shapes = [(3 * units,), (4 * units,), (num_locations,), (channels,)]  # of StepGradients
+    _, sums, arrays = tf.while_loop(
+        lambda i, *_: i < num_steps,
+        body,
+        (0, zeros, make_arrays(num_steps, d_states.dtype, shapes)),
+        (tf.TensorShape(()), growing, [tf.TensorShape(None)] * len(shapes)),
+        parallel_iterations=1,
+    )
+    return sums, StepGradients(*(array.concat() for array in arrays))
 
 
 @tf.custom_gradient
 def unroll(
-    token_inputs, features, keys, initial_state, order, query_kernel, score_kernel, context_kernel, kernel, bias, *gate
-):
-    """Runs all steps; its gradient has one product for each kernel. See `run` for shapes and results.
+    token_inputs: tf.Tensor,
+    features: tf.Tensor,
+    keys: tf.Tensor,
+    initial_state: tf.Tensor,
+    order: WordOrder,
+    weights: Weights,
+) -> tuple[tuple[tf.Tensor, tf.Tensor], Any]:
+    """Runs all steps; its gradient has one product for each kernel.
 
-    With the gate's kernel and bias the context vectors and the gates are results, too; the latter have no gradient.
+    Args:
+        token_inputs: (N, 3U), the words' part of x.
+        features: (B, L, C), longest caption first.
+        keys: (B, L, U), with b2.
+        initial_state: (B, U), h before the first word.
+        order: the order of the words.
+        weights: the kernels.
+
+    Returns:
+        The new states (N, U) and the attention weights (N, L); and the function of their gradient.
     """
     units = keys.shape[2]
-    state_kernels = tf.stack([*tf.split(kernel, 3, 1), query_kernel])  # (4, U, U)
-    weights = state_kernels, tf.stack(tf.split(context_kernel, 3, 1)), score_kernel, bias
+    stacked = StackedWeights(
+        state=tf.stack([*tf.split(weights.recurrent, 3, 1), weights.query]),
+        context=tf.stack(tf.split(weights.context, 3, 1)),
+        score=weights.score,
+        candidate_bias=weights.candidate_bias,
+    )
     token_inputs = tf.stack(tf.split(token_inputs, 3, 1))  # (3, N, U)
-    states, hidden, res = forward_loop(token_inputs, features, keys, initial_state, order, weights, gate)
+    states, hidden, res = forward_loop(token_inputs, features, keys, initial_state, order, stacked)
 
-    def gradient(d_states, d_attention, d_contexts=None, _=None):
-        state_kernel = tf.concat([kernel, query_kernel, *gate[:1]], 1)  # (U, 4U), or (U, 4U + 1) with a gate
-        kernels = tf.transpose(context_kernel), tf.transpose(state_kernel), score_kernel[:, 0]
-        grads = backward_loop(d_states, d_attention, d_contexts, hidden, res, features, order, kernels)
-        d_initial, squares, d_score_kernel, d_inputs, d_recurrent, d_scores, d_sum = grads
+    def gradient(d_states: tf.Tensor, d_attention: tf.Tensor) -> tuple:
+        kernels = TransposedKernels(
+            context=tf.transpose(weights.context),
+            state=tf.transpose(tf.concat([weights.recurrent, weights.query], 1)),
+            score=weights.score[:, 0],
+        )
+        sums, steps = backward_loop(d_states, d_attention, hidden, res, features, order, kernels)
 
-        def unpack(rows):  # (N, D) -> (B, T, D)
+        def unpack(rows: tf.Tensor) -> tf.Tensor:  # (N, D) -> (B, T, D)
             return tf.scatter_nd(order.ranks, rows, (tf.shape(keys)[0], tf.size(order.num_active), rows.shape[1]))
 
-        d_features = tf.matmul(unpack(res.attention_weights), unpack(d_sum), transpose_a=True)  # (B, L, C)
-        d_keys = (tf.reduce_sum(unpack(d_scores), 1)[:, :, tf.newaxis] - squares) * score_kernel[:, 0]  # (B, L, U)
-        d_state = tf.matmul(res.prev_state, d_recurrent, transpose_a=True)  # (U, 4U): of Wh, and of W2; and of wb
-        d_context_kernel = tf.matmul(res.context, d_inputs, transpose_a=True)  # (C, 3U)
-        d_bias = tf.reduce_sum(d_recurrent[:, 2 * units : 3 * units], 0)  # (U,)
-        d_query_kernel = d_state[:, 3 * units : 4 * units]  # (U, U)
-        d_kernels = d_query_kernel, tf.transpose(d_score_kernel), d_context_kernel, d_state[:, : 3 * units]
-        d_gate = (d_state[:, 4 * units :], tf.reduce_sum(d_recurrent[:, 4 * units :], 0)) if gate else ()
-        return d_inputs, d_features, d_keys, d_initial, *[None] * len(order), *d_kernels, d_bias, *d_gate
+        d_features = tf.matmul(unpack(res.attention_weights), unpack(steps.context), transpose_a=True)  # (B, L, C)
+        # (B, L, U): sum over the steps of d_scores v (1 - e^2)
+        d_keys = (tf.reduce_sum(unpack(steps.scores), 1)[:, :, tf.newaxis] - sums.keys) * weights.score[:, 0]
+        d_state_kernels = tf.matmul(res.prev_state, steps.recurrent, transpose_a=True)  # (U, 4U): of Wh, and of W2
+        d_weights = Weights(
+            query=d_state_kernels[:, 3 * units :],
+            score=tf.transpose(sums.score_kernel),
+            context=tf.matmul(res.context, steps.inputs, transpose_a=True),
+            recurrent=d_state_kernels[:, : 3 * units],
+            candidate_bias=tf.reduce_sum(steps.recurrent[:, 2 * units : 3 * units], 0),
+        )
+        no_order = [None] * len(order)  # integers have no gradient
+        return steps.inputs, d_features, d_keys, sums.state, *no_order, *d_weights
 
-    outputs = (states, res.attention_weights)
-    return (*outputs, res.context, res.context_gate) if gate else outputs, gradient
+    return (states, res.attention_weights), gradient
 
 
-def run(dec_input, images, order, attention, gru, initial_state, gate=None) -> tuple[tf.Tensor, ...]:
+def run(
+    dec_input: tf.Tensor, images: Any, order: WordOrder, attention: Any, gru: Any, initial_state: tf.Tensor
+) -> tuple[tf.Tensor, tf.Tensor]:
     """Runs all steps.
 
     Args:
-        dec_input: (N, E), the embedded input words, packed: step after step, in each the active captions in order.
-        images: features (B, L, C) and keys (B, L, U) of every caption's image, longest caption first.
+        dec_input: (N, E), the embedded input words, packed: step by step, in each the active captions in order.
+        images: the `EncodedImages`, features (B, L, C) and keys (B, L, U), longest caption first.
         order: the order of the words.
         attention: the `BahdanauAttention`.
-        gru: the `GRUCell`; the first C rows of its kernel belong to the context.
-        initial_state: (B, U), that of the GRU before the first word, longest caption first.
-        gate: the Dense layer of the context vector's gate, if there is one.
+        gru: the `GRUCell`; the first C rows of its kernel belong to the context vector.
+        initial_state: (B, U), the state before the first word, longest caption first.
 
     Returns:
-        The new states (N, U) and the attention weights (N, L); with a gate also the context vectors (N, C), and the
-        gates (N, 1), which have no gradient.
+        The new states (N, U), which are also the outputs, and the attention weights (N, L).
     """
     units, channels, dtype = images.keys.shape[2], images.features.shape[2], images.keys.dtype
     variables = attention.W2.kernel, attention.W2.bias, attention.V.kernel, *gru.trainable_variables
     query_kernel, query_bias, score_kernel, kernel, state_kernel, bias = (tf.cast(v, dtype) for v in variables)
-    gate_weights = [tf.cast(v, dtype) for v in gate.trainable_variables] if gate else []
     # On the device that runs the loops: a number from another device would be sent to it in every iteration.
     order = WordOrder(*map(tf.identity, order))
     # The biases of z and r are added with the words; that of g is multiplied by r, so it stays in the loop.
     token_bias = bias[0] + tf.pad(bias[1, : 2 * units], [[0, units]])  # (3U,)
     token_inputs = tf.matmul(dec_input, kernel[channels:]) + token_bias  # (N, 3U)
-    weights = query_kernel, score_kernel, kernel[:channels], state_kernel, bias[1, 2 * units :]
     keys = images.keys + query_bias  # (B, L, U)
-    return unroll(token_inputs, images.features, keys, initial_state, order, *weights, *gate_weights)
+    weights = Weights(query_kernel, score_kernel, kernel[:channels], state_kernel, bias[1, 2 * units :])
+    return unroll(token_inputs, images.features, keys, initial_state, order, weights)
 
 
 def matches(model: tf.keras.Model) -> bool:
-    """Tells whether `run` computes what the decoder of a caption model does step by step, and its gradient.
+    """Returns whether `run` computes what the decoder of a caption model does step by step, and its gradient.
 
     The model is a small one: 7 channels of features, 8 words. Its weights become random.
     """
     rng = np.random.default_rng(0)
     for variable in model.trainable_variables:
         variable.assign(rng.normal(0, 0.5, variable.shape))  # biases, too: they start from zeros
-    features, tokens = rng.normal(size=(2, 4, 7)).astype(np.float32), tf.constant([[2, 5, 4, 6, 3], [2, 7, 6, 5, 3]])
+    features = rng.normal(size=(2, 4, 7)).astype(np.float32)
+    tokens = tf.constant([[2, 5, 4, 6, 3], [2, 7, 6, 5, 3]])
 
     def compute() -> list[tf.Tensor]:
         with tf.GradientTape() as tape:

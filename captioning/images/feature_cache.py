@@ -44,18 +44,17 @@ SCALED_JPEG_SIDE = scaled_jpeg_side(INCEPTION_V3)
 
 
 class FeatureSource(Protocol):
-    """Where training reads: a cache of features, or the images of a CNN that is trained, too (cnn_training.py)."""
+    """What training reads: a cache of features, or the images, where the CNN is trained, too."""
 
     folder: Path
     manifest: dict[str, Any]
-    trained_cnn: Any  # a layer that turns what `read` returns into features; None if that are features
 
     @property
     def cnn_weights(self) -> str:
         """The weights of the CNN: `imagenet` or a file."""
 
     def path(self, image_path: str) -> Path:
-        """Returns the file that is read of an image."""
+        """Returns the file that is read for an image."""
 
     def read(self, paths: tf.Tensor) -> tf.Tensor:
         """Reads files (B,) inside a tf.data pipeline."""
@@ -71,10 +70,7 @@ class FeatureCache:
         shape: of the features of an image: L locations and C channels, of InceptionV3 (64, 2048).
         dtype: the stored features' type, float16 or float32.
         min_jpeg_side: how large JPEGs are decoded, see `captioning.images.reading.read_image`.
-        trained_cnn: None, see `FeatureSource`.
     """
-
-    trained_cnn: Any = None
 
     def __init__(self, folder: Path | str, manifest: dict[str, Any]):
         self.folder = Path(folder)

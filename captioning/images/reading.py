@@ -1,6 +1,5 @@
 """Reads the images that Pillow can open as plain RGB, and many of them with several threads."""
 
-import contextlib
 import functools
 import importlib.util
 import io
@@ -39,13 +38,13 @@ TRANSPOSITIONS = {
     8: Image.Transpose.ROTATE_90,
 }
 MIN_ROWS_SHARE = 0.5  # of a truncated JPEG's rows, of which more must be there
-PROGRESSIVE_FRAME, START_OF_SCAN, END_OF_IMAGE = b"\xff\xc2", b"\xff\xda", b"\xff\xd9"  # markers of a JPEG
+END_OF_IMAGE = b"\xff\xd9"  # the last bytes of a JPEG
 HEIC_BRANDS = (b"heic", b"heix", b"hevc", b"heim", b"heis", b"heif", b"mif1", b"msf1")
+HEIC_SUFFIXES = (".heic", ".heif")
 # What Pillow has a name for, but opens only with other programs, or is no image.
 NO_IMAGES = {".pdf", ".mpg", ".mpeg", ".h5", ".hdf", ".grib", ".bufr", ".wmf", ".emf"}
-HEIC_SUFFIXES = (".heic", ".heif")
 PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
-PNG_METADATA = b"acTL bKGD cHRM cICP eXIf fcTL fdAT gAMA hIST iCCP iTXt pHYs sBIT sPLT sRGB tEXt tIME zTXt".split()
+PNG_PIXELS = (b"IHDR", b"PLTE", b"tRNS", b"IDAT", b"IEND")  # the chunks of a PNG that are no metadata
 
 
 # Reading.
@@ -67,41 +66,49 @@ def read_image(source: ImageSource, min_jpeg_side: int | None = None) -> Image.I
     Raises:
         InputError: the file does not exist, or is not an image that can be read.
     """
-    source = _to_source(source)
+    name = str(source) if isinstance(source, Path | str) else "the image"
     try:
-        return to_rgb(source) if isinstance(source, Image.Image) else _read(source, min_jpeg_side)
+        opened = _open_source(source)
+        if isinstance(opened, Image.Image):
+            return to_rgb(opened)
+        with opened:
+            return _read(opened, name, min_jpeg_side)
     except InputError:
         raise
     except FileNotFoundError:
-        raise InputError(f"{_name(source)}: no such image") from None
+        raise InputError(f"{name}: no such image") from None
     except Image.DecompressionBombError as error:
         megapixels = math.ceil(int(re.findall(r"\d+", str(error))[0]) / 1e6)
         limit = round(2 * (Image.MAX_IMAGE_PIXELS or 0) / 1e6)
         raise InputError(
-            f"{_name(source)}: {megapixels:,} megapixels, expected at most {limit:,}"
+            f"{name}: {megapixels:,} megapixels, expected at most {limit:,}"
             + advise(f"; if you trust it, use --max-megapixels {megapixels}")
         ) from None
     except Exception as error:  # Pillow raises many types for a damaged file, struct.error and TypeError among them
-        reason = _describe_unknown(source) if isinstance(error, Image.UnidentifiedImageError) else repr(error)
-        raise InputError(f"{_name(source)}: not an image that can be read ({reason})") from None
+        is_unknown = isinstance(error, Image.UnidentifiedImageError)
+        reason = "no format that Pillow knows" if is_unknown else repr(error)
+        raise InputError(f"{name}: not an image that can be read ({reason})") from None
 
 
-def _to_source(source: Any) -> Path | str | bytes | Image.Image:
-    """Returns what was given as a path, as the content of a file, or as a Pillow image."""
-    if isinstance(source, bytearray | memoryview):
-        return bytes(source)
-    if hasattr(source, "read"):
-        if not isinstance(content := source.read(), bytes):
-            raise InputError(
-                f"expected a file that is open in binary mode, found one that gives {type(content).__name__}"
-            )
-        return content
-    if isinstance(source, Path | str | bytes | Image.Image):
+def _open_source(source: Any) -> BinaryIO | Image.Image:
+    """Returns what was given as an open file or as a Pillow image; raises InputError for anything else."""
+    if isinstance(source, Path | str):
+        return open(source, "rb")
+    if isinstance(source, bytes | bytearray | memoryview):
+        return io.BytesIO(source)
+    if isinstance(source, Image.Image):
         return source
-    if not hasattr(source, "__array__"):
-        kind = type(source).__name__
-        raise InputError(f"expected an image as a path, bytes, an open file, an array or a Pillow image, found {kind}")
-    return _array_to_image(np.asarray(source))
+    if hasattr(source, "__array__"):
+        return _array_to_image(np.asarray(source))
+    if not hasattr(source, "read"):
+        raise InputError(
+            "expected an image as a path, bytes, an open file, an array or a Pillow image, found "
+            f"{type(source).__name__}"
+        )
+    content = source.read()
+    if not isinstance(content, bytes):
+        raise InputError(f"expected a file that is open in binary mode, found one that gives {type(content).__name__}")
+    return io.BytesIO(content)
 
 
 def _array_to_image(pixels: np.ndarray) -> Image.Image:
@@ -119,136 +126,80 @@ def _array_to_image(pixels: np.ndarray) -> Image.Image:
     return Image.fromarray(pixels[..., 0] if pixels.shape[2:] == (1,) else pixels)
 
 
-def _name(file: Path | str | bytes | Image.Image) -> str:
-    """Returns what a message calls an image."""
-    return str(file) if isinstance(file, Path | str) else "the image"
-
-
-def _to_file(file: Path | str | bytes) -> Path | str | BinaryIO:
-    """Returns what Pillow opens: a path, or the content of a file as an open one."""
-    return io.BytesIO(file) if isinstance(file, bytes) else file
-
-
-def _open_binary(file: Path | str | bytes) -> BinaryIO:
-    """Opens a file, or the content of one."""
-    return io.BytesIO(file) if isinstance(file, bytes) else open(file, "rb")
-
-
 def set_max_megapixels(limit: int) -> None:
     """Sets the largest image that is read, in millions of pixels. Pillow has a limit against decompression bombs."""
     Image.MAX_IMAGE_PIXELS = math.ceil(limit * 1e6 / 2)  # Pillow refuses images of more than twice as many pixels
 
 
-def _read(path: Path | str | bytes, min_jpeg_side: int | None) -> Image.Image:
-    """Reads an image, see `read_image`; raises what Pillow raises."""
+def _read(file: BinaryIO, name: str, min_jpeg_side: int | None) -> Image.Image:
+    """Reads an image from an open file, see `read_image`; raises what Pillow raises."""
     try:
-        with _open(path) as image:
-            if min_jpeg_side:
-                image.draft(None, (min_jpeg_side, min_jpeg_side))  # after the check of its megapixels
-            return to_rgb(_load(path, image))
-    except (InputError, FileNotFoundError, Image.DecompressionBombError):
+        with _open(file, name) as image:
+            try:
+                if min_jpeg_side:
+                    image.draft(None, (min_jpeg_side, min_jpeg_side))  # after the check of its megapixels
+                return to_rgb(image)
+            except OSError:
+                if image.format not in ("JPEG", "MPO"):
+                    raise
+                return to_rgb(_read_truncated(file, name))
+    except (InputError, Image.DecompressionBombError):
         raise
     except Exception:
-        content = _strip_png(path)
-        if content is None:
+        file.seek(0)
+        content = file.read()
+        if not content.startswith(PNG_SIGNATURE) or len(stripped := _strip_png(content)) == len(content):
             raise
-        with Image.open(io.BytesIO(content)) as image:
-            return to_rgb(image)
+        return to_rgb(Image.open(io.BytesIO(stripped)))
 
 
-def _strip_png(path: Path | str | bytes) -> bytes | None:
-    """Returns a PNG without its metadata, over which Pillow may stumble; None of a file that has none."""
-    with _open_binary(path) as file:
-        if file.read(len(PNG_SIGNATURE)) != PNG_SIGNATURE:
-            return None
-        chunks, has_metadata = [], False
-        while len(header := file.read(8)) == 8:
-            rest = file.read(int.from_bytes(header[:4]) + 4)  # the content and its CRC
-            if header[4:] in PNG_METADATA:
-                has_metadata = True
-            else:
-                chunks += [header, rest]
-    return b"".join([PNG_SIGNATURE, *chunks]) if has_metadata else None
+def _strip_png(content: bytes) -> bytes:
+    """Returns a PNG without its metadata, over which Pillow may stumble if they are damaged."""
+    chunks, start = [PNG_SIGNATURE], len(PNG_SIGNATURE)
+    while start < len(content):
+        end = start + 12 + int.from_bytes(content[start : start + 4])  # length, name and CRC have 4 bytes each
+        if content[start + 4 : start + 8] in PNG_PIXELS:
+            chunks.append(content[start:end])
+        start = end
+    return b"".join(chunks)
 
 
-def _open(path: Path | str | bytes) -> Image.Image:
-    """Opens an image; HEIC too, if the package for it is installed."""
+def _open(file: BinaryIO, name: str) -> Image.Image:
+    """Opens an image with Pillow; HEIC, as iPhones write it, too, if the package for it is installed."""
     try:
-        return Image.open(_to_file(path))
+        return Image.open(file)
     except Image.UnidentifiedImageError:
-        if not (_is_heic(path) and _register_heic()):
-            raise
-        return Image.open(_to_file(path))
-
-
-def _is_heic(path: Path | str | bytes | Image.Image) -> bool:
-    """Tells by the first bytes whether a file is HEIC, as iPhones write it."""
-    if isinstance(path, Image.Image):
-        return False
-    with _open_binary(path) as file:
+        file.seek(0)
         header = file.read(12)
-    return header[4:8] == b"ftyp" and header[8:] in HEIC_BRANDS
-
-
-@functools.cache
-def _register_heic() -> bool:
-    """Makes Pillow read HEIC; returns False if the package for it is not installed."""
+        if header[4:8] != b"ftyp" or header[8:] not in HEIC_BRANDS:
+            raise
     if importlib.util.find_spec("pillow_heif") is None:
-        return False
+        raise InputError(f"{name}: not an image that can be read (HEIC, which needs `pip install pillow-heif`)")
     import pillow_heif
 
     pillow_heif.register_heif_opener()
-    return True
+    return Image.open(file)
 
 
-def _describe_unknown(path: Path | str | bytes | Image.Image) -> str:
-    """Says why Pillow does not know a file's format."""
-    if _is_heic(path) and not _register_heic():
-        return "HEIC, which needs `pip install pillow-heif`"
-    return "no format that Pillow knows"
+def _read_truncated(file: BinaryIO, name: str) -> Image.Image:
+    """Reads a JPEG that is cut off: the rows that are there.
 
-
-def _load(path: Path | str | bytes, image: Image.Image) -> Image.Image:
-    """Decodes an image that was opened; of a JPEG that is cut off, the rows that are there, all their pixels."""
-    try:
-        image.load()
-        return image
-    except OSError:
-        if image.format not in ("JPEG", "MPO"):
-            raise
-        if image.info.get("progressive"):
-            return _load_progressive(path)
-        with Image.open(_to_file(path)) as again:
-            num_rows = _load_rows(again)
-            if num_rows <= MIN_ROWS_SHARE * again.height:
-                found = f"truncated: {num_rows} of its {again.height} rows are there"
-                raise InputError(f"{_name(path)}: not an image that can be read ({found})") from None
-            _log_once(f"{_name(path)}: truncated, its first {num_rows} of {again.height} rows are used")
-            return again.crop((0, 0, again.width, num_rows))
-
-
-def _load_progressive(path: Path | str | bytes) -> Image.Image:
-    """Decodes a progressive JPEG that is cut off: after its first scan it has all rows, and lacks only details."""
-    content = path if isinstance(path, bytes) else Path(path).read_bytes()
-    if content.partition(PROGRESSIVE_FRAME)[2].count(START_OF_SCAN) < 2:  # a thumbnail before it has its own scan
-        raise InputError(f"{_name(path)}: not an image that can be read (truncated: its first scan is not complete)")
-    image = Image.open(io.BytesIO(content + END_OF_IMAGE))
-    image.load()
-    _log_once(f"{_name(path)}: truncated, it is used without its finest details")
-    return image
-
-
-def _load_rows(image: Image.Image) -> int:
-    """Decodes a JPEG as far as it goes, and returns the number of rows that were decoded."""
-    # What is not decoded keeps the colour that the image is filled with before.
-    colour = tuple(range(1, 255, 63))[: len(image.getbands())]
-    image.load_prepare()  # type: ignore[attr-defined]
-    image.im = Image.new(image.mode, image.size, colour if len(colour) > 1 else colour[0]).im
-    with contextlib.suppress(OSError):
-        image.load()
-    image.tile = []  # type: ignore[attr-defined]  # otherwise Pillow would decode again
-    is_decoded = (np.asarray(image).reshape(image.height, image.width, -1) != colour).any(axis=(1, 2))
-    return int(np.flatnonzero(is_decoded).max(initial=-1)) + 1
+    A progressive JPEG has all rows after its first scan, and lacks only details.
+    """
+    file.seek(0)
+    image = Image.open(io.BytesIO(file.read() + END_OF_IMAGE))  # the decoder makes the rest grey
+    pixels = np.asarray(image).reshape(image.height, image.width, -1)
+    is_decoded = (pixels[:, -8:] != pixels[-1, -1]).any(axis=(1, 2))  # of each row: its last block is not grey
+    num_rows = int(np.flatnonzero(is_decoded).max(initial=-1)) + 1
+    if num_rows <= MIN_ROWS_SHARE * image.height:
+        found = f"truncated: {num_rows} of its {image.height} rows are there"
+        raise InputError(f"{name}: not an image that can be read ({found})")
+    is_whole = num_rows == image.height
+    used = (
+        "it is used without its finest details" if is_whole else f"its first {num_rows} of {image.height} rows are used"
+    )
+    _log_once(f"{name}: truncated, {used}")
+    return image.crop((0, 0, image.width, num_rows))
 
 
 @functools.cache
@@ -267,6 +218,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
     Images of 16 bits and more, and of floats, are scaled so that their smallest and largest values become black and
     white. Transparent pixels become white.
     """
+    image.load()  # before the EXIF is read: errors there are ignored, and Pillow turns a TIFF upright while it loads
     image = _turn_upright(image)
     if image.mode.startswith(("I", "F")):  # 16 bits and more: Pillow would clip them to white
         image = Image.fromarray(_scale_to_bytes(np.asarray(image, np.float64)))

@@ -1,40 +1,25 @@
 """A generated caption: its words, where the model attended for each, and how probable it is."""
 
 import dataclasses
-import html
 import math
-from collections.abc import Iterable, Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 
-from beyond.report.report import notebook_html
-from captioning.base.cli import InputError
 from captioning.base.special_tokens import END_ID, PAD_ID
 from captioning.decoder.decoding import DecodedBatch
-from captioning.images.reading import ImageSource, read_image
-from captioning.output.plots import thumbnail
+from captioning.images.reading import ImageSource
+from tokenizer import Tokenizer
 
-SMALLEST_PROBABILITY = 1e-45  # of float32 above 0, which a probability that is too small for it counts as
-
-
-class Vocabulary(Protocol):
-    """What is needed of a tokenizer."""
-
-    @property
-    def index_word(self) -> Sequence[str]:
-        """The word of each id."""
-
-    def join(self, words: Iterable[str]) -> str:
-        """Joins words to a text."""
+SMALLEST_PROBABILITY = 1e-45  # the smallest float32 above 0; a probability that underflowed to 0 counts as this
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, repr=False)
 class Caption:
     """A generated caption of T words, without <start> and <end>.
 
-    Probabilities are the model's own, each given the words before it, also if the caption was drawn at random or may
-    not repeat words. A notebook shows the caption below its image, and where the model attended for each word.
+    Probabilities are the model's own, each given the words before it, even if the caption was drawn at random or may
+    not repeat words.
     """
 
     text: str  # the words in one line, as the tokenizer joins them
@@ -43,8 +28,11 @@ class Caption:
     attention: np.ndarray  # (T, L), the attention weights of each word, which sum to 1
     end_probability: float | None = None  # of <end> after the last word; None if the caption was cut before it
     alternatives: tuple["Caption", ...] = ()  # the further captions of the image that were asked for, best first
-    image: ImageSource | None = dataclasses.field(default=None, repr=False, compare=False)  # what was captioned
-    gates: tuple[float, ...] | None = None  # of each word, the gate of its context vector; None if the decoder has none
+    image: ImageSource | None = dataclasses.field(default=None, compare=False)  # what was captioned
+
+    def __repr__(self) -> str:
+        """Returns what a notebook shows: the text, without the numbers."""
+        return f"<Caption {self.text!r}, confidence {self.confidence:.2f}>"
 
     @property
     def finished(self) -> bool:
@@ -78,15 +66,12 @@ class Caption:
 
         Returns:
             The fields `caption`, `confidence`, `log_prob`, `finished` and `words`, a list with the `word` and the
-            `probability` of each, its `gate` if the decoder has one, and its `attention`; and `alternatives`, a list of
-            such objects, if there are any.
+            `probability` of each, and its `attention`; and `alternatives`, a list of such objects, if there are any.
         """
         words: list[dict[str, Any]] = [
             {"word": word, "probability": round(probability, 4)}
             for word, probability in zip(self.words, self.probabilities, strict=True)
         ]
-        for word, gate in zip(words, self.gates or (), strict=False):
-            word["gate"] = round(gate, 4)
         if with_attention:
             for word, weights in zip(words, self.attention, strict=True):
                 word["attention"] = [round(weight, 4) for weight in weights.tolist()]
@@ -101,48 +86,41 @@ class Caption:
             result["alternatives"] = [caption.to_json(with_attention) for caption in self.alternatives]
         return result
 
-    def _repr_html_(self) -> str:
-        """Returns what a notebook shows: the text alone if the image is not known, or is gone."""
-        try:
-            image = None if self.image is None else thumbnail(read_image(self.image))
-        except InputError:
-            image = None
-        if image is None:
-            return f"<p>{html.escape(self.text)}</p>"
-        return notebook_html(image, self.to_json(with_attention=True))
 
-
-def to_captions(decoded: DecodedBatch, vocabulary: Vocabulary, num_captions: int = 1) -> list[Caption]:
+def to_captions(decoded: DecodedBatch, tokenizer: Tokenizer, num_captions: int = 1) -> list[Caption]:
     """Converts the ids that decoding returned to words, up to <end>.
 
     Args:
         decoded: `num_captions` rows for each image, best first. A row that begins with <pad> holds no caption.
-        vocabulary: the tokenizer.
+        tokenizer: the vocabulary.
         num_captions: more than 1 makes the others the `alternatives` of the first.
 
     Returns:
         A caption of each image.
     """
-    captions: list[Caption | None] = []
-    gates = None if decoded.gates is None else decoded.gates.numpy()  # (R, T)
-    for row, (ids, probabilities, attention) in enumerate(zip(*(x.numpy() for x in decoded[:3]), strict=True)):
-        ends = np.flatnonzero(ids == END_ID)
-        length = ends[0] if len(ends) else len(ids)
-        words = tuple(vocabulary.index_word[i] for i in ids[:length])
-        end_probability = float(probabilities[length]) if len(ends) else None
-        caption = Caption(
-            vocabulary.join(words),
-            words,
-            tuple(probabilities[:length].tolist()),
-            attention[:length],
-            end_probability,
-            gates=None if gates is None else tuple(gates[row, :length].tolist()),
+    tokens = decoded.tokens.numpy()  # (R, T)
+    probabilities = decoded.probabilities.numpy()  # (R, T)
+    attention = decoded.attention.numpy()  # (R, T, L)
+    captions = []
+    for start in range(0, len(tokens), num_captions):
+        first, *others = (
+            _to_caption(tokens[row], probabilities[row], attention[row], tokenizer)
+            for row in range(start, start + num_captions)
+            if tokens[row, 0] != PAD_ID
         )
-        captions.append(None if ids[0] == PAD_ID else caption)
-    groups = (captions[start : start + num_captions] for start in range(0, len(captions), num_captions))
-    return [_merge_alternatives([caption for caption in group if caption]) for group in groups]
+        captions.append(dataclasses.replace(first, alternatives=tuple(others)))
+    return captions
 
 
-def _merge_alternatives(captions: list[Caption]) -> Caption:
-    """Returns the first caption with the others as its alternatives."""
-    return dataclasses.replace(captions[0], alternatives=tuple(captions[1:]))
+def _to_caption(ids: np.ndarray, probabilities: np.ndarray, attention: np.ndarray, tokenizer: Tokenizer) -> Caption:
+    """Converts the ids (T,) of a caption, their probabilities (T,) and their attention weights (T, L)."""
+    ends = np.flatnonzero(ids == END_ID)
+    length = ends[0] if len(ends) else len(ids)
+    words = tuple(tokenizer.index_word[i] for i in ids[:length])
+    return Caption(
+        text=tokenizer.join(words),
+        words=words,
+        probabilities=tuple(probabilities[:length].tolist()),
+        attention=attention[:length],
+        end_probability=float(probabilities[length]) if len(ends) else None,
+    )

@@ -7,9 +7,12 @@ Sizes and positions are in inches, from the left and from the top. pyplot is not
 no figure to close.
 """
 
+import functools
 import io
 import math
+import re
 import unicodedata
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -18,13 +21,14 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backend_bases import RendererBase
 from matplotlib.figure import Figure
+from matplotlib.font_manager import fontManager
 from matplotlib.ticker import MaxNLocator
 from PIL import Image
 
+from captioning.base.cli import log
 from captioning.base.files import atomic_write
 from captioning.base.text import split_characters
 from captioning.images.reading import to_rgb
-from captioning.output.fonts import font_families, hide_font_warnings
 
 FORMATS = ("png", "svg", "pdf")
 TARGET_ASPECT = 16 / 9  # width / height that a figure should come near to: that of a slide
@@ -37,10 +41,38 @@ LIT_FACTOR = 0.95  # what remains of it where the attention is largest
 GLOW_OFFSET = 60  # what is added to the pixels there, so that it is visible in a dark image too
 NO_WORDS = "(no words)"  # the title of an empty caption
 POINTS_PER_INCH = 72
+NO_SCORES = ("train_loss", "train_seconds")  # of the columns of history.csv that begin with train_
+# Matplotlib draws every character with the first of these fonts that has it. Its own comes first; the others are those
+# of Linux, macOS and Windows for scripts that it lacks.
+FONT_FAMILIES = (
+    "DejaVu Sans",
+    "Noto Sans CJK JP",
+    "Noto Sans CJK SC",
+    "Noto Sans CJK KR",
+    "Noto Sans Thai",
+    "Noto Sans Devanagari",
+    "Noto Emoji",
+    "WenQuanYi Zen Hei",
+    "Arial Unicode MS",
+    "Hiragino Sans",
+    "Microsoft YaHei",
+    "Yu Gothic",
+    "Malgun Gothic",
+    "Segoe UI Symbol",
+)
+
+
+@functools.cache
+def font_families() -> list[str]:
+    """Returns those of `FONT_FAMILIES` that are installed."""
+    installed = fontManager.get_font_names()
+    return [family for family in FONT_FAMILIES if family in installed]
 
 
 class NotebookFigure(Figure):
     """A figure that a notebook shows as the last value of a cell, with or without %matplotlib."""
+
+    has_logged_missing_glyph = False  # in this process, of any figure
 
     def _repr_png_(self) -> bytes:
         file = io.BytesIO()
@@ -59,21 +91,34 @@ class NotebookFigure(Figure):
         """Draws pixels (height, width, 3) with their upper left corner at (left, top)."""
         self.add_panel(left, top, width, height).imshow(pixels, aspect="auto", interpolation="antialiased")
 
-    def add_text(
-        self, left: float, top: float, text: str, points: float, va: str = "top", color: str = "black"
-    ) -> None:
-        """Writes centred text at (left, top), with a font size in points; `va` is what lies there, top or bottom."""
+    def add_text(self, left: float, top: float, text: str, points: float, **settings: Any) -> None:
+        """Writes centred text below (left, top), with a font size in points; `settings` are Matplotlib's."""
         figure_width, figure_height = self.get_size_inches()
-        x, y = left / figure_width, 1 - top / figure_height
-        # Without parse_math, a "$" in a caption would begin a formula.
         self.text(
-            x, y, text, fontsize=points, family=font_families(text), ha="center", va=va, color=color, parse_math=False
+            left / figure_width,
+            1 - top / figure_height,
+            text,
+            fontsize=points,
+            family=font_families(),
+            parse_math=False,  # a "$" in a caption would begin a formula
+            **{"ha": "center", "va": "top"} | settings,
         )
 
     def draw(self, renderer: RendererBase) -> None:
-        """Draws the figure, in any format; what `font_families` has said is not said again."""
-        with hide_font_warnings():
+        """Draws the figure, in any format; a missing font is logged once, of which Matplotlib warns for each glyph."""
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
             super().draw(renderer)
+        for warning in caught:
+            glyph = re.match(r"Glyph (\d+) .*missing from", str(warning.message))
+            if glyph is None:
+                warnings.warn_explicit(warning.message, warning.category, warning.filename, warning.lineno)
+            elif not NotebookFigure.has_logged_missing_glyph:
+                NotebookFigure.has_logged_missing_glyph = True
+                log(
+                    f"plots: no installed font has {chr(int(glyph[1]))!r}, which is drawn as a box; install Noto Sans "
+                    "CJK, Noto Sans Thai, Noto Emoji or another of FONT_FAMILIES in captioning/output/plots.py"
+                )
 
     def save(self, path: Path | str) -> None:
         """Writes the figure in the format that the path ends in."""
@@ -174,7 +219,6 @@ def plot_attention(
     probabilities: Sequence[float] | None = None,
     path: Path | str | None = None,
     text: str | None = None,
-    gates: Sequence[float] | None = None,
 ) -> NotebookFigure:
     """Plots an image, and for each word the image lit where the model attended to.
 
@@ -185,12 +229,12 @@ def plot_attention(
         probabilities: of each word, for its title; None to leave them out.
         path: the file to write, .png, .svg or .pdf; None to write none.
         text: the caption, where it is not its words with spaces between them.
-        gates: of each word, the gate of its context vector (Xu et al. 2015, section 4.2.1), for its title; or None.
     """
     image = thumbnail(image)
     aspect = image.width / image.height
     width, height = 2.3 * aspect**0.5, 2.3 / aspect**0.5  # of an image; all shapes have the same area
-    cell_width, title_height, gap = max(width, 1.3), 0.48, 0.12
+    gap, title_height = 0.12, 0.48
+    cell_width = max(width, 1.3)
     rows, columns = best_grid(len(words) + 1, (cell_width + gap) / (height + title_height))
     figure_width = max(3.6, columns * (cell_width + gap) + gap)
     caption = wrap_text(text or " ".join(words) or NO_WORDS, figure_width - 0.2, 15)
@@ -203,18 +247,18 @@ def plot_attention(
     panels = [np.asarray(image), *(overlay_attention(image, weights) for weights in attention)]
     for index, pixels in enumerate(panels):
         row, column = divmod(index, columns)
-        left = margin + column * (cell_width + gap)
+        center = margin + column * (cell_width + gap) + cell_width / 2
         top = caption_height + row * (height + title_height) + title_height
-        figure.add_image(pixels, left + (cell_width - width) / 2, top, width, height)
+        figure.add_image(pixels, center - width / 2, top, width, height)
         if index == 0:
             continue  # the image itself has no title
-        word, center = words[index - 1], left + cell_width / 2
-        points = max(8.0, min(13.0, cell_width * POINTS_PER_INCH / (0.6 * max(1, count_cells(word)))))
-        figure.add_text(center, top - 0.2, truncate_text(word, cell_width, points), points, va="bottom")
-        numbers = [] if probabilities is None else [format_percent(probabilities[index - 1])]
-        numbers += [] if gates is None else [f"gate {gates[index - 1]:.2f}"]
-        if numbers:
-            figure.add_text(center, top - 0.04, ", ".join(numbers), 8.5, va="bottom", color="dimgrey")
+        word = words[index - 1]
+        word_points = cell_width * POINTS_PER_INCH / (0.6 * max(1, count_cells(word)))  # as large as it fits
+        word_points = max(8.0, min(13.0, word_points))
+        figure.add_text(center, top - 0.2, truncate_text(word, cell_width, word_points), word_points, va="bottom")
+        if probabilities is not None:
+            percent = format_percent(probabilities[index - 1])
+            figure.add_text(center, top - 0.04, percent, 8.5, va="bottom", color="dimgrey")
     if path:
         figure.save(path)
     return figure
@@ -262,9 +306,9 @@ def plot_caption_grid(
 def plot_history(
     rows: Sequence[dict[str, Any]], best_epoch: int, best_by: str, path: Path | str | None = None
 ) -> NotebookFigure:
-    """Plots training and validation loss and CIDEr by epoch, and marks the best epoch.
+    """Plots training and validation loss and the scores by epoch, and marks the best epoch.
 
-    Self-critical training has the CIDEr of its samples instead of a training loss.
+    Another column of the training, `train_*`, is taken for a score and plotted beside CIDEr.
 
     Args:
         rows: the rows of history.csv, one for each epoch. An epoch without CIDEr has None or an empty field.
@@ -282,10 +326,8 @@ def plot_history(
     losses.set(xlabel="epoch", ylabel="loss (nats per word)", ylim=(0, None))
     losses.xaxis.set_major_locator(MaxNLocator(integer=True))
     losses.grid(alpha=0.25)
+    scores = _plot_scores(losses, rows)
 
-    axes_of = {"val_loss": losses}
-    if scored := [row for row in rows if row["cider"] not in (None, "")]:
-        axes_of["cider"] = _plot_scores(losses.twinx(), scored)
     title = f"best: epoch {best_epoch}"
     best = next((row for row in rows if int(row["epoch"]) == best_epoch), None)
     if best and best[best_by] not in (None, ""):
@@ -293,7 +335,7 @@ def plot_history(
             title += f", with CIDEr {float(best['cider']):.1f}, BLEU-4 {float(best['bleu4']):.1f}"
         else:
             title += f", with a validation loss of {float(best['val_loss']):.2f}"
-        _mark_best(axes_of[best_by], best, best_by)
+        _mark_best(scores if best_by == "cider" else losses, best, best_by)
         losses.axvline(best_epoch, color="grey", linestyle=":", linewidth=1)
     losses.set_title(title, fontsize=11, pad=26)
     handles = [handle for axes in figure.axes for handle in axes.get_legend_handles_labels()[0]]
@@ -303,17 +345,25 @@ def plot_history(
     return figure
 
 
-def _plot_scores(axes: Axes, scored: Sequence[dict[str, Any]]) -> Axes:
-    """Plots the CIDEr of the epochs that have one, and rewards if there are any; returns the axes."""
-    epochs, ciders = [int(row["epoch"]) for row in scored], [float(row["cider"]) for row in scored]
-    axes.plot(epochs, ciders, color="tab:green", marker="s", markersize=3.5, label="CIDEr")
-    if "train_reward" in scored[0]:
-        rewards = [float(row["train_reward"]) for row in scored]
-        axes.plot(epochs, rewards, color="tab:olive", marker="^", markersize=3.5, label="reward of training samples")
-        ciders += rewards
+def _plot_scores(losses: Axes, rows: Sequence[dict[str, Any]]) -> Axes:
+    """Plots CIDEr and the scores of the training by epoch, on an axis of their own; returns its axes.
+
+    Without any score nothing is plotted, and the axes of the losses are returned.
+    """
+    train_scores = [name for name in rows[0] if name.startswith("train_") and name not in NO_SCORES]
+    labels = {"cider": "CIDEr"} | {name: name.replace("train_", "training ") for name in train_scores}
+    scores = {}  # the (epoch, score) of every epoch that has one
+    for name in labels:
+        scores[name] = [(int(row["epoch"]), float(row[name])) for row in rows if row[name] not in (None, "")]
+    if not any(scores.values()):
+        return losses
+    axes = losses.twinx()
+    for name, color, marker in zip(labels, ("tab:green", "tab:olive", "tab:brown"), "s^v", strict=False):
+        axes.plot(*np.reshape(scores[name], (-1, 2)).T, color=color, marker=marker, markersize=3.5, label=labels[name])
     axes.set_ylabel("CIDEr of captions of validation images", color="tab:green")
     axes.tick_params(axis="y", colors="tab:green")
-    axes.set_ylim(0, 1.08 * max(*ciders, 1e-3))
+    largest = max(score for values in scores.values() for _, score in values)
+    axes.set_ylim(0, 1.08 * max(largest, 1e-3))
     return axes
 
 

@@ -30,6 +30,7 @@ CONFIG_SCHEMA = {
     "model": dict,
     "train": dict,
     "data": dict,
+    "objective": dict,
     "features": dict,
     "unreadable_images": list,
     "data_fingerprint": str,
@@ -170,10 +171,10 @@ def read_config(run: Path) -> RunConfig:
     path = run / CONFIG_FILE
     values = read_json(path)
     if isinstance(values, dict) and values.get("format") != FORMAT:
-        run_format = values.get("format", 1)  # format 1 had no such key
-        age = "a later" if isinstance(run_format, int) and run_format > FORMAT else "an earlier"
+        found = values.get("format")
+        age = "a later" if isinstance(found, int) and found > FORMAT else "an earlier"
         raise InputError(
-            f"{path}: this run was made by {age} version (expected format {FORMAT}, found {str(run_format)[:60]}); "
+            f"{path}: this run was made by {age} version (expected format {FORMAT}, found {str(found)[:60]}); "
             "train it again, or caption with the version that made it"
         )
     try:
@@ -187,6 +188,7 @@ def read_config(run: Path) -> RunConfig:
             model=ModelConfig.from_json(values["model"]),
             train=TrainConfig.from_json(values["train"]),
             data=DataConfig.from_json(values["data"]),
+            objective=values["objective"],
             features=values["features"],
             unreadable_images=tuple(values["unreadable_images"]),
             data_fingerprint=values["data_fingerprint"],
@@ -208,44 +210,6 @@ def fill_locations(run: Path | None, data: DataConfig, features: FeatureConfig) 
     if features.features_dir is None and saved:
         features = dataclasses.replace(features, features_dir=saved.features["folder"])
     return data, features
-
-
-def settings_to_continue(run: Path) -> dict[str, Any]:
-    """Returns the settings, by name, that a training takes over that starts from the weights of a run.
-
-    Raises:
-        InputError: as `read_config`, or the run has no weights.
-    """
-    best_checkpoint(run)
-    config = read_config(run)
-    manifest = config.features
-    weights = manifest["weights"]
-    if weights not in ("imagenet", "random") and not Path(weights).exists():
-        weights = find_cnn_weights(run) or weights
-    return {
-        **config.data.to_json(),
-        **config.model.to_json(),
-        "cnn_weights": weights,
-        "cnn": config.cnn.option,
-        "image_size": config.cnn.image_size,
-        "features_dir": manifest["folder"],
-        "dtype": manifest["dtype"],
-        "max_length": config.train.max_length,
-        "max_val_images": config.train.max_val_images,
-    }
-
-
-def check_start(run: Path, config: RunConfig) -> None:
-    """Checks that self-critical training, or that of the CNN, can start from the weights of a run.
-
-    Raises:
-        InputError: it has other images or captions, or others are for validation; or the attention is hard.
-    """
-    if config.model.attention == "hard":
-        kind = "--train-cnn" if config.train.train_cnn else "--self-critical"
-        raise InputError(f"{kind}: expected soft attention, {run} has hard attention")
-    if read_config(run).data_fingerprint != config.data_fingerprint:
-        raise InputError(f"{run} was trained on other images or captions; expected the same to start from its weights")
 
 
 def check_run_cnn(run: Path, cnn: CNN) -> None:

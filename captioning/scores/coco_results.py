@@ -3,6 +3,7 @@
 from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
+from typing import Any
 
 from captioning.base.cli import InputError
 from captioning.base.files import read_json
@@ -20,10 +21,7 @@ def read_results(path: Path) -> dict[int | str, str]:
         InputError: it is not such a file, or has two captions of one id.
     """
     rows = read_json(path)
-    if not isinstance(rows, list) or not all(
-        isinstance(row, dict) and isinstance(row.get("caption"), str) and type(row.get("image_id")) in (int, str)
-        for row in rows
-    ):
+    if not isinstance(rows, list) or not all(map(_is_result, rows)):
         raise InputError(f'{path}: not COCO results; expected a list of {{"image_id": ..., "caption": "..."}}')
     results: dict[int | str, str] = {}
     for row in rows:
@@ -38,6 +36,14 @@ def read_results(path: Path) -> dict[int | str, str]:
     return results
 
 
+def _is_result(row: Any) -> bool:
+    """Tells whether a row of JSON is a caption with the number or the name of its image."""
+    if not isinstance(row, dict):
+        return False
+    image_id = row.get("image_id")
+    return type(image_id) in (int, str) and isinstance(row.get("caption"), str)  # True and False are ints, too
+
+
 class ImageIndex:
     """Finds images by what results call them: a number is an id; a text is an id, or the image's path, name or stem.
 
@@ -46,13 +52,16 @@ class ImageIndex:
 
     def __init__(self, examples: Sequence[Example]):
         self.by_id: defaultdict[str, set[Example]] = defaultdict(set)
-        self.by_name: tuple[defaultdict[str, set[Example]], ...] = tuple(defaultdict(set) for _ in range(3))
+        self.by_path: defaultdict[str, set[Example]] = defaultdict(set)
+        self.by_name: defaultdict[str, set[Example]] = defaultdict(set)
+        self.by_stem: defaultdict[str, set[Example]] = defaultdict(set)
         for example in examples:
-            path = PurePosixPath(example.image_path)
-            for name in {str(example.image_id), _without_zeros(str(example.image_id))}:
-                self.by_id[name].add(example)
-            for index, name in zip(self.by_name, (example.image_path, path.name, path.stem), strict=True):
-                index[name].add(example)
+            image_id, path = str(example.image_id), PurePosixPath(example.image_path)
+            self.by_id[image_id].add(example)
+            self.by_id[_without_zeros(image_id)].add(example)
+            self.by_path[example.image_path].add(example)
+            self.by_name[path.name].add(example)
+            self.by_stem[path.stem].add(example)
 
     def find(self, image_id: int | str) -> Example | None:
         """Returns the image that an id or a name means, or None.
@@ -63,7 +72,7 @@ class ImageIndex:
         text = str(image_id)
         found = self.by_id.get(text) or self.by_id.get(_without_zeros(text), set())
         if isinstance(image_id, str):
-            found = found | next((index[text] for index in self.by_name if text in index), set())
+            found = found | (self.by_path.get(text) or self.by_name.get(text) or self.by_stem.get(text, set()))
         if len(found) > 1:
             first, second = sorted(f"{example.image_path} (id {example.image_id})" for example in found)[:2]
             raise InputError(
@@ -75,7 +84,9 @@ class ImageIndex:
 
 def _without_zeros(text: str) -> str:
     """Returns a number without leading zeros, and any other text as it is."""
-    return text.lstrip("0") or "0" if text.isascii() and text.isdecimal() else text
+    if not (text.isascii() and text.isdecimal()):
+        return text
+    return text.lstrip("0") or "0"
 
 
 def match_results(

@@ -125,10 +125,10 @@ def score_all(
         The scores, and the name of the tokenizer.
     """
     name, split = choose_tokenizer(words, split_words)
-    with_meteor = False
+    with_meteor = name == "PTB" and has_java()
     if name == "characters":
         log("METEOR knows English words only: it is left out, and scores are of characters")
-    elif not (with_meteor := has_java()):
+    elif not with_meteor:
         log(f"METEOR is left out: {NEED_JAVA}")
     return score(references, captions, split, with_meteor, with_spice), name
 
@@ -140,46 +140,15 @@ def distinct_ratio(texts: list[str]) -> float:
 
 # Words after which an English sentence goes on. People end a caption with one of them once in a thousand captions of
 # Flickr8k; with "on", "by", "behind", "over" and "her" more often ("a man looks on"), so that these are not among them.
-WORDS_WITHIN_SENTENCES = frozenset(
-    [
-        "a",
-        "an",
-        "the",
-        "this",
-        "that",
-        "his",
-        "its",
-        "their",
-        "my",
-        "your",
-        "another",
-        "and",
-        "or",
-        "of",
-        "in",
-        "with",
-        "at",
-        "to",
-        "for",
-        "from",
-        "into",
-        "near",
-        "between",
-        "beside",
-        "through",
-        "while",
-        "as",
-        "is",
-        "are",
-        "was",
-        "were",
-        "has",
-        "have",
-    ]
-)
+_WORDS_WITHIN_SENTENCES = """
+    a an the this that his its their my your another and or of in with at to for from into near between beside through
+    while as is are was were has have
+"""
 
 
 def mid_sentence_ratio(texts: list[str]) -> float:
     """Returns the number of English captions that stop in mid-sentence, as "a dog on a", in percent of all captions."""
-    last_words = (text.lower().rstrip(" .").rsplit(" ", 1)[-1] for text in texts)
-    return round(100 * sum(word in WORDS_WITHIN_SENTENCES for word in last_words) / len(texts), 1)
+    words_within_sentences = set(_WORDS_WITHIN_SENTENCES.split())
+    last_words = [text.lower().rstrip(" .").rsplit(" ", 1)[-1] for text in texts]
+    num_cut = sum(word in words_within_sentences for word in last_words)
+    return round(100 * num_cut / len(texts), 1)

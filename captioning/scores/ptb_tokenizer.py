@@ -170,31 +170,28 @@ RULES = {name: re.compile(pattern) for name, pattern in _PATTERNS.items()}
 
 # Most words need no rules: they are letters between spaces, and a full stop or comma after them is dropped.
 _PLAIN_WORD = re.compile(r"([A-Za-z]+)(?:\s+|\Z)|([A-Za-z]{2,})[.,](?:\s+|\Z)|[.,](?:\s+|\Z)")
-_NOT_PLAIN = frozenset(
-    f"{_ABBREVIATIONS}|{_CAPITALIZED_ABBREVIATIONS}|{_SMALL_ABBREVIATIONS}|{_ABBREVIATIONS_OF_NUMBERS}".lower().split(
-        "|"
-    )
-) | {first + second for first, second in _TWO_WORDS.items()}
+_KEEP_THEIR_STOP = (_ABBREVIATIONS, _CAPITALIZED_ABBREVIATIONS, _SMALL_ABBREVIATIONS, _ABBREVIATIONS_OF_NUMBERS)
+_NOT_PLAIN = frozenset("|".join(_KEEP_THEIR_STOP).lower().split("|")) | {a + b for a, b in _TWO_WORDS.items()}
 
 # Tokens that are written otherwise, and those that are dropped.
 
-_WRITTEN = {"(": "-lrb-", ")": "-rrb-", "[": "-lsb-", "]": "-rsb-", "{": "-lcb-", "}": "-rcb-"}
-_WRITTEN |= {"\u00a2": "cents", "\u00a3": "#", "\u0080": "$", "\u00a4": "$", "\u20a0": "$", "\u20ac": "$"}
-_WRITTEN |= {"\u00bc": "1/4", "\u00bd": "1/2", "\u00be": "3/4", "\u2153": "1/3", "\u2154": "2/3"}
-_WRITTEN |= {"&amp;": "&", "&lt;": "<", "&gt;": ">"}
-_WRITTEN |= {
-    form.replace("'", apostrophe): form
-    for form in ("'s", "'m", "'d", "'re", "'ve", "'ll", "n't")
-    for apostrophe in ("\u0092", "\u2019", "&apos;")
+_WRITTEN = {
+    **{"(": "-lrb-", ")": "-rrb-", "[": "-lsb-", "]": "-rsb-", "{": "-lcb-", "}": "-rcb-"},
+    **{"\u00a2": "cents", "\u00a3": "#", "\u0080": "$", "\u00a4": "$", "\u20a0": "$", "\u20ac": "$"},
+    **{"\u00bc": "1/4", "\u00bd": "1/2", "\u00be": "3/4", "\u2153": "1/3", "\u2154": "2/3"},
+    **{"&amp;": "&", "&lt;": "<", "&gt;": ">"},
 }
+for _form in ("'s", "'m", "'d", "'re", "'ve", "'ll", "n't"):
+    for _other_apostrophe in ("\u0092", "\u2019", "&apos;"):
+        _WRITTEN[_form.replace("'", _other_apostrophe)] = _form
 _INSIDE = str.maketrans({"(": "-lrb-", ")": "-rrb-", " ": "\u00a0", "\u00ad": None})  # of longer tokens: :-), 1 1/2
 _DROPPED = frozenset(
-    (
+    [
         *".?!,:;-\u2026\u0096\u0097\u2013\u2014\u2015'`\"\u0091\u0092\u0093\u0094\u2018\u2019\u201b\u201c\u201d",
         *"\u00ab\u00bb\u2039\u203a",
         *("--", "---", "----", "''", "``", "\u2018\u2018", "\u2019\u2019"),
         *("&apos;", "&quot;", "&mdash;", "&ndash;", "&nbsp;"),
-    )
+    ]
 )
 
 

@@ -2,16 +2,16 @@
 
 import math
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from captioning.base.cli import InputError
 from captioning.base.quiet_tensorflow import tf
 from captioning.runs.run_folder import latest_checkpoint
+from captioning.training.objective import CrossEntropy, StepSums
 from captioning.training.optimizer import WeightEMA
 from captioning.training.validation import EpochScore
 
 MIN_LOSS_SCALE = 1.0  # in mixed precision it begins at 32768, and is halved when gradients overflow
-BASELINE_DECAY = 0.9  # of the baseline of REINFORCE
 
 
 class TrainProgress(tf.Module):
@@ -24,9 +24,7 @@ class TrainProgress(tf.Module):
         self.loss_sum = tf.Variable(0.0, dtype=tf.float64)  # over the words of the current epoch, in nats
         self.token_count = tf.Variable(0.0, dtype=tf.float64)
         self.seconds = tf.Variable(0.0, dtype=tf.float64)  # of training in the current epoch
-        self.baseline = tf.Variable(0.0)  # moving average of a word's log p, for REINFORCE
-        # That of an `EpochScore`.
-        self.best_score = tf.Variable([-math.inf] * 3, dtype=tf.float64)
+        self.best_score = tf.Variable([-math.inf] * 3, dtype=tf.float64)  # an `EpochScore`
         self.best_epoch = tf.Variable(0, dtype=tf.int64)
 
     def get(self, name: str) -> Any:
@@ -37,25 +35,15 @@ class TrainProgress(tf.Module):
         """Returns the mean loss of the current epoch so far, in nats per word; nan before the first word."""
         return self.get("loss_sum") / (self.get("token_count") or math.nan)
 
-    def result(self, self_critical: bool) -> tuple[str, float]:
-        """Returns the name and the value of what the epoch has reached so far: the mean loss, or the mean reward."""
-        if self_critical:
-            return "train_reward", round(-100 * self.mean_loss(), 2)  # in percent, as CIDEr
-        return "train_loss", round(self.mean_loss(), 4)
-
     def best(self) -> EpochScore:
         """Returns the score of the best epoch so far."""
         return EpochScore(*self.get("best_score"))
 
-    def update_baseline(self, log_prob: tf.Tensor, num_words: tf.Tensor) -> None:
-        """Moves the baseline towards the mean log p of the sampled words of a step (Xu et al. 2015, section 4.1).
-
-        Args:
-            log_prob: their sum.
-            num_words: how many there are; without any the baseline stays.
-        """
-        change = (1 - BASELINE_DECAY) * (log_prob / tf.maximum(num_words, 1) - self.baseline)
-        self.baseline.assign_add(tf.where(num_words > 0, change, 0.0))
+    def add(self, sums: StepSums) -> None:
+        """Adds the sums of a step."""
+        self.loss_sum.assign_add(tf.cast(sums.loss, tf.float64))
+        self.token_count.assign_add(tf.cast(sums.num_tokens, tf.float64))
+        self.step.assign_add(1)
 
     def reset_epoch(self) -> None:
         """Sets the counters and sums of the current epoch to 0."""
@@ -63,34 +51,42 @@ class TrainProgress(tf.Module):
             variable.assign(tf.zeros_like(variable))
 
 
+class TrainState(NamedTuple):
+    """What a training step changes."""
+
+    model: tf.keras.Model
+    optimizer: tf.keras.optimizers.Optimizer
+    ema: WeightEMA
+    progress: TrainProgress
+    objective: CrossEntropy
+
+
 class Checkpoints:
     """A run's checkpoints: `last` holds everything needed to resume, `best` the weights with the best score."""
 
-    def __init__(
-        self,
-        run: Path,
-        model: tf.keras.Model,
-        optimizer: tf.keras.optimizers.Optimizer,
-        ema: WeightEMA,
-        progress: TrainProgress,
-        is_writer: bool = True,
-    ):
+    def __init__(self, run: Path, state: TrainState, is_writer: bool = True):
+        """Opens the checkpoints of a run folder.
+
+        Args:
+            run: the folder.
+            state: what is saved and restored.
+            is_writer: whether this process saves: of several machines one does.
+
+        Raises:
+            InputError: a checkpoint that is there is damaged.
+        """
         train_state = tf.train.Checkpoint(
-            model=model,
-            optimizer=optimizer,
-            ema=ema,
-            progress=progress,
+            **state._asdict(),
             # Keras keeps the random state of dropout where tf.train.Checkpoint does not look for it.
-            rng_state=list(model.non_trainable_variables),
+            rng_state=list(state.model.non_trainable_variables),
         )
-        weights = tf.train.Checkpoint(model=model)
+        weights = tf.train.Checkpoint(model=state.model)
         for name in ("last", "best"):
             latest_checkpoint(run / "checkpoints" / name)  # raises an InputError if it is damaged
         # One of each is kept. The old one is deleted when the new one is complete.
         self.last = tf.train.CheckpointManager(train_state, str(run / "checkpoints/last"), max_to_keep=1)
         self.best = tf.train.CheckpointManager(weights, str(run / "checkpoints/best"), max_to_keep=1)
-        self.model, self.optimizer, self.progress = model, optimizer, progress
-        self.is_writer = is_writer  # of several machines one writes
+        self.state, self.is_writer = state, is_writer
 
     def restore(self) -> bool:
         """Restores the last checkpoint; returns False if there is none.
@@ -112,14 +108,14 @@ class Checkpoints:
 
     def check_loss(self) -> None:
         """Raises InputError if the loss is not finite, or if in float16 hardly any gradient is."""
-        if not math.isfinite(self.progress.get("loss_sum")):
-            raise self._divergence(f"the loss is {self.progress.mean_loss()}")
-        if float(getattr(self.optimizer, "dynamic_scale", MIN_LOSS_SCALE)) < MIN_LOSS_SCALE:
+        if not math.isfinite(self.state.progress.get("loss_sum")):
+            raise self._divergence(f"the loss is {self.state.progress.mean_loss()}")
+        if float(getattr(self.state.optimizer, "dynamic_scale", MIN_LOSS_SCALE)) < MIN_LOSS_SCALE:
             raise self._divergence("the gradients are too large for float16")
 
     def _divergence(self, problem: str) -> InputError:
         """Returns an error that says where the training has a problem."""
-        step, epoch = self.progress.get("step"), self.progress.get("epoch") + 1
+        step, epoch = self.state.progress.get("step"), self.state.progress.get("epoch") + 1
         return InputError(
             f"{problem} by step {step} of epoch {epoch}; the last checkpoint is from before it: run again with a "
             "smaller --learning-rate in another --run"
@@ -132,7 +128,7 @@ class Checkpoints:
             InputError: its loss or its weights are not finite, so that nothing is saved; or the disk is full.
         """
         self.check_loss()
-        for variable in self.model.trainable_variables:  # of the next step the loss would not be finite either
+        for variable in self.state.model.trainable_variables:  # of the next step the loss would not be finite either
             if not tf.reduce_all(tf.math.is_finite(variable)):
                 raise self._divergence(f"{variable.path} is not finite")
         self._write(self.last)

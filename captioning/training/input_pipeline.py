@@ -6,17 +6,28 @@ once for all of them.
 
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from captioning.base.devices import has_gpu
 from captioning.base.quiet_tensorflow import tf
+from captioning.config.settings import TrainConfig
 from captioning.data.annotations import Example
 from captioning.decoder.fused_decoder import ORDER_SHAPES, WordOrder, order_words
-from captioning.images.feature_cache import map_prefetch
+from captioning.images.feature_cache import FeatureSource, map_prefetch
+from data_utils import CaptionDataset
+from tokenizer import Tokenizer
 
 SORT_WINDOW = 50  # batches within which images are sorted by length: little padding, and batches differ by epoch
+
+
+class TrainData(NamedTuple):
+    """What a model is trained on."""
+
+    dataset: CaptionDataset
+    cache: FeatureSource  # the features of its images
+    tokenizer: Tokenizer  # the words of its captions
 
 
 class EncodedCaptions(NamedTuple):
@@ -32,11 +43,11 @@ class EncodedCaptions(NamedTuple):
 class Batch(NamedTuple):
     """B captions of some images."""
 
-    features: tf.Tensor  # (images, L, C), in the cache's dtype; or pixels, see cnn_training.py
+    features: tf.Tensor  # (images, L, C), in the cache's dtype; or pixels, where the CNN is trained, too
     image_index: tf.Tensor  # (B,) int32, the image of each caption
     tokens: tf.Tensor  # (B, T + 1) int32, padded with <pad> to the batch's longest caption
     images: tf.Tensor  # (images,) int32, their numbers in the split
-    order: WordOrder | None  # that of the words in fused_decoder.py; None with static shapes
+    order: WordOrder | None  # the order of the words in fused_decoder.py; None with static shapes
 
 
 def encode_captions(
@@ -69,7 +80,7 @@ def encode_captions(
 
 
 def describe_cut(captions: EncodedCaptions) -> str | None:
-    """Says in one line how many captions are cut, and what the model cannot learn from them; None if none is."""
+    """Describes in one line how many captions are cut, and what the model cannot learn from them; None if none is."""
     num_captions, longest = len(captions.lengths), captions.full_lengths.max()
     num_cut = np.count_nonzero(captions.lengths < captions.full_lengths)
     if not num_cut:
@@ -80,10 +91,10 @@ def describe_cut(captions: EncodedCaptions) -> str | None:
             f"all {num_captions:,} captions have {limit} and are cut: none teaches <end>, so that no caption of the "
             f"model will end; raise --max-length, the longest has {longest} tokens"
         )
-    verbs = ("has", "is") if num_cut == 1 else ("have", "are")
+    have, are = ("has", "is") if num_cut == 1 else ("have", "are")
     return (
-        f"{num_cut:,} of {num_captions:,} captions {verbs[0]} {limit} and {verbs[1]} cut: a cut caption does not teach "
-        f"<end>; the longest has {longest} tokens"
+        f"{num_cut:,} of {num_captions:,} captions {have} {limit} and {are} cut: a cut caption does not teach <end>; "
+        f"the longest has {longest} tokens"
     )
 
 
@@ -216,3 +227,38 @@ def make_distributed_dataset(
     # To the replicas' devices only the step copies, what it needs there: see copy_ahead.
     options = tf.distribute.InputOptions(experimental_fetch_to_device=False)
     return strategy.distribute_datasets_from_function(make_input, options)
+
+
+class TrainBatches:
+    """The batches of a training, made for the devices of a strategy."""
+
+    def __init__(
+        self,
+        captions: EncodedCaptions,
+        read_features: Callable[[tf.Tensor], tf.Tensor],
+        config: TrainConfig,
+        strategy: tf.distribute.Strategy,
+    ):
+        self.captions, self.read_features, self.config, self.strategy = captions, read_features, config, strategy
+
+    @property
+    def spec(self) -> Any:
+        """The shapes and types of a batch, for `tf.function`."""
+        return make_distributed_dataset(self.strategy, self.captions, [], self.read_features).element_spec
+
+    def order(self, epoch: int) -> list[np.ndarray]:
+        """Returns the batches of an epoch as arrays of caption indices; see `make_epoch_batches`."""
+        return make_epoch_batches(
+            self.captions,
+            self.config.batch_size,
+            self.config.seed,
+            epoch,
+            min_last_batch=self.strategy.num_replicas_in_sync,
+            group_by_image=self.config.shuffle_by == "image",
+        )
+
+    def load(self, order: list[np.ndarray]) -> Iterator[Batch]:
+        """Yields batches, given as arrays of caption indices, read ahead of the model."""
+        static_shapes = self.config.jit == "on"  # XLA compiles anew for each shape
+        dataset = make_distributed_dataset(self.strategy, self.captions, order, self.read_features, static_shapes)
+        return copy_ahead(dataset, self.strategy)

@@ -86,20 +86,20 @@ class WeightEMA(tf.Module):
         self.shadow = [tf.Variable(variable, trainable=False) for variable in self.variables_to_average]
         self.num_updates = tf.Variable(0.0)
 
-    def update(self, is_new: tf.Tensor | float = 1.0) -> None:
+    def update(self, is_applied: tf.Tensor | float = 1.0) -> None:
         """Moves the average towards the weights; quickly at first, so that the random start is soon forgotten.
 
         Args:
-            is_new: 1, or 0 after a step that has not changed the weights, which changes nothing here.
+            is_applied: 1, or 0 after a step that the optimizer has skipped, which changes nothing here.
         """
-        self.num_updates.assign_add(is_new)
+        self.num_updates.assign_add(is_applied)
         decay = tf.minimum(self.decay, (1.0 + self.num_updates) / (10.0 + self.num_updates))
         for shadow, variable in zip(self.shadow, self.variables_to_average, strict=True):
-            shadow.assign_add(is_new * (1.0 - decay) * (variable - shadow))
+            shadow.assign_add(is_applied * (1.0 - decay) * (variable - shadow))
 
     @contextlib.contextmanager
     def applied(self) -> Iterator[None]:
-        """Puts the average in the place of the weights while the block runs."""
+        """Replaces the weights by their average while the block runs."""
         weights = [variable.numpy() for variable in self.variables_to_average]
         try:
             for shadow, variable in zip(self.shadow, self.variables_to_average, strict=True):

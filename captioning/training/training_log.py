@@ -1,4 +1,4 @@
-"""What is written down of a training, epoch by epoch: history.csv, loss.png, and events for TensorBoard."""
+"""The record of a training, epoch by epoch: history.csv, loss.png, and events for TensorBoard."""
 
 import csv
 import importlib.util
@@ -11,8 +11,6 @@ from captioning.base.quiet_tensorflow import tf
 from captioning.output.plots import plot_history
 
 COLUMNS = ("epoch", "train_loss", "val_loss", "bleu4", "cider", "distinct_ratio", "train_seconds")
-# Of self-critical training, whose loss has no meaning: the reward of its samples, in percent as CIDEr is.
-REWARD_COLUMNS = tuple("train_reward" if name == "train_loss" else name for name in COLUMNS)
 SCORES = ("bleu4", "cider")  # empty where an epoch could not be scored
 
 
@@ -26,7 +24,9 @@ def read_history(path: Path) -> list[dict[str, str]]:
         with open(path, newline="", encoding="utf-8") as file:
             rows = list(csv.DictReader(file))
         for row in rows:
-            if tuple(row) not in (COLUMNS, REWARD_COLUMNS):
+            names = list(row)
+            is_objective = len(names) > 1 and names[1].startswith("train_")  # another objective has another name
+            if not is_objective or [*names[:1], *names[2:]] != [name for name in COLUMNS if name != "train_loss"]:
                 raise ValueError(f"its columns are {list(row)}")
             int(row["epoch"])
             for name, value in row.items():
@@ -58,7 +58,7 @@ class TrainingLog:
         """Adds an epoch and writes the files again; a score of None is left empty.
 
         Args:
-            row: the epoch, with the values of `COLUMNS` or `REWARD_COLUMNS`.
+            row: the epoch, with the values of `COLUMNS`, or with another objective instead of `train_loss`.
             best_epoch: the best epoch so far, this one included.
             best_by: the column by which it is the best, `cider` or `val_loss`.
         """

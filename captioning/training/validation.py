@@ -1,18 +1,16 @@
 """Validation: the loss with teacher forcing, the scores of generated captions, and which epoch is the best."""
 
 import math
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from captioning.base import devices
+import evaluate
 from captioning.base.cli import log
 from captioning.base.quiet_tensorflow import tf
 from captioning.config.settings import DecodeConfig, TrainConfig
-from captioning.data.annotations import Example
-from captioning.decoder.losses import masked_cross_entropy
-from captioning.images.feature_cache import FeatureSource
+from captioning.decoder.losses import loss_function
 from captioning.scores import metrics
-from captioning.training.input_pipeline import Batch, EncodedCaptions, encode_captions, make_dataset, make_epoch_batches
+from captioning.training.input_pipeline import Batch, TrainData, encode_captions, make_dataset, make_epoch_batches
+from tokenizer import split_words
 
 # Validation images from which CIDEr chooses the best epoch. CIDEr weighs an n-gram by log(images / images that have
 # it): of one image all weights are log 1, and CIDEr is 0 whatever the caption is. With a few, it is the mean of so few
@@ -51,46 +49,44 @@ class Validation(NamedTuple):
 
 
 class Validator:
-    """Validates a model on the images of one split.
+    """Validates a model on the images of the val split, at most `max_val_images` of them."""
 
-    Args:
-        model: the caption model.
-        captions: the reference captions, encoded.
-        references: the reference captions of each image, as text.
-        read_features: maps paths of feature files to their content; see `make_dataset`.
-        generate_captions: captions the same images, without reference captions.
-        split_words: splits a caption into the words that are scored, see `metrics.choose_tokenizer`.
-        batch_size: captions in a batch.
-    """
+    def __init__(self, model: tf.keras.Model, data: TrainData, config: TrainConfig):
+        """Prepares the validation.
 
-    def __init__(
-        self,
-        model: tf.keras.Model,
-        captions: EncodedCaptions,
-        references: list[list[str]],
-        read_features: Callable[[tf.Tensor], tf.Tensor],
-        generate_captions: Callable[[], list[str]],
-        split_words: Callable[[str], list[str]],
-        batch_size: int,
-    ):
-        self.captions, self.references, self.batch_size = captions, references, batch_size
-        self.read_features, self.generate_captions, self.split_words = read_features, generate_captions, split_words
+        Args:
+            model: the caption model.
+            data: the dataset with its features, and the tokenizer.
+            config: the settings of the training.
+        """
+        self.model, self.data, self.config = model, data, config
+        self.examples = data.dataset.split("val")[: config.max_val_images]
+        self.references = [list(example.captions) for example in self.examples]
+        self.captions = encode_captions(self.examples, data.tokenizer.encode, data.cache.path, config.max_length)
         self.has_scores = metrics.has_pycocoevalcap()
-        self.cider_decides = self.has_scores and len(references) >= MIN_CIDER_IMAGES
+        self.cider_decides = self.has_scores and len(self.references) >= MIN_CIDER_IMAGES
         self._log_what_decides()
 
-        @tf.function(input_signature=[make_dataset(captions, [], read_features).element_spec])
+        @tf.function(input_signature=[make_dataset(self.captions, [], data.cache.read).element_spec])
         def val_step(batch: Batch) -> tuple[tf.Tensor, tf.Tensor]:
             outputs = model(batch.features, batch.tokens, batch.image_index, order=batch.order)
-            losses, mask = masked_cross_entropy(outputs.logits, outputs.targets)
+            losses, mask = loss_function(outputs.logits, outputs.targets)
             return tf.reduce_sum(losses), tf.reduce_sum(mask)
 
         self._val_step = val_step
 
+    def generate_captions(self) -> list[str]:
+        """Captions the images by greedy search, without the reference captions."""
+        decoding = DecodeConfig(max_words=self.config.max_length)
+        captions = evaluate.generate_captions(
+            self.model, self.data.tokenizer, self.data.cache, self.examples, self.config.batch_size, decoding
+        )
+        return [caption.text for caption in captions]
+
     def loss(self) -> float:
         """Computes the mean loss of the reference captions, in nats per word."""
-        batches = make_epoch_batches(self.captions, self.batch_size, seed=0, epoch=0)
-        sums = [self._val_step(batch) for batch in make_dataset(self.captions, batches, self.read_features)]
+        batches = make_epoch_batches(self.captions, self.config.batch_size, seed=0, epoch=0)
+        sums = [self._val_step(batch) for batch in make_dataset(self.captions, batches, self.data.cache.read)]
         return float(sum(loss for loss, _ in sums) / sum(num_tokens for _, num_tokens in sums))
 
     def evaluate(self) -> Validation:
@@ -99,7 +95,8 @@ class Validator:
         scores: dict[str, float] = {}
         if self.has_scores:
             # Without Java, so that a run chooses the same epoch on every machine.
-            scores = metrics.score(self.references, texts, self.split_words).total
+            _, split = metrics.choose_tokenizer(self.data.tokenizer.words, split_words)
+            scores = metrics.score(self.references, texts, split).total
         val_loss = round(self.loss(), 4)
         row = {
             "val_loss": val_loss,
@@ -112,14 +109,14 @@ class Validator:
         return Validation(row, EpochScore(cider, -num_empty, -val_loss), texts[0])
 
     def log_best_so_far(self, best: EpochScore) -> None:
-        """Says where a resumed run compares epochs by something else than before."""
+        """Logs where a resumed run compares epochs by another score than before it stopped."""
         if best.cider > 0 and not self.cider_decides:
             log("the best epoch so far was chosen by CIDEr, which cannot be computed now: it stays the best")
         if best.cider == 0 and self.cider_decides:
             log("the best epoch so far was chosen without CIDEr: the next one with a CIDEr above 0 is taken as better")
 
     def _log_what_decides(self) -> None:
-        """Says what is left out, and what chooses the best epoch if not CIDEr."""
+        """Logs what is left out, and what chooses the best epoch if not CIDEr."""
         num_images, chooser = len(self.references), ""
         if num_images < MIN_CIDER_IMAGES:
             images = "1 validation image is" if num_images == 1 else f"{num_images} validation images are"
@@ -131,57 +128,3 @@ class Validator:
             chooser = ", and the best epoch is chosen by the validation loss"
         if not self.has_scores:
             log(f"BLEU-4 and CIDEr are left out{chooser}: they need `pip install pycocoevalcap`")
-
-
-def make_validator(
-    model: tf.keras.Model,
-    examples: list[Example],
-    tokenizer: Any,
-    cache: FeatureSource,
-    config: TrainConfig,
-    generate_captions: Callable[..., list[Any]],
-    split_words: Callable[[str], list[str]],
-) -> Validator:
-    """Makes the validator of a run, for at most `max_val_images` images.
-
-    Args:
-        model: the caption model.
-        examples: the images for validation.
-        tokenizer: the `Tokenizer`.
-        cache: holds the features of the images.
-        config: the settings of the training.
-        generate_captions: `evaluate.generate_captions`.
-        split_words: splits a caption for the scores.
-    """
-    examples = examples[: config.max_val_images]
-
-    def generate() -> list[str]:
-        decoding = DecodeConfig(max_words=config.max_length)
-        captions = generate_captions(model, tokenizer, cache, examples, config.batch_size, decoding)
-        return [caption.text for caption in captions]
-
-    return Validator(
-        model,
-        encode_captions(examples, tokenizer.encode, cache.path, config.max_length),
-        [list(example.captions) for example in examples],
-        cache.read,
-        generate,
-        split_words,
-        config.batch_size,
-    )
-
-
-def score_start(validator: Validator, save_best: Callable[[], None], strategy: tf.distribute.Strategy) -> EpochScore:
-    """Scores the weights that self-critical training starts from; they stay the best until an epoch is better.
-
-    Args:
-        validator: that of the run.
-        save_best: saves the weights as the best.
-        strategy: of several machines, one validates.
-    """
-    score = EpochScore()
-    if devices.is_chief(strategy):
-        score = validator.evaluate().score
-        log(f"the start: {score}")
-        save_best()
-    return EpochScore(*devices.broadcast_from_chief(strategy, score))

@@ -25,12 +25,6 @@ COMMANDS = {
 }
 
 
-@pytest.fixture(autouse=True)
-def verbosity(monkeypatch):
-    """Undoes what --quiet changes."""
-    monkeypatch.setattr(Verbosity, "quiet", False)
-
-
 # Help pages.
 
 
@@ -45,17 +39,6 @@ def test_help_has_examples_whose_options_exist(module, capsys, monkeypatch):
     assert len(examples) >= 2
     for option in re.findall(r"--[\w-]+", " ".join(examples)):
         assert re.search(rf"^  {option}\b", page, re.MULTILINE), f"an example has {option}, which does not exist"
-    assert max(map(len, page.splitlines())) <= 115
-    assert not re.search(r"--[\w-]+ [A-Z]+_[A-Z_]+", page), "a metavar should name the unit, not repeat the option"
-
-
-def test_make_parser_refuses_abbreviations(capsys):
-    parser = cli.make_parser("Does something.")
-    parser.add_argument("--number")
-    assert parser.parse_args(["--number", "1"]).number == "1"
-    with pytest.raises(SystemExit):
-        parser.parse_args(["--num", "1"])
-    assert "unrecognized arguments: --num" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("text", ["0", "-1", "1.5", "many", ""])
@@ -126,12 +109,11 @@ def run(main, monkeypatch):
         (KeyboardInterrupt(), 130, "\nscript.py: stopped; run the same command again to continue\n"),
     ],
 )
-@pytest.mark.parametrize("quiet", [False, True])
-def test_run_main_turns_failures_into_one_line_and_an_exit_code(error, code, message, quiet, monkeypatch, capsys):
+def test_run_main_turns_failures_into_one_line_and_an_exit_code(error, code, message, monkeypatch, capsys):
     def main():
         raise error
 
-    monkeypatch.setattr(Verbosity, "quiet", quiet)
+    monkeypatch.setattr(Verbosity, "quiet", True)
     assert run(main, monkeypatch) == code
     assert capsys.readouterr() == ("", message)
 
@@ -177,14 +159,6 @@ def test_progress_bar_is_live_in_a_notebook_only(monkeypatch):
             assert (bar.mininterval < 1) == is_live
 
 
-def test_log_writes_above_a_progress_bar(monkeypatch):
-    terminal = type("Terminal", (io.StringIO,), {"isatty": lambda self: True})()
-    monkeypatch.setattr(sys, "stderr", terminal)
-    with cli.progress_bar(total=2):
-        cli.log("a message")
-    assert re.search(r"\r +\ra message\n\r +0%", terminal.getvalue()), "the bar is cleared, and drawn again below"
-
-
 def test_progress_bar_in_a_pipe_writes_lines_without_control_characters(monkeypatch):
     stream = io.StringIO()
     monkeypatch.setattr(sys, "stderr", stream)
@@ -224,7 +198,6 @@ def test_suppress_stderr_holds_back_unless_the_block_fails(capfd, monkeypatch):
             "end other processes that use it (nvidia-smi lists them)",
         ),
         (RuntimeError("CUBLAS_STATUS_NOT_INITIALIZED"), "the memory of the GPU is full; give a smaller --batch-size"),
-        (RuntimeError("CUDA_ERROR_OUT_OF_MEMORY: out of memory"), "continues from the last checkpoint"),
         (RuntimeError("OOM when allocating tensor on /device:CPU:0 by allocator cpu"), "the memory of this machine"),
         (MemoryError(), "the memory of this machine is full"),
     ],
@@ -245,11 +218,3 @@ def test_full_memory_is_explained_with_the_options_of_the_command(monkeypatch):
         "the memory of this machine is full; give a smaller --cnn-batch-size, or end other processes that use it and "
         "run the same command again"
     )
-
-
-def test_run_main_shows_other_errors():
-    def main():
-        raise RuntimeError("a fault of the program")
-
-    with pytest.raises(RuntimeError, match="a fault of the program"):
-        run_main(main)

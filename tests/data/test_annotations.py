@@ -1,4 +1,4 @@
-"""From rows of any format to examples: what is left out, how it is said, and the one form of captions and names."""
+"""From rows of any format to examples: what is left out, how it is logged, and the one form of captions and names."""
 
 import pytest
 
@@ -31,7 +31,7 @@ def test_split_column_is_used_if_it_has_splits_only(read, capsys):
     assert [e.split for e in read("a.jpg,,x", "b.jpg,test,y", header=header)] == ["", "test"]
     capsys.readouterr()
     assert [e.split for e in read("a.jpg,1,x", "b.jpg,2,y", header=header)] == ["", ""]
-    assert "captions.csv: the column split is not used: '1' is no split" in capsys.readouterr().err
+    assert "captions.csv: column split ignored: '1' is not a split name" in capsys.readouterr().err
     assert [e.split for e in read("a.jpg,val,x", "a.jpg,train,y", header=header)] == ["val"]
     assert "1 images have rows of two splits, and are in the first one, such as 'a.jpg'" in capsys.readouterr().err
 
@@ -80,8 +80,8 @@ def test_ids_and_splits_that_are_none_are_left_out(tmp_path, capsys):
         '{"filename": "d.jpg", "split": "test", "cocoid": 4, "sentences": [{"raw": "a cow"}]}]}'
     )
     assert read_annotations(path) == [Example("d.jpg", ("a cow",), 4, "test")]
-    said = capsys.readouterr().err
-    assert "neither a whole number nor text, 0.5" in said and "not train, restval, val or test, 'other'" in said
+    logged = capsys.readouterr().err
+    assert "neither a whole number nor text, 0.5" in logged and "not train, restval, val or test, 'other'" in logged
 
 
 @pytest.mark.parametrize("line", ["a.jpg, .", ",a dog", "a.jpg"])

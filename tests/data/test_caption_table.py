@@ -3,10 +3,11 @@
 import pytest
 
 from captioning.base.cli import InputError
-from captioning.data.caption_rows import ReadOptions, find_field
 from captioning.data.caption_table import (
+    ReadOptions,
     find_dialect,
-    has_headerless_rows,
+    find_field,
+    is_headerless,
     parse_separator,
     read_headerless,
     read_table,
@@ -67,11 +68,6 @@ def test_open_quotes_are_refused_with_the_line(separator):
         rows(table)
 
 
-def test_long_field_is_refused():
-    with pytest.raises(InputError, match="not a CSV that can be read"):
-        rows('image,caption\na.jpg,"' + "a dog " * 30_000 + '"\n')
-
-
 def test_flickr30k_row_without_a_separator_is_repaired_and_named():
     table = "image_name| comment_number| comment\na.jpg| 3| A dog .\na.jpg| 4   A dog runs .\nb.jpg| 0\nc.jpg\n"
     parsed = read_table("file", table, AS_FOUND)
@@ -107,15 +103,11 @@ def test_columns_and_separator_can_be_named():
     assert find_dialect(table, ReadOptions("photo", "words", ":")) is None
 
 
-@pytest.mark.parametrize(("text", "separator"), [("tab", "\t"), (r"\t", "\t"), ("semicolon", ";"), (":", ":")])
-def test_parse_separator(text, separator):
-    assert parse_separator(text) == separator
-
-
-@pytest.mark.parametrize("text", ["", "ab", '"', "\n"])
-def test_parse_separator_refuses_others(text):
-    with pytest.raises(InputError, match="--separator: expected one character, or tab"):
-        parse_separator(text)
+def test_parse_separator():
+    assert [parse_separator(text) for text in ("tab", r"\t", "semicolon", ":")] == ["\t", "\t", ";", ":"]
+    for text in ("", "ab", '"', "\n"):
+        with pytest.raises(InputError, match="--separator: expected one character, or tab"):
+            parse_separator(text)
 
 
 def test_find_field_prefers_the_first_usual_name():
@@ -139,8 +131,8 @@ def test_find_field_prefers_the_first_usual_name():
         ("a1\thttp://example.com/a.jpg", False),
     ],
 )
-def test_has_headerless_rows(line, expected):
-    assert has_headerless_rows(line + "\n", AS_FOUND) == expected
+def test_is_headerless(line, expected):
+    assert is_headerless(line + "\n", AS_FOUND) == expected
 
 
 def test_read_headerless_marks_lines_without_a_separator():

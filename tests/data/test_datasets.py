@@ -92,6 +92,8 @@ def coco(http_server, tmp_path, monkeypatch):
 
 
 def test_load_dataset_of_coco_downloads_only_the_images_of_the_subset(coco, tmp_path):
+    assert len(load_dataset(coco.config, with_images=False).examples) == 5
+    assert coco.requests == ["/annotations.zip"]
     dataset = load_dataset(coco.config)
     assert len(dataset.examples) == 5
     assert all((dataset.image_dir / e.image_path).stat().st_size for e in dataset.examples)
@@ -99,11 +101,6 @@ def test_load_dataset_of_coco_downloads_only_the_images_of_the_subset(coco, tmp_
     assert not (tmp_path / "data/coco/annotations_trainval2014.zip").exists(), "the archive's space is freed"
     assert load_dataset(coco.config) == dataset
     assert len(coco.requests) == 6, "a second run downloads nothing"
-
-
-def test_load_dataset_of_coco_without_images_downloads_only_the_captions(coco):
-    assert len(load_dataset(coco.config, with_images=False).examples) == 5
-    assert coco.requests == ["/annotations.zip"]
 
 
 @pytest.mark.usefixtures("all_options")
@@ -118,15 +115,6 @@ def test_load_dataset_of_coco_logs_sizes_and_checks_the_disk(coco, monkeypatch, 
     printed = capsys.readouterr().err
     assert "downloading annotations_trainval2014.zip, 1 MB, into" in printed
     assert "0 of 5 images are in" in printed and "downloading 5 one by one (about 2.5 GB)" in printed
-
-
-def test_load_dataset_of_coco_uses_and_keeps_an_archive_of_the_user(coco, tmp_path):
-    archive = tmp_path / "data/coco/annotations_trainval2014.zip"
-    archive.parent.mkdir(parents=True)
-    (coco.folder / "annotations.zip").rename(archive)
-    load_dataset(dataclasses.replace(coco.config, num_captions=5))
-    assert "/annotations.zip" not in coco.requests
-    assert archive.exists()
 
 
 def test_load_dataset_of_all_of_coco_downloads_the_archive(coco, monkeypatch):
@@ -204,11 +192,8 @@ def test_load_dataset_with_official_val(official_coco, name, year):
     assert len(official_coco.requests) == 1 + 24
     subset = load_dataset(dataclasses.replace(config, num_captions=50))
     assert sizes(subset) == [8, 1, 1], "the sizes of a random split of 50 captions"
-
-
-def test_load_dataset_of_coco2017_is_split_at_random_by_default(official_coco):
-    dataset = load_dataset(dataclasses.replace(official_coco.config, dataset="coco2017", num_captions=None))
-    assert (dataset.name, sizes(dataset)) == ("coco2017", [10, 1, 1])
+    at_random = load_dataset(dataclasses.replace(official_coco.config, dataset=name, num_captions=None))
+    assert (at_random.name, sizes(at_random)) == (name, [10, 1, 1]), "by default"
 
 
 @pytest.mark.parametrize("fractions", [{"val_fraction": 0.0}, {"val_fraction": 0.6, "test_fraction": 0.5}])
@@ -258,7 +243,7 @@ def user_files(tmp_path):
         (tmp_path / f"{split}.csv").write_text(f"image,caption\n{rows}")
 
     def settings(*names, **others):
-        paths = {name: str(tmp_path / path) for name, path in others.items()}
+        paths = {name: str(tmp_path / path) if isinstance(path, str) else path for name, path in others.items()}
         for name in names:
             split = name.partition("_")[0] if "_" in name else "train"
             path = f"data/{split}_images" if name.endswith("images") else f"{split}.csv"
@@ -278,13 +263,8 @@ def test_annotations_of_each_split(user_files, tmp_path):
     assert all((dataset.image_dir / example.image_path).exists() for example in dataset.examples)
     assert dataset.split("val")[0].image_path == "val_images/val0.jpg"
     assert [example.image_id for example in dataset.examples] == list(range(12)), "numbered anew"
-
-
-def test_annotations_of_some_splits(user_files):
-    dataset = load_dataset(user_files(*ALL_FILES[:4]))
-    assert sizes(dataset) == [4, 4, 0]
-    dataset = load_dataset(user_files(*ALL_FILES[:2], *ALL_FILES[4:]))
-    assert sizes(dataset) == [3, 1, 4], "those for training are split into training and validation"
+    assert sizes(load_dataset(user_files(*ALL_FILES[:4]))) == [4, 4, 0]
+    assert sizes(load_dataset(user_files(*ALL_FILES[:2], *ALL_FILES[4:]))) == [3, 1, 4], "val is taken from train"
 
 
 def test_images_of_all_splits_in_one_folder(user_files):
@@ -322,12 +302,6 @@ def test_linked_folders_stay_inside_the_image_folder(user_files, tmp_path):
         load_dataset(dataclasses.replace(config, images=str(tmp_path / "data/train_images"), val_images=config.images))
 
 
-def test_images_for_validation_are_taken_from_training_if_there_are_none(user_files, tmp_path):
-    rows = [f"train{i}.jpg,{split},a dog\n" for i, split in enumerate(("train", "train", "train", "test"))]
-    (tmp_path / "train.csv").write_text("image,split,caption\n" + "".join(rows))
-    assert sizes(load_dataset(user_files("annotations", "images"))) == [2, 1, 1]
-
-
 def test_a_file_with_its_own_split_is_refused_for_one_split(user_files, tmp_path):
     row = {"sentences": [{"raw": "a dog"}]}
     rows = [row | {"filename": f"train{i}.jpg", "split": split} for i, split in enumerate(("train", "val"))]
@@ -336,22 +310,29 @@ def test_a_file_with_its_own_split_is_refused_for_one_split(user_files, tmp_path
         load_dataset(user_files(*ALL_FILES))
 
 
-def test_a_file_of_one_split_alone_is_split_at_random(user_files, tmp_path, capsys):
-    rows = [{"image_id": f"train{i}", "set_name": "train", "caption_str": "x"} for i in range(4)]
-    (tmp_path / "train.csv").write_text(json.dumps({"data": rows}))
+@pytest.mark.parametrize(
+    ("last", "message"),
+    [
+        ("train", "annotations contain only the train split; splitting at random"),
+        ("test", "annotations contain no validation images; taking some of the training images"),
+    ],
+)
+def test_splits_that_the_annotations_lack_are_made(user_files, tmp_path, capsys, last, message):
+    rows = [f"train{i}.jpg,{split},a dog\n" for i, split in enumerate(("train", "train", "train", last))]
+    (tmp_path / "train.csv").write_text("image,split,caption\n" + "".join(rows))
     assert sizes(load_dataset(user_files("annotations", "images"))) == [2, 1, 1]
-    said = capsys.readouterr().err
-    assert "split: not that of the annotations, whose images are all of the train split" in said
-    assert "split: at random, with 0.1 for validation and 0.1 for testing" in said
+    assert f"split: {message}" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
         ({"images": "data"}, "--images needs --annotations"),
+        ({"dataset": None}, "expected --dataset or --annotations"),
         ({"val_annotations": "val.csv"}, "--val-annotations needs --annotations"),
         ({"annotations": "train.csv", "val_images": "data"}, "--val-images needs --val-annotations"),
         ({"annotations": "none.csv"}, r"none\.csv: no such annotation file"),
+        ({"annotations": "train.csv", "official_val": True}, "--official-val is for --dataset coco and coco2017"),
         ({"annotations": "train.csv", "images": "none"}, "none: no such image folder"),
         ({"annotations": "train.csv", "val_annotations": "none.csv"}, r"none\.csv: no such annotation file"),
         ({"annotations": "train.csv", "val_annotations": "val.csv", "train_list": "train.csv"}, "found both"),
@@ -365,12 +346,6 @@ def test_files_that_do_not_fit_are_refused(user_files, tmp_path, settings, messa
         (tmp_path / "data").rename(tmp_path.parent / f"{tmp_path.name}_images")
     with pytest.raises(InputError, match=message):
         load_dataset(user_files(**settings))
-
-
-def test_official_val_is_for_coco():
-    for config in (DataConfig("flickr8k", official_val=True), DataConfig(annotations="a.csv", official_val=True)):
-        with pytest.raises(InputError, match="--official-val is for --dataset coco and coco2017"):
-            load_dataset(config)
 
 
 # Names.
@@ -389,7 +364,7 @@ def test_names_of_one_file_are_one_image(tmp_path, capsys):
         "c.jpg": ("five",),
         "none.jpg": ("six",),
     }
-    said = capsys.readouterr().err
-    assert "1 of 5 images are not in it, such as 'none.jpg'" in said
-    assert "2 images have other names there, such as 'a.jpg' for 'photos/A.jpg'" in said
-    assert "1 images are named in two ways; their captions are put together" in said
+    logged = capsys.readouterr().err
+    assert "1 of 5 images are not in it, such as 'none.jpg'" in logged
+    assert "2 images have other names there, such as 'a.jpg' for 'photos/A.jpg'" in logged
+    assert "1 images are named in two ways; their captions are put together" in logged

@@ -33,10 +33,12 @@ def test_two_images_are_split_into_training_and_validation(capsys):
     assert capsys.readouterr().err == "", "none was asked for"
 
 
-def test_one_image_is_too_few_to_split():
+def test_too_few_images_to_split_are_refused():
     message = r"^expected at least 2 images \(training and validation need one each\), found 1$"
     with pytest.raises(InputError, match=message):
         split_sizes(1)
+    with pytest.raises(InputError, match="3 images are too few"):
+        split_sizes(3, val_fraction=0.7)
 
 
 def test_more_images_have_one_in_every_split():
@@ -87,7 +89,7 @@ def test_epoch_without_a_caption_is_not_chosen_for_its_loss(data, tmp_path, monk
     texts, losses = iter(("", "", "a dog", "a cat", "")), iter((1.0, 0.5, 2.5, 2.0, 0.25))
     monkeypatch.setattr(evaluate, "generate_captions", lambda *_: [inference.Caption(next(texts), (), (), None, 1.0)])
     monkeypatch.setattr(Validator, "loss", lambda _: next(losses))
-    monkeypatch.setattr(train, "train_epoch", lambda *args: args[3].progress.token_count.assign(1))
+    monkeypatch.setattr(train, "train_epoch", lambda *args: args[2].progress.token_count.assign(1))
     run_training(tmp_path / "run", data, epochs=5)
     lines = capsys.readouterr().err.splitlines()
     assert lines[-1].startswith("best: epoch 4, validation loss 2.00; see ")

@@ -34,16 +34,16 @@ def features(dataset, cache):
 def follow_step(caption_model, features, tokens):
     """Runs the decoder's step, without the code of captioning; returns log p and attention of each token."""
     decoder = caption_model.decoder
-    images = decoder.encode(caption_model.encoder(tf.cast(features, tf.float32)))
+    images = decoder.attention.encode(caption_model.encoder(tf.cast(features, tf.float32)))
     state = decoder.initial_state(images)
     forbidden = forbidden_tokens(caption_model.config.vocab_size)
     previous, log_probs, attention = START_ID, [], []
     for token in tokens:
         dec_input = decoder.embedding(tf.constant([previous]))
-        state, _, location_weights = decoder.step(dec_input, images, state)
-        logits = tf.where(forbidden, -np.inf, decoder.to_logits(state, dec_input))
+        output, state, attention_weights = decoder.step(dec_input, images, state)
+        logits = tf.where(forbidden, -np.inf, decoder.to_logits(output))
         log_probs.append(tf.nn.log_softmax(logits)[0, token])
-        attention.append(location_weights[0])
+        attention.append(attention_weights[0])
         previous = token
     return np.array(log_probs), np.array(attention)
 

@@ -31,8 +31,6 @@ class FakeModel:
     class config:
         vocab_size = VOCAB_SIZE
 
-    has_gate = False
-
     def __init__(self, next_word):
         self.next_word = tf.constant(next_word)  # (captions, vocab_size), the word after each word
 
@@ -103,7 +101,7 @@ def test_greedy_search_matches_captions_known_by_hand():
 
 
 def test_greedy_search_stops_when_all_captions_are_finished():
-    tokens, probabilities, attention, _ = greedy_search(FakeModel(NEXT_WORD), make_features(0, 3))
+    tokens, probabilities, attention = greedy_search(FakeModel(NEXT_WORD), make_features(0, 3))
     assert tokens.numpy().tolist() == [[A, DOG, END_ID], [END_ID, PAD_ID, PAD_ID]]
     assert probabilities.shape == (2, 3) and attention.shape == (2, 3, 64)
 
@@ -214,7 +212,7 @@ def test_expand_beams_matches_hand_computation():
 @pytest.mark.parametrize("length_penalty", [0.5, 0.7])
 def test_beam_search_returns_the_best_captions_in_order(length_penalty):
     model = BigramModel(BIGRAM_PROBS)
-    tokens, probabilities, attention, _ = beam_search(
+    tokens, probabilities, attention = beam_search(
         model, make_features(0, 0), 400, length_penalty, max_words=4, num_captions=5
     )
     expected = rank_captions(BIGRAM_PROBS, 4, length_penalty)[:5]
@@ -289,7 +287,7 @@ def test_probabilities_under_rules_are_the_models_own():
 
 def test_sample_words_has_the_frequencies_of_the_model():
     numbers = random_numbers(0, [1], 4000, 6)
-    tokens, probabilities, _, _ = sample_words(BigramModel(BIGRAM_PROBS), make_features(0), numbers)
+    tokens, probabilities, _ = sample_words(BigramModel(BIGRAM_PROBS), make_features(0), numbers)
     tokens, probabilities = tokens.numpy(), probabilities.numpy()
     for word, probability in ((A, 0.6), (CAT, 0.4)):
         np.testing.assert_allclose(np.mean(tokens[:, 0] == word), probability, atol=0.03)
@@ -379,7 +377,7 @@ def test_beam_search_does_not_depend_on_the_rest_of_the_batch(diverse_model_and_
 
 def test_beam_search_probabilities_and_attention_match_teacher_forcing(diverse_model_and_features):
     model, features = diverse_model_and_features
-    tokens, probabilities, attention, _ = beam_search(model, features, 5, 0.7)
+    tokens, probabilities, attention = beam_search(model, features, 5, 0.7)
     outputs = model(features, tf.pad(tokens, [[0, 0], [1, 0]], constant_values=START_ID))
     mask = tf.gather_nd(tokens, outputs.positions) != PAD_ID  # (N,)
     positions = tf.boolean_mask(outputs.positions, mask)

@@ -10,10 +10,10 @@ from captioning.decoder import fused_decoder
 NUM_WORDS = 31  # to predict, in all of `captions`
 
 
-def make_model(mixed_precision=False, decoder="tutorial"):
+def make_model(mixed_precision=False):
     """Returns a small model with random weights, biases included, that are far from the linear range of tanh."""
     tf.keras.utils.set_random_seed(1)
-    config = ModelConfig(vocab_size=30, embedding_dim=8, units=12, decoder=decoder)
+    config = ModelConfig(vocab_size=30, embedding_dim=8, units=12)
     caption_model = model.build(config, mixed_precision=mixed_precision)
     for variable in caption_model.trainable_variables:
         variable.assign(2 * variable + 0.1 * tf.random.normal(variable.shape))
@@ -74,16 +74,14 @@ def compute_loss(captions, rng):
     return compute_loss
 
 
-@pytest.mark.parametrize(
-    ("decoder", "graph"), [("tutorial", False), ("tutorial", True), ("paper", True)], ids=["eager", "graph", "paper"]
-)
-def test_fused_decoder_matches_autodiff_of_the_plain_loop(captions, compute_loss, decoder, graph):
-    caption_model = make_model(decoder=decoder)
+@pytest.mark.parametrize("graph", [False, True], ids=["eager", "graph"])
+def test_fused_decoder_matches_autodiff_of_the_plain_loop(captions, compute_loss, graph):
+    caption_model = make_model()
     plain, plain_gradients = run_decoder(caption_model, captions, compute_loss, fused=False)
     fused, fused_gradients = run_decoder(caption_model, captions, compute_loss, fused=True, graph=graph)
     assert len(plain.logits) == 7 * 6
     assert len(fused.logits) == NUM_WORDS, "the fused decoder has no rows for padding"
-    for name, atol in (("logits", 1e-5), ("attention_weights", 1e-6), ("location_weights", 1e-6)):
+    for name, atol in (("logits", 1e-5), ("attention_weights", 1e-6)):
         expected = rows_by_position(getattr(plain, name), plain)
         actual = rows_by_position(getattr(fused, name), fused)
         assert len(actual) == NUM_WORDS
@@ -92,10 +90,9 @@ def test_fused_decoder_matches_autodiff_of_the_plain_loop(captions, compute_loss
     assert_gradients_match(fused_gradients, plain_gradients)
 
 
-@pytest.mark.parametrize("decoder", ["tutorial", pytest.param("paper", marks=pytest.mark.slow)])
-def test_fused_decoder_matches_the_plain_loop_in_mixed_precision(captions, compute_loss, decoder):
-    _, expected = run_decoder(make_model(decoder=decoder), captions, compute_loss, fused=False)
-    outputs, gradients = run_decoder(make_model(True, decoder), captions, compute_loss, fused=True)
+def test_fused_decoder_matches_the_plain_loop_in_mixed_precision(captions, compute_loss):
+    _, expected = run_decoder(make_model(), captions, compute_loss, fused=False)
+    outputs, gradients = run_decoder(make_model(mixed_precision=True), captions, compute_loss, fused=True)
     assert outputs.logits.dtype == tf.float16
     assert_gradients_match(gradients, expected, tolerance=2e-2)
 
@@ -120,8 +117,6 @@ def test_fused_decoder_packs_rows_of_words_only(captions):
     outputs = caption_model(*captions)
     expected = {tuple(position) for position in np.argwhere(captions[1].numpy()[:, 1:] != 0)}
     assert {tuple(position) for position in outputs.positions.numpy()} == expected
-    assert outputs.is_sampled.shape == (NUM_WORDS, 1)
-    assert not outputs.is_sampled.numpy().any()
 
 
 def test_order_words_goes_step_after_step_and_longest_first():
@@ -144,9 +139,8 @@ def test_teacher_force_takes_an_order_that_is_computed_beforehand(captions):
 # Whether the fused decoder computes what RNNDecoder.step does.
 
 
-@pytest.mark.parametrize("decoder", ["tutorial", pytest.param("paper", marks=pytest.mark.slow)])
-def test_fused_decoder_matches_is_true_as_it_is(decoder):
-    assert model.fused_decoder_matches(ModelConfig(decoder=decoder, dropout=0.5))
+def test_fused_decoder_matches_is_true_as_it_is():
+    assert model.fused_decoder_matches(ModelConfig(dropout=0.5))
 
 
 @pytest.mark.filterwarnings("ignore:.build.* was called on layer")  # MeanDecoder leaves the attention unused

@@ -11,27 +11,27 @@ class GatedDecoder(model.RNNDecoder):
         super().__init__(config)
         self.gate = tf.keras.layers.Dense(1, activation="sigmoid")
 
-    def step(self, dec_input, images, state, noise=None):
-        context_vector, attention_weights, location_weights = self.attention(images.features, state, images.keys, noise)
+    def step(self, dec_input, images, state):
+        context_vector, attention_weights = self.attention(images, state)
         gru_input = tf.concat([self.gate(state) * context_vector, dec_input], axis=-1)
         state, _ = self.gru(gru_input, [state])
-        return state, attention_weights, location_weights
+        return state, state, attention_weights
 
 
 class MeanDecoder(model.RNNDecoder):
     """There is no attention: the context vector is the mean of all locations."""
 
-    def step(self, dec_input, images, state, noise=None):
+    def step(self, dec_input, images, state):
         gru_input = tf.concat([tf.reduce_mean(images.features, axis=1), dec_input], axis=-1)
         state, _ = self.gru(gru_input, [state])
         uniform = tf.fill(tf.shape(images.features)[:2], tf.cast(1 / images.features.shape[1], state.dtype))
-        return state, uniform, uniform
+        return state, state, uniform
 
 
 class WideDecoder(model.RNNDecoder):
     """The context vector enters the GRU twice, so that the GRU's kernel has more rows."""
 
-    def step(self, dec_input, images, state, noise=None):
-        context_vector, attention_weights, location_weights = self.attention(images.features, state, images.keys, noise)
+    def step(self, dec_input, images, state):
+        context_vector, attention_weights = self.attention(images, state)
         state, _ = self.gru(tf.concat([context_vector, context_vector, dec_input], axis=-1), [state])
-        return state, attention_weights, location_weights
+        return state, state, attention_weights

@@ -120,6 +120,7 @@ def run_config(small_model, dataset, cache):
         model=small_model.config,
         train=TrainConfig(),
         data=DataConfig(),
+        objective={},
         features={**cache.manifest, "folder": str(cache.folder)},
         unreadable_images=(),
         data_fingerprint=dataset.fingerprint,

@@ -9,7 +9,7 @@ import train
 from captioning.base.quiet_tensorflow import tf
 from captioning.config.run_config import RunConfig
 from captioning.config.settings import DataConfig, ModelConfig, TrainConfig
-from captioning.runs.run_folder import init_run_dir
+from captioning.training.input_pipeline import TrainData
 
 # Times and counters of files, which differ between runs that are otherwise the same.
 UNEQUAL_KEYS = ("seconds", "save_counter", "_CHECKPOINTABLE_OBJECT_GRAPH")
@@ -30,6 +30,7 @@ def make_config(dataset, cache, tokenizer, **settings):
         model=ModelConfig(vocab_size=len(tokenizer), **model_settings),
         train=TrainConfig(**train_settings),
         data=DataConfig(),
+        objective={},
         features=cache.manifest | {"folder": str(cache.folder)},
         unreadable_images=(),
         data_fingerprint=dataset.fingerprint,
@@ -88,10 +89,14 @@ def read_history(run):
     return [{name: value for name, value in row.items() if name != "train_seconds"} for row in rows]
 
 
-def run_training(run, data, on_step=None, start=None, **settings):
-    """Starts, or resumes, a run on (dataset, cache, tokenizer); self-critical training from the weights of `start`."""
-    dataset, cache, tokenizer = data
-    config = make_config(*data, **settings)
-    init_run_dir(run, config, tokenizer.save, cache.cnn_weights)
-    train.train(run, dataset, cache, config, tokenizer, tf.distribute.get_strategy(), on_step, start)
+def run_training(run, data, on_step=None, build=train.build_train_state, objective=None, **settings):
+    """Starts, or resumes, a run on (dataset, cache, tokenizer).
+
+    `build` builds what is trained, and `objective` has the settings of an objective that is not cross-entropy.
+    """
+    data = TrainData(*data)
+    config = dataclasses.replace(make_config(*data, **settings), objective=objective or {})
+    strategy = tf.distribute.get_strategy()
+    with train.open_run_folder(run, data, config, strategy):
+        train.train(run, data, config, strategy, build, on_step)
     return run

@@ -23,7 +23,7 @@ TRAIN_ARGS = ["--run", "run", "--epochs", "4", "--batch-size", "8", "--patience"
 SPEED_ARGS = ["--cnn-batch-size", "4", "--checkpoint-minutes", "0.002", "--no-fused"]
 # In each stage these files are written. A child that is to be killed in a stage has written at least one of them.
 STAGE_FILES = {"features": "features/**/*.npy", "training": "run/checkpoints/*/ckpt-*.index"}
-STAGES = ("start", *["features"] * 3, *["training"] * 4)  # of the kills
+STAGES = ("start", "features", "features", "training", "training", "training")  # of the kills
 
 
 def build_small_cnn(cnn_weights: str, cnn=None):

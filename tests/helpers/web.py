@@ -1,24 +1,21 @@
-"""A captioner that needs no model, a server of it in a thread, and a client that sends bytes as they are."""
+"""A captioner that needs no model, and the server of it: as a client without sockets, or in a thread at a real port."""
 
 import contextlib
-import functools
-import http.client
 import io
-import json
-import socket
 import threading
+import time
+import types
 
 import numpy as np
 from PIL import Image
+from werkzeug.test import Client
 
 from beyond.serve.caption_batcher import Service
-from beyond.serve.web_server import CaptionServer, ServerConfig
+from beyond.serve.server import CaptionApp, listen, make_server, page_url, run, stop
+from beyond.serve.settings import ServerConfig
 from captioning.config.settings import DecodeConfig
 from captioning.images.reading import read_image
 from captioning.output.captions import Caption
-
-BOUNDARY = "----a boundary"
-FORM = f'multipart/form-data; boundary="{BOUNDARY}"'
 
 
 def draw_png(colour="red", size=(20, 10)):
@@ -61,85 +58,39 @@ class FakeCaptioner:
         return [caption_pixels(pixels, config) for pixels in images]
 
 
+def make_client(service, **settings):
+    """Makes a client whose requests go to the application directly."""
+    return Client(CaptionApp(service, ServerConfig(**settings)))
+
+
+def post(client, body, query="", content_type="image/png", **headers):
+    """Posts an image, or the dict of a form; returns the status and the JSON."""
+    content_type = "multipart/form-data" if isinstance(body, dict) else content_type
+    reply = client.post(f"/caption{query}", data=body, content_type=content_type, headers=headers)
+    return reply.status_code, reply.json
+
+
+def wait_until(condition):
+    """Waits until a function returns true; fails after 20 s."""
+    deadline = time.monotonic() + 20
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.001)
+
+
 @contextlib.contextmanager
 def run_server(service, **settings):
-    """Runs a server in a thread, at a free port of 127.0.0.1 if nothing else is said."""
-    with CaptionServer(ServerConfig(**({"port": 0} | settings))) as server:
-        server.serve_forever = functools.partial(server.serve_forever, 0.01)  # it sees sooner that it shall end
-        thread = threading.Thread(target=server.run, args=[service], daemon=True)
+    """Runs a server in a thread, at a free port of 127.0.0.1 unless the settings say another address."""
+    config = ServerConfig(**({"port": 0} | settings))
+    with listen(config) as listener:
+        app = CaptionApp(service, config)
+        server = make_server(app, listener)
+        thread = threading.Thread(target=run, args=[app, server], daemon=True)
         thread.start()
         try:
-            yield server
+            address = listener.getsockname()[:2]
+            yield types.SimpleNamespace(app=app, server=server, url=page_url(listener), address=address)
         finally:
-            server.shutdown()
+            stop(server)
             thread.join(20)
             assert not thread.is_alive()
-
-
-def request(server, method, path, body=None, headers=None):
-    """Sends a request as programs do; returns the status, the headers, and the content, of JSON its value."""
-    connection = http.client.HTTPConnection(*server.server_address[:2], timeout=20)
-    with contextlib.closing(connection):
-        connection.request(method, path, body, headers or {})
-        response = connection.getresponse()
-        content = response.read()
-    is_json = response.headers["Content-Type"] == "application/json" and content
-    return response.status, response.headers, json.loads(content) if is_json else content
-
-
-def post(server, body, query="", content_type="image/png", **headers):
-    """Posts an image; returns the status and the JSON."""
-    status, _, value = request(server, "POST", f"/caption{query}", body, {"Content-Type": content_type, **headers})
-    return status, value
-
-
-def make_form(*parts, boundary=BOUNDARY):
-    """Makes a multipart/form-data body of (headers, content) of each part."""
-    lines = [f"--{boundary}\r\n{headers}\r\n\r\n".encode() + content + b"\r\n" for headers, content in parts]
-    return b"".join(lines) + f"--{boundary}--\r\n".encode()
-
-
-def form_part(name, content, extra=""):
-    """Makes the headers and the content of a part of a form."""
-    return f'Content-Disposition: form-data; name="{name}"{extra}', content
-
-
-def raw_post(body, *headers, query="", length=None):
-    """Makes the bytes of a request."""
-    lines = [f"POST /caption{query} HTTP/1.1", "Host: localhost", *headers]
-    lines.append(f"Content-Length: {len(body) if length is None else length}")
-    return "\r\n".join([*lines, "", ""]).encode("latin-1") + body
-
-
-def send_raw(server, data, shut=True, timeout=20):
-    """Sends bytes as they are; returns all that comes back until the server closes the connection."""
-    with socket.create_connection(server.server_address[:2], timeout) as connection:
-        with contextlib.suppress(OSError):  # the server may have closed it already
-            connection.sendall(data)
-            if shut:
-                connection.shutdown(socket.SHUT_WR)
-        return receive_all(connection)
-
-
-def receive_all(connection):
-    """Returns what a connection gives until it is closed."""
-    blocks = []
-    with contextlib.suppress(ConnectionError):
-        while block := connection.recv(1 << 16):
-            blocks.append(block)
-    return b"".join(blocks)
-
-
-def parse_replies(data):
-    """Parses the answers of a connection: the status, the headers in lower case, and the content of each."""
-    replies = []
-    while data:
-        head, _, data = data.partition(b"\r\n\r\n")
-        status, *lines = head.decode("ascii").split("\r\n")
-        headers = {name.lower(): value for name, value in (line.split(": ", 1) for line in lines)}
-        assert status.startswith("HTTP/1.1 ")
-        length = int(headers.get("content-length", 0))
-        replies.append((int(status.split()[1]), headers, data[:length]))
-        assert len(data) >= length
-        data = data[length:]
-    return replies

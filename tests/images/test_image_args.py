@@ -37,13 +37,10 @@ def test_expand_image_args_lists_images_of_folders_but_not_their_plots(photos):
     url, file = "https://example.com/photos/", str(photos / "notes.txt")
     assert expand_image_args([url]) == [url]
     assert expand_image_args([file, str(photos)])[:2] == [file, str(photos / "a.png")]
+    assert expand_image_args([str(photos / ".thumbs")]) == [str(photos / ".thumbs/a.jpg")], "named itself"
     (photos / "empty").mkdir()
     with pytest.raises(InputError, match="empty: expected a folder with images, found none in it"):
         expand_image_args([str(photos / "empty")])
-
-
-def test_expand_image_args_takes_a_hidden_folder_that_is_named(photos):
-    assert expand_image_args([str(photos / ".thumbs")]) == [str(photos / ".thumbs/a.jpg")]
 
 
 def test_expand_image_args_refuses_missing_files_unless_told(tmp_path):
@@ -128,8 +125,3 @@ def test_plot_paths_gives_every_image_its_own_file():
     assert [path.as_posix() for path in paths.values()] == [
         f"plots/{name}_attention.svg" for name in ("dog", "dog_2", "dog_2_2", "Dog_3", "cat", "image", "a")
     ]
-
-
-def test_plot_paths_of_many_equal_names_is_fast():
-    paths = plot_paths((f"{i}/image.jpg" for i in range(20_000)), Path(), "png")
-    assert paths["19999/image.jpg"] == Path("image_20000_attention.png")

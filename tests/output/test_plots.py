@@ -1,12 +1,15 @@
 import random
-import textwrap
+import warnings
 
 import numpy as np
 import pytest
 from matplotlib.figure import Figure
+from matplotlib.font_manager import fontManager
 from PIL import Image
 
+from captioning.output import plots
 from captioning.output.plots import (
+    NotebookFigure,
     best_grid,
     count_cells,
     display_size,
@@ -39,12 +42,8 @@ def test_overlay_attention_lights_the_largest_weight():
     pixels = overlay_attention(Image.new("RGB", (80, 80), (100, 100, 100)), attention_weights)
     assert pixels.shape == (80, 80, 3) and pixels.dtype == np.uint8
     assert pixels[0, 0, 0] > 140 and pixels[79, 79, 0] == 25
-
-
-def test_overlay_attention_is_visible_in_dark_images():
-    attention_weights = np.eye(1, 64)[0]
-    pixels = overlay_attention(Image.new("RGB", (80, 80)), attention_weights)
-    assert pixels[0, 0, 0] > 50 and pixels[79, 79, 0] == 0
+    dark = overlay_attention(Image.new("RGB", (80, 80)), attention_weights)
+    assert dark[0, 0, 0] > 50 and dark[79, 79, 0] == 0, "it is visible in a dark image, too"
 
 
 @pytest.mark.parametrize(("size", "count"), [((300, 200), 3), ((40, 400), 1), ((800, 60), 20), ((100, 100), 0)])
@@ -66,7 +65,6 @@ def test_plot_attention_titles_each_word_with_its_probability():
     assert texts_of(figure) == ["a $5", "a", "90 %", "$5", "< 1 %"]
     assert len(figure.axes) == 3, "the image itself comes first"
     assert texts_of(plot_attention(image, ("a", "$5"), attention)) == ["a $5", "a", "$5"]
-    assert texts_of(plot_attention(image, ("a",), attention[:1], gates=(0.5,))) == ["a", "a", "gate 0.50"]
     assert texts_of(plot_attention(image, (), attention[:0])) == ["(no words)"]
     assert texts_of(plot_attention(image, ("狗", "猫"), attention, text="狗猫")) == ["狗猫", "狗", "猫"]
     assert texts_of(plot_attention(image, ("\u0301", "a"), attention)) == ["\u0301 a", "\u0301", "a"]
@@ -78,14 +76,27 @@ def test_figures_are_shown_by_notebooks():
 
 
 @pytest.mark.parametrize(("image_format", "start"), [("png", b"\x89PNG"), ("svg", b"<?xml"), ("pdf", b"%PDF")])
-def test_plots_are_written_in_three_formats(tmp_path, image_format, start):
-    attention = np.full((2, 64), 1 / 64)
-    path = tmp_path / f"attention.{image_format}"
-    plot_attention(Image.new("RGB", (60, 40)), ("a", "$5 dog"), attention, (0.9, 0.001), path)
-    image = thumbnail(Image.new("L", (9, 300)))
-    plot_caption_grid([(image, "a dog " * 30)] * 7, tmp_path / f"grid.{image_format}")
+def test_plots_are_written_in_three_formats_and_missing_fonts_logged_once(
+    tmp_path, image_format, start, monkeypatch, capsys
+):
+    monkeypatch.setattr(plots, "font_families", lambda: ["DejaVu Sans"])
+    monkeypatch.setattr(NotebookFigure, "has_logged_missing_glyph", False)
+    image, path = Image.new("RGB", (60, 40)), tmp_path / f"attention.{image_format}"
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        warnings.filterwarnings("ignore", "Matplotlib currently does not support")  # letters that join, before 3.11
+        plot_attention(image, ("一", "$5 ท\u0e34"), np.full((2, 64), 1 / 64), (0.9, 0.001), path)
+        captions = ["a dog " * 30, "🐶 שלום سلام नमस्ते"]
+        plot_caption_grid([(thumbnail(image), text) for text in captions], tmp_path / f"grid.{image_format}")
     for name in ("attention", "grid"):
         assert (tmp_path / f"{name}.{image_format}").read_bytes().startswith(start)
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("plots: no installed font has '一', which is drawn as a box; install Noto Sans CJK, ")
+
+
+def test_font_families_are_the_installed_ones_in_order(monkeypatch):
+    monkeypatch.setattr(fontManager, "get_font_names", lambda: ["Arial", "Malgun Gothic", "Noto Emoji", "DejaVu Sans"])
+    assert plots.font_families.__wrapped__() == ["DejaVu Sans", "Noto Emoji", "Malgun Gothic"]
 
 
 def test_plot_caption_grid_has_every_image_with_its_caption():
@@ -132,13 +143,6 @@ def test_wrap_text_marks_what_is_left_out():
     assert wrap_text("一个穿红衣服的人在跑步", 0.77, 10, max_lines=2) == ["一个穿红衣", "服的人在 …"]
 
 
-def test_wrap_text_of_words_is_that_of_textwrap():
-    choice = random.Random(0)
-    for _ in range(300):
-        text = " ".join("x" * choice.randint(1, 10) for _ in range(choice.randrange(20)))
-        assert wrap_text(text, 0.77, 10, max_lines=99) == textwrap.wrap(text, 10)
-
-
 def test_wrap_text_loses_nothing_and_fits():
     choice = random.Random(0)
     for _ in range(300):
@@ -182,6 +186,17 @@ def test_plot_history_marks_the_epoch_that_the_loss_chose_beside_scores():
     assert losses.get_title() == "best: epoch 2, with a validation loss of 2.50"
     assert losses.lines[2].get_xydata().tolist() == [[2, 2.5]]
     assert len(scores.lines) == 1 and scores.get_ylim()[1] > 20
+
+
+def test_plot_history_plots_other_columns_of_the_training_beside_cider():
+    rows = history_rows((1, 0, 3, 5, 20), (2, 0, 2.5, 9, 31.4))
+    rows = [{"train_reward": 40.0 + number, "train_seconds": 900.0, **row} for number, row in enumerate(rows)]
+    for row in rows:
+        del row["train_loss"]
+    losses, scores = plot_history(rows, 2, "cider").axes
+    assert [line.get_label() for line in losses.lines[:1]] == ["validation loss"]
+    assert [line.get_label() for line in scores.lines[:2]] == ["CIDEr", "training reward"]
+    assert scores.lines[1].get_xydata().tolist() == [[1, 40], [2, 41]] and 41 < scores.get_ylim()[1] < 50
 
 
 def test_plot_history_names_a_best_epoch_whose_row_is_gone():

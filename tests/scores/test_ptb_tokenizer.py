@@ -4,7 +4,7 @@ import re
 import pytest
 
 from captioning.scores.java_scores import has_java
-from captioning.scores.ptb_tokenizer import RULES, tokenize
+from captioning.scores.ptb_tokenizer import tokenize
 
 # What pycocoevalcap's PTBTokenizer answered, each caption followed by one that begins with "A dog".
 ANSWERS = [
@@ -98,46 +98,15 @@ def test_tokenize_answers_as_the_java_program_did(caption, words):
     assert " ".join(tokenize(caption)) == words
 
 
-def test_every_rule_is_needed_by_an_answer(monkeypatch):
-    """Without any one rule some caption has other words, so that the table covers them all."""
-    for name in RULES:
-        others = {other: rule for other, rule in RULES.items() if other != name}
-        monkeypatch.setattr("captioning.scores.ptb_tokenizer.RULES", others)
-        assert any(" ".join(tokenize(caption)) != words for caption, words in ANSWERS), name
-
-
 def test_tokenize_takes_plain_words_as_the_rules_do(monkeypatch):
     """Most words are split off without the rules; that must change nothing."""
     rng = random.Random(0)
-    parts = (
-        "dog",
-        "Dog",
-        "a",
-        "I",
-        "st",
-        "St",
-        "no",
-        "cannot",
-        "wash",
-        "x",
-        "5",
-        "it's",
-        "T-shirt",
-        ".",
-        ",",
-        " ",
-        "  ",
-    )
+    words = ["dog", "Dog", "a", "I", "st", "St", "no", "cannot", "wash", "x", "5", "it's", "T-shirt"]
+    parts = [*words, ".", ",", " ", "  "]
     captions = ["".join(rng.choice(parts) + rng.choice(("", " ", ". ", ", ")) for _ in range(6)) for _ in range(200)]
     fast = [tokenize(caption) for caption in captions]
     monkeypatch.setattr("captioning.scores.ptb_tokenizer._PLAIN_WORD", re.compile(r"(?!)"))
     assert fast == [tokenize(caption) for caption in captions]
-
-
-def test_tokenize_of_any_character_returns_words_without_spaces():
-    for code in [*range(256), *range(256, 0xD800, 97), *range(0xE000, 0x10000, 97), 0x1F600, 0x20000, 0x10FFFF]:
-        words = tokenize(f"a{chr(code)}b {chr(code)}")
-        assert words and all(word and not word.isspace() for word in words), hex(code)
 
 
 @pytest.mark.slow

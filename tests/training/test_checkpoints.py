@@ -5,7 +5,9 @@ import pytest
 
 from captioning.base.cli import InputError
 from captioning.base.quiet_tensorflow import tf
-from captioning.training.checkpoints import Checkpoints, TrainProgress
+from captioning.config.settings import TrainConfig
+from captioning.training.checkpoints import Checkpoints, TrainProgress, TrainState
+from captioning.training.objective import CrossEntropy
 from captioning.training.optimizer import WeightEMA, make_optimizer
 from captioning.training.validation import EpochScore
 
@@ -34,7 +36,8 @@ class TrainedModel:
         self.progress.best_score.assign([0.0, -1.0, -float(output)])
 
     def checkpoints(self, run, is_writer=True):
-        return Checkpoints(run, self.model, self.optimizer, self.ema, self.progress, is_writer)
+        state = TrainState(self.model, self.optimizer, self.ema, self.progress, CrossEntropy(TrainConfig()))
+        return Checkpoints(run, state, is_writer)
 
     def values(self):
         tensors = [*self.model.variables, *self.optimizer.variables, *self.ema.shadow, *self.progress.variables]

@@ -1,30 +1,29 @@
+import dataclasses
 import itertools
 
 import numpy as np
 import pytest
 
 from captioning.base.quiet_tensorflow import tf
-from captioning.scores import metrics, ptb_tokenizer
+from captioning.config.settings import TrainConfig
+from captioning.scores import metrics
 from captioning.training import validation
-from captioning.training.input_pipeline import encode_captions
+from captioning.training.input_pipeline import TrainData
 from captioning.training.validation import EpochScore, Validator
+from tokenizer import Tokenizer
 
 
 @pytest.fixture
-def make_validator(dataset, tokenizer, cache, small_model):
+def make_validator(dataset, tokenizer, cache, small_model, monkeypatch):
     """Returns a function that makes a validator of the small dataset, which generates these captions."""
-    examples = dataset.split("val")[:2]
+    first, second, *_ = dataset.split("val")
 
     def make(texts, batch_size=3, num_images=2):
-        return Validator(
-            small_model,
-            encode_captions(examples, tokenizer.encode, cache.path),
-            [list(examples[number % 2].captions) for number in range(num_images)],
-            cache.read,
-            lambda: texts,
-            ptb_tokenizer.tokenize,
-            batch_size,
-        )
+        pair = (first, dataclasses.replace(second, split="val"))
+        examples = tuple(pair[number % 2] for number in range(num_images))
+        data = TrainData(dataclasses.replace(dataset, examples=examples), cache, tokenizer)
+        monkeypatch.setattr(Validator, "generate_captions", lambda _: texts)
+        return Validator(small_model, data, TrainConfig(batch_size=batch_size))
 
     return make
 
@@ -69,6 +68,24 @@ def test_validator_lets_cider_decide_of_enough_images(make_validator, dataset, m
     monkeypatch.setattr(validation, "MIN_CIDER_IMAGES", 2)
     row, score, _ = make_validator([dataset.split("val")[0].captions[1], ""]).evaluate()
     assert score == (row["cider"], -1, -row["val_loss"]) and row["cider"] > 0
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"), [("spaces", ["一只", "dog", "'s"]), ("characters", ["一", "只", "dog's"])]
+)
+def test_validator_splits_words_as_published_scores_do(make_validator, monkeypatch, words, expected):
+    seen = []
+
+    def score(references, texts, split):
+        seen.append(split("一只 dog's"))
+        return metrics.Scores({"BLEU-4": 0.0, "CIDEr": 0.0}, {})
+
+    monkeypatch.setattr(metrics, "score", score)
+    validator = make_validator(["a", "b"])
+    tokenizer = Tokenizer(validator.data.tokenizer.index_word, words)
+    validator.data = validator.data._replace(tokenizer=tokenizer)
+    validator.evaluate()
+    assert seen == [expected]
 
 
 LEFT_OUT = "BLEU-4 and CIDEr are left out: they need `pip install pycocoevalcap`\n"

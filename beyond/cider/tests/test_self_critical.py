@@ -7,6 +7,7 @@ import pytest
 
 import model
 from beyond.cider import self_critical
+from beyond.cider.self_critical import CiderConfig, SelfCritical
 from captioning.base.quiet_tensorflow import tf
 from captioning.base.special_tokens import END_ID, PAD_ID, START_ID
 from captioning.config.settings import ModelConfig, TrainConfig
@@ -15,7 +16,12 @@ from captioning.training.input_pipeline import Batch
 
 MAX_WORDS = 3
 WORDS = (4, 5)  # the vocabulary beside the special tokens
-CONFIG = TrainConfig(self_critical=True, samples=2, max_length=MAX_WORDS + 1)
+
+
+def make_objective(reward=None, **settings):
+    """The objective with these settings of `CiderConfig`, and without cross-entropy unless it is one of them."""
+    cider = CiderConfig(**{"cross_entropy_weight": 0.0, **settings})
+    return SelfCritical(TrainConfig(max_length=MAX_WORDS + 1), cider, reward)
 
 
 def list_captions():
@@ -81,10 +87,8 @@ def test_gradient_is_that_of_the_expected_reward(tiny_model, batch, rng, fused):
     num_words = np.count_nonzero(CAPTIONS)
     samples = self_critical.Samples(tf.constant(CAPTIONS), tf.constant(rewards), probabilities * rewards * num_words)
     second = batch._replace(features=batch.features[1:])
-    config = TrainConfig(self_critical=True, samples=len(CAPTIONS))
-    gradients = gradients_of(
-        lambda: self_critical.self_critical_loss(tiny_model, second, samples, config)[0], variables
-    )
+    objective = make_objective(samples=len(CAPTIONS))
+    gradients = gradients_of(lambda: objective.loss(tiny_model, (second, samples))[0], variables)
     for variable, gradient, value in zip(variables, gradients, expected, strict=True):
         np.testing.assert_allclose(gradient, value, rtol=1e-3, atol=1e-5, err_msg=variable.path)
 
@@ -117,8 +121,7 @@ def test_rewards_are_compared_with_the_baseline(tiny_model, batch, baseline):
         seen.append((tokens, numbers))
         return (tokens.sum(axis=1) * numbers).astype(np.float32)
 
-    config = TrainConfig(self_critical=True, samples=3, baseline=baseline, max_length=MAX_WORDS + 1)
-    samples = self_critical.draw_samples(tiny_model, batch, config, reward, tf.constant(5))
+    _, samples = make_objective(reward, samples=3, baseline=baseline).prepare(tiny_model, batch, tf.constant(5))
     np.testing.assert_array_equal(seen[0][1], [8, 8, 8, 9, 9, 9])
     rewards = samples.tokens.numpy().sum(axis=1) * np.repeat([8, 9], 3)
     np.testing.assert_array_equal(samples.rewards, rewards)
@@ -137,7 +140,7 @@ def test_rewards_are_compared_with_the_baseline(tiny_model, batch, baseline):
 def test_a_share_of_the_cross_entropy_is_that_of_the_true_captions(tiny_model, batch, fused):
     tiny_model.decoder.fused = fused
     samples = self_critical.Samples(tf.constant([[4, 5], [5, 0], [3, 0], [4, 4]]), tf.zeros(4), tf.zeros(4))
-    config = TrainConfig(self_critical=True, samples=2, cross_entropy_weight=0.3)
+    objective = make_objective(samples=2, cross_entropy_weight=0.3)
     variables = tiny_model.trainable_variables
 
     def cross_entropy():
@@ -145,6 +148,6 @@ def test_a_share_of_the_cross_entropy_is_that_of_the_true_captions(tiny_model, b
         losses = tf.keras.losses.sparse_categorical_crossentropy(outputs.targets, outputs.logits, from_logits=True)
         return 0.3 * tf.reduce_sum(tf.where(outputs.targets == PAD_ID, 0.0, losses)) / 7  # words
 
-    gradients = gradients_of(lambda: self_critical.self_critical_loss(tiny_model, batch, samples, config)[0], variables)
+    gradients = gradients_of(lambda: objective.loss(tiny_model, (batch, samples))[0], variables)
     for gradient, value in zip(gradients, gradients_of(cross_entropy, variables), strict=True):
         np.testing.assert_allclose(gradient, value, rtol=1e-3, atol=1e-6)

@@ -1,27 +1,25 @@
 """The decoder of Show, Attend and Tell: against its equations, in training, and in search."""
 
 import dataclasses
-import io
 
 import numpy as np
 import pytest
-from helpers.runs import LossRecorder, read_history, run_training
-from PIL import Image
-from test_exported_model import build_small_cnn, export
+from helpers.runs import run_training
 
 import inference
 import model
-from beyond.export.litert_model import LiteRTModel, convert
+from beyond.paper import __main__ as paper
+from beyond.paper import gates as gates_command
+from beyond.paper.gates import compute_gates
 from captioning.base.cli import InputError
 from captioning.base.quiet_tensorflow import tf
 from captioning.base.special_tokens import START_ID
-from captioning.config.settings import DecodeConfig, ModelConfig
+from captioning.config.settings import ModelConfig
 from captioning.decoder.decoding import beam_search, greedy_search
-from captioning.runs.run_folder import init_run_dir, read_config
 
 CONFIG = ModelConfig(vocab_size=30, embedding_dim=8, units=12, decoder="paper")
 NUM_LOCATIONS = 4
-CELLS = pytest.mark.parametrize("cell", ["gru", "lstm"])
+DECODERS = pytest.mark.parametrize("decoder", ["paper", "paper-lstm"])
 
 
 def make_model(seed=1, scale=0.5, mixed_precision=False, **settings):
@@ -79,7 +77,7 @@ def gru(cell, inputs, h, c):
 def follow_paper(caption_model, features, tokens):
     """Computes the paper's equations word by word; returns logits, attention weights and gates, (B, T, ...)."""
     decoder = caption_model.decoder
-    attention, is_lstm = decoder.attention, caption_model.config.cell == "lstm"
+    attention, is_lstm = decoder.attention, caption_model.config.decoder == "paper-lstm"
     a = np.maximum(dense(caption_model.encoder.fc, features), 0)  # (B, L, embedding_dim): the annotation vectors a_i
     h = np.tanh(dense(decoder.f_init_h, a.mean(axis=1)))  # section 3.1.2
     c = np.tanh(dense(decoder.f_init_c, a.mean(axis=1))) if is_lstm else None
@@ -98,9 +96,9 @@ def follow_paper(caption_model, features, tokens):
     return tuple(np.stack(values, axis=1) for values in (logits, weights, gates))
 
 
-@CELLS
-def test_teacher_force_matches_the_equations(cell, features, tokens):
-    caption_model = make_model(cell=cell)
+@DECODERS
+def test_teacher_force_matches_the_equations(decoder, features, tokens):
+    caption_model = make_model(decoder=decoder)
     logits, attention_weights, _ = follow_paper(caption_model, features.numpy(), tokens.numpy()[:, :-1])
     outputs = caption_model(features, tokens)
     np.testing.assert_allclose(unpack(outputs.logits, outputs, tokens), logits, rtol=1e-4, atol=1e-4)
@@ -108,19 +106,19 @@ def test_teacher_force_matches_the_equations(cell, features, tokens):
     np.testing.assert_allclose(weights, attention_weights, rtol=1e-4, atol=1e-5)
 
 
-@CELLS
-def test_step_matches_the_equations_and_returns_the_gate(cell, features, tokens):
-    caption_model = make_model(cell=cell)
+@DECODERS
+def test_step_and_gates_match_the_equations(decoder, features, tokens):
+    caption_model = make_model(decoder=decoder)
     expected = follow_paper(caption_model, features.numpy(), tokens.numpy()[:, :-1])
     images = caption_model.encode(features)
     state = caption_model.initial_state(images)
-    assert np.ptp(expected[2]) > 0.1, "the gates hardly differ"
     for t in range(tokens.shape[1] - 1):
         logits, state, weights = caption_model.step(tokens[:, t], images, state)
-        assert weights.shape == (3, NUM_LOCATIONS + 1)
-        step_values = logits, weights[:, :-1], weights[:, -1]
-        for actual, values in zip(step_values, expected, strict=True):
+        for actual, values in zip((logits, weights), expected[:2], strict=True):
             np.testing.assert_allclose(actual, values[:, t], rtol=1e-4, atol=1e-4)
+    assert np.ptp(expected[2]) > 0.1, "the gates hardly differ"
+    words = tokens.numpy()[1, 1:].tolist()
+    np.testing.assert_allclose(compute_gates(caption_model, features[1:2], words), expected[2][1], rtol=1e-4)
 
 
 @pytest.mark.slow
@@ -137,17 +135,15 @@ def test_a_closed_gate_hides_the_image_but_for_the_first_state(features, tokens)
     assert spread() > 0.1
     decoder.f_beta.bias.assign([-100.0])
     assert spread() < 1e-5
-    decoder.f_init_h.kernel.assign(tf.ones_like(decoder.f_init_h.kernel))
-    assert spread() > 0.01
 
 
 # Training.
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("cell", "attention"), [("gru", "hard"), ("lstm", "soft")])
-def test_gradients_reach_all_weights(cell, attention, features, tokens):
-    caption_model = make_model(cell=cell, attention=attention, dropout=0.2)
+@pytest.mark.parametrize(("decoder", "attention"), [("paper", "hard"), ("paper-lstm", "soft")])
+def test_gradients_reach_all_weights(decoder, attention, features, tokens):
+    caption_model = make_model(decoder=decoder, attention=attention, dropout=0.2)
     with tf.GradientTape() as tape:
         outputs = caption_model(features, tokens, training=True)
         # The attention's own weights are in the loss, since a location that is sampled has no gradient.
@@ -159,140 +155,66 @@ def test_gradients_reach_all_weights(cell, attention, features, tokens):
         assert not is_used or np.abs(tf.convert_to_tensor(gradient)).max() > 0, f"{variable.path} is not trained"
 
 
-@pytest.mark.slow
-def test_dropout_acts_in_training_only(features, tokens):
-    caption_model = make_model(dropout=0.5)
-    without = make_model(dropout=0.0)(features, tokens).logits
-    np.testing.assert_array_equal(caption_model(features, tokens).logits, without)
-    first, second = (caption_model(features, tokens, training=True).logits for _ in range(2))
-    assert np.abs(first - second).max() > 0
-
-
-@pytest.mark.slow
-def test_mixed_precision_computes_nearly_the_same(features, tokens):
-    outputs = make_model(mixed_precision=True)(features, tokens)
-    assert outputs.logits.dtype == tf.float16
-    np.testing.assert_allclose(outputs.logits, make_model()(features, tokens).logits, rtol=0.1, atol=0.05)
-
-
-@pytest.mark.slow
-def test_training_lowers_the_loss(dataset, cache, tokenizer, tmp_path, capsys):
-    decoders, recorder = [], LossRecorder()
-
-    def on_step(state):
-        decoders.append(state.model.decoder)
-        recorder(state)
-
-    settings = {"decoder": "paper", "epochs": 2, "embedding_dim": 32}
-    run = run_training(tmp_path / "run", (dataset, cache, tokenizer), on_step, **settings)
-    assert np.mean(recorder.losses[-3:]) < 0.8 * np.mean(recorder.losses[:3])
-    first, *_, last = (float(row["val_loss"]) for row in read_history(run))
-    assert last < first
-    assert decoders[0].fused and "differs" not in capsys.readouterr().err
-    caption_model, _, _ = inference.load_run(run)
-    assert (caption_model.config.decoder, caption_model.config.cell) == ("paper", "gru")
-
-
 # Search.
 
 
 @pytest.mark.slow
-@CELLS
-def test_searches_return_the_gate_of_every_word(cell, features):
-    caption_model = make_model(cell=cell, scale=1.5)
+@DECODERS
+def test_searches_follow_the_equations(decoder, features):
+    caption_model = make_model(decoder=decoder, scale=1.5)
     greedy = greedy_search(caption_model, features, max_words=6)
-    beam = beam_search(caption_model, features, 1, max_words=6)
     wide = beam_search(caption_model, features, 3, max_words=6)
-    np.testing.assert_array_equal(greedy.tokens, beam.tokens)
-    for actual, expected in zip(beam[1:], greedy[1:], strict=True):
-        is_token = greedy.tokens.numpy() > 0
-        np.testing.assert_allclose(actual.numpy()[is_token], expected.numpy()[is_token], rtol=1e-4, atol=1e-6)
+    np.testing.assert_array_equal(greedy.tokens, beam_search(caption_model, features, 1, max_words=6).tokens)
     for decoded in (greedy, wide):
         inputs = np.pad(decoded.tokens.numpy()[:, :-1], [(0, 0), (1, 0)], constant_values=START_ID)
-        _, attention_weights, gates = follow_paper(caption_model, features.numpy(), inputs)
+        _, attention_weights, _ = follow_paper(caption_model, features.numpy(), inputs)
         is_token = decoded.tokens.numpy() > 0
-        np.testing.assert_allclose(decoded.gates.numpy()[is_token], gates[is_token], rtol=1e-3, atol=1e-4)
         np.testing.assert_allclose(
             decoded.attention.numpy()[is_token], attention_weights[is_token], rtol=1e-3, atol=1e-4
         )
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("config", [DecodeConfig(beam_size=2), DecodeConfig(sample=True, captions=2)])
-def test_captions_have_the_gate(config, tokenizer, rng):
-    image_features = tf.constant(rng.normal(size=(2, NUM_LOCATIONS, 7)), tf.float32)
-    config = dataclasses.replace(config, min_words=2, max_words=4)
-    for decoder in ("paper", "tutorial"):
-        caption_model = make_model(vocab_size=len(tokenizer), decoder=decoder)
-        for caption in inference.decode_captions(caption_model, tokenizer, image_features, config):
-            words = caption.to_json()["words"]
-            if decoder == "tutorial":
-                assert caption.gates is None and not any("gate" in word for word in words)
-                continue
-            assert len(caption.gates) == len(caption.words) > 0
-            assert all(0 < gate < 1 for gate in caption.gates)
-            assert [word["gate"] for word in words] == [round(gate, 4) for gate in caption.gates]
-            np.testing.assert_allclose(caption.attention.sum(axis=1), 1, rtol=1e-5)
+# The commands.
 
 
 @pytest.fixture
-def captioner(tmp_path, run_config, tokenizer, monkeypatch):
-    """An untrained run of the paper's decoder with an LSTM, and a small CNN."""
-    config = dataclasses.replace(run_config.model, decoder="paper", cell="lstm")
-    run = tmp_path / "runs/paper"
-    init_run_dir(run, dataclasses.replace(run_config, model=config), tokenizer.save, "imagenet")
-    checkpoint = tf.train.Checkpoint(model=model.build(config))
-    tf.train.CheckpointManager(checkpoint, str(run / "checkpoints/best"), 1).save()
-    monkeypatch.setattr("features.build_feature_extractor", build_small_cnn)
-    return inference.Captioner.load(run, DecodeConfig(beam_size=3, captions=2, min_words=2, max_words=5))
+def command(dataset, cache, monkeypatch, tmp_path):
+    """Runs beyond.paper on the small dataset until the training would begin; returns its arguments."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(paper.train.data_utils, "load_dataset", lambda _: dataset)
+    prepare = paper.train.prepare
+    monkeypatch.setattr(paper.train, "prepare", lambda args: prepare(args, lambda *_: (cache, dataset)))
+
+    def run_command(*argv):
+        calls = []
+        monkeypatch.setattr(paper.train, "train", lambda *args: calls.append(args))
+        paper.main([*argv])
+        return calls[0]
+
+    return run_command
+
+
+def test_command_keeps_what_differs_from_train(command):
+    run, _, config, *_ = command("--doubly-stochastic", "1")
+    assert (run.name, config.model.decoder, config.objective) == ("small", "paper", {"doubly_stochastic": 1.0})
+    _, _, config, *_ = command("--decoder", "paper-lstm", "--attention", "hard", "--run", "runs/other")
+    assert (config.model.decoder, config.model.attention, config.objective) == ("paper-lstm", "hard", {})
 
 
 @pytest.mark.slow
-def test_exports_caption_as_the_captioner(captioner, rng):
-    buffer = io.BytesIO()
-    Image.fromarray(rng.integers(0, 256, (40, 60, 3), dtype=np.uint8)).save(buffer, "png")
-    photo = buffer.getvalue()
-    caption = captioner.caption(photo)
-    assert caption.gates and caption.alternatives
-    of_graph = {name: tensor[0] for name, tensor in export(captioner).caption(tf.constant([photo])).items()}
-    parts = captioner.extractor, captioner.model, captioner.decode_config
-    litert_model = LiteRTModel(*parts, captioner.config.features["dtype"], captioner.image_size)
-    content = convert(litert_model, "float32")
-    with pytest.warns(UserWarning, match=r"tf\.lite\.Interpreter is deprecated"):
-        interpreter = tf.lite.Interpreter(model_content=content)
-    of_litert = interpreter.get_signature_runner("caption")(pixels=captioner.load_image(photo)[np.newaxis])
-    for rank, expected in enumerate((caption, *caption.alternatives)):
-        length = len(expected.words)
-        for results in (of_graph, of_litert):
-            for name in ("probabilities", "attention", "gates"):
-                values = np.asarray(results[name])[rank, :length]
-                np.testing.assert_allclose(values, getattr(expected, name), atol=1e-3, err_msg=name)
-        assert not np.asarray(of_graph["gates"])[rank, length:].any()
-
-
-# Settings.
-
-
-def test_lstm_is_refused_with_the_tutorials_decoder():
-    assert ModelConfig(decoder="paper", cell="lstm").cell == "lstm"
-    with pytest.raises(InputError, match=r"^cell: lstm is only for the paper's decoder, found the tutorial's$"):
-        ModelConfig(cell="lstm")
-
-
-def test_runs_from_before_these_settings_have_the_tutorials_decoder(run, run_config):
-    old = run / "config.json"
-    text = old.read_text()
-    for setting in ('"decoder": "tutorial",', '"cell": "gru"'):
-        assert setting in text
-    old.write_text(text.replace('"decoder": "tutorial",', "").replace(',\n    "cell": "gru"', ""))
-    assert "decoder" not in old.read_text()
-    assert read_config(run).model == run_config.model
-    assert (run_config.model.decoder, run_config.model.cell) == ("tutorial", "gru")
-    inference.load_run(run)
-
-
-def test_model_config_can_be_fused_with_soft_attention_and_a_gru():
-    for decoder in ("tutorial", "paper"):
-        assert ModelConfig(decoder=decoder).can_be_fused
-        assert not ModelConfig(decoder=decoder, attention="hard").can_be_fused
-    assert not ModelConfig(decoder="paper", cell="lstm").can_be_fused
+def test_gates_are_printed_for_a_run_of_the_papers_decoder(dataset, cache, tokenizer, tmp_path, monkeypatch, capsys):
+    settings = {"epochs": 1, "embedding_dim": 8, "units": 16}
+    runs = {
+        decoder: run_training(tmp_path / decoder, (dataset, cache, tokenizer), decoder=decoder, **settings)
+        for decoder in ("paper", "tutorial")
+    }
+    features = cache.read(tf.constant([str(cache.path(dataset.examples[0].image_path))]))
+    monkeypatch.setattr(inference.Captioner, "load_image", lambda *_: np.zeros((299, 299, 3), np.uint8))
+    monkeypatch.setattr(inference.Captioner, "extract_features", lambda *_: features)
+    capsys.readouterr()
+    gates_command.main(["photo.jpg", "--run", str(runs["paper"]), "--min-words", "2"])
+    caption, *lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[1] for line in lines] == caption.split()
+    assert all(0 < float(line.split()[0]) < 1 for line in lines)
+    with pytest.raises(InputError, match="expected a run with the paper's decoder, found the tutorial decoder"):
+        gates_command.main(["photo.jpg", "--run", str(runs["tutorial"])])

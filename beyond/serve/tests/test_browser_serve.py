@@ -8,8 +8,10 @@ import time
 import numpy as np
 import pytest
 from helpers.browser import launch_browser, open_page
-from helpers.web import FakeCaptioner, draw_png, load_image, run_server
+from helpers.web import FakeCaptioner, draw_png, load_image, run_server, wait_until
 from PIL import Image
+from werkzeug.exceptions import NotFound
+from werkzeug.middleware.dispatcher import DispatcherMiddleware
 
 from captioning.config.settings import DecodeConfig
 
@@ -49,6 +51,7 @@ def server(captioner):
 @pytest.fixture
 def page(browser, server):
     with open_page(browser, server.url) as page:
+        page.wait_for_function("document.querySelector('#run').innerText === 'run: small'")
         yield page
 
 
@@ -73,15 +76,13 @@ def wait_for_error(page, text):
 
 def wait_for_batches(captioner, count):
     """Waits until so many images were captioned; returns the settings of the last."""
-    deadline = time.monotonic() + 10
-    while len(captioner.batches) < count and time.monotonic() < deadline:
-        time.sleep(0.01)
+    wait_until(lambda: len(captioner.batches) >= count)
     assert len(captioner.batches) == count
     return captioner.batches[-1][1]
 
 
 def test_file_that_is_chosen_is_captioned(page, captioner):
-    page.wait_for_function("document.querySelector('#run').innerText === 'run: small'")
+    assert page.locator("#photo").is_hidden(), "only a phone has a camera behind a file input"
     page.set_input_files("#file", RED)
     wait_for_caption(page, "a red image")
     image = page.locator(".caption-viewer img")
@@ -93,31 +94,12 @@ def test_file_that_is_chosen_is_captioned(page, captioner):
     assert page.locator(".caption-viewer").count() == 1
 
 
-def test_hovering_a_word_lights_the_image(page):
-    page.set_input_files("#file", RED)
-    wait_for_caption(page, "a red image")
-    pictures = []
-    for word in range(3):
-        page.locator(".cv-word").nth(word).hover()
-        page.wait_for_timeout(300)
-        shot = Image.open(io.BytesIO(page.locator(".cv-image").screenshot())).convert("L")
-        pictures.append(np.asarray(shot.resize((8, 8), Image.Resampling.BOX), float))
-    assert [divmod(int(picture.argmax()), 8) for picture in pictures] == [(0, 0), (4, 4), (7, 7)]
-
-
 @pytest.mark.parametrize("kind", ["drop", "paste"])
 def test_image_that_is_dropped_or_pasted_is_captioned(page, kind):
     page.evaluate(SEND_FILE, [kind, encode(GREEN["buffer"]), "image/png"])
     wait_for_caption(page, "a green image")
     page.evaluate(SEND_FILE, [kind, "", ""])
     wait_for_error(page, "Expected an image file; save the image first")
-
-
-def test_dragging_shows_where_to_drop(page):
-    page.evaluate("document.body.dispatchEvent(new DragEvent('dragover', {bubbles: true, cancelable: true}))")
-    assert "is-dragging" in page.locator("html").get_attribute("class")
-    page.evaluate("document.body.dispatchEvent(new DragEvent('dragleave', {bubbles: true}))")
-    assert page.locator("html").get_attribute("class") == ""
 
 
 def test_sliders_caption_again_once_they_rest(page, captioner):
@@ -166,6 +148,15 @@ def test_settings_begin_with_the_defaults_of_the_server(browser, defaults):
         page.set_input_files("#file", RED)
         wait_for_caption(page, "a red image")
         assert wait_for_batches(captioner, 1) == defaults
+
+
+def test_page_works_below_a_path_of_a_proxy(browser, captioner):
+    with run_server(captioner.service) as server:
+        server.server.application = DispatcherMiddleware(NotFound(), {"/user/ann/proxy/8000": server.app})
+        with open_page(browser, f"{server.url}user/ann/proxy/8000/") as page:
+            page.wait_for_function("document.querySelector('#run').innerText === 'run: small'")
+            page.set_input_files("#file", RED)
+            wait_for_caption(page, "a red image")
 
 
 def test_answer_that_comes_too_late_is_not_shown(page, captioner):
@@ -264,23 +255,13 @@ def test_camera_that_is_refused_is_named(page):
     wait_for_error(page, "The camera may not be used: the browser was told to refuse it. Choose a file instead.")
 
 
-@pytest.mark.parametrize(
-    ("script", "message"),
-    [
-        ("Object.defineProperty(navigator, 'mediaDevices', {value: undefined})", "only to pages of this machine"),
-        (
-            "navigator.mediaDevices.getUserMedia = () => Promise.reject(new DOMException('', 'NotFoundError')), 0",
-            "No camera was found. Choose a file instead.",
-        ),
-    ],
-)
-def test_camera_that_is_missing_is_named(page, script, message):
-    page.evaluate(script)
+def test_camera_that_the_browser_gives_to_no_page_but_https_is_named(page):
+    page.evaluate("Object.defineProperty(navigator, 'mediaDevices', {value: undefined})")
     page.get_by_role("button", name="Use the camera").click()
-    wait_for_error(page, message)
+    wait_for_error(page, "only to pages of this machine")
 
 
-# Phones, keyboards and dark rooms.
+# Phones and keyboards.
 
 
 def test_page_fits_a_phone(browser, captioner):
@@ -299,10 +280,6 @@ def test_page_fits_a_phone(browser, captioner):
         assert min(heights) >= 44, "a finger needs so many pixels"
 
 
-def test_page_of_a_mouse_offers_no_photo(page):
-    assert page.locator("#photo").is_hidden()
-
-
 def test_page_works_by_keyboard(page):
     page.locator("body").click(position={"x": 1, "y": 1})
     page.keyboard.press("Tab")
@@ -314,31 +291,3 @@ def test_page_works_by_keyboard(page):
     wait_for_caption(page, "a red image")
     page.keyboard.press("Tab")
     assert page.locator(".cv-status").inner_text() == "a, 50 %"
-
-
-# The relative luminance of a colour, and the contrast of an element's text with what lies behind it (WCAG 2).
-CONTRAST = """element => {
-  const parse = (colour) => colour.match(/[\\d.]+/g).map(Number);
-  const luminance = (colour) => {
-    const linear = (value) => (value <= 0.03928 ? value / 12.92 : ((value + 0.055) / 1.055) ** 2.4);
-    const [r, g, b] = parse(colour).map((value) => linear(value / 255));
-    return 0.2126 * r + 0.7152 * g + 0.0722 * b;
-  };
-  let behind = element;
-  while (behind && parse(getComputedStyle(behind).backgroundColor)[3] === 0) behind = behind.parentElement;
-  const [a, b] = [getComputedStyle(element).color, getComputedStyle(behind).backgroundColor].map(luminance);
-  return (Math.max(a, b) + 0.05) / (Math.min(a, b) + 0.05);
-}"""
-
-
-@pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_text_has_contrast(browser, server, scheme):
-    with open_page(browser, server.url, color_scheme=scheme) as page:
-        page.set_input_files("#file", TEXT)
-        wait_for_error(page, "not an image")
-        for selector in ("h1", "#run", "#drop p", ".button", "#camera", "#error", "legend", ".setting label"):
-            assert page.locator(selector).first.evaluate(CONTRAST) >= 4.5, selector
-        is_dark = (
-            page.locator("body").evaluate("body => getComputedStyle(body).backgroundColor") != "rgb(255, 255, 255)"
-        )
-        assert is_dark == (scheme == "dark")

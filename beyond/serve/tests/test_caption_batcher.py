@@ -1,9 +1,8 @@
 import threading
-import time
 
 import numpy as np
 import pytest
-from helpers.web import FakeCaptioner
+from helpers.web import FakeCaptioner, wait_until
 
 from beyond.serve import caption_batcher
 from beyond.serve.caption_batcher import Batcher
@@ -31,8 +30,7 @@ def caption_in_threads(batcher, captioner, jobs):
     threads = [threading.Thread(target=caption, args=[i, *job]) for i, job in enumerate(jobs)]
     for number, thread in enumerate(threads, 1):
         thread.start()
-        while len(batcher._waiting) < number:
-            time.sleep(0.001)
+        wait_until(lambda number=number: len(batcher._waiting) == number)
     captioner.may_end.set()
     for thread in [first, *threads]:
         thread.join(20)
@@ -54,7 +52,7 @@ def test_batcher_makes_batches_of_limited_size():
     assert [count for count, _ in captioner.batches] == [1, 2, 2, 1]
 
 
-def test_batcher_raises_the_error_of_a_batch_in_each_thread_and_goes_on():
+def test_batcher_raises_the_error_of_a_batch_and_works_after_it():
     captioner = FakeCaptioner()
     batcher = Batcher(captioner.service)
     captioner.error = ValueError("no memory")
@@ -82,6 +80,24 @@ def test_batcher_limits_the_searches_that_are_compiled(monkeypatch):
     with pytest.raises(InputError, match="expected settings that were used before: 2 others are compiled"):
         batcher.caption(RED, BEAM)
     assert batcher.caption(RED, GREEDY).text == "a red image"
+
+
+def test_batcher_gives_up_an_image_that_waits_too_long_and_no_other():
+    captioner = FakeCaptioner()
+    batcher = Batcher(captioner.service)
+    captioner.may_end.clear()
+    texts = []
+    thread = threading.Thread(target=lambda: texts.append(batcher.caption(RED, GREEDY, 0.05).text))
+    thread.start()
+    assert captioner.begun.wait(20)
+    with pytest.raises(TimeoutError):
+        batcher.caption(GREEN, GREEDY, 0.1)
+    captioner.may_end.set()
+    thread.join(20)
+    assert texts == ["a red image"], "an image in work gets its caption, however long that takes"
+    assert batcher.caption(GREEN, BEAM, 20).text == "a green image"
+    assert captioner.batches == [(1, GREEDY), (1, BEAM)]
+    batcher.finish()
 
 
 def test_finish_waits_for_the_images_in_work():

@@ -1,6 +1,7 @@
-"""The script beyond.serve."""
+"""The command `python -m beyond.serve`, and what it needs of a captioner."""
 
 import functools
+import importlib.util
 import json
 import os
 import signal
@@ -12,13 +13,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 from helpers.train_and_kill import build_small_cnn
-from helpers.web import draw_png, post, request, run_server
+from helpers.web import draw_png, make_client, post
 from PIL import Image
 
 import beyond.serve.__main__ as serve
 import features
 import model
-from beyond.serve.web_server import CaptionServer, ServerConfig
+from beyond.serve import server
+from beyond.serve.settings import ServerConfig
 from captioning.base.cli import InputError
 from captioning.config.settings import DecodeConfig
 from inference import Captioner
@@ -74,12 +76,6 @@ def test_captions_of_a_batch_are_those_of_single_images_and_of_inference(service
     assert_same(together, as_json(captioner.caption(Image.fromarray(pixels)) for pixels in PIXELS))
 
 
-@pytest.mark.slow
-def test_service_knows_the_run_and_its_defaults(service):
-    assert (service.run, service.defaults) == ("small", DecodeConfig(max_words=3))
-    assert service.load_image(draw_png()).shape == (299, 299, 3)
-
-
 def test_service_fills_in_the_longest_caption_of_the_run(small_run, monkeypatch):
     monkeypatch.setattr(Captioner, "caption_pixels", lambda self, pixels: [])
     assert serve.make_service(Captioner.load(small_run)).defaults.max_words == 50
@@ -87,10 +83,11 @@ def test_service_fills_in_the_longest_caption_of_the_run(small_run, monkeypatch)
 
 @pytest.mark.slow
 def test_service_answers_requests(service):
-    with run_server(service) as server:
-        status, value = post(server, draw_png("blue"), "?beam_size=2&captions=2&max_words=3")
-        assert (status, len(value["words"]), len(value["alternatives"])) == (200, 3, 1)
-        assert request(server, "GET", "/health")[2]["run"] == "small"
+    client = make_client(service)
+    status, value = post(client, draw_png("blue"), "?beam_size=2&captions=2&max_words=3")
+    assert (status, len(value["words"]), len(value["alternatives"])) == (200, 3, 1)
+    assert client.get("/health").json["run"] == "small"
+    assert service.load_image(draw_png()).shape == (299, 299, 3)
 
 
 @pytest.mark.slow
@@ -114,37 +111,13 @@ def test_service_runs_the_cnn_only_in_graphs_that_it_has_compiled(small_run, mon
 
 def test_parse_has_careful_defaults():
     args = serve.parse([])
-    assert ServerConfig.from_args(args) == ServerConfig("127.0.0.1", 8000, 20, 8, 30.0)
-    assert (args.max_megapixels, args.run) == (50, None)
+    assert ServerConfig.from_args(args) == ServerConfig("127.0.0.1", 8000, None, 20, 8, 50, 30)
+    assert args.run is None
     assert DecodeConfig.from_args(args) == DecodeConfig()
 
 
-def test_parse_reads_all_options():
-    server = ["--host", "::1", "--port", "0", "--max-mb", "5", "--max-requests", "2", "--timeout", "1.5"]
-    args = serve.parse([*server, "--max-megapixels", "9", "--run", "runs/a", "--beam-size", "5"])
-    assert ServerConfig.from_args(args) == ServerConfig("::1", 0, 5, 2, 1.5)
-    assert (args.max_megapixels, args.run) == (9, "runs/a")
-    assert DecodeConfig.from_args(args) == DecodeConfig(beam_size=5)
-
-
-@pytest.mark.parametrize(
-    "option", ["--port=65536", "--port=-1", "--max-mb=0", "--max-requests=0", "--timeout=0", "--max-megapixels=0"]
-)
-def test_parse_refuses_other_values(option, capsys):
-    with pytest.raises(SystemExit) as end:
-        serve.parse([option])
-    assert end.value.code == 2
-    assert f"{option.split('=')[0]}: expected a " in capsys.readouterr().err
-
-
-def interrupt(server, service):
-    """Stands for CaptionServer.run, and for Ctrl-C."""
-    server.service = service
-    raise KeyboardInterrupt
-
-
 def test_main_serves_until_it_is_stopped(small_run, monkeypatch, capsys):
-    monkeypatch.setattr(CaptionServer, "run", interrupt)
+    monkeypatch.setattr(server, "run", lambda app, server: server.close())  # as if Ctrl-C came at once
     limits = []
     monkeypatch.setattr(serve, "set_max_megapixels", limits.append)
     serve.main(["--run", str(small_run), "--port", "0", "--max-words", "3", "--max-megapixels", "7"])
@@ -155,31 +128,31 @@ def test_main_serves_until_it_is_stopped(small_run, monkeypatch, capsys):
 
 
 def test_main_warns_if_other_machines_are_let_in(small_run, monkeypatch, capsys):
-    monkeypatch.setattr(CaptionServer, "run", interrupt)
+    monkeypatch.setattr(server, "run", lambda app, server: server.close())
     serve.main(["--run", str(small_run), "--port", "0", "--max-words", "3", "--host", "0.0.0.0", "--quiet"])
     out, err = capsys.readouterr()
     assert out.startswith("http://0.0.0.0:")
     assert err == "--host 0.0.0.0: anybody who reaches this machine can caption with it; there is no password\n"
 
 
-def test_main_refuses_a_port_in_use_before_it_loads_the_run(capsys):
-    with CaptionServer(ServerConfig(port=0)) as server, pytest.raises(InputError) as error:
-        serve.main(["--port", str(server.server_address[1]), "--run", "no/such/run"])
-    assert str(error.value).endswith(
-        "(Address already in use); choose another --port, or --port 0 for one that is free"
-    )
+def test_main_refuses_a_port_in_use_before_it_loads_the_run():
+    with server.listen(ServerConfig(port=0)) as listener, pytest.raises(InputError, match="Address already in use"):
+        serve.main(["--port", str(listener.getsockname()[1]), "--run", "no/such/run"])
 
 
-def test_main_refuses_a_run_that_does_not_exist():
-    with pytest.raises(InputError, match="no/such/run"):
-        serve.main(["--port", "0", "--run", "no/such/run"])
+def test_main_names_packages_that_are_missing(monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(InputError) as error:
+        serve.main(["--run", "no/such/run"])
+    assert str(error.value) == "the server needs werkzeug and waitress; run `pip install werkzeug waitress`"
 
 
 # The process.
 
 SCRIPT = """
 import signal
-import features, serve
+import features
+import beyond.serve.__main__ as serve
 from captioning.base.cli import run_main
 from helpers.train_and_kill import build_small_cnn
 features.build_feature_extractor = build_small_cnn

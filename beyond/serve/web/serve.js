@@ -73,6 +73,7 @@
     image = { blob, url: URL.createObjectURL(blob), note: "" };
     const opened = image;
     const element = await decode(opened.url);
+    await serverRead; // the defaults come from there
     if (opened !== image) return; // another image was chosen meanwhile
     opened.canShow = Boolean(element);
     if (blob.size > maxBytes && element) {
@@ -114,7 +115,7 @@
     }
     setStatus("Captioning …", true);
     try {
-      const response = await fetch(`/caption?${parameters()}`, {
+      const response = await fetch(`caption?${parameters()}`, {
         method: "POST",
         body: current.blob,
         headers: { "Content-Type": current.blob.type || "application/octet-stream" },
@@ -161,7 +162,7 @@
   }
 
   async function readServer() {
-    const { run, max_bytes, defaults } = await (await fetch("/health")).json();
+    const { run, max_bytes, defaults } = await (await fetch("health")).json();
     find("run").textContent = `run: ${run}`;
     maxBytes = max_bytes;
     settings.captions.value = defaults.captions;
@@ -243,5 +244,5 @@
     seed += 1;
     requestCaption();
   });
-  readServer().then(updateSettings, () => showError("The server does not answer. Is it still running?"));
+  const serverRead = readServer().then(updateSettings, () => showError("The server does not answer. Is it still running?"));
 })();

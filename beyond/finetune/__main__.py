@@ -1,0 +1,188 @@
+"""Trains the last blocks of the CNN together with the decoder, from the best weights of a run, into a run of its own.
+
+    python -m beyond.finetune --run runs/coco                  # block 5 of the CNN, into runs/coco_cnn
+    python -m beyond.finetune --run runs/coco --block 3        # blocks 3 to 5
+    python -m beyond.finetune --run runs/coco --cnn-learning-rate 1e-4 --epochs 3
+
+Xu et al. 2015 leave the CNN as it is. Vinyals et al. 2016, "Show and Tell: Lessons learned from the 2015 MSCOCO Image
+Captioning Challenge", train it once the decoder has converged, since the gradients of an untrained one would spoil it.
+A run is resumed by the same command.
+"""
+
+import argparse
+import dataclasses
+import functools
+import os
+from pathlib import Path
+from typing import Any
+
+import features
+import model
+import train
+from beyond.finetune.cnn_blocks import TrainedCNN, trainable_from
+from beyond.finetune.images import ImageReader, augment, explain_failure
+from beyond.start import check_start, parse_start
+from captioning.base.cli import InputError, make_parser, run_main
+from captioning.base.files import file_sha256
+from captioning.base.quiet_tensorflow import tf
+from captioning.config.options import Settings, add_options, option
+from captioning.config.run_config import RunConfig
+from captioning.config.settings import FeatureConfig, TrainConfig
+from captioning.images.cnn_loader import find_cnn
+from captioning.images.feature_cache import CNN_FILE, check_cnn_weights, find_cnn_weights
+from captioning.images.reading import set_max_megapixels
+from captioning.runs.run_folder import CONFIG_FILE, best_checkpoint, read_config, restore_weights, write_config
+from captioning.training.checkpoints import Checkpoints, TrainState
+from captioning.training.input_pipeline import Batch
+from captioning.training.objective import CrossEntropy
+from captioning.training.optimizer import slow_down
+from data_utils import CaptionDataset
+
+# Few epochs, since every image goes through the CNN, once for all its captions; and a decoder that moves slowly, since
+# it has converged.
+RECIPE: dict[str, Any] = {"epochs": 5, "learning_rate": 1e-4, "shuffle_by": "image"}
+KEPT = ("batch_size", "clip_norm", "ema_decay", "label_smoothing")
+WITHOUT = ("recipe", "jit", "strategy")  # images are read in Python, on one machine
+
+
+@dataclasses.dataclass(frozen=True)
+class FinetuneConfig(Settings):
+    """How the CNN is trained."""
+
+    block: int = option(
+        5,
+        "first block of the CNN that is trained, 1 to 5; a block begins where the grid gets smaller (inception_v3: "
+        "mixed0 to 2 are block 3, mixed3 to 7 block 4, mixed8 to 10 block 5)",
+        bounds="[1, inf)",
+    )
+    cnn_learning_rate: float = option(
+        1e-5, "learning rate of the CNN; --learning-rate is the decoder's", bounds="(0, inf)"
+    )
+
+
+class AugmentedCrossEntropy(CrossEntropy):
+    """Cross-entropy of images that are augmented first."""
+
+    starts_trained = True
+
+    def prepare(self, model: tf.keras.Model, batch: Batch, step: tf.Tensor) -> Batch:
+        """Augments the images of a batch; seed and step decide how, so that a resumed run draws the same.
+
+        Args:
+            model: the caption model.
+            batch: its `features` are pixels (I, size, size, 3) uint8.
+            step: the number of the training step.
+        """
+        seeds = tf.stack([tf.constant(self.config.seed, tf.int64), tf.cast(step, tf.int64)])  # (2,)
+        return batch._replace(features=augment(batch.features, seeds))
+
+
+class CNNCheckpoints(Checkpoints):
+    """Checkpoints of a run whose CNN is trained: with the best weights, the CNN is saved as captioning reads it."""
+
+    def __init__(self, run: Path, state: TrainState):
+        super().__init__(run, state)
+        self.run = run
+
+    def save_best(self) -> None:
+        """Saves the current weights as the best: the CNN's file, the checkpoint, and the file's SHA-256.
+
+        In this order: if it is stopped in between, captioning reports that they do not belong together, until the
+        training is resumed, which then does the same again.
+        """
+        partial = self.run / f".{CNN_FILE}"  # not atomic_write: Keras demands the ending .weights.h5
+        find_cnn(self.state.model.cnn.extractor).save_weights(partial)
+        os.replace(partial, self.run / CNN_FILE)
+        super().save_best()
+        config = read_config(self.run)
+        weights = {"weights": str(self.run / CNN_FILE), "sha256": file_sha256(self.run / CNN_FILE)}
+        write_config(self.run, dataclasses.replace(config, features=config.features | weights))
+
+
+def open_images(
+    run: Path, start: Path, dataset: CaptionDataset, config: FeatureConfig
+) -> tuple[ImageReader, CaptionDataset]:
+    """Opens the images of a dataset in place of a cache of their features.
+
+    Args:
+        run: the new run's folder; what is in config.json there, if it is resumed, is taken over.
+        start: the run that it starts from.
+        dataset: the images and their captions.
+        config: how pixels are read and features are made, with the CNN of `start`.
+
+    Returns:
+        The images, and the dataset without those that `start` could not read.
+
+    Raises:
+        InputError: a folder of features is given.
+    """
+    set_max_megapixels(config.max_megapixels)
+    saved = read_config(start)
+    if config.features_dir != saved.features["folder"]:
+        raise InputError("--features-dir: not for the training of the CNN, which reads the images")
+    folder = run / "features"
+    manifest = {
+        **saved.features,
+        "folder": str(folder),
+        "images": Path(os.path.relpath(dataset.image_dir.resolve(), folder.resolve())).as_posix(),
+    }
+    if (run / CONFIG_FILE).exists():
+        manifest = read_config(run).features
+    reader = ImageReader(dataset.image_dir, manifest | {"dtype": config.dtype})
+    return reader, dataset.exclude(set(saved.unreadable_images))
+
+
+def build_cnn(start: Path, config: FeatureConfig, block: int) -> TrainedCNN:
+    """Builds the CNN of a run, whose blocks from `block` on are trained.
+
+    Raises:
+        InputError: the CNN has no such block; or its weights are missing, or others.
+    """
+    # The weights of a run whose CNN is being trained here are restored with its checkpoint.
+    weights = config.cnn_weights
+    if weights == "random":
+        weights = find_cnn_weights(start) or weights
+    check_cnn_weights(weights, read_config(start).features.get("sha256"))
+    extractor = features.build_feature_extractor(weights, config.sized_cnn)
+    trainable_from(find_cnn(extractor), block)
+    return TrainedCNN(extractor, config.dtype)
+
+
+def build(
+    run: Path, config: RunConfig, strategy: tf.distribute.Strategy, start: Path, cnn: TrainedCNN
+) -> tuple[TrainState, Checkpoints]:
+    """Builds what is trained, as `train.build_train_state` does, with the CNN in front, at its own learning rate."""
+    settings = config.train
+    tf.keras.utils.set_random_seed(settings.seed)
+    caption_model = model.build(config.model, config.cnn.features_shape, settings.mixed_precision)
+    restore_weights(best_checkpoint(start), caption_model)
+    caption_model.cnn = cnn
+    state = train.make_train_state(caption_model, AugmentedCrossEntropy(settings), settings)
+    factor = config.objective["cnn_learning_rate"] / settings.learning_rate
+    slow_down(state.optimizer, cnn.trainable_variables, factor)
+    return state, CNNCheckpoints(run, state)
+
+
+def parse(argv: list[str] | None = None) -> argparse.Namespace:
+    """Parses the command line; the run that it names changes the defaults."""
+    parser = make_parser(__doc__)
+    add_options(parser.add_argument_group("CNN"), FinetuneConfig)
+    return parse_start(parser, argv, RECIPE, KEPT, WITHOUT)
+
+
+def main(argv: list[str] | None = None, on_step: train.OnStep | None = None) -> None:
+    """Trains; calls `on_step` after every step."""
+    args = parse(argv)
+    finetune, feature_config = FinetuneConfig.from_args(args), FeatureConfig.from_args(args)
+    strategy = train.start_devices(TrainConfig.from_args(args))
+    start, run = args.run, args.run.with_name(f"{args.run.name}_cnn")
+    data, config = train.prepare(args, functools.partial(open_images, run, start))
+    check_start(start, config)
+    config = dataclasses.replace(config, objective=finetune.to_json())
+    cnn = build_cnn(start, feature_config, finetune.block)
+    with explain_failure(data.cache), train.open_run_folder(run, data, config, strategy):
+        train.train(run, data, config, strategy, functools.partial(build, start=start, cnn=cnn), on_step)
+
+
+if __name__ == "__main__":
+    run_main(main)

@@ -1,0 +1,102 @@
+"""Images instead of cached features, and their augmentation.
+
+In the comments I is the number of images of a batch.
+"""
+
+import contextlib
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from captioning.base.cli import InputError
+from captioning.base.quiet_tensorflow import tf
+from captioning.images.feature_cache import CNN_FILE, FeatureSource, min_jpeg_side
+from features import load_image
+
+# Augmentation: small, and never a mirror image, since captions say left and right.
+MIN_CROP = 0.9  # share of a side that is kept
+MAX_BRIGHTNESS = 0.1 * 255  # added to all channels alike, or subtracted
+MAX_CONTRAST = 0.1  # of 1, more or less
+
+
+class ImageReader:
+    """Reads images where a training with a fixed CNN reads their cached features.
+
+    Args:
+        image_dir: the folder of the images.
+        manifest: the manifest of the features, with their `folder`.
+    """
+
+    def __init__(self, image_dir: Path, manifest: dict[str, Any]):
+        self.image_dir, self.manifest = image_dir, manifest
+        self.folder = Path(manifest["folder"])
+        self.failure: InputError | None = None  # an image that could not be read
+
+    @property
+    def cnn_weights(self) -> str:
+        """Path of the CNN's weights in the run folder; it exists after the first best epoch."""
+        return str(self.folder.with_name(CNN_FILE))
+
+    def path(self, image_path: str) -> Path:
+        """Returns the file of an image."""
+        return self.image_dir / image_path
+
+    def read(self, paths: tf.Tensor) -> tf.Tensor:
+        """Reads the images of files (I,) inside a tf.data pipeline: (I, size, size, 3) uint8, as inference reads them.
+
+        An image that cannot be read is an error of the pipeline; see `explain_failure`.
+        """
+        size, min_side = self.manifest["image_size"], min_jpeg_side(self.manifest)
+
+        def load(paths: np.ndarray) -> np.ndarray:
+            try:
+                images = [load_image(os.fsdecode(path), min_side, size) for path in paths]
+                return np.stack(images)  # (I, size, size, 3)
+            except InputError as error:
+                self.failure = error
+                raise
+
+        return tf.ensure_shape(tf.numpy_function(load, [paths], tf.uint8), (None, size, size, 3))
+
+
+@contextlib.contextmanager
+def explain_failure(source: FeatureSource) -> Iterator[None]:
+    """Turns the error of a tf.data pipeline into the `InputError` behind it, if an image could not be read."""
+    try:
+        yield
+    except tf.errors.OpError:
+        if isinstance(source, ImageReader) and source.failure:
+            raise source.failure from None
+        raise
+
+
+def augment(pixels: tf.Tensor, seed: tf.Tensor) -> tf.Tensor:
+    """Crops images at random, by at most a tenth of each side, and changes their brightness and contrast a little.
+
+    Args:
+        pixels: (I, size, size, 3) uint8.
+        seed: (2,), of the random numbers.
+
+    Returns:
+        (I, size, size, 3) uint8.
+    """
+    num_images, size = tf.shape(pixels)[0], pixels.shape[1]
+    numbers = tf.random.stateless_uniform((6, num_images), seed)  # (6, I)
+    height, width = (1 - (1 - MIN_CROP) * number for number in (numbers[0], numbers[1]))  # (I,)
+    top, left = numbers[2] * (1 - height), numbers[3] * (1 - width)  # (I,)
+    boxes = tf.stack([top, left, top + height, left + width], axis=1)  # (I, 4)
+    # (I, size, size, 3), bilinear
+    images = tf.image.crop_and_resize(tf.cast(pixels, tf.float32), boxes, tf.range(num_images), (size, size))
+    contrast = 1 + MAX_CONTRAST * (2 * numbers[4] - 1)
+    brightness = MAX_BRIGHTNESS * (2 * numbers[5] - 1)
+    mean = tf.reduce_mean(images, axis=(1, 2, 3), keepdims=True)  # (I, 1, 1, 1)
+    images = (images - mean) * _per_image(contrast) + mean + _per_image(brightness)
+    return tf.cast(tf.clip_by_value(tf.round(images), 0, 255), tf.uint8)
+
+
+def _per_image(values: tf.Tensor) -> tf.Tensor:
+    """Returns values (I,) so that they apply to images: (I, 1, 1, 1)."""
+    return values[:, tf.newaxis, tf.newaxis, tf.newaxis]  # (I, 1, 1, 1)

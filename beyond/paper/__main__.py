@@ -1,0 +1,54 @@
+"""Trains the decoder of Show, Attend and Tell, soft or hard attention, with the paper's penalty and REINFORCE.
+
+    python -m beyond.paper                                          # the paper's decoder with a GRU, on COCO
+    python -m beyond.paper --decoder paper-lstm --attention hard
+    python -m beyond.paper --decoder tutorial --doubly-stochastic 1
+    python -m beyond.paper --attention hard --reinforce-weight 0.5 --entropy-weight 0.01
+
+All options of train.py work here, too. `python train.py --decoder paper --attention hard` trains the same with the
+default weights. A run is resumed by the same command.
+"""
+
+import argparse
+import dataclasses
+from pathlib import Path
+
+import train
+from beyond.paper.objective import PaperConfig, PaperObjective
+from captioning.base.cli import make_parser, run_main
+from captioning.base.quiet_tensorflow import tf
+from captioning.config.options import add_options
+from captioning.config.run_config import RunConfig
+from captioning.config.settings import RECIPES, TrainConfig
+from captioning.training.checkpoints import Checkpoints, TrainState
+
+
+def parse(argv: list[str] | None = None) -> argparse.Namespace:
+    """Parses the command line; a recipe changes the defaults of its settings, also in --help."""
+    parser = make_parser(__doc__)
+    parser.add_argument("--run", type=Path, metavar="DIR", help="run folder (default: runs/<name of the dataset>)")
+    add_options(parser.add_argument_group("the paper's objective"), PaperConfig)
+    train.add_train_options(parser, RECIPES[train.find_recipe(argv)] | {"decoder": "paper"})
+    return parser.parse_args(argv)
+
+
+def build(run: Path, config: RunConfig, strategy: tf.distribute.Strategy) -> tuple[TrainState, Checkpoints]:
+    """Builds what is trained, as `train.build_train_state`, also with the tutorial's decoder and soft attention."""
+    return train.build_train_state(run, config, strategy, PaperObjective)
+
+
+def main(argv: list[str] | None = None, on_step: train.OnStep | None = None) -> None:
+    """Prepares data, features and vocabulary, and trains; calls `on_step` after every step."""
+    args = parse(argv)
+    strategy = train.start_devices(TrainConfig.from_args(args))
+    data, config = train.prepare(args)
+    defaults = PaperConfig().to_json()  # they are left out, as train.py knows nothing of them
+    settings = {name: value for name, value in PaperConfig.from_args(args).to_json().items() if value != defaults[name]}
+    config = dataclasses.replace(config, objective=settings)
+    run = args.run or train.default_run(data.dataset)
+    with train.open_run_folder(run, data, config, strategy):
+        train.train(run, data, config, strategy, build, on_step)
+
+
+if __name__ == "__main__":
+    run_main(main)

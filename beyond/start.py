@@ -1,0 +1,110 @@
+"""Trainings that start from the best weights of a run, and train them further into another one.
+
+The model, the data and the features are those of that run. What can be given are paths, dropout rates, and the
+settings of the training.
+"""
+
+import argparse
+import dataclasses
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from captioning.base.cli import InputError, add_quiet_option
+from captioning.config.options import Settings, add_options
+from captioning.config.run_config import RunConfig
+from captioning.config.settings import DATA_PATHS, DataConfig, FeatureConfig, ModelConfig, TrainConfig
+from captioning.images.feature_cache import find_cnn_weights
+from captioning.runs.run_folder import best_checkpoint, read_config
+
+FEATURE_OPTIONS = ("cnn_weights", "features_dir", "cnn_batch_size", "max_megapixels")
+DROPOUT_OPTIONS = ("dropout", "feature_dropout")
+
+
+def parse_start(
+    parser: argparse.ArgumentParser,
+    argv: list[str] | None,
+    recipe: Mapping[str, Any],
+    kept: tuple[str, ...] = (),
+    without: tuple[str, ...] = (),
+) -> argparse.Namespace:
+    """Adds `--run` and the options of train.py that still apply, and parses the command line.
+
+    Args:
+        parser: has the command's own options.
+        argv: the command line.
+        recipe: settings that this kind of training has instead of the defaults, by name.
+        kept: names of settings of `TrainConfig` that are taken over from the run.
+        without: names of settings of `TrainConfig` that this kind of training does not have.
+
+    Raises:
+        InputError: the folder is not a run, or has no weights.
+    """
+    text = "folder of the run to start from, which is not changed"
+    parser.add_argument("--run", type=Path, metavar="DIR", required=True, help=text)
+    run_parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    run_parser.add_argument("--run", type=Path)
+    start = run_parser.parse_known_args(argv)[0].run
+    defaults = {**(read_settings(start, kept) if start else {}), **recipe}
+    _add_part(parser, "the data of the run, if they were moved", DataConfig, DATA_PATHS, defaults)
+    _add_part(parser, "features", FeatureConfig, FEATURE_OPTIONS, defaults)
+    _add_part(parser, "model", ModelConfig, DROPOUT_OPTIONS, defaults)
+    names = (field.name for field in dataclasses.fields(TrainConfig))
+    _add_part(parser, "training", TrainConfig, tuple(name for name in names if name not in without), defaults)
+    add_quiet_option(parser)
+    return parser.parse_args(argv)
+
+
+def _add_part(
+    parser: argparse.ArgumentParser,
+    title: str,
+    settings: type[Settings],
+    names: tuple[str, ...],
+    defaults: Mapping[str, Any],
+) -> None:
+    """Adds the options of some settings, and sets the others to the values of the run, or else to their defaults."""
+    add_options(parser.add_argument_group(title), settings, defaults, only=names)
+    others = {name: value for name, value in settings().to_json().items() if name not in names}
+    parser.set_defaults(**{name: defaults.get(name, value) for name, value in others.items()})
+
+
+def read_settings(run: Path, kept: tuple[str, ...] = ()) -> dict[str, Any]:
+    """Returns the settings, by name, that a training takes over from the run that it starts from.
+
+    Args:
+        run: the run.
+        kept: names of further settings of `TrainConfig`.
+
+    Raises:
+        InputError: the folder is not a run, or has no weights.
+    """
+    best_checkpoint(run)
+    config = read_config(run)
+    manifest = config.features
+    weights = manifest["weights"]
+    if weights not in ("imagenet", "random") and not Path(weights).exists():
+        weights = find_cnn_weights(run) or weights
+    return {
+        **config.data.to_json(),
+        **config.model.to_json(),
+        "cnn_weights": weights,
+        "cnn": config.cnn.option,
+        "image_size": config.cnn.image_size,
+        "features_dir": manifest["folder"],
+        "dtype": manifest["dtype"],
+        **{name: getattr(config.train, name) for name in ("max_length", "max_val_images", *kept)},
+    }
+
+
+def check_start(start: Path, config: RunConfig) -> None:
+    """Checks that a training with some settings can start from the weights of a run.
+
+    Raises:
+        InputError: the run has hard attention, or was trained on other images or captions.
+    """
+    if config.model.attention != "soft":
+        raise InputError(f"{start}: expected a run with soft attention, found {config.model.attention} attention")
+    if read_config(start).data_fingerprint != config.data_fingerprint:
+        raise InputError(
+            f"{start} was trained on other images or captions; expected the same to start from its weights"
+        )
