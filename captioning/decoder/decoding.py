@@ -292,16 +292,14 @@ def expand_beams(scores: tf.Tensor, log_probs: tf.Tensor, finished: tf.Tensor) -
     ranks = tf.where(is_finished & (pad_only == 0), np.inf, totals)  # (B, K, V)
     _, best = tf.math.top_k(tf.reshape(ranks, [batch_size, -1]), beam_size)
     best = tf.cast(best, tf.int64)  # (B, K), indices into K * V
-    # best // vocab_size, which LiteRT cannot compute of int64
-    is_reached = best[:, :, tf.newaxis] >= tf.range(beam_size, dtype=tf.int64) * vocab_size  # (B, K, K)
-    parent = tf.reduce_sum(tf.cast(is_reached, tf.int64), axis=2) - 1  # (B, K)
+    parent, token = best // vocab_size, best % vocab_size  # (B, K)
 
     def gather_best(tensor: tf.Tensor) -> tf.Tensor:
         return tf.gather(tf.reshape(tensor, [batch_size, -1]), best, batch_dims=1)  # (B, K, V) -> (B, K)
 
     return Expansion(
         parent=parent,
-        token=best - parent * vocab_size,
+        token=token,
         scores=gather_best(totals),
         probabilities=tf.exp(gather_best(log_probs)),
     )

@@ -1,28 +1,26 @@
 """The whole captioner as one TensorFlow module, which is saved without any of this project's code.
 
     model = tf.saved_model.load("coco_saved_model")
-    result = model.caption(tf.constant([open("photo.jpg", "rb").read()]))
+    result = model.caption(pixels)  # (B, 299, 299, 3) uint8
     print(result["caption"][0, 0].numpy().decode())
 
-All is in the graph: reading the bytes, the CNN, the encoder, the search, and the words of the ids. In the comments B is
-the number of images, N that of captions for each, and T that of the words of the longest one.
+The graph holds the CNN, the encoder, the search and the words. In the comments B is the number of images, N the number
+of captions for each, T the number of words of the longest caption and L the number of image locations.
 """
 
 import os
 import shutil
 import tempfile
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from beyond.export.graph_images import read_pixels
-from beyond.export.pillow_resize import pillow_takes_rows_first
 from captioning.base.cli import InputError
 from captioning.base.quiet_tensorflow import tf
 from captioning.base.special_tokens import END_ID, PAD_ID
 from captioning.config.settings import DecodeConfig
-from captioning.decoder.decoding import DecodedBatch, StepModel, decode
-from captioning.output.captions import SMALLEST_PROBABILITY, Vocabulary
+from captioning.decoder.decoding import DecodedBatch, decode
+from captioning.output.captions import SMALLEST_PROBABILITY
+from inference import Captioner
 
 SAVED_MODEL_FILE = "saved_model.pb"
 
@@ -34,58 +32,46 @@ def check_exportable(config: DecodeConfig) -> None:
 
 
 class ExportedModel(tf.Module):
-    """Captions images: `caption` from the bytes of their files, `caption_pixels` from pixels.
+    """Captions images as the captioner does: `caption` takes pixels, `caption_files` the bytes of image files.
 
     Args:
-        extractor: the CNN, from pixels (B, size, size, 3) uint8 to features (B, L, C).
-        model: the caption model.
-        vocabulary: the tokenizer.
-        config: how captions are searched for, `max_words` included.
-        features_dtype: that of the features of the training, to which they are rounded.
-        min_jpeg_side: how large JPEGs were decoded for the training, see `captioning.images.reading.read_image`.
-        image_size: pixels of both sides of what the CNN takes.
+        captioner: the run, and how its captions are searched for.
+        with_decoder: whether there is `caption_files`, which reads images by `read_pixels`; otherwise it is None.
 
     Raises:
         InputError: see `check_exportable`.
     """
 
-    def __init__(
-        self,
-        extractor: Callable[..., tf.Tensor],
-        model: StepModel,
-        vocabulary: Vocabulary,
-        config: DecodeConfig,
-        features_dtype: str,
-        min_jpeg_side: int | None,
-        image_size: int,
-    ):
+    def __init__(self, captioner: Captioner, with_decoder: bool = False):
         super().__init__()
+        config = captioner.decode_config
         check_exportable(config)
-        rows_first = pillow_takes_rows_first()
+        extractor, model, size = captioner.extractor, captioner.model, captioner.image_size
+        features_dtype = captioner.config.features["dtype"]
 
         def decode_pixels(pixels: tf.Tensor) -> DecodedBatch:
+            # Rounded as the features that the model was trained on.
             features = tf.cast(extractor(pixels, training=False), features_dtype)  # (B, L, C)
             return decode(model, features, config)
 
-        def load(content: tf.Tensor) -> tf.Tensor:
-            return read_pixels(content, image_size, rows_first, min_jpeg_side)
-
-        # Only the variables are attributes: of its own models Keras would save more than what is called.
+        # Only the variables are attributes: Keras would save more of its models than what is called.
         self.weights = list_variables(extractor, model)
-        self.decode_pixels, self.load, self.num_captions = decode_pixels, load, config.captions
+        self.decode_pixels, self.num_captions = decode_pixels, config.captions
+        vocabulary = captioner.tokenizer
         self.words = tf.constant(["" if i in (PAD_ID, END_ID) else w for i, w in enumerate(vocabulary.index_word)])
-        # Whether a word stands without a space beside one of its kind, as Chinese characters do.
+        # Whether a word is written without a space beside another such word, as Chinese characters are.
         self.is_unspaced = tf.constant([vocabulary.join((w, w)) == w + w for w in vocabulary.index_word])
-        self.caption = tf.function(self._caption, input_signature=[tf.TensorSpec([None], tf.string, "image")])
-        self.pixels_spec = tf.TensorSpec([image_size, image_size, 3], tf.uint8)  # of an image
-        pixels = tf.TensorSpec([None, *self.pixels_spec.shape], tf.uint8, "pixels")
-        self.caption_pixels = tf.function(self._caption_pixels, input_signature=[pixels])
 
-    def _caption(self, image: tf.Tensor) -> dict[str, tf.Tensor]:
-        """Captions the content of image files, (B,)."""
-        return self._caption_pixels(tf.map_fn(self.load, image, fn_output_signature=self.pixels_spec))
+        def caption_files(content: tf.Tensor) -> dict[str, tf.Tensor]:
+            spec = tf.TensorSpec([size, size, 3], tf.uint8)
+            return self._caption(tf.map_fn(lambda file: read_pixels(file, size), content, fn_output_signature=spec))
 
-    def _caption_pixels(self, pixels: tf.Tensor) -> dict[str, tf.Tensor]:
+        pixels = tf.TensorSpec([None, size, size, 3], tf.uint8, "pixels")
+        content = tf.TensorSpec([None], tf.string, "content")  # (B,)
+        self.caption = tf.function(self._caption, input_signature=[pixels])
+        self.caption_files = tf.function(caption_files, input_signature=[content]) if with_decoder else None
+
+    def _caption(self, pixels: tf.Tensor) -> dict[str, tf.Tensor]:
         """Captions pixels (B, size, size, 3). All results are (B, N, ...), the best caption of an image first."""
         decoded = self.decode_pixels(pixels)
         is_word = (decoded.tokens != PAD_ID) & (decoded.tokens != END_ID)  # (B * N, T + 1)
@@ -99,8 +85,6 @@ class ExportedModel(tf.Module):
             "finished": tf.reduce_any(decoded.tokens == END_ID, axis=1),
             **_sum_log_probs(decoded),
         }
-        if decoded.gates is not None:
-            results["gates"] = tf.where(is_word, decoded.gates[:, :num_words], 0)
         num_images = tf.shape(pixels)[0]
 
         def by_image(tensor: tf.Tensor) -> tf.Tensor:
@@ -116,13 +100,38 @@ class ExportedModel(tf.Module):
         return tf.strings.reduce_join(tf.gather(["", " "], spaces) + tf.gather(self.words, tokens), axis=1)
 
 
+def read_pixels(content: tf.Tensor, size: int) -> tf.Tensor:
+    """Decodes and resizes an image file with TensorFlow, which gives slightly other pixels than the training's Pillow.
+
+    EXIF's orientation and transparency are ignored, and 16 bits are cut to 8; docs/export.md has the measured
+    differences.
+
+    Args:
+        content: a scalar string, the content of a JPEG, PNG, GIF (its first image), BMP or WebP file.
+        size: pixels of a side.
+
+    Returns:
+        (size, size, 3) uint8.
+
+    Raises:
+        tf.errors.InvalidArgumentError: it is no such file, or is damaged.
+    """
+    if tf.io.is_jpeg(content):
+        # decode_image would take the fast transform, which darkens every pixel by about 1.
+        image = tf.io.decode_jpeg(content, channels=3, dct_method="INTEGER_ACCURATE")  # (height, width, 3) uint8
+    else:
+        image = tf.io.decode_image(content, channels=3, expand_animations=False)
+    image = tf.image.resize(tf.ensure_shape(image, [None, None, 3]), [size, size], antialias=True)
+    return tf.cast(tf.round(image), tf.uint8)
+
+
 def list_variables(*models: Any) -> list[tf.Variable]:
     """Returns the variables of Keras models, which a module must have as an attribute to be saved with them."""
     return [variable.value for model in models for variable in getattr(model, "variables", ())]
 
 
 def _sum_log_probs(decoded: DecodedBatch) -> dict[str, tf.Tensor]:
-    """Returns log p and confidence (B * N,) as `captions.Caption` has them; -inf and 0 of no caption."""
+    """Returns log p and confidence (B * N,) as `captions.Caption` has them; -inf and 0 where there is no caption."""
     is_token = decoded.tokens != PAD_ID
     # In float64, since the smallest probability is 0 in the float32 of a processor.
     probabilities = tf.maximum(tf.cast(decoded.probabilities, tf.float64), SMALLEST_PROBABILITY)
@@ -134,7 +143,7 @@ def _sum_log_probs(decoded: DecodedBatch) -> dict[str, tf.Tensor]:
 
 
 def save(model: ExportedModel, folder: Path) -> None:
-    """Writes a SavedModel with the signatures `serving_default`, which is `caption`, and `pixels`.
+    """Writes a SavedModel with the signature `caption`, which is also the default, and `caption_files` if it is there.
 
     An earlier SavedModel there is replaced when the new one is complete.
 
@@ -142,20 +151,19 @@ def save(model: ExportedModel, folder: Path) -> None:
         InputError: the folder holds something else.
         OSError: it cannot be written; the disk may be full.
     """
-    if folder.exists() and not (folder / SAVED_MODEL_FILE).is_file() and not _is_empty_folder(folder):
-        raise InputError(f"{folder}: expected a new folder, or that of an earlier SavedModel, found something else")
+    is_empty = folder.is_dir() and not any(folder.iterdir())
+    if folder.exists() and not (folder / SAVED_MODEL_FILE).is_file() and not is_empty:
+        raise InputError(f"{folder}: expected a new folder or one with an earlier SavedModel, found something else")
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{folder.name[:50]}.", dir=folder.parent) as temporary:
         new = os.path.join(temporary, "new")
-        signatures = {"serving_default": model.caption, "pixels": model.caption_pixels}
+        signatures = {"serving_default": model.caption, "caption": model.caption}
+        if model.caption_files:
+            signatures["caption_files"] = model.caption_files
         try:
             tf.saved_model.save(model, new, signatures=signatures)
-        except tf.errors.OpError as error:  # which is what a full disk is to TensorFlow
+        except tf.errors.OpError as error:  # TensorFlow raises it for a full disk, too
             raise OSError(f"cannot write {folder} ({str(error).strip().splitlines()[0][:200]})") from None
         if folder.exists():
             os.rename(folder, os.path.join(temporary, "old"))
         shutil.move(new, folder)
-
-
-def _is_empty_folder(path: Path) -> bool:
-    return path.is_dir() and not any(path.iterdir())

@@ -1,0 +1,93 @@
+"""The LiteRT file captions as inference.py does; what the command refuses."""
+
+import sys
+
+import numpy as np
+import pytest
+from PIL import Image
+from test_saved_model import build_small_cnn
+
+import beyond.export.__main__ as export
+import features
+from beyond.export.litert import check_convertible, convert
+from captioning.base.cli import InputError, run_main
+from captioning.base.files import read_json
+from captioning.base.quiet_tensorflow import tf
+from captioning.config.settings import DecodeConfig
+from inference import Captioner
+
+
+def caption_with_litert(path, pixels):
+    """Returns the results of a LiteRT file."""
+    with pytest.warns(UserWarning, match=r"tf\.lite\.Interpreter is deprecated"):
+        interpreter = tf.lite.Interpreter(model_path=str(path))
+    return interpreter.get_signature_runner("caption")(pixels=pixels)
+
+
+@pytest.mark.slow
+def test_export_writes_a_litert_file_and_its_vocabulary(run, monkeypatch, tmp_path, rng, capsys):
+    monkeypatch.setattr(features, "build_feature_extractor", build_small_cnn)
+    monkeypatch.chdir(tmp_path)
+    Image.fromarray(rng.integers(0, 256, (40, 60, 3), dtype=np.uint8)).save("photo.png")
+    arguments = ["--run", str(run), "--litert", "--beam-size", "3", "--captions", "2", "--max-words", "6"]
+    export.main(arguments)
+    printed = capsys.readouterr()
+    assert printed.out == "small.tflite\n" and "vocabulary: small_vocabulary.json" in printed.err
+    words = read_json("small_vocabulary.json")
+    result = caption_with_litert("small.tflite", features.load_image("photo.png")[np.newaxis])
+    captioner = Captioner.load(run, DecodeConfig(beam_size=3, captions=2, max_words=6))
+    caption = captioner.caption("photo.png")
+    for rank, expected in enumerate((caption, *caption.alternatives)):
+        ids = [index for index in result["tokens"][rank] if index > 3]
+        assert " ".join(words[index] for index in ids) == expected.text
+        np.testing.assert_allclose(result["probabilities"][rank, : len(ids)], expected.probabilities, atol=1e-3)
+        np.testing.assert_allclose(result["attention"][rank, : len(ids)], expected.attention, atol=1e-3)
+    export.main([*arguments, "--weights", "float16", "--output", "half/small.tflite"])
+    sizes = [(tmp_path / path).stat().st_size for path in ("small.tflite", "half/small.tflite")]
+    assert sizes[1] < 0.75 * sizes[0]
+    assert read_json("half/small_vocabulary.json") == words
+
+
+def test_check_convertible_refuses_what_litert_lacks():
+    check_convertible(DecodeConfig(beam_size=3, min_words=2))
+    with pytest.raises(InputError, match="--no-repeat needs TensorFlow's TensorScatterMin"):
+        check_convertible(DecodeConfig(no_repeat=True))
+
+
+def test_convert_repeats_the_converters_reason_in_one_line(monkeypatch):
+    class Converter:
+        def convert(self):
+            raise ValueError("no such operation: tf.Magic\nand more")
+
+    model = tf.Module()
+    model.caption = tf.function(lambda x: {"y": x}, input_signature=[tf.TensorSpec([1], tf.float32, "x")])
+    monkeypatch.setattr(tf.lite.TFLiteConverter, "from_saved_model", lambda *_, **__: Converter())
+    expected = r"cannot take this model with these settings \(no such operation: tf\.Magic\)$"
+    with pytest.raises(InputError, match=expected):
+        convert(model, "float32")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--weights", "float16"], "--weights is only for --litert"),
+        (["--sample"], "--sample cannot be exported"),
+        (["--litert", "--sample"], "--sample cannot be exported"),
+        (["--litert", "--no-repeat"], "--no-repeat needs"),
+        (["--litert", "--output", "."], "expected a file that ends in .tflite, found a folder"),
+        (["--run", "none.zip"], "none.zip: no such file"),
+        (["--run", "none"], "not a run folder"),
+    ],
+)
+def test_export_refuses_in_one_line(run, options, message, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["beyond.export", "--run", str(run), *options])
+    with pytest.raises(SystemExit) as end:
+        run_main(export.main)
+    lines = capsys.readouterr().err.splitlines()
+    assert end.value.code == 2 and len(lines) == 1 and message in lines[0]
+
+
+def test_export_has_a_decoder_only_in_a_saved_model(run, capsys):
+    with pytest.raises(SystemExit):
+        export.main(["--run", str(run), "--with-decoder", "--litert"])
+    assert "not allowed with argument" in capsys.readouterr().err
