@@ -17,16 +17,11 @@ from typing import Any
 from tqdm import tqdm
 
 # In messages of TensorFlow, XLA, CUDA, cuDNN and cuBLAS. NOT_INITIALIZED: a library found no memory to start with.
-FULL_MEMORY_SIGNS = (
-    "OOM when allocating",
-    "Out of memory",
-    "CUDA_ERROR_OUT_OF_MEMORY",
-    "failed to allocate memory",
-    "Dst tensor is not initialized",  # of a copy to a GPU
-    "STATUS_ALLOC_FAILED",
-    "STATUS_NOT_INITIALIZED",
+FULL_MEMORY = re.compile(
+    "OOM when allocating|Out of memory|OUT_OF_MEMORY|failed to allocate memory|Dst tensor is not initialized"
+    "|STATUS_ALLOC_FAILED|STATUS_NOT_INITIALIZED"
 )
-GPU_SIGNS = ("GPU", "CUDA", "CUDNN", "CUBLAS", "Dst tensor")
+OF_GPU = re.compile("GPU|CUDA|CUDNN|CUBLAS|Dst tensor")
 
 
 class InputError(Exception):
@@ -50,9 +45,9 @@ def log(message: str, error: bool = False) -> None:
 
 
 class Command:
-    """The command that runs; none if the project is used from Python."""
+    """The command that runs."""
 
-    options: frozenset[str] = frozenset()  # such as --run
+    options: frozenset[str] = frozenset()  # such as --run; none if the project is used from Python
 
 
 class _Parser(argparse.ArgumentParser):
@@ -77,7 +72,7 @@ def command_name() -> str:
 
 
 def make_parser(description: str | None, usage: str = "[option ...]", **kwargs: Any) -> argparse.ArgumentParser:
-    """Makes a parser whose --help shows a script's docstring, with its examples, and the options in groups."""
+    """Makes a parser whose --help shows a script's docstring, with its examples."""
     return _Parser(
         prog=command_name(),
         description=description,
@@ -144,15 +139,16 @@ def run_main(main: Callable[[], None]) -> None:
 def explain_full_memory(error: Exception) -> str | None:
     """Returns a line for an error that says that memory is full, and None for any other."""
     text = str(error)
-    if not isinstance(error, MemoryError) and not any(sign in text for sign in FULL_MEMORY_SIGNS):
+    if not isinstance(error, MemoryError) and not FULL_MEMORY.search(text):
         return None
-    on_gpu = any(sign in text for sign in GPU_SIGNS)
-    smaller = advise("give a smaller --batch-size in another --run") or advise("give a smaller --cnn-batch-size")
-    where, others = ("the GPU", " (nvidia-smi lists them)") if on_gpu else ("this machine", "")
+    where, others = ("the GPU", " (nvidia-smi lists them)") if OF_GPU.search(text) else ("this machine", "")
+    smaller = advise("give a smaller --batch-size in another --run, or ") or advise(
+        "give a smaller --cnn-batch-size, or "
+    )
     saved = advise("; it continues from the last checkpoint, see --checkpoint-minutes")
     return (
-        f"the memory of {where} is full; {smaller and smaller + ', or '}end other processes that use it{others} and "
-        f"run the same command again{saved}"
+        f"the memory of {where} is full; {smaller}end other processes that use it{others} and run the same command "
+        f"again{saved}"
     )
 
 
@@ -199,11 +195,7 @@ def progress_bar(*args: Any, disable: bool = False, **kwargs: Any) -> tqdm:
 
 @contextlib.contextmanager
 def suppress_stderr() -> Iterator[None]:
-    """Holds back what is written to standard error, unless the block fails.
-
-    TensorFlow's libraries write to the file descriptor while they load, before any of its settings for logging
-    takes effect.
-    """
+    """Holds back what TensorFlow's libraries write to standard error as they load, unless the block fails."""
     if os.environ.get("TF_CPP_MIN_LOG_LEVEL") != "3":
         yield
         return

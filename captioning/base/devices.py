@@ -38,39 +38,36 @@ def check_gpus() -> None:
             )
         return
     built_for = tf.sysconfig.get_build_info().get("cuda_compute_capabilities", ())
-    usable = [gpu for gpu in gpus if has_kernels(tf.config.experimental.get_device_details(gpu), built_for)]
-    if len(usable) == len(gpus):
-        return
-    with contextlib.suppress(RuntimeError):  # it computes already, so that it is too late to hide any
-        tf.config.set_visible_devices(usable, "GPU")
-        for gpu in (gpu for gpu in gpus if gpu not in usable):
-            details = tf.config.experimental.get_device_details(gpu)
-            name, capability = details.get("device_name", gpu), ".".join(map(str, details["compute_capability"]))
-            log(
-                f"TensorFlow {tf.__version__} has no kernels for {name}, of compute capability {capability}, only for "
-                f"{', '.join(built_for)}: it is not used; a TensorFlow that is built for it can use it"
-            )
+    usable = []
+    for gpu in gpus:
+        details = tf.config.experimental.get_device_details(gpu)
+        if has_kernels(details, built_for):
+            usable.append(gpu)
+            continue
+        log(
+            f"TensorFlow {tf.__version__} has no kernels for {details.get('device_name', gpu)}, of compute capability "
+            f"{'.'.join(map(str, details['compute_capability']))}, only for {', '.join(built_for)}: it is not used; "
+            "a TensorFlow that is built for it can use it"
+        )
+    if len(usable) < len(gpus):
+        with contextlib.suppress(RuntimeError):  # it computes already, so that it is too late to hide any
+            tf.config.set_visible_devices(usable, "GPU")
 
 
 def has_kernels(details: dict[str, Any], built_for: Sequence[str]) -> bool:
-    """Tells whether TensorFlow has kernels for a GPU.
+    """Tells whether a TensorFlow that is built for `sm_80`, `compute_90` ... has kernels for a GPU.
 
-    Args:
-        details: those of the GPU, by TensorFlow, with its `compute_capability`, such as (8, 6).
-        built_for: what TensorFlow was built for, such as `sm_80` or `compute_90`. Kernels for 8.0 run on 8.6, those for
-            9.0 do not. With neither this nor the capability known, the answer is yes.
+    Kernels for 8.0 run on 8.6, those for 9.0 do not. If nothing is known, the answer is yes.
     """
-    major, minor = details.get("compute_capability", (None, None))
+    if "compute_capability" not in details or not built_for:
+        return True
+    major, minor = details["compute_capability"]
     versions = [divmod(int(number), 10) for number in re.findall(r"\d+", " ".join(built_for))]
-    return major is None or not versions or any((m == major and n <= minor) for m, n in versions)
+    return any(kernel_major == major and kernel_minor <= minor for kernel_major, kernel_minor in versions)
 
 
 def make_strategy(name: str) -> tf.distribute.Strategy:
-    """Makes the strategy `none`, `mirrored` or `multiworker`; the last must be made before TensorFlow does anything.
-
-    Raises:
-        InputError: TF_CONFIG does not describe the cluster, or the task trains nothing.
-    """
+    """Makes the strategy `none`, `mirrored` or `multiworker`; the last must be made before TensorFlow does anything."""
     if name == "mirrored":
         devices = tf.config.list_logical_devices("GPU") or tf.config.list_logical_devices("CPU")
         return tf.distribute.MirroredStrategy([device.name for device in devices])
@@ -79,19 +76,13 @@ def make_strategy(name: str) -> tf.distribute.Strategy:
         try:
             config = json.loads(text)
             task = config["task"]
-            is_evaluator = task["type"] == "evaluator"
-            _ = is_evaluator or config["cluster"][task["type"]][task["index"]]
+            _ = config["cluster"][task["type"]][task["index"]]  # an evaluator is not in it: the first worker validates
         except (ValueError, TypeError, LookupError):
             raise InputError(
-                "--strategy multiworker: expected TF_CONFIG to be set on every machine, as "
+                "--strategy multiworker: expected TF_CONFIG to be set on every machine, each a worker, as "
                 '{"cluster": {"worker": ["host1:2222", "host2:2222"]}, "task": {"type": "worker", "index": 0}}, found '
                 f"{text or 'nothing'}"
             ) from None
-        if is_evaluator:
-            raise InputError(
-                "--strategy multiworker: expected a worker in TF_CONFIG, found the evaluator; the first worker "
-                "validates, so start only workers"
-            )
         # Without asking, gradients would go through the hosts also where there are GPUs.
         kind = tf.distribute.experimental.CommunicationImplementation
         implementation = kind.NCCL if tf.config.list_physical_devices("GPU") else kind.AUTO
@@ -126,14 +117,11 @@ def broadcast_from_chief(strategy: tf.distribute.Strategy, values: Sequence[floa
 
 
 def sum_over_replicas(gradients: list[tf.Tensor], sums: Any) -> tuple[list[tf.Tensor], Any]:
-    """Sums what each replica computed of its part of a batch; called on all of them.
+    """Makes the gradients of each replica's mean over the words those of the mean over all words; called on all.
 
     Args:
         gradients: of the mean over the words of the replica's part.
-        sums: a tuple of scalars with `num_tokens`, the number of words.
-
-    Returns:
-        The gradients of the mean over all words, and the sums of all.
+        sums: a tuple of scalars with `num_tokens`, the number of words; their totals are returned too.
     """
     replica = tf.distribute.get_replica_context()
     if replica.num_replicas_in_sync == 1:
@@ -154,7 +142,7 @@ def check_xla() -> None:
 
 
 def check_batch_size(batch_size: int, strategy: tf.distribute.Strategy) -> None:
-    """Checks that every device gets a part of a batch; raises InputError if not."""
+    """Raises InputError unless every device gets a part of a batch."""
     num_devices = strategy.num_replicas_in_sync
     if batch_size < num_devices:
         raise InputError(f"--batch-size: expected at least {num_devices}, the number of devices, found {batch_size}")
@@ -165,16 +153,11 @@ def separate_random_states(model: tf.keras.Model, strategy: tf.distribute.Strate
 
     Keras gives all replicas the same dropout and the same noise. The first one keeps its numbers, which are those of a
     single device. A checkpoint holds only the first one's states, so this is done after it is restored.
-
-    Args:
-        model: made in the strategy's scope; what it does not train are the states of seed generators: (2,) each, a
-            seed and a counter of the draws.
-        strategy: whose replicas draw.
     """
 
     def fold() -> None:
         replica = tf.cast(tf.distribute.get_replica_context().replica_id_in_sync_group, tf.int64)  # as the states
-        for state in model.non_trainable_variables:
+        for state in model.non_trainable_variables:  # those of seed generators
             seed, counter = tf.unstack(tf.convert_to_tensor(state))
             folded = tf.random.experimental.stateless_fold_in([seed, 0], replica)[0]  # a resumed run folds the same
             state.assign([tf.where(replica == 0, seed, folded), counter])

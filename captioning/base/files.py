@@ -6,26 +6,18 @@ import json
 import os
 import shutil
 import sys
+import uuid
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
 
 from captioning.base.cli import InputError, format_bytes, log
 
-MAX_PARTIAL_NAME = 200  # bytes of a file's name that is part of the name of its unfinished copy
-
 
 def check_disk_space(folder: Path, num_bytes: float, purpose: str, hint: str) -> None:
-    """Checks before a long job that the disk has room for what it writes.
+    """Raises InputError if a folder's disk lacks the room for what a long job will write.
 
-    Args:
-        folder: where it will be written; it exists.
-        num_bytes: how much.
-        purpose: what will be written, for the message.
-        hint: what the user can do if there is too little, for the message.
-
-    Raises:
-        InputError: less is free.
+    The error says what needs it (`purpose`) and what the user can do (`hint`).
     """
     if (free := shutil.disk_usage(folder).free) < num_bytes:
         raise InputError(
@@ -53,11 +45,7 @@ def try_lock(file: IO[Any], wait: bool = False) -> bool:
 
 @contextlib.contextmanager
 def lock_folder(folder: Path) -> Iterator[None]:
-    """Locks a folder, which is made if need be, for this process while the block runs.
-
-    Raises:
-        InputError: another process has it.
-    """
+    """Makes a folder and locks it while the block runs; raises InputError if another process has it."""
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / ".lock", "a") as file:
         if not try_lock(file):
@@ -75,14 +63,10 @@ def atomic_write(path: Path | str, mode: str = "w") -> Iterator[IO[Any]]:
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    name = path.name
-    if len(os.fsencode(name)) > MAX_PARTIAL_NAME:  # a file system allows 255 bytes
-        name = hashlib.sha256(os.fsencode(name)).hexdigest()
-    partial = path.with_name(f".{name}.{os.getpid()}.part")
+    partial = path.with_name(f".{uuid.uuid4().hex}.part")
+    encoding, newline = (None, None) if "b" in mode else ("utf-8", "")
     try:
-        with open(
-            partial, mode, encoding=None if "b" in mode else "utf-8", newline=None if "b" in mode else ""
-        ) as file:
+        with open(partial, mode, encoding=encoding, newline=newline) as file:
             yield file
         os.replace(partial, path)
     except OSError as error:
@@ -101,11 +85,7 @@ def write_json(path: Path | str, value: Any) -> None:
 
 
 def read_json(path: Path | str) -> Any:
-    """Reads JSON, which may begin with a byte order mark, as programs on Windows write it.
-
-    Raises:
-        InputError: the file is missing, is not UTF-8, or is not JSON.
-    """
+    """Reads JSON in UTF-8, with or without a byte order mark; raises InputError for any other file."""
     try:
         return parse_json(path, Path(path).read_text(encoding="utf-8-sig"))
     except FileNotFoundError:
@@ -123,11 +103,7 @@ def parse_json(path: Path | str, text: str) -> Any:
 
 
 def check_schema(value: Any, schema: dict[str, Any]) -> None:
-    """Checks that JSON is an object that has these fields, each of its type; a float may be whole.
-
-    Raises:
-        InputError: it is not; the first field that is missing or wrong is named.
-    """
+    """Raises InputError unless JSON is an object with these fields, each of its type; a float may be whole."""
     if not isinstance(value, dict):
         raise InputError(f"expected the fields {', '.join(schema)}, found {str(value)[:60]!r}")
     for name, kind in schema.items():

@@ -11,7 +11,6 @@ import html.entities
 import itertools
 import re
 import unicodedata
-from collections import Counter
 from collections.abc import Iterable
 
 SAMPLE_SIZE = 1000  # captions that are looked at to find out how words are written
@@ -19,18 +18,18 @@ MAX_UNSPACED_WORDS = 2  # between the spaces of a caption that is written withou
 MIN_UNSPACED_LETTERS = 5  # of such a caption; a shorter one may be a single word
 
 # The scripts that are written without spaces between words.
-UNSPACED_SCRIPTS = {
-    "Han": "\u2e80-\u2fdf\u3005-\u3007\u3021-\u3029\u3038-\u303b\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff"
-    "\U00020000-\U0003ffff",
-    "Hiragana": "\u3041-\u309f\U0001b001-\U0001b11f",
-    "Katakana": "\u30a1-\u30fa\u30fc-\u30ff\u31f0-\u31ff\uff66-\uff9f",
-    "Thai": "\u0e01-\u0e3a\u0e40-\u0e5b",
-    "Lao": "\u0e80-\u0eff",
-    "Khmer": "\u1780-\u17ff\u19e0-\u19ff",
-    "Myanmar": "\u1000-\u109f\ua9e0-\ua9ff\uaa60-\uaa7f",
-}
-_UNSPACED = re.compile(f"[{''.join(UNSPACED_SCRIPTS.values())}]")
-_UNSPACED_BY_SCRIPT = {script: re.compile(f"[{ranges}]") for script, ranges in UNSPACED_SCRIPTS.items()}
+_UNSPACED = re.compile(
+    "["
+    "\u2e80-\u2fdf\u3005-\u3007\u3021-\u3029\u3038-\u303b\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff"  # Han
+    "\U00020000-\U0003ffff"  # rare Han
+    "\u3041-\u309f\U0001b001-\U0001b11f"  # Hiragana
+    "\u30a1-\u30fa\u30fc-\u30ff\u31f0-\u31ff\uff66-\uff9f"  # Katakana
+    "\u0e01-\u0e3a\u0e40-\u0e5b"  # Thai
+    "\u0e80-\u0eff"  # Lao
+    "\u1780-\u17ff\u19e0-\u19ff"  # Khmer
+    "\u1000-\u109f\ua9e0-\ua9ff\uaa60-\uaa7f"  # Myanmar
+    "]"
+)
 
 _TO_ASCII = str.maketrans(
     # Quotes from ‘ to ‛, ′ and ‵, the acute accent that some type for an apostrophe, letters like it, ׳ and ＇.
@@ -49,10 +48,8 @@ _ENTITY = re.compile(r"&(#[0-9]{1,7}|#[xX][0-9a-fA-F]{1,6}|[A-Za-z][A-Za-z0-9]*)
 def normalize_text(text: str) -> str:
     """Brings text to one form, so that the same words are the same characters however they were typed.
 
-    HTML entities are undone, and characters have their compatible, composed form (Unicode's NFKC). Typographic quotes,
-    apostrophes and dashes become those of ASCII; invisible characters go, such as zero-width spaces, soft hyphens and
-    marks of direction; and one space stands for white space of any kind and length. Done twice, it changes nothing
-    more.
+    HTML entities are undone, and characters have their compatible, composed form (Unicode's NFKC). Typographic quotes
+    and dashes become those of ASCII, invisible characters go, and one space stands for any white space.
     """
     while not (text.isascii() and "&" not in text):
         # Again until nothing changes: an entity may hide another one, or a character that has another form.
@@ -122,26 +119,16 @@ def join_words(words: Iterable[str]) -> str:
 
 
 def describe_unspaced(captions: Iterable[str]) -> str | None:
-    """Finds out whether captions are written without spaces between words, so that a caption would be one word.
-
-    Args:
-        captions: texts, of which the first 1,000 are looked at.
-
-    Returns:
-        What to do, in one line; None if captions have spaces, as those of most languages and segmented ones have.
-    """
+    """Says what to do, in one line, if most captions are written without spaces between words; else None."""
     sample = list(itertools.islice(captions, SAMPLE_SIZE))
-    scripts: Counter[str] = Counter()
-    num_unspaced = 0
-    for caption in sample:
-        # Punctuation is no space here: Chinese clauses between commas are no words.
-        if len(caption.split()) <= MAX_UNSPACED_WORDS and len(_UNSPACED.findall(caption)) >= MIN_UNSPACED_LETTERS:
-            num_unspaced += 1
-            scripts.update({script: len(letter.findall(caption)) for script, letter in _UNSPACED_BY_SCRIPT.items()})
+    num_unspaced = sum(
+        len(caption.split()) <= MAX_UNSPACED_WORDS and len(_UNSPACED.findall(caption)) >= MIN_UNSPACED_LETTERS
+        for caption in sample
+    )
     if num_unspaced <= len(sample) / 2:
         return None
     mean_words = sum(len(punctuation_to_spaces(caption).split()) for caption in sample) / len(sample)
     return (
-        f"captions are written without spaces between words ({scripts.most_common(1)[0][0]}): a caption has "
-        f"{mean_words:.1f} words on average; `python train.py --words characters` takes every character as a word"
+        f"captions are written without spaces between words: a caption has {mean_words:.1f} words on average; "
+        "`python train.py --words characters` takes every character as a word"
     )

@@ -44,24 +44,14 @@ def test_atomic_write_keeps_the_old_file_on_failure(tmp_path, error):
     assert list(tmp_path.iterdir()) == [path], "nothing is left behind"
 
 
-def test_atomic_write_names_the_file_in_errors(tmp_path):
-    (tmp_path / "file.txt").mkdir()
-    with pytest.raises(OSError) as error, atomic_write(tmp_path / "file.txt"):
-        pass
-    assert error.value.filename == str(tmp_path / "file.txt")
-
-
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows counts characters, and the whole path")
 def test_atomic_write_allows_the_longest_names(tmp_path):
-    names = ["é" * 127, *("x" * length for length in range(195, 256)), "x" * 254 + "a"]
-    for name in names:
-        with atomic_write(tmp_path / name) as file:
-            file.write(name)
-        assert (tmp_path / name).read_text() == name
+    with atomic_write(tmp_path / ("é" * 127)) as file:
+        file.write("content")
     with pytest.raises(OSError, match="File name too long") as error, atomic_write(tmp_path / ("x" * 256)):
         pass
     assert error.value.filename == str(tmp_path / ("x" * 256))
-    assert len(list(tmp_path.iterdir())) == len(names), "nothing is left behind"
+    assert len(list(tmp_path.iterdir())) == 1, "nothing is left behind"
 
 
 # JSON.
@@ -85,7 +75,6 @@ def test_write_json_keeps_names_that_are_not_unicode(tmp_path):
     ("content", "message"),
     [
         (None, "no such file"),
-        (b"", "expected JSON, found something else"),
         (b"{", "expected JSON, found something else"),
         (b"[" * 100_000, "expected JSON, found something else"),
         ('"é"'.encode("latin-1"), "expected JSON in UTF-8"),
@@ -112,7 +101,6 @@ def test_check_schema_allows_whole_floats_and_more_fields():
 @pytest.mark.parametrize(
     ("value", "message"),
     [
-        ([], "expected the fields name, epoch"),
         (None, "expected the fields name, epoch"),
         ({"name": "a"}, "epoch is missing"),
         (VALID | {"epoch": True}, "epoch: expected int, found 'True'"),
@@ -126,22 +114,6 @@ def test_check_schema_names_the_wrong_field(value, message):
 # Locks.
 
 
-def test_lock_folder_refuses_a_second_lock_and_is_free_again(tmp_path):
-    folder = tmp_path / "runs/new"
-    with (
-        lock_folder(folder),
-        pytest.raises(InputError, match="runs/new is in use by another process"),
-        lock_folder(folder),
-    ):
-        pass
-    with lock_folder(folder):
-        pass
-    with pytest.raises(ZeroDivisionError), lock_folder(folder):
-        raise ZeroDivisionError
-    with lock_folder(folder):
-        pass
-
-
 def test_try_lock_waits_or_returns_false(tmp_path):
     with open(tmp_path / "a", "w") as first, open(tmp_path / "a", "w") as second:
         assert try_lock(first)
@@ -151,7 +123,7 @@ def test_try_lock_waits_or_returns_false(tmp_path):
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="needs fcntl and SIGKILL")
-def test_lock_folder_is_free_after_kill(tmp_path):
+def test_lock_folder_refuses_a_second_process_and_is_free_after_kill(tmp_path):
     code = (
         "import pathlib, sys, time\n"
         "from captioning.base.files import lock_folder\n"
@@ -165,21 +137,10 @@ def test_lock_folder_is_free_after_kill(tmp_path):
         with pytest.raises(InputError, match="in use by another process"), lock_folder(tmp_path):
             pass
         process.send_signal(signal.SIGKILL)
+    with pytest.raises(ZeroDivisionError), lock_folder(tmp_path):
+        raise ZeroDivisionError
     with lock_folder(tmp_path):
         pass
-
-
-@pytest.mark.skipif(sys.platform == "win32", reason="needs fcntl")
-def test_try_lock_logs_drives_that_cannot_lock(tmp_path, monkeypatch, capsys):
-    import fcntl
-
-    def refuse(*_):
-        raise OSError(errno.ENOLCK, "No locks available")
-
-    monkeypatch.setattr(fcntl, "flock", refuse)
-    with open(tmp_path / "a", "w") as file:
-        assert try_lock(file)
-    assert "cannot be locked (No locks available)" in capsys.readouterr().err
 
 
 # Room on the disk.

@@ -1,7 +1,6 @@
 """Normal form, and scripts without spaces. Characters that look like others are written by their numbers."""
 
 import random
-import sys
 import unicodedata
 
 import pytest
@@ -35,36 +34,18 @@ def test_normalize_text(text, expected):
 
 def test_normalize_text_done_twice_changes_nothing():
     choice = random.Random(0)
-    pieces = [
-        *"&;#x3' \"am",
-        "&amp;",
-        "&#39;",
-        "&shy;",
-        "&nGt;",
-        "amp;",
-        "\u200b",
-        "\uff06",
-        "\uff1b",
-        "\u2032",
-        "\u0301",
-    ]
-    for _ in range(3000):
-        codes = (choice.randrange(sys.maxunicode + 1) for _ in range(6))
-        chars = [chr(code) for code in codes if not 0xD800 <= code < 0xE000]
-        text = "".join(choice.choice(pieces + chars) for _ in range(choice.randrange(12)))
+    entities = ["&amp;", "&#39;", "&shy;", "&nGt;", "amp;"]
+    pieces = [*entities, *"&;#x3' \"am\u200b\uff06\uff1b\u2032\u0301\u72d7\ufb01"]
+    for _ in range(2000):
+        text = "".join(choice.choices(pieces, k=choice.randrange(12)))
         normal = normalize_text(text)
         assert normalize_text(normal) == normal, ascii(text)
         assert not any(unicodedata.category(char) == "Cf" for char in normal), ascii(text)
 
 
 def test_punctuation_to_spaces_of_any_script():
-    assert punctuation_to_spaces("狗\uff0c猫。「鸟」 ¿que? man's 5€ 🍎").split() == [
-        *"狗猫鸟",
-        "que",
-        "man's",
-        "5€",
-        "🍎",
-    ]
+    words = punctuation_to_spaces("狗\uff0c猫。「鸟」 ¿que? man's 5€ 🍎").split()
+    assert words == [*"狗猫鸟", "que", "man's", "5€", "🍎"]
 
 
 @pytest.mark.parametrize(
@@ -102,11 +83,11 @@ def test_join_words_has_spaces_only_where_they_are_written():
 
 def test_describe_unspaced_says_what_to_do():
     assert describe_unspaced(["一只狗在跑步。", "一个男孩在爬山\uff0c旁边有一棵树。"]) == (
-        "captions are written without spaces between words (Han): a caption has 1.5 words on average; "
+        "captions are written without spaces between words: a caption has 1.5 words on average; "
         "`python train.py --words characters` takes every character as a word"
     )
-    assert "(Hiragana): a caption has 1.0 words" in describe_unspaced(iter(["いぬがはしっている", "いぬと猫がいる"]))
-    assert "(Thai)" in describe_unspaced(["ผู้ชายกำลังวิ่ง สุนัข", "a dog", "ผู้ชายกำลังวิ่ง"])
+    assert "a caption has 1.0 words" in describe_unspaced(iter(["いぬがはしっている", "いぬと猫がいる"]))
+    assert describe_unspaced(["ผู้ชายกำลังวิ่ง สุนัข", "a dog", "ผู้ชายกำลังวิ่ง"]), "two of three"
     assert describe_unspaced(["一只狗\uff0c一只猫\uff0c一只鸟\uff0c在草地上"]), "clauses between commas are no words"
 
 
@@ -122,9 +103,3 @@ def test_describe_unspaced_says_what_to_do():
 )
 def test_describe_unspaced_of_captions_with_spaces(captions):
     assert describe_unspaced(captions) is None
-
-
-def test_describe_unspaced_looks_at_a_sample():
-    captions = iter(["一只狗在跑步"] * 2000)
-    assert describe_unspaced(captions)
-    assert len(list(captions)) == 1000
