@@ -191,7 +191,6 @@ def make_train_state(caption_model: model.CaptionModel, objective: CrossEntropy,
     optimizer = make_optimizer(config.learning_rate, config.clip_norm, config.mixed_precision)  # Adam, as the tutorial
     optimizer.build(caption_model.trainable_variables)  # before a checkpoint is restored: its slots must exist
     ema = WeightEMA(caption_model.trainable_variables, config.ema_decay)
-    choose_decoder_loop(caption_model, config)
     return TrainState(caption_model, optimizer, ema, TrainProgress(), objective)
 
 
@@ -236,6 +235,7 @@ def build_train_state(
         if start:
             restore_weights(best_checkpoint(start), caption_model)
         state = make_train_state(caption_model, objective(config), config.train)
+    choose_decoder_loop(caption_model, config.train)  # not in the scope: it tries a small model, on one device
     return state, Checkpoints(run, state, devices.is_chief(strategy))
 
 

@@ -158,6 +158,7 @@ def build(
     restore_weights(best_checkpoint(start), caption_model)
     caption_model.cnn = cnn
     state = train.make_train_state(caption_model, AugmentedCrossEntropy(settings), settings)
+    train.choose_decoder_loop(caption_model, settings)
     factor = config.objective["cnn_learning_rate"] / settings.learning_rate
     slow_down(state.optimizer, cnn.trainable_variables, factor)
     return state, CNNCheckpoints(run, state)

@@ -6,15 +6,18 @@ GROUPS.json is a list of groups of jobs; the jobs of a group run at the same tim
 
     name         of its files: NAME.log, and NAME.npz with the loss of every step, the weights at the end, and random
                  numbers that each device then draws as dropout does, one row each
+    run          the run folder
     num_devices  CPU devices of its process
-    args         the arguments of train.py
+    args         more arguments of train.py
     tf_config    TF_CONFIG, or null
+    copies       folders to copy the run to when its second epoch begins
 
 TensorFlow is imported once: the jobs are forks.
 """
 
 import json
 import os
+import shutil
 import sys
 import traceback
 from typing import Any
@@ -35,11 +38,11 @@ def draw(cell: tf.keras.layers.Layer) -> list[tf.Tensor]:
     return strategy.experimental_local_results(numbers)
 
 
-def run_job(name: str, num_devices: int, args: list[str], tf_config: dict[str, Any] | None) -> None:
+def run_job(job: dict[str, Any]) -> None:
     """Sets up the devices, before anything else uses TensorFlow, and trains."""
-    if tf_config:
-        os.environ["TF_CONFIG"] = json.dumps(tf_config)
-    cpus = [tf.config.LogicalDeviceConfiguration()] * num_devices
+    if job["tf_config"]:
+        os.environ["TF_CONFIG"] = json.dumps(job["tf_config"])
+    cpus = [tf.config.LogicalDeviceConfiguration()] * job["num_devices"]
     tf.config.set_logical_device_configuration(tf.config.list_physical_devices("CPU")[0], cpus)
     features.build_feature_extractor = build_small_cnn
     recorder, states = LossRecorder(), []
@@ -47,10 +50,13 @@ def run_job(name: str, num_devices: int, args: list[str], tf_config: dict[str, A
     def on_step(state: train.TrainState) -> None:
         recorder(state)
         states[:] = [state]
+        if state.progress.get("epoch") == 1:
+            while job["copies"]:
+                shutil.copytree(job["run"], job["copies"].pop())
 
-    train.main(args, on_step=on_step)
+    train.main(["--run", job["run"], *job["args"]], on_step=on_step)
     weights = [variable.numpy() for variable in states[0].model.trainable_variables]
-    np.savez(f"{name}.npz", *weights, losses=recorder.losses, draws=draw(states[0].model.decoder.gru))
+    np.savez(f"{job['name']}.npz", *weights, losses=recorder.losses, draws=draw(states[0].model.decoder.gru))
 
 
 def start_job(job: dict[str, Any]) -> int:
@@ -62,7 +68,7 @@ def start_job(job: dict[str, Any]) -> int:
         log = os.open(f"{job['name']}.log", os.O_CREAT | os.O_WRONLY)
         os.dup2(log, 1)
         os.dup2(log, 2)
-        run_job(**job)
+        run_job(job)
         status = 0
     except BaseException:
         traceback.print_exc()
