@@ -46,11 +46,7 @@ class CNN(NamedTuple):
         return f"_{self.option}{size}" if size or default is not INCEPTION_V3 else ""
 
     def at(self, image_size: int | None) -> "CNN":
-        """Returns the CNN for images of another size; None keeps its own.
-
-        Raises:
-            InputError: the size is too small or too large.
-        """
+        """Returns the CNN for images of another size, None for its own; raises InputError if it does not take them."""
         if image_size is None:
             return self
         if not self.min_image_size <= image_size <= MAX_IMAGE_SIZE:
@@ -72,19 +68,14 @@ def _inception_v3_side(size: int) -> int:
     return size
 
 
-def _floor16(size: int) -> int:
-    """Returns the side of a grid that four poolings halve, rounding down."""
-    return size // 16
+def _divide(divisor: int) -> Callable[[int], int]:
+    """Returns the side of a grid that halvings make, each rounding down."""
+    return lambda size: size // divisor
 
 
-def _floor32(size: int) -> int:
-    """Returns the side of a grid that is halved five times, rounding down."""
-    return size // 32
-
-
-def _ceil32(size: int) -> int:
-    """Returns the side of a grid that padded convolutions halve five times, rounding up."""
-    return -(-size // 32)
+def _divide_up(divisor: int) -> Callable[[int], int]:
+    """Returns the side of a grid that halvings by padded convolutions make, each rounding up."""
+    return lambda size: -(-size // divisor)
 
 
 _KERNELS = "weights_tf_dim_ordering_tf_kernels_notop.h5"
@@ -92,23 +83,19 @@ _MOBILENET_FILE = "weights_mobilenet_v3_large_224_1.0_float_no_top_v2.h5"
 _TABLE = (
     CNN("inception_v3", "InceptionV3", 299, _inception_v3_side, 2048, "tf", f"inception_v3_{_KERNELS}", 22),
     # The 14x14 locations of Xu et al. 2015, section 4.3: the last block, before its max pooling.
-    CNN("vgg19", "VGG19", 224, _floor16, 512, "caffe", f"vgg19_{_KERNELS}", 8, layer="block5_conv4"),
-    CNN("resnet50", "ResNet50", 224, _ceil32, 2048, "caffe", f"resnet50_{_KERNELS}", 30),
-    CNN("resnet101_v2", "ResNet101V2", 224, _ceil32, 2048, "tf", f"resnet101v2_{_KERNELS}", 17),
-    CNN("efficientnet_v2_s", "EfficientNetV2S", 384, _ceil32, 1280, "inside", "efficientnetv2-s_notop.h5", 13),
-    CNN("convnext_tiny", "ConvNeXtTiny", 224, _floor32, 768, "inside", "convnext_tiny_notop.h5", 5.5),
-    CNN("mobilenet_v3_large", "MobileNetV3Large", 224, _ceil32, 960, "inside", _MOBILENET_FILE, 160),
+    CNN("vgg19", "VGG19", 224, _divide(16), 512, "caffe", f"vgg19_{_KERNELS}", 8, layer="block5_conv4"),
+    CNN("resnet50", "ResNet50", 224, _divide_up(32), 2048, "caffe", f"resnet50_{_KERNELS}", 30),
+    CNN("resnet101_v2", "ResNet101V2", 224, _divide_up(32), 2048, "tf", f"resnet101v2_{_KERNELS}", 17),
+    CNN("efficientnet_v2_s", "EfficientNetV2S", 384, _divide_up(32), 1280, "inside", "efficientnetv2-s_notop.h5", 13),
+    CNN("convnext_tiny", "ConvNeXtTiny", 224, _divide(32), 768, "inside", "convnext_tiny_notop.h5", 5.5),
+    CNN("mobilenet_v3_large", "MobileNetV3Large", 224, _divide_up(32), 960, "inside", _MOBILENET_FILE, 160),
 )
 CNNS = {cnn.option: cnn for cnn in _TABLE}
 INCEPTION_V3 = CNNS["inception_v3"]
 
 
 def cnn_of_manifest(manifest: Mapping[str, Any]) -> CNN:
-    """Returns the CNN that the manifest of a cache names, for images of its size.
-
-    Raises:
-        InputError: there is no such CNN, it does not take images of this size, or the features have another shape.
-    """
+    """Returns the CNN that the manifest of a cache names, for images of its size; raises InputError if none fits."""
     cnn = next((cnn for cnn in CNNS.values() if cnn.name == manifest["cnn"]), None)
     if cnn is None:
         raise InputError(

@@ -19,7 +19,7 @@ def option(
     default: Any,
     help: str,
     *,
-    bounds: str = "",
+    bounds: str = "(-inf, inf)",
     choices: tuple[str, ...] | None = None,
     metavar: str | None = None,
     words: Mapping[str, Any] | None = None,
@@ -31,19 +31,18 @@ def option(
     Args:
         default: its value if none is given.
         help: what it does, for `--help`.
-        bounds: the interval of its values, as `[1, inf)` or `(0, 1]`.
+        bounds: the interval of its values, see `Bounds`.
         choices: the allowed values of a text.
-        metavar: what `--help` calls the value; by default N for whole numbers and X for others.
+        metavar: what `--help` calls the value.
         words: words of the command line that stand for a value, such as `all`.
         may_change: whether a run may be resumed with another value.
-        is_path: whether it names a file or a folder. A run may be resumed with another one, since what they hold is
-            compared instead; and `captioning.runs.run_folder` saves it so that it is found from any folder.
+        is_path: whether it names a file or a folder; it may change, since what it holds is compared instead.
     """
     return dataclasses.field(
         default=default,
         metadata={
             "help": help,
-            "bounds": Bounds.parse(bounds) if bounds else Bounds(),
+            "bounds": Bounds(bounds),
             "choices": choices,
             "metavar": metavar,
             "words": words or {},
@@ -53,26 +52,23 @@ def option(
     )
 
 
-@dataclasses.dataclass(frozen=True)
+def path_option(help: str, metavar: str) -> Any:
+    """Declares a setting that names a file or a folder, by default none."""
+    return option(None, help, metavar=metavar, is_path=True)
+
+
 class Bounds:
-    """An interval of numbers."""
+    """An interval of numbers, written as in mathematics: `[0, 1)` is from 0 to below 1."""
 
-    low: float = -math.inf
-    high: float = math.inf
-    has_low: bool = False  # whether `low` itself is allowed
-    has_high: bool = False
-
-    @classmethod
-    def parse(cls, text: str) -> "Bounds":
-        """Parses an interval as mathematics writes it: `[0, 1)` is from 0 to below 1."""
+    def __init__(self, text: str):
         low, high = text[1:-1].split(",")
-        return cls(float(low), float(high), text[0] == "[", text[-1] == "]")
+        self.low, self.high = float(low), float(high)
+        self.has_low, self.has_high = text[0] == "[", text[-1] == "]"
 
-    def __contains__(self, value: object) -> bool:
-        """Returns whether a number is in the interval; one that is not finite never is."""
-        value = typing.cast(float, value)
-        is_inside = self.low < value < self.high
-        return is_inside or (self.has_low and value == self.low) or (self.has_high and value == self.high)
+    def __contains__(self, value: float) -> bool:
+        is_above = value >= self.low if self.has_low else value > self.low
+        is_below = value <= self.high if self.has_high else value < self.high
+        return is_above and is_below
 
     def __str__(self) -> str:
         low = f"{'of at least' if self.has_low else 'above'} {self.low:g}" if math.isfinite(self.low) else ""
@@ -95,9 +91,7 @@ class Settings:
 
     @classmethod
     def from_json(cls, values: Any) -> Self:
-        """Makes the settings from what `to_json` returned.
-
-        A setting that was added after the file was written has its default, which is how the file's run was made.
+        """Makes the settings from what `to_json` returned; one that was added later has its default.
 
         Raises:
             InputError: a value is unknown, or not what its field allows.
@@ -162,13 +156,13 @@ def add_options(
     Args:
         parser: a parser, or a group of one.
         settings: the class.
-        defaults: values that take the place of the fields' own defaults.
-        only: the names of the fields to add; None for all.
-        skip: the names of fields to leave out.
-        unlisted: the names of fields whose options work, but are not listed by `--help`.
+        defaults: values, by field, that take the place of the fields' own defaults.
+        only: the fields to add; None for all.
+        skip: fields to leave out.
+        unlisted: fields whose options `--help` does not list.
     """
     for field in dataclasses.fields(settings):  # type: ignore[arg-type]
-        if (only is not None and field.name not in only) or field.name in skip:
+        if field.name in skip or (only is not None and field.name not in only):
             continue
         default = (defaults or {}).get(field.name, field.default)
         text, kind = field.metadata["help"], value_type(field)

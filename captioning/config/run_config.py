@@ -1,7 +1,6 @@
 """All settings of a run, as its config.json keeps them."""
 
 import dataclasses
-from collections.abc import Collection
 from typing import Any
 
 from captioning.config.cnns import CNN, cnn_of_manifest
@@ -48,27 +47,21 @@ class RunConfig:
         Returns:
             The setting's name, its value here and its value there; None if there is none.
         """
-        for section in ("model", "train", "data"):
-            ours, theirs = getattr(self, section), getattr(other, section)
-            for field in dataclasses.fields(ours):
-                values = getattr(ours, field.name), getattr(theirs, field.name)
-                if not field.metadata["may_change"] and values[0] != values[1]:
-                    return field.name, *values
-        # A weights file is identified by its content (its SHA-256), not by its name.
-        ignored = {"folder", "weights"} if "sha256" in self.features else {"folder"}
-        names = "unreadable_images", "data_fingerprint"
-        return (
-            find_difference(self.objective, other.objective)
-            or find_difference(*({name: getattr(config, name) for name in names} for config in (self, other)))
-            or find_difference(self.features, other.features, ignored)  # in the order of the manifest, the CNN first
-        )
+        ours, theirs = self._fixed_values(), other._fixed_values()
+        for name in ours | theirs:
+            if name == "weights" and "sha256" in ours:  # a weights file is identified by its content, not by its name
+                continue
+            if ours.get(name) != theirs.get(name):
+                return name, ours.get(name), theirs.get(name)
+        return None
 
-
-def find_difference(
-    ours: dict[str, Any], theirs: dict[str, Any], ignored: Collection[str] = ()
-) -> tuple[str, Any, Any] | None:
-    """Finds the first key with two different values, and returns it with both; a missing value is None."""
-    for name in ours | theirs:
-        if name not in ignored and ours.get(name) != theirs.get(name):
-            return name, ours.get(name), theirs.get(name)
-    return None
+    def _fixed_values(self) -> dict[str, Any]:
+        """Returns all that may not change when a run is resumed, by name."""
+        values = {}
+        for section in (self.model, self.train, self.data):
+            for field in dataclasses.fields(section):
+                if not field.metadata["may_change"]:
+                    values[field.name] = getattr(section, field.name)
+        values |= self.objective
+        values |= {"unreadable_images": self.unreadable_images, "data_fingerprint": self.data_fingerprint}
+        return values | {name: value for name, value in self.features.items() if name != "folder"}

@@ -8,7 +8,7 @@ from typing import Any
 
 from captioning.base.cli import InputError
 from captioning.config.cnns import CNN, CNNS
-from captioning.config.options import Settings, option
+from captioning.config.options import Settings, option, path_option
 
 SEEDS = "[0, 4294967296)"  # NumPy's are below 2 ** 32
 MAX_TOKENS = 10_000  # of a caption
@@ -22,26 +22,16 @@ class DataConfig(Settings):
     dataset: str | None = option(
         "coco", "a known dataset", choices=("coco", "coco2017", "flickr8k", "flickr30k", "shapes")
     )
-    annotations: str | None = option(
-        None,
-        "your own captions instead: a file, or a folder of images with their captions",
-        metavar="PATH",
-        is_path=True,
+    annotations: str | None = path_option(
+        "your own captions instead: a file, or a folder of images with their captions", "PATH"
     )
-    images: str | None = option(
-        None,
-        "the folder of the images that --annotations names (default: the folder of the annotations)",
-        metavar="DIR",
-        is_path=True,
-    )
-    val_annotations: str | None = option(None, "captions for validation", metavar="PATH", is_path=True)
-    val_images: str | None = option(None, "the folder of their images (default: --images)", metavar="DIR", is_path=True)
-    test_annotations: str | None = option(None, "captions for testing", metavar="PATH", is_path=True)
-    test_images: str | None = option(
-        None, "the folder of their images (default: --images)", metavar="DIR", is_path=True
-    )
+    images: str | None = path_option("the folder of their images (default: the folder of the annotations)", "DIR")
+    val_annotations: str | None = path_option("captions for validation", "PATH")
+    val_images: str | None = path_option("the folder of their images (default: --images)", "DIR")
+    test_annotations: str | None = path_option("captions for testing", "PATH")
+    test_images: str | None = path_option("the folder of their images (default: --images)", "DIR")
     official_val: bool = option(
-        False, "for coco and coco2017: take the images for validation and testing from the official validation images"
+        False, "for coco and coco2017: validate and test with images of the official validation set"
     )
     num_captions: int | None = option(
         None,
@@ -50,26 +40,22 @@ class DataConfig(Settings):
         words={"all": 0},
         metavar="N|all",
     )
-    train_list: str | None = option(None, "names of the training images, one a line", metavar="FILE", is_path=True)
-    val_list: str | None = option(None, "names of the validation images, one a line", metavar="FILE", is_path=True)
-    test_list: str | None = option(None, "names of the test images, one a line", metavar="FILE", is_path=True)
+    train_list: str | None = path_option("names of the training images, one a line", "FILE")
+    val_list: str | None = path_option("names of the validation images, one a line", "FILE")
+    test_list: str | None = path_option("names of the test images, one a line", "FILE")
     val_fraction: float = option(0.1, "fraction of the images for validation, if no lists or files are given")
     test_fraction: float = option(0.1, "fraction of the images for testing, if no lists or files are given")
     split_seed: int = option(0, "seed of the split and of the choice of captions", bounds=SEEDS)
-    data_dir: str | None = option(None, "folder for downloaded datasets (default: data)", metavar="DIR", is_path=True)
+    data_dir: str | None = path_option("folder for downloaded datasets (default: data)", "DIR")
     image_column: str | None = option(
-        None, "column or field with the names of the images, if its name is none of the usual ones", metavar="NAME"
+        None, "column or field with the images' names, if it is not found", metavar="NAME"
     )
-    caption_column: str | None = option(
-        None, "column or field with the captions, if its name is none of the usual ones", metavar="NAME"
-    )
+    caption_column: str | None = option(None, "column or field with the captions, if it is not found", metavar="NAME")
     separator: str | None = option(
         None, "separator of the columns: a character, or `tab` (default: detected: comma, tab, semicolon or bar)"
     )
     encoding: str | None = option(
-        None,
-        "encoding of the annotation file, such as windows-1252 (default: UTF-8, or UTF-16 if it has a byte order mark)",
-        metavar="NAME",
+        None, "encoding of the annotation file (default: UTF-8, or UTF-16 with a byte order mark)", metavar="NAME"
     )
     words: str = option(
         "spaces",
@@ -90,8 +76,7 @@ class FeatureConfig(Settings):
     )
     image_size: int | None = option(
         None,
-        "side in pixels of the square that an image is resized to; it decides the number of locations (default: the "
-        "CNN's own, 299 for inception_v3)",
+        "side in pixels of the square that an image is resized to (default: the CNN's own, 299 for inception_v3)",
         bounds="[1, inf)",
     )
     cnn_weights: str = option(
@@ -101,8 +86,7 @@ class FeatureConfig(Settings):
     )
     features_dir: str | None = option(
         None,
-        "folder of the cached features (default: features/<name of the dataset>, with _<CNN>_<size> added for another "
-        "CNN or image size)",
+        "folder of the cached features (default: features/<dataset>, and _<CNN>_<image size> if they are others)",
         metavar="DIR",
     )
     dtype: str = option(
@@ -112,9 +96,7 @@ class FeatureConfig(Settings):
     )
     cnn_batch_size: int = option(32, "number of images in a batch of the CNN", bounds="[1, inf)")
     max_megapixels: int = option(
-        MAX_MEGAPIXELS,
-        "largest image that is read, in millions of pixels (3 bytes of memory each)",
-        bounds="[1, inf)",
+        MAX_MEGAPIXELS, "largest image that is read, in millions of pixels (3 bytes of memory each)", bounds="[1, inf)"
     )
 
     def __post_init__(self) -> None:
@@ -141,8 +123,7 @@ class ModelConfig(Settings):
     )
     decoder: str = option(
         "tutorial",
-        "the tutorial's decoder; or the paper's, with a gated context vector, a first state made from the image, and a "
-        "deep output layer, with a GRU or an LSTM",
+        "the tutorial's decoder; or the paper's, with a GRU or an LSTM (beyond/paper/README.md)",
         choices=("tutorial", "paper", "paper-lstm"),
     )
 
@@ -173,12 +154,8 @@ class TrainConfig(Settings):
     epochs: int = option(20, "largest number of epochs", bounds="[1, inf)", may_change=True)
     batch_size: int = option(64, "number of captions in a training step", bounds="[1, inf)")
     learning_rate: float = option(1e-3, "learning rate of Adam", bounds="(0, inf)")
-    learning_rate_decay: float = option(
-        1.0, "factor by which the learning rate is multiplied after every epoch; 1 = off", bounds="(0, 1]"
-    )
-    clip_norm: float = option(
-        5.0, "largest global norm of the gradients; larger ones are scaled down", bounds="(0, inf)"
-    )
+    learning_rate_decay: float = option(1.0, "factor of the learning rate after every epoch; 1 = off", bounds="(0, 1]")
+    clip_norm: float = option(5.0, "largest global norm of the gradients; more is scaled down", bounds="(0, inf)")
     ema_decay: float = option(
         0.0,
         "decay of the exponential moving average of the weights (e.g. 0.999), used for validation and captioning; "
@@ -187,10 +164,7 @@ class TrainConfig(Settings):
     )
     label_smoothing: float = option(0.0, "share of the target that is spread evenly over all words", bounds="[0, 1)")
     patience: int = option(
-        3,
-        "number of epochs without a better score after which training stops; 0 = never",
-        bounds="[0, inf)",
-        may_change=True,
+        3, "stop after so many epochs without a better score; 0 = never", bounds="[0, inf)", may_change=True
     )
     max_length: int = option(
         50, "longest caption in tokens, <start> and <end> included; longer ones are cut", bounds=f"[3, {MAX_TOKENS}]"
@@ -207,8 +181,7 @@ class TrainConfig(Settings):
     )
     fused: bool = option(
         True,
-        "train with captioning/decoder/fused_decoder.py; --no-fused trains with the plain loop in model.py, which is "
-        "slower on a CPU",
+        "train with fused_decoder.py, or with the plain loop in model.py, which is slower on a CPU",
         may_change=True,
     )
     mixed_precision: bool = option(False, "compute in float16 on a GPU; weights stay float32")
@@ -237,9 +210,7 @@ class TrainConfig(Settings):
 class DecodeConfig(Settings):
     """How captions are searched for."""
 
-    beam_size: int = option(
-        1, "width of the beam search; 1 takes the most probable word at every step", bounds="[1, inf)"
-    )
+    beam_size: int = option(1, "width of the beam search; 1 = greedy search", bounds="[1, inf)")
     length_penalty: float = option(
         1.0, "beam search ranks captions by log p / length^X; larger values give longer captions", bounds="[0, inf)"
     )
@@ -260,7 +231,7 @@ class DecodeConfig(Settings):
         1.0, "sampling temperature: below 1 favours probable words, above 1 rare ones", bounds="[0.01, 100]"
     )
     top_p: float = option(
-        1.0, "sample only from the most probable words that together have this probability", bounds="(0, 1]"
+        1.0, "sample from the most probable words that together have this probability", bounds="(0, 1]"
     )
     decode_seed: int = option(0, "seed of --sample: the same image and seed give the same captions", bounds=SEEDS)
 
