@@ -41,12 +41,14 @@ def attention_on_object(caption: inference.Caption, shapes_in_image: list[dict[s
         For each noun, the share of its attention inside the box, and the share of the image that the box covers, which
         uniform attention would give. A location that is partly inside counts in part.
     """
+    # (T, 64): a row for each word, with a weight for each location of the CNN's 8x8 grid; a row adds up to 1.
     side = int(np.sqrt(caption.attention.shape[1]))
     shares = []
     for position, noun in enumerate(caption.words):
         for shape in shapes_in_image:
             if (shape["colour"], shape["noun"]) != (caption.words[position - 1], noun):
                 continue
+            # From pixels to locations: a location is a square of 299 / 8 pixels.
             left, top, right, bottom = (edge * side / shapes.SIZE for edge in shape["box"])
             cells = np.arange(side)
             width = (np.minimum(cells + 1, right) - np.maximum(cells, left)).clip(0)  # (8,), of each column
@@ -59,14 +61,16 @@ def attention_on_object(caption: inference.Caption, shapes_in_image: list[dict[s
 
 def evaluate_demo(run: Path) -> dict[str, float]:
     """Captions the test images; returns their number, and in percent what the demo prints."""
-    captioner = inference.Captioner.load(run)
+    captioner = inference.Captioner.load(run)  # the weights of the best epoch
     dataset = data_utils.load_run_dataset(captioner.config)
-    examples = dataset.split("test")
+    examples = dataset.split("test")  # images that the training has not seen
     cache = open_run_cache(captioner.config.features)
     captions = evaluate.generate_captions(captioner.model, captioner.tokenizer, cache, examples)
+    # A drawing has few right captions, so that an exact match says something; photographs need evaluate.py's scores.
     exact_match = [caption.text in example.captions for caption, example in zip(captions, examples, strict=True)]
     annotations = read_json(dataset.image_dir / shapes.ANNOTATIONS)["images"]
     shapes_by_image = {f"{image['filepath']}/{image['filename']}": image["shapes"] for image in annotations}
+    # Nobody has told the model where the shapes are: if attention works, it looks at a circle when it writes "circle".
     shares = []
     for caption, example in zip(captions, examples, strict=True):
         shares += attention_on_object(caption, shapes_by_image[example.image_path])
@@ -89,6 +93,7 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     start = time.monotonic()
     log("The CNN of this demo has random weights: ImageNet's are a download, and shapes do not need them.")
+    # Data, features and training are one command; what is there from the last time is used again.
     data_args = ["--dataset", "shapes", "--data-dir", args.data_dir]
     feature_args = ["--cnn-weights", "random", "--features-dir", "features/demo"]
     train.main([*data_args, *feature_args, "--run", str(args.run), *TRAIN_ARGS])
@@ -96,6 +101,7 @@ def main(argv: list[str] | None = None) -> None:
 
     captioner = inference.Captioner.load(args.run)
     dataset = data_utils.load_run_dataset(captioner.config)
+    # A caption of a test image, with a plot of what each of its words attends to, as at the end of the tutorial.
     example = next(e for e in dataset.split("test") if len(e.captions) > 1)  # two shapes
     image_path = dataset.image_dir / example.image_path
     caption, plot = inference.caption_and_plot(captioner, image_path, args.run / "attention")

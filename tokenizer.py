@@ -35,8 +35,11 @@ def split_words(caption: str, words: str = "spaces") -> list[str]:
     """
     if not caption.isascii() or "&" in caption:  # plain ASCII has this form already, and most captions are that
         caption = punctuation_to_spaces(normalize_text(caption))
+    # As Keras's tokenizer does: lower case, a space for each sign of FILTERS, and what is then between spaces.
     parts = caption.lower().translate(_TO_SPACES).split()
-    return [character for part in parts for character in split_characters(part)] if words == "characters" else parts
+    if words == "spaces":
+        return parts
+    return [character for part in parts for character in split_characters(part)]
 
 
 class Tokenizer:
@@ -47,8 +50,11 @@ class Tokenizer:
     """
 
     def __init__(self, index_word: Sequence[str], words: str = "spaces"):
-        self.index_word, self.words = tuple(index_word), words
+        self.index_word = tuple(index_word)
+        self.words = words
         self.word_index = {word: index for index, word in enumerate(self.index_word)}
+        # <pad> fills short captions of a batch, <unk> stands for a rare word, <start> and <end> enclose a caption.
+        # The tutorial writes the last two into the text; here only `encode` adds them, as ids.
         for token in SPECIAL_TOKENS:
             del self.word_index[token]
 
@@ -64,6 +70,8 @@ class Tokenizer:
         counts = Counter(word for caption in captions for word in split_words(caption, words))
         for token in SPECIAL_TOKENS:
             counts.pop(token, None)
+        # The model learns a vector and an output for each word, too little for one that occurs a few times in all.
+        # So only the most frequent words are kept: 5,000, the tutorial's `top_k`, of many thousands in COCO.
         # most_common sorts stably, and a Counter keeps the order in which its keys came.
         most_common = counts.most_common(max(0, vocab_size - len(SPECIAL_TOKENS)))
         return cls(SPECIAL_TOKENS + tuple(word for word, _ in most_common), words)
@@ -74,6 +82,8 @@ class Tokenizer:
 
     def encode(self, caption: str) -> list[int]:
         """Returns the ids of `<start>`, the caption's words and `<end>`; words not in the vocabulary are `<unk>`."""
+        # "A dog runs" -> [2, 4, 57, 130, 3], which is <start>, "a", "dog", "runs", <end>. The more frequent a word,
+        # the smaller its id. Captions of a batch are padded to one length later, in the input pipeline.
         word_ids = [self.word_index.get(word, UNK_ID) for word in split_words(caption, self.words)]
         return [START_ID, *word_ids, END_ID]
 
@@ -81,7 +91,7 @@ class Tokenizer:
         """Returns the words of ids up to `<end>`, without `<start>` and `<pad>`, as a text."""
         words = []
         for index in ids:
-            if index == END_ID:
+            if index == END_ID:  # what follows is padding, or what a model generates beyond its caption
                 break
             if index not in (START_ID, PAD_ID):
                 words.append(self.index_word[index])
@@ -125,6 +135,8 @@ def main(argv: list[str] | None = None) -> None:
     add_options(parser, DataConfig, only=("words",))
     parser.add_argument("--output", metavar="FILE", help="save the vocabulary as JSON instead of printing it")
     args = parser.parse_args(argv)
+    # The vocabulary of a run is made by train.py in the same way, from the training captions alone: words that occur
+    # only in the validation or test captions must stay unknown.
     try:
         captions = Path(args.captions).read_text(encoding="utf-8-sig").splitlines()
     except (FileNotFoundError, IsADirectoryError, UnicodeDecodeError) as error:

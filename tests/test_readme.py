@@ -79,7 +79,9 @@ def test_documented_options_exist(path):
     options = set(re.findall(r"(?<![\w-])--([a-z][a-z-]+)", path.read_text(encoding="utf-8")))
     for option in options - {"logdir", "gpu"}:  # TensorBoard's, and pytest's in tests/conftest.py
         name = option.removeprefix("no-").replace("-", "_")
-        assert f"--{option}" in SOURCES or re.search(rf"^    {name}: .* = (path_)?option\(", SOURCES, re.MULTILINE), option
+        assert f"--{option}" in SOURCES or re.search(rf"^    {name}: .* = (path_)?option\(", SOURCES, re.MULTILINE), (
+            option
+        )
 
 
 def test_requirements_agree_with_the_project_table():

@@ -71,7 +71,7 @@ def command_name() -> str:
     return f"{path.parent.parent.name}.{path.parent.name}"
 
 
-def make_parser(description: str | None, usage: str = "[option ...]", **kwargs: Any) -> argparse.ArgumentParser:
+def make_parser(description: str | None, usage: str = "[option ...]") -> argparse.ArgumentParser:
     """Makes a parser whose --help shows a script's docstring, with its examples."""
     return _Parser(
         prog=command_name(),
@@ -79,7 +79,6 @@ def make_parser(description: str | None, usage: str = "[option ...]", **kwargs: 
         usage=f"%(prog)s {usage}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,  # an option that is added later would change what an abbreviation means
-        **kwargs,
     )
 
 
@@ -170,16 +169,14 @@ def defer_interrupts() -> Iterator[None]:
 # Progress.
 
 
-class LineStream:
+class _LineStream:
     """Standard error for a progress bar in a pipe or a file: a line now and then, without control characters."""
 
     def write(self, text: str) -> None:
-        """Writes a state of the bar as a line."""
         if line := text.strip("\r\n "):
             sys.stderr.write(f"{line}\n")
 
     def flush(self) -> None:
-        """Flushes standard error."""
         sys.stderr.flush()
 
 
@@ -189,7 +186,7 @@ def progress_bar(*args: Any, disable: bool = False, **kwargs: Any) -> tqdm:
     interval = 0.1 if sys.stderr.isatty() else 0.5 if is_live else 30.0
     kwargs |= {"mininterval": interval, "maxinterval": interval, "dynamic_ncols": is_live}
     if not is_live:
-        kwargs |= {"file": LineStream(), "ascii": True, "ncols": 100}
+        kwargs |= {"file": _LineStream(), "ascii": True, "ncols": 100}
     return tqdm(*args, disable=disable or Verbosity.quiet, **kwargs)
 
 

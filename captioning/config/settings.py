@@ -123,7 +123,7 @@ class ModelConfig(Settings):
     )
     decoder: str = option(
         "tutorial",
-        "the tutorial's decoder; or the paper's, with a GRU or an LSTM (beyond/paper/README.md)",
+        "the tutorial's decoder; or the paper's, with a gate and a deep output layer, and a GRU or an LSTM",
         choices=("tutorial", "paper", "paper-lstm"),
     )
 
