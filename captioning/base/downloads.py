@@ -8,7 +8,6 @@ import functools
 import hashlib
 import os
 import shutil
-import stat
 import urllib.parse
 import zipfile
 import zlib
@@ -199,8 +198,7 @@ def unpack(archive: Path, folder: Path, suffixes: tuple[str, ...]) -> None:
             members = [member for member in content.infolist() if member.filename.endswith(suffixes)]
             for member in progress_bar(members, desc=f"unpacking {archive.name}", unit="file"):
                 target = folder / member.filename
-                is_link = stat.S_ISLNK(member.external_attr >> 16)
-                if is_link or not target.resolve().is_relative_to(folder.resolve()):
+                if not target.resolve().is_relative_to(folder.resolve()):
                     raise InputError(f"{archive}: {member.filename!r} would be written outside {folder}; not unpacked")
                 is_there = target.exists() and target.stat().st_size == member.file_size
                 if is_there or "__MACOSX" in member.filename:

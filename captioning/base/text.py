@@ -7,7 +7,7 @@
 No dictionary of any language is used, so that words of such scripts cannot be told apart: their characters are.
 """
 
-import html.entities
+import html
 import itertools
 import re
 import unicodedata
@@ -39,7 +39,6 @@ _TO_ASCII = str.maketrans(
     # Hyphens and dashes from ‐ to ―, ⁃, the minus sign, ﹘, ﹣ and －.
     | dict.fromkeys("\u2010\u2011\u2012\u2013\u2014\u2015\u2043\u2212\ufe58\ufe63\uff0d", "-")
 )
-_ENTITY = re.compile(r"&(#[0-9]{1,7}|#[xX][0-9a-fA-F]{1,6}|[A-Za-z][A-Za-z0-9]*);")
 
 
 # One form for the same text.
@@ -51,43 +50,19 @@ def normalize_text(text: str) -> str:
     HTML entities are undone, and characters have their compatible, composed form (Unicode's NFKC). Typographic quotes
     and dashes become those of ASCII, invisible characters go, and one space stands for any white space.
     """
-    while not (text.isascii() and "&" not in text):
-        # Again until nothing changes: an entity may hide another one, or a character that has another form.
-        normal = _normalize_once(text)
+    while not text.isascii() or "&" in text:
+        normal = html.unescape(text).translate(_TO_ASCII)  # quotes before NFKC, which takes ″ for two ′
+        normal = "".join(char for char in normal if unicodedata.category(char) != "Cf")
+        normal = unicodedata.normalize("NFKC", normal).translate(_TO_ASCII)
         if normal == text:
             break
-        text = normal
+        text = normal  # and again: an entity may hide another one, or a character that has another form
     return " ".join(text.split())
-
-
-def _normalize_once(text: str) -> str:
-    """Applies every rule of `normalize_text` but that of white space."""
-    text = _ENTITY.sub(_unescape, text).translate(_TO_ASCII)  # quotes before NFKC, which takes ″ for two ′
-    visible = "".join(char for char in text if unicodedata.category(char) != "Cf")
-    return unicodedata.normalize("NFKC", visible).translate(_TO_ASCII)
-
-
-def _unescape(entity: re.Match) -> str:
-    """Returns what a whole HTML entity stands for; what only begins like one stays."""
-    is_known = entity[1].startswith("#") or f"{entity[1]};" in html.entities.html5
-    return html.unescape(entity[0]) if is_known else entity[0]
-
-
-class _PunctuationTable(dict[int, int | str]):
-    """A table for `str.translate`: spaces for Unicode's punctuation, except the apostrophe; filled as needed."""
-
-    def __missing__(self, code: int) -> int | str:
-        char = chr(code)
-        self[code] = " " if unicodedata.category(char).startswith("P") and char != "'" else code
-        return self[code]
-
-
-_PUNCTUATION_TO_SPACES = _PunctuationTable()
 
 
 def punctuation_to_spaces(text: str) -> str:
     """Replaces punctuation of any script by spaces. The apostrophe stays, so that "man's" is one word."""
-    return text.translate(_PUNCTUATION_TO_SPACES)
+    return "".join(" " if unicodedata.category(char)[0] == "P" and char != "'" else char for char in text)
 
 
 # Scripts without spaces between words.

@@ -29,17 +29,7 @@ class RunConfig:
 
     def to_json(self) -> dict[str, Any]:
         """Returns the content of config.json."""
-        return {
-            "format": FORMAT,
-            "model": self.model.to_json(),
-            "train": self.train.to_json(),
-            "data": self.data.to_json(),
-            "objective": self.objective,
-            "features": self.features,
-            "unreadable_images": list(self.unreadable_images),
-            "data_fingerprint": self.data_fingerprint,
-            "vocabulary_sha256": self.vocabulary_sha256,
-        }
+        return {"format": FORMAT, **dataclasses.asdict(self)}
 
     def difference(self, other: "RunConfig") -> tuple[str, Any, Any] | None:
         """Finds a setting in which another run differs, of those that may not change when a run is resumed.

@@ -228,9 +228,5 @@ def test_run_with_another_cnn_from_drawings_to_a_caption(tmp_path, monkeypatch, 
     ):
         train.main([*data, *settings, "--run", "runs/shapes"])
 
-    image = "shapes/images/shapes_00000.png"
-    inference.main([image, "--run", "runs/shapes"])
-    text = capsys.readouterr().out.rstrip("\n")
-    assert Path("shapes_00000_attention.png").stat().st_size > 1000
-    caption = inference.Captioner.load("runs/shapes").caption(image)
-    assert caption.text == text and caption.attention.shape[1] == 4
+    caption = inference.Captioner.load("runs/shapes").caption("shapes/images/shapes_00000.png")
+    assert caption.words and caption.attention.shape[1] == 4
