@@ -22,12 +22,6 @@ def test_attention_on_object_matches_hand_computed_values():
     assert demo.attention_on_object(caption, shapes) == [(pytest.approx(0.75 / 2), pytest.approx(0.5 / 64))]
 
 
-def test_attention_on_object_ignores_shapes_that_do_not_exist():
-    shapes = [{"colour": "red", "noun": "circle", "box": [0, 0, 10, 10]}]
-    caption = Caption("a green circle", ("a", "green", "circle"), (1.0,) * 3, np.zeros((3, 64)), True)
-    assert demo.attention_on_object(caption, shapes) == []
-
-
 def test_evaluate_demo_measures_exact_matches_and_attention(tmp_path, monkeypatch):
     box = [0, 0, 299 / 2, 299 / 2]  # a quarter of the image
     rows = [

@@ -41,14 +41,10 @@ def test_fit_keeps_the_words_that_keras_keeps(long_tail_captions, vocab_size):
 
 
 def test_fit_counts_the_special_tokens():
+    assert (PAD_ID, UNK_ID, START_ID, END_ID) == (0, 1, 2, 3)
     tokenizer = Tokenizer.fit(["c b b a a"], vocab_size=6)
     assert len(tokenizer) == 6
     assert tokenizer.index_word == (*SPECIAL_TOKENS, "b", "a"), "of equals the first one stays"
-
-
-def test_special_tokens_have_fixed_ids():
-    assert (PAD_ID, UNK_ID, START_ID, END_ID) == (0, 1, 2, 3)
-    assert Tokenizer.fit(["a dog"]).index_word == (*SPECIAL_TOKENS, "a", "dog")
 
 
 def test_split_words_filters_punctuation():
@@ -79,16 +75,6 @@ def test_split_words_of_characters():
     assert split_words("一只狗。iPhone手机", "characters") == ["一", "只", "狗", "iphone", "手", "机"]
     assert split_words("一只狗。iPhone手机") == ["一只狗", "iphone手机"]
     assert split_words("A man's dog", "characters") == ["a", "man's", "dog"]
-
-
-def test_split_words_of_ascii_is_the_tutorials():
-    """Plain text takes a short cut; the long way must find the same."""
-    choice = random.Random(0)
-    for _ in range(2000):
-        text = "".join(chr(choice.randrange(128)) for _ in range(choice.randrange(20))).replace("&", "")
-        expected = text.lower().translate(str.maketrans(dict.fromkeys(tokenizer_script.FILTERS, " "))).split()
-        assert split_words(text) == expected
-        assert split_words(f"{text} é") == [*expected, "é"]
 
 
 def test_encode_and_decode():
@@ -124,7 +110,7 @@ def test_save_and_load(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "content", ["{}", "[1, 2]", '["a", "b"]', '["<pad>", "<unk>", "<start>", "<end>", "a", "a"]', "[", ""]
+    "content", ["{}", "[1, 2]", '["a", "b"]', '["<pad>", "<unk>", "<start>", "<end>", "a", "a"]', "["]
 )
 def test_load_refuses_damaged_vocabularies(tmp_path, content):
     (tmp_path / "v.json").write_text(content)

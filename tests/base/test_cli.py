@@ -41,7 +41,7 @@ def test_help_has_examples_whose_options_exist(module, capsys, monkeypatch):
         assert re.search(rf"^  {option}\b", page, re.MULTILINE), f"an example has {option}, which does not exist"
 
 
-@pytest.mark.parametrize("text", ["0", "1.5", ""])
+@pytest.mark.parametrize("text", ["0", "1.5"])
 def test_int_at_least_refuses_other_values(text, capsys):
     parser = cli.make_parser("Does something.")
     parser.add_argument("--number", type=cli.int_at_least(1))
@@ -170,10 +170,6 @@ def test_suppress_stderr_holds_back_unless_the_block_fails(capfd, monkeypatch):
         os.write(2, b"the reason\n")
         raise ZeroDivisionError
     assert capfd.readouterr().err == "the reason\n"
-    monkeypatch.setenv("TF_CPP_MIN_LOG_LEVEL", "0")  # the user wants to see TensorFlow's messages
-    with cli.suppress_stderr():
-        os.write(2, b"of a library\n")
-    assert capfd.readouterr().err == "of a library\n"
 
 
 @pytest.mark.parametrize(

@@ -32,11 +32,11 @@ def test_atomic_write_replaces_a_file_only_when_the_block_ends(tmp_path):
     assert list(path.parent.iterdir()) == [path]
 
 
-@pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt, OSError(errno.ENOSPC, "No space left on device")])
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), OSError(errno.ENOSPC, "No space left on device")])
 def test_atomic_write_keeps_the_old_file_on_failure(tmp_path, error):
     path = tmp_path / "file.txt"
     path.write_text("old")
-    with pytest.raises(error if isinstance(error, type) else type(error)), atomic_write(path) as file:
+    with pytest.raises(type(error)), atomic_write(path) as file:
         file.write("half of the n")
         file.flush()
         raise error
@@ -93,11 +93,6 @@ SCHEMA = {"name": str, "epoch": int, "loss": float, "rows": list, "weights": (st
 VALID = {"name": "a", "epoch": 1, "loss": 0.5, "rows": [], "weights": 3}
 
 
-def test_check_schema_allows_whole_floats_and_more_fields():
-    check_schema(VALID, SCHEMA)
-    check_schema(VALID | {"loss": 1, "weights": "b", "more": None}, SCHEMA)
-
-
 @pytest.mark.parametrize(
     ("value", "message"),
     [
@@ -107,6 +102,7 @@ def test_check_schema_allows_whole_floats_and_more_fields():
     ],
 )
 def test_check_schema_names_the_wrong_field(value, message):
+    check_schema(VALID | {"loss": 1, "weights": "b", "more": None}, SCHEMA)
     with pytest.raises(InputError, match=message):
         check_schema(value, SCHEMA)
 

@@ -16,7 +16,7 @@ import model
 import train
 from captioning.base.cli import InputError, format_bytes
 from captioning.base.quiet_tensorflow import tf
-from captioning.config.cnns import CNNS, INCEPTION_V3, cnn_of_manifest
+from captioning.config.cnns import CNNS, INCEPTION_V3
 from captioning.config.settings import FeatureConfig
 from captioning.data import shapes
 from captioning.data.annotations import Example
@@ -64,19 +64,7 @@ def test_at_refuses_sizes_that_the_cnn_does_not_take(option, smallest):
         FeatureConfig(cnn="vgg19", image_size=31)
 
 
-def test_suffixes_name_all_but_the_default():
-    suffixes = [cnn.suffix for cnn in CNNS.values()]
-    assert suffixes[0] == "" and suffixes[1:] == [f"_{option}" for option in list(CNNS)[1:]]
-    assert INCEPTION_V3.at(299).suffix == "" and INCEPTION_V3.at(400).suffix == "_inception_v3_400"
-    assert CNNS["vgg19"].at(224).suffix == "_vgg19" and CNNS["vgg19"].at(448).suffix == "_vgg19_448"
-
-
 # Manifests.
-
-
-def test_cnn_of_manifest_has_its_size():
-    vgg19 = {**MANIFEST, "cnn": "VGG19", "image_size": 448, "shape": [784, 512]}
-    assert cnn_of_manifest(vgg19) == CNNS["vgg19"].at(448)
 
 
 @pytest.mark.parametrize(
