@@ -117,7 +117,7 @@ def broadcast_from_chief(strategy: tf.distribute.Strategy, values: Sequence[floa
 
 
 def sum_over_replicas(gradients: list[tf.Tensor], sums: Any) -> tuple[list[tf.Tensor], Any]:
-    """Makes the gradients of each replica's mean over the words those of the mean over all words; called on all.
+    """Weighs each replica's gradients by its words and sums them, for the mean over all words; called on every replica.
 
     Args:
         gradients: of the mean over the words of the replica's part.
