@@ -100,17 +100,19 @@ def write_caption_files(captions: Captions, folder: Path) -> None:
         (folder / name).with_suffix(".txt").write_text("\n".join(texts) + "\n", encoding="utf-8")
 
 
+OBJECTS = "JSON objects, in a list or one a line"
+
 # The name of the format that it is to be read as, and a writer, by a description.
 WRITERS: dict[str, tuple[str, Callable[[Captions, Path], None]]] = {
     "COCO": ("COCO captions JSON", to_json(coco)),
     "COCO in UTF-16": ("COCO captions JSON", to_text(lambda c: json.dumps(coco(c), ensure_ascii=False), "utf-16")),
     "COCO with a mark": ("COCO captions JSON", to_text(lambda c: json.dumps(coco(c)), "utf-8-sig")),
     "Karpathy": ("Karpathy's JSON", to_json(karpathy)),
-    "TextCaps": ("TextCaps JSON", to_json(textcaps)),
-    "metadata.jsonl": ("JSON Lines", to_text(lambda c: "\n".join(map(json.dumps, objects(c, "file_name", "text"))))),
-    "BLIP": ("JSON list of objects", to_json(lambda c: objects(c, "image", "caption"))),
+    "TextCaps": (OBJECTS, to_json(textcaps)),
+    "metadata.jsonl": (OBJECTS, to_text(lambda c: "\n".join(map(json.dumps, objects(c, "file_name", "text"))))),
+    "BLIP": (OBJECTS, to_json(lambda c: objects(c, "image", "caption"))),
     "AI Challenger": (
-        "JSON list of objects",
+        OBJECTS,
         to_json(lambda c: [{"url": "", "image_id": name, "caption": texts} for name, texts in c.items()]),
     ),
     "mapping": ("JSON mapping of names to captions", to_json(dict)),
