@@ -188,18 +188,12 @@ def test_load_dataset_with_official_val(official_coco, name, year):
     for example in dataset.examples:
         folder = f"{'train' if example.split == 'train' else 'val'}{year}"
         assert example.image_path.startswith(f"{folder}/") and (dataset.image_dir / example.image_path).exists()
-    assert [e.image_id for e in dataset.examples[-2:]] == [110, 111], "COCO's ids"
+    assert sorted(e.image_id for e in dataset.examples)[-2:] == [110, 111], "COCO's ids"
     assert len(official_coco.requests) == 1 + 24
     subset = load_dataset(dataclasses.replace(config, num_captions=50))
     assert sizes(subset) == [8, 1, 1], "the sizes of a random split of 50 captions"
     at_random = load_dataset(dataclasses.replace(official_coco.config, dataset=name, num_captions=None))
     assert (at_random.name, sizes(at_random)) == (name, [10, 1, 1]), "by default"
-
-
-@pytest.mark.parametrize("fractions", [{"val_fraction": 0.0}, {"val_fraction": 0.6, "test_fraction": 0.5}])
-def test_load_dataset_with_official_val_refuses_impossible_fractions(official_coco, fractions):
-    with pytest.raises(InputError, match="fractions"):
-        load_dataset(dataclasses.replace(official_coco.config, official_val=True, **fractions), with_images=False)
 
 
 def test_load_dataset_of_flickr30k_downloads_the_captions_and_asks_for_the_images(http_server, tmp_path, monkeypatch):
