@@ -44,11 +44,7 @@ class CaptionDataset:
     examples: tuple[Example, ...]  # of all splits; an example is one image with all its captions
 
     def split(self, name: str) -> list[Example]:
-        """Returns the examples of one split.
-
-        Raises:
-            InputError: the split has no images.
-        """
+        """Returns the examples of one split; raises InputError if there are none."""
         examples = [example for example in self.examples if example.split == name]
         # An empty split would only show much later, as a loss or a score of nothing.
         if not examples:
@@ -276,12 +272,7 @@ def _split_by_lists(examples: Sequence[Example], split_files: dict[str, Path]) -
 def load_run_dataset(
     config: RunConfig, with_images: bool = True, locations: Mapping[str, Any] = MappingProxyType({})
 ) -> CaptionDataset:
-    """Loads the dataset that a run was trained on, from where its config.json says; see `load_dataset`.
-
-    Args:
-        config: the settings of the run.
-        with_images: whether the images are needed, or only their captions.
-        locations: where the data are instead, see `locations_from_args`.
+    """Loads the dataset that a run was trained on, from its config.json or `locations`; see `load_dataset`.
 
     Raises:
         InputError: it is not there, or has changed: the model may have been trained on its test images.

@@ -69,10 +69,7 @@ class Parsed(NamedTuple):
 
 
 def parse_annotations(path: Path, options: ReadOptions) -> tuple[str, Parsed]:
-    """Reads annotations in whichever format they have.
-
-    Returns:
-        The name of the format, and what was read.
+    """Reads annotations; returns the name of their format and what was read.
 
     Raises:
         InputError: there is nothing at the path, or it has none of the formats.
@@ -118,13 +115,10 @@ def _parse_json_line(line: str) -> Any:
 
 
 def read_text(path: Path | str, encoding: str | None = None) -> str:
-    """Reads a text file in UTF-8, in UTF-16 with a byte order mark, or in a given encoding.
-
-    Returns:
-        The text without the mark; its lines end in a line feed.
+    """Reads a text file in UTF-8, in UTF-16 with a byte order mark, or in a given encoding; lines end in a line feed.
 
     Raises:
-        InputError: the file cannot be read, or is no text in this encoding.
+        InputError: the file cannot be read, or is not text in this encoding.
     """
     try:
         content = Path(path).read_bytes()
@@ -344,11 +338,7 @@ def _first_line(text: str) -> str:
 
 
 def _split_lines(content: str, separator: str) -> tuple[list[list[str]], str]:
-    """Splits a table, without its empty lines, at a separator that may have a space after it.
-
-    Returns:
-        The fields of every line, and for the log what was made of quotes that do not fit, or nothing.
-    """
+    """Splits a table, without its empty lines, at a separator that may have a space after it; returns also a note."""
 
     def split(quoting: Any) -> list[list[str]]:
         lines = csv.reader(

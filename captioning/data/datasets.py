@@ -78,11 +78,7 @@ class DatasetSource:
         """Makes sure that the images of the examples exist."""
 
     def read_examples(self, options: ReadOptions) -> list[Example]:
-        """Reads all parts; numbers the images if their ids are not unique.
-
-        Raises:
-            InputError: an image is in two parts, or a part has images of another split; or as `read_annotations`.
-        """
+        """Reads all parts, which must have different images; numbers the images if their ids are not unique."""
         examples: dict[str, Example] = {}
         for part in self.parts:
             for example in self.find_image_paths(part, read_annotations(part.path, options)):
@@ -230,7 +226,6 @@ class UserFiles(DatasetSource):
     def __init__(self, config: DataConfig, with_images: bool):
         """Raises InputError if annotations or an image folder do not exist, or do not fit together."""
         self.with_images = with_images
-        self.given_folders: set[str] = set()  # the splits whose image folder the user named
         paths: dict[str, Path] = {}
         folders: dict[str, Path] = {}
         for split, annotations, images in (
@@ -245,11 +240,8 @@ class UserFiles(DatasetSource):
             path = paths[split] = Path(annotations)
             if not path.exists():
                 raise InputError(f"{path}: no such annotation file")
-            # By default the images are in the same folder as the annotations.
-            folder = images or config.images
-            folders[split] = Path(folder) if folder else path if path.is_dir() else path.parent
-            if folder:
-                self.given_folders.add(split)
+            beside = path if path.is_dir() else path.parent
+            folders[split] = Path(images or config.images or beside)
             if not folders[split].is_dir():
                 raise InputError(f"{folders[split]}: no such image folder")
         image_dir = _common_folder(folders.values())
@@ -260,20 +252,15 @@ class UserFiles(DatasetSource):
         super().__init__(next(iter(folders.values())).resolve().name or "images", image_dir, parts)
 
     def find_image_paths(self, part: AnnotationPart, examples: list[Example]) -> list[Example]:
-        """Finds the files that the names mean; those of one file become one image.
-
-        Raises:
-            InputError: none of the images is in the folder.
-        """
+        """Finds the files that the names mean; names of one file become one image."""
         folder = self.image_dir / part.folder
         paths, missing = find_images(folder, [example.image_path for example in examples])
         if len(missing) == len(paths):
-            is_given = part.split in self.given_folders
-            if not self.with_images and not is_given:  # only the captions are needed
+            if not self.with_images:  # only the captions are needed
                 return examples
-            hint = "" if is_given else advise("; name the folder of the images with --images")
             raise InputError(
-                f"{folder}: none of the {len(paths):,} images of {part.path} is in it, such as {missing[0]!r}{hint}"
+                f"{folder}: none of the {len(paths):,} images of {part.path} is in it, such as {missing[0]!r}"
+                + advise("; name the folder of the images with --images")
             )
         if missing:
             first = ", ".join(map(repr, missing[:NUM_NAMED]))
