@@ -129,11 +129,10 @@ def test_load_dataset_of_the_user(user_config, tmp_path):
         without_test.split("test")
     assert dataset.fingerprint != without_test.fingerprint
     (tmp_path / "images").rename(tmp_path.parent / f"{tmp_path.name}_images")
+    config = dataclasses.replace(config, images=None)
     with pytest.raises(InputError, match=r"none of the 10 images of .*; name the folder of the images with --images"):
-        load_dataset(dataclasses.replace(config, images=None))
-    assert load_dataset(dataclasses.replace(config, images=None), with_images=False).examples == dataset.examples
-    with pytest.raises(InputError, match="no such image folder"):
-        load_dataset(dataclasses.replace(config, images=str(tmp_path / "none")))
+        load_dataset(config)
+    assert load_dataset(config, with_images=False).examples == dataset.examples, "only their captions are needed"
 
 
 def test_load_dataset_uses_flickr8k_lists_beside_the_annotations(user_config, tmp_path):
