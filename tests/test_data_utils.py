@@ -149,14 +149,6 @@ def test_load_dataset_refuses_lists_of_other_images(user_config, split_lists):
         load_dataset(dataclasses.replace(config, **lists))
 
 
-def test_load_dataset_of_karpathy_with_images_in_one_folder(user_config):
-    config = user_config({"images": KARPATHY}, names=("a.jpg", "b.jpg", "c.jpg"))
-    assert [e.image_path for e in load_dataset(config).examples] == ["a.jpg", "b.jpg", "c.jpg"]
-    (Path(config.images) / "train2014").mkdir()
-    (Path(config.images) / "train2014/a.jpg").touch()
-    assert load_dataset(config).examples[0].image_path == "train2014/a.jpg"
-
-
 def test_load_dataset_refuses_names_that_clash_without_their_folders(user_config):
     same_name = [image | {"filename": "a.jpg"} for image in KARPATHY]
     with pytest.raises(InputError, match=r"'train2014/a\.jpg' and 'val2014/a\.jpg' of .* would be one file"):

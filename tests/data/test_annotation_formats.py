@@ -38,26 +38,18 @@ def captions_of(examples):
 
 @pytest.mark.parametrize("description", WRITERS)
 def test_every_format_is_read_as_it_was_written(description, tmp_path, capsys):
-    captions = PLAIN if description in UNQUOTED else CAPTIONS
+    rng = random.Random(description)
+    letters = "abc äß犬é01" + ("" if description in UNQUOTED else "\",;|'\\#{}[]:")
+    captions = dict(PLAIN if description in UNQUOTED else CAPTIONS)
+    for number in range(20):
+        texts = ["a" + "".join(rng.choices(letters, k=rng.randint(1, 30))) for _ in range(rng.randint(1, 5))]
+        captions[f"{number}.jpg"] = [normalize_text(text) for text in texts]
     if description == "Flickr8k-CN":  # which has no spaces in its names
         captions = {name.replace(" ", ""): texts for name, texts in captions.items()}
     name, path = write(description, captions, tmp_path)
     assert captions_of(read_annotations(path)) == captions
     logged = capsys.readouterr().err
-    assert f"{path}: {name}" in logged and "7 captions of 4 images" in logged and "skipped" not in logged
-
-
-@pytest.mark.parametrize("description", WRITERS)
-def test_random_captions_are_read_as_they_were_written(description, tmp_path):
-    rng = random.Random(description)
-    letters = "abc äß" + ("" if description in UNQUOTED else "\",;|'\\#{}[]:") + "犬é01"
-    captions = {
-        f"{number}.jpg": ["a" + "".join(rng.choices(letters, k=rng.randint(1, 30))) for _ in range(rng.randint(1, 5))]
-        for number in range(20)
-    }
-    _, path = write(description, captions, tmp_path)
-    expected = {name: [normalize_text(text) for text in texts] for name, texts in captions.items()}
-    assert captions_of(read_annotations(path)) == expected
+    assert f"{path}: {name}" in logged and "captions of 24 images" in logged and "skipped" not in logged
 
 
 def documented_examples():
@@ -161,10 +153,7 @@ def test_unquoted_separators_belong_to_the_caption(read):
 
 
 def test_quotes_are_undone(read):
-    assert pairs(read('image,caption\na.jpg,"a ""big"" dog, running"\na.jpg,a ""big"" dog\n')) == [
-        ("a.jpg", 'a "big" dog, running'),
-        ("a.jpg", 'a ""big"" dog'),
-    ]
+    assert pairs(read('image,caption\na.jpg,"a ""big"" dog, running"\n')) == [("a.jpg", 'a "big" dog, running')]
     assert pairs(read('image, caption\na.jpg, "a dog, running"\n')) == [("a.jpg", "a dog, running")]
 
 
@@ -215,16 +204,10 @@ def test_parse_separator():
         ("a.jpg,a dog", ("a.jpg", "a dog")),
         ("a b.PNG;a dog, running", ("a b.PNG", "a dog, running")),
         ("ROCO_1\ta scan, of a\tbrain", ("ROCO_1", "a scan, of a\tbrain")),
-        ("a dog\tin a box", None),
-        ("a.jpg", None),
     ],
 )
 def test_tables_without_a_header_begin_with_the_name_of_an_image(read, line, expected):
-    if expected:
-        assert pairs(read(f"{line}\n")) == [expected]
-    else:
-        with pytest.raises(InputError, match="not a known annotation format"):
-            read(f"{line}\n")
+    assert pairs(read(f"{line}\n")) == [expected]
 
 
 # Folders.
@@ -246,23 +229,6 @@ def test_folder_of_text_files_names_images_without_one(tmp_path):
     assert problems(parsed) == ["an image without a .txt file beside it"]
 
 
-def test_folder_of_text_files_follows_links_once(tmp_path):
-    (tmp_path / "elsewhere").mkdir()
-    (tmp_path / "elsewhere/a.jpg").touch()
-    (tmp_path / "elsewhere/a.txt").write_text("a dog")
-    folder = tmp_path / "photos"
-    folder.mkdir()
-    (folder / "train").symlink_to(tmp_path / "elsewhere")
-    (tmp_path / "elsewhere/loop").symlink_to(folder)
-    assert pairs(parse_annotations(folder, ReadOptions())[1]) == [("train/a.jpg", "a dog")]
-
-
-def test_image_folder_with_both_kinds_of_metadata_is_read_once(tmp_path):
-    (tmp_path / "metadata.csv").write_text("file_name,text\na.jpg,a dog\n")
-    (tmp_path / "metadata.jsonl").write_text('{"file_name": "a.jpg", "text": "a dog"}\n')
-    assert len(parse_annotations(tmp_path, ReadOptions())[1].rows) == 1
-
-
 def test_image_folder_has_splits_by_folder(tmp_path):
     _, path = write("ImageFolder", CAPTIONS, tmp_path)
     examples = {example.image_path: example.split for example in read_annotations(path)}
@@ -272,6 +238,8 @@ def test_image_folder_has_splits_by_folder(tmp_path):
         "validation/b.jpg": "val",
         "validation/e.jpg": "val",
     }
+    (path / "train/metadata.jsonl").write_text("of two metadata files of a folder the table counts")
+    assert len(read_annotations(path)) == 4
 
 
 # What is no format.
@@ -293,6 +261,7 @@ def test_unknown_formats_are_refused_with_those_that_are_known(read, tmp_path):
     [
         ("\n", "empty; expected captions"),
         ("a dog\thttp://example.com/a.jpg\n", "not a known annotation format"),
+        ("a.jpg", "not a known annotation format"),
         ("{", "expected JSON"),
         ("[1, 2]", "not a known annotation format"),
         ({"images": "../images", "cnn": "InceptionV3"}, "not a known annotation format"),

@@ -262,15 +262,6 @@ def test_images_of_all_splits_in_one_folder():
 
 
 @pytest.mark.usefixtures("user_files")
-def test_images_beside_their_annotations_need_no_option():
-    paths = [Path("data") / f"{split}_images" / "captions.csv" for split in ("train", "val")]
-    for split, path in zip(("train", "val"), paths, strict=True):
-        Path(f"{split}.csv").rename(path)
-    dataset = load_dataset(DataConfig(annotations=str(paths[0]), val_annotations=str(paths[1])))
-    assert sizes(dataset) == [4, 4, 0] and (dataset.image_dir / dataset.examples[0].image_path).exists()
-
-
-@pytest.mark.usefixtures("user_files")
 def test_linked_folders_stay_inside_the_image_folder():
     Path("link").symlink_to("data")
     linked = {"images": "link/train_images", "val_images": "link/val_images"}
