@@ -56,11 +56,6 @@ def splits_of(examples):
     return [(example.image_path, example.split) for example in examples]
 
 
-def test_assign_splits_by_lists(split_lists):
-    split = assign_splits(EXAMPLES, DataConfig(), split_lists(train="0.jpg\n1.jpg\n", val="2.jpg\n"))
-    assert splits_of(split) == [("0.jpg", "train"), ("1.jpg", "train"), ("2.jpg", "val")]
-
-
 def test_assign_splits_refuses_bad_lists(split_lists):
     lists = split_lists(train="0.jpg\n1.jpg\n", val="1.jpg\n")
     with pytest.raises(InputError, match=r"1\.jpg is in the val list and in the train list"):
@@ -78,11 +73,6 @@ def test_assign_splits_by_lists_finds_names_as_people_write_them(split_lists, ca
     logged = capsys.readouterr().err
     assert "val: 2 images without captions are left out, the first: 'd.jpg'" in logged
     assert "split: 2 images in none of the lists, left out" in logged
-
-
-def test_assign_splits_keeps_the_split_of_the_annotations():
-    examples = [dataclasses.replace(e, split="train" if e.image_id % 2 else "val") for e in EXAMPLES]
-    assert assign_splits(examples, DataConfig(), {}) == examples
 
 
 @pytest.mark.parametrize("fractions", [{"val_fraction": 0.6, "test_fraction": 0.5}, {"val_fraction": -0.1}])
@@ -133,13 +123,6 @@ def test_load_dataset_of_the_user(user_config, tmp_path):
     with pytest.raises(InputError, match=r"none of the 10 images of .*; name the folder of the images with --images"):
         load_dataset(config)
     assert load_dataset(config, with_images=False).examples == dataset.examples, "only their captions are needed"
-
-
-def test_load_dataset_uses_flickr8k_lists_beside_the_annotations(user_config, tmp_path):
-    config = user_config("image,caption\na.jpg,a\nb.jpg,b\nc.jpg,c\n", names=("a.jpg", "b.jpg", "c.jpg"))
-    (tmp_path / "Flickr_8k.trainImages.txt").write_text("c.jpg\n")
-    (tmp_path / "Flickr_8k.devImages.txt").write_text("a.jpg\n")
-    assert splits_of(load_dataset(config).examples) == [("a.jpg", "val"), ("c.jpg", "train")]
 
 
 def test_load_dataset_refuses_lists_of_other_images(user_config, split_lists):
