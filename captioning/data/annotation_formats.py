@@ -78,7 +78,7 @@ def parse_annotations(path: Path, options: ReadOptions) -> tuple[str, Parsed]:
     for name, read in FORMATS.items():
         try:
             parsed = read(content, options)
-        except (KeyError, TypeError, IndexError, AttributeError, csv.Error) as error:
+        except (KeyError, TypeError, ValueError, IndexError, AttributeError, csv.Error) as error:
             raise InputError(
                 f"{path}: expected {name} (docs/data.md shows it); something in it is wrong: {error!r}"
             ) from None
@@ -184,7 +184,11 @@ def read_coco(content: Any, options: ReadOptions) -> Parsed | None:
     """
     if not (isinstance(content, dict) and "annotations" in content):
         return None
-    images = {str(image["id"]): image for image in content["images"]}
+    images: dict[str, Any] = {}
+    for image in content["images"]:
+        # The captions of one would go to the other.
+        if images.setdefault(str(image["id"]), image)["file_name"] != image["file_name"]:
+            raise ValueError(f"two images have the id {image['id']}")
     rows = []
     details = ""
     for annotation in content["annotations"]:
@@ -304,6 +308,8 @@ def read_table(content: Any, options: ReadOptions) -> Parsed | None:
         split = line[names.index(columns.split)] if columns.split else ""
         rows += [CaptionRow(line[image], text, split=split) for text in _parse_cell(line[caption])]
     used = ", ".join(filter(None, columns))
+    if long := [row.caption for row in rows if "\n" in str(row.caption)]:
+        repairs += f"; {len(long):,} captions run over several lines (is a quote left open?), the first: {long[0][:60]!r}"
     return Parsed(rows, f"columns {used}, separated by {SEPARATORS.get(separator, separator)}{repairs}")
 
 

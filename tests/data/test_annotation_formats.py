@@ -308,3 +308,19 @@ def test_encoding_can_be_named(tmp_path):
             parse_annotations(tmp_path / "file", ReadOptions(encoding=name))
     with pytest.raises(InputError, match=r"none: cannot be read \(No such file or directory\)"):
         parse_annotations(tmp_path / "none", ReadOptions())
+
+
+def test_an_id_of_two_images_is_refused(tmp_path):
+    """The captions of one would go to the other."""
+    images = [{"id": 7, "file_name": name} for name in ("a.jpg", "b.jpg")]
+    path = tmp_path / "captions.json"
+    path.write_text(json.dumps({"images": images, "annotations": [{"image_id": 7, "caption": "a dog"}]}))
+    with pytest.raises(InputError, match="two images have the id 7"):
+        read_annotations(path)
+
+
+def test_a_quote_that_takes_in_other_rows_is_logged(tmp_path, capsys):
+    path = tmp_path / "captions.csv"
+    path.write_text('image,caption\na.jpg,"a dog\nb.jpg,a cat"\nc.jpg,a horse\n')
+    read_annotations(path)
+    assert "1 captions run over several lines (is a quote left open?), the first: 'a dog" in capsys.readouterr().err
