@@ -12,7 +12,7 @@ import data_utils
 from captioning.base.cli import InputError
 from captioning.config.run_config import FORMAT
 from captioning.runs import run_folder
-from captioning.runs.run_folder import latest_run, open_run, read_config
+from captioning.runs.run_folder import open_run, read_config
 from inference import load_run
 
 
@@ -46,17 +46,6 @@ def test_load_run_knows_what_a_word_is(run):
     assert load_run(run)[1].words == "characters"
 
 
-def test_load_run_refuses_folder_without_checkpoint(tmp_path, run):
-    with pytest.raises(InputError, match="not a run folder"):
-        load_run(tmp_path)
-    for path in (run / "checkpoints").rglob("checkpoint"):
-        path.unlink()
-    with pytest.raises(InputError, match="no checkpoint"):
-        load_run(run)
-    with pytest.raises(InputError, match="no run with a checkpoint"):
-        latest_run(tmp_path / "runs")
-
-
 def test_load_run_refuses_vocabulary_of_other_weights(run):
     path = run / "vocabulary.json"
     words = json.loads(path.read_text())
@@ -74,22 +63,6 @@ def test_load_run_refuses_settings_of_other_weights(run):
         load_run(run)
     path.write_text(json.dumps({"format": FORMAT, "model": {}}))
     with pytest.raises(InputError, match=r"not the config\.json of a run"):
-        load_run(run)
-
-
-def test_load_run_refuses_run_of_an_earlier_version(run):
-    path = run / "config.json"
-    config = json.loads(path.read_text())
-    del config["format"]
-    path.write_text(json.dumps(config))
-    with pytest.raises(InputError, match="made by an earlier version"):
-        load_run(run)
-
-
-def test_load_run_refuses_damaged_checkpoint(run):
-    for path in (run / "checkpoints").rglob("*.data-*"):
-        path.write_bytes(path.read_bytes()[:1000])
-    with pytest.raises(InputError, match="damaged"):
         load_run(run)
 
 
