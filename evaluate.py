@@ -101,14 +101,8 @@ def caption_examples(
 ) -> list[inference.Caption]:
     """Captions images of a run's dataset from their cached features, or else from the images themselves.
 
-    Args:
-        captioner: the run.
-        image_dir: the folder of the images.
-        examples: the images.
-        features_dir: the folder of their features; None for the folder that the run was trained with.
-
-    Raises:
-        InputError: the features are not complete, or images have changed since; or an image cannot be read.
+    The features are those in `features_dir`, by default in the folder that the run was trained with. They must be
+    complete and up to date, and all images readable; otherwise it raises InputError.
     """
     manifest = captioner.config.features
     folder = Path(features_dir or manifest["folder"])
@@ -159,11 +153,11 @@ def score_texts(
     Args:
         examples: the images.
         texts: the caption of each.
-        words: how captions are split into words, see `tokenizer.split_words`.
-        with_spice: whether to compute SPICE.
+        words: what a word is, see `tokenizer.split_words`.
+        with_spice: whether to compute SPICE, which takes Java and minutes.
 
     Returns:
-        What the metrics file has of the scores, and the scores.
+        What metrics_<split>.json has of the scores; and all scores.
     """
     # A caption may agree with any of the captions that people wrote for its image.
     references = [list(example.captions) for example in examples]
@@ -175,11 +169,6 @@ def score_texts(
         "end in mid-sentence": mid_sentence_ratio(texts),
     }
     return metrics, scores
-
-
-def unfinished_ratio(captions: list[inference.Caption]) -> float:
-    """Returns the number of captions without <end>, in percent of all captions."""
-    return round(100 * sum(not caption.finished for caption in captions) / len(captions), 1)
 
 
 # The command.
@@ -221,11 +210,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def other_data_from_args(args: argparse.Namespace) -> DataConfig | None:
-    """Returns the data that the captions of --results are scored against, or None for the data of the run.
-
-    Raises:
-        InputError: the data options contradict the others.
-    """
+    """Returns the data that the captions of --results are scored against, or None for the data of the run."""
     data_config = DataConfig.from_args(args)
     if data_config == NO_DATA:
         return None
@@ -249,7 +234,7 @@ def select_split(dataset: data_utils.CaptionDataset, split: str) -> list[Example
 
 
 def check_spice_words(args: argparse.Namespace, words: str) -> None:
-    """Checks that SPICE, if it is asked for, is of words between spaces; raises InputError if it is of characters."""
+    """Raises InputError if --spice is given for captions of characters."""
     if args.spice and words == "characters":
         raise InputError("--spice supports English words only, and these captions are split into characters; omit it")
 
@@ -290,12 +275,13 @@ def evaluate_run(args: argparse.Namespace) -> Evaluation:
     # scored like that, it would look better than it is.
     captions = caption_examples(captioner, dataset.image_dir, examples, args.features_dir)
     texts = [caption.text for caption in captions]
+    num_unfinished = sum(not caption.finished for caption in captions)  # without <end>
     scored, scores = score_texts(examples, texts, captioner.tokenizer.words, args.spice)
     metrics = {
         "run": str(captioner.run),
         **captioner.decode_config.to_json(),
         **scored,
-        "unfinished captions": unfinished_ratio(captions),
+        "unfinished captions": round(100 * num_unfinished / len(captions), 1),
         "split": args.split,
         "images": len(examples),
     }

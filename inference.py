@@ -254,7 +254,7 @@ def caption_images(
         captioner: the run.
         images: paths and addresses.
         writers: the outputs.
-        plots: the file for the attention plot of each image, if there shall be plots.
+        plots: the file of each image's attention plot, if plots are wanted.
         batch_size: images that are captioned at the same time.
         references: the captions that people wrote for each image, if they are known.
 
@@ -296,18 +296,10 @@ def caption_test_images(
 ) -> int:
     """Captions random test images of the run's dataset, next to their reference captions, as the tutorial does.
 
-    Args:
-        captioner: the run.
-        dataset: its dataset. If there are no test images, validation images are taken.
-        num_images: how many.
-        seed: of the choice; None for other images each time.
-        writers: the outputs.
-        image_format: of the attention plots, which are written into the run folder; None for no plots.
-
-    Returns:
-        The number of images that could not be read.
+    The choice is another one each time, unless a seed is given. The attention plots are written into the run folder,
+    unless their format is None. Returns the number of images that could not be read.
     """
-    # Not training images: the model may have memorized their captions.
+    # Not training images: the model may have memorized their captions. A dataset need not have test images.
     candidates = [example for example in dataset.examples if example.split == "test"] or dataset.split("val")
     examples = random.Random(seed).sample(candidates, min(num_images, len(candidates)))
     references = {str(dataset.image_dir / example.image_path): example.captions for example in examples}
@@ -331,12 +323,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser = make_parser(__doc__, "[option ...] [image ...]")
     add = parser.add_argument
     add("image", nargs="*", help="files, folders or addresses of images (default: a few test images)")
-    add(
-        "--from",
-        dest="image_list",
-        metavar="FILE",
-        help="read more images from a list, one a line; - is standard input",
-    )
+    list_help = "read more images from a list, one a line; - reads it from standard input"
+    add("--from", dest="image_list", metavar="FILE", help=list_help)
     add_model_options(parser)
     add = parser.add_argument_group("test images, if no images are given").add_argument
     add("--num-images", type=int_at_least(1), metavar="N", default=3, help="caption this many (default: 3)")
@@ -381,13 +369,8 @@ def load_captioner(args: argparse.Namespace) -> Captioner:
 def caption_from_args(args: argparse.Namespace, captioner: Captioner, writers: Iterable[Writer] = ()) -> int:
     """Captions the images of the command line, or a few test images.
 
-    Args:
-        args: what `parse` returned.
-        captioner: what `load_captioner` returned.
-        writers: outputs in addition to those that the command line asks for.
-
-    Returns:
-        The number of images that could not be read, which are logged.
+    `writers` are outputs in addition to those that the command line asks for. Returns the number of images that could
+    not be read, which are logged.
     """
     outputs = list(writers)
     images = args.inputs

@@ -2,7 +2,6 @@ import csv
 import json
 from pathlib import Path
 
-import numpy as np
 import pytest
 
 import evaluate
@@ -12,7 +11,7 @@ from captioning.base.files import write_json
 from captioning.base.quiet_tensorflow import tf
 from captioning.config.settings import DecodeConfig
 from captioning.scores import java_scores, metrics
-from inference import Caption, Captioner
+from inference import Captioner
 from tokenizer import Tokenizer
 
 REFERENCES = [
@@ -54,13 +53,6 @@ def test_generate_captions_divides_the_batch_by_the_beam(small_model, tokenizer,
         batch_sizes = evaluate.generate_captions(small_model, tokenizer, cache, dataset.split("train"), 24, config)
         assert batch_sizes == [6, 6, 4]
     assert evaluate.generate_captions(small_model, tokenizer, cache, dataset.split("val"), 2, config) == [1] * 4
-
-
-def test_unfinished_ratio_of_collapsed_model():
-    captions = [
-        Caption("a dog", ("a", "dog"), (1.0, 1.0), np.zeros((2, 64)), finished) for finished in (1.0, 1.0, 1.0, None)
-    ]
-    assert evaluate.unfinished_ratio(captions) == 25.0
 
 
 # A run.

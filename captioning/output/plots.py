@@ -48,8 +48,6 @@ NO_SCORES = ("train_loss", "train_seconds")  # of the columns of history.csv tha
 FONT_FAMILIES = (
     "DejaVu Sans",
     "Noto Sans CJK JP",
-    "Noto Sans CJK SC",
-    "Noto Sans CJK KR",
     "Noto Sans Thai",
     "Noto Sans Devanagari",
     "Noto Emoji",
@@ -57,7 +55,6 @@ FONT_FAMILIES = (
     "Arial Unicode MS",
     "Hiragino Sans",
     "Microsoft YaHei",
-    "Yu Gothic",
     "Malgun Gothic",
     "Segoe UI Symbol",
 )
@@ -80,17 +77,13 @@ class NotebookFigure(Figure):
         self.savefig(file, format="png")
         return file.getvalue()
 
-    def add_panel(self, left: float, top: float, width: float, height: float) -> Axes:
-        """Adds axes without ticks whose upper left corner is at (left, top)."""
+    def add_image(self, pixels: np.ndarray, left: float, top: float, width: float, height: float) -> None:
+        """Draws pixels (height, width, 3) with their upper left corner at (left, top)."""
         figure_width, figure_height = self.get_size_inches()
         bounds = (left / figure_width, 1 - (top + height) / figure_height, width / figure_width, height / figure_height)
         axes = self.add_axes(bounds)
         axes.set_axis_off()
-        return axes
-
-    def add_image(self, pixels: np.ndarray, left: float, top: float, width: float, height: float) -> None:
-        """Draws pixels (height, width, 3) with their upper left corner at (left, top)."""
-        self.add_panel(left, top, width, height).imshow(pixels, aspect="auto", interpolation="antialiased")
+        axes.imshow(pixels, aspect="auto", interpolation="antialiased")
 
     def add_text(self, left: float, top: float, text: str, points: float, **settings: Any) -> None:
         """Writes centred text below (left, top), with a font size in points; `settings` are Matplotlib's."""
@@ -156,12 +149,8 @@ def count_cells(text: str) -> int:
 
 
 def _cut_text(text: str, max_cells: int) -> str:
-    """Returns the beginning of a text that has at most so many cells."""
-    cells = 0
-    for position, char in enumerate(text):
-        cells += count_cells(char)
-        if cells > max_cells:
-            return text[:position]
+    while count_cells(text) > max_cells:
+        text = text[:-1]
     return text
 
 

@@ -9,27 +9,24 @@ import subprocess
 import sys
 import zipfile
 from collections.abc import Iterator
-from pathlib import Path
 
 from captioning.base.cli import InputError, log
 
 NEED_JAVA = "it needs Java (Debian, Ubuntu, Colab: apt-get install default-jre-headless)"
 NEEDS = {  # what the programs need; they do not tell what they lack
     "METEOR": "2 GB of memory, and a folder without a space in its path",
-    "SPICE": "8 GB of memory, and beside its code, in lib/, what it downloads the first time: the two .jar files of "
-    "http://nlp.stanford.edu/software/stanford-corenlp-full-2015-12-09.zip",
+    "SPICE": "8 GB of memory, and in its folder, which it writes into, lib/ with what it downloads the first time: the "
+    "two .jar files of http://nlp.stanford.edu/software/stanford-corenlp-full-2015-12-09.zip",
 }
 # From Java 16 on SPICE's libraries may not look into Java's own objects, and it fails before the first caption.
 SPICE_JAVA_VERSIONS = range(8, 16)
 
 
 def java_version() -> int | None:
-    """Returns the version of Java, such as 8 or 17; 0 if it does not tell, and None if there is no Java.
-
-    It is run to find out: macOS has a `java` that only prints where to download one.
-    """
+    """Returns the version of Java, such as 8 or 17; 0 if it does not tell, and None if there is no Java."""
     if not shutil.which("java"):
         return None
+    # It is run to find out: macOS has a `java` that only prints where to download one.
     done = subprocess.run(["java", "-version"], capture_output=True, text=True)
     if done.returncode != 0:
         return None
@@ -43,24 +40,13 @@ def has_java() -> bool:
 
 
 def check_spice() -> None:
-    """Checks, before captions are generated, what can be known of whether SPICE can run.
-
-    Raises:
-        InputError: there is no Java, or not one that SPICE runs in; or SPICE cannot write beside its code.
-    """
-    from pycocoevalcap.spice import spice
-
+    """Checks, before captions are generated, that there is a Java that SPICE runs in; raises InputError if not."""
     version = java_version()
     if version not in SPICE_JAVA_VERSIONS:
         found = "none" if version is None else f"Java {version or 'of an unknown version'}"
         raise InputError(
             f"--spice needs Java {SPICE_JAVA_VERSIONS[0]} to {SPICE_JAVA_VERSIONS[-1]}, found {found}; put the java of "
             "version 8 or 11 first in PATH (https://adoptium.net has them)"
-        )
-    folder = Path(spice.__file__).parent
-    if not os.access(folder, os.W_OK):
-        raise InputError(
-            f"--spice writes into {folder}, which is read-only here; install pycocoevalcap in a folder of yours"
         )
 
 
@@ -72,7 +58,7 @@ def compute_java_score(
     Args:
         name: which of them.
         references: of each image, split by `metrics.tokenize`.
-        captions: one of each image, in a list, split as well.
+        captions: one for each image, in a list, split in the same way.
 
     Returns:
         The score of all captions, and that of each image; None if the program fails, which is logged.

@@ -1,35 +1,23 @@
 r"""Splits English captions into the words that published scores are of, without Java.
 
-Papers are scored with pycocoevalcap, the code of the COCO challenge. Its words are those of the Penn Treebank: `can't`
-is two, ca and n't; t-shirt, 5:30 and p.m. are one each; full stops, commas and quotes are left out. It calls a Java
-program for them, PTBTokenizer of Stanford CoreNLP 3.4.1 with -preserveLines -lowerCase, and drops its own list of
-punctuation. `tokenize` gives the same words. Its rules were fitted to the answers of that program, and compared with
-it: none of 60,000 captions of Flickr8k and COCO differs, nor does any of 50,608 other forms of them (without the spaces
-that stand before their apostrophes, hyphens and full stops).
-
     tokenize("A man can't swim (yet).")   # ["a", "man", "ca", "n't", "swim", "-lrb-", "yet", "-rrb-"]
+
+Papers are scored with pycocoevalcap, the code of the COCO challenge. It calls a Java program for the words,
+PTBTokenizer of Stanford CoreNLP 3.4.1 with -preserveLines -lowerCase, and drops its own list of punctuation. The rules
+were fitted to its answers: none of 60,000 captions of Flickr8k and COCO is split otherwise, nor is any of 50,608 other
+forms of them (without the spaces before their apostrophes, hyphens and full stops).
 
 At each position every one of `RULES` is tried, and the longest match is the next token; of equally long ones, that of
 the first rule. Where a pattern has a group the group is the token, and the rest of the match is only looked at.
-Capitals go last, since some rules heed them: Wash. is a state, wash. the end of a sentence.
+Capitals go last, since some rules heed them: Wash. is a state, wash. the end of a sentence. Two habits of the program
+look like errors, and are kept: brackets stay, as -lrb- and -rrb-, and the euro and the pound become $ and #.
 
-Two habits of the published scores look like errors, and are kept: brackets stay, as -lrb- and -rrb-, because the list
-of punctuation has them in capitals; and the euro and the pound become $ and #.
+Known to differ: the full stop of an initial or of "No." at the end of a caption, for which the program looks at the
+caption after it; letters newer than Unicode 6; carriage returns, which are spaces here; addresses with wildcards; rare
+HTML entities.
 
-Known to differ:
-
-- The Java program reads all captions as one text. Where a caption ends in an initial, as in "on T. V.", it drops the
-  last full stop only if the next caption begins with The, A, It or the like; here it is always dropped. Where one ends
-  in "No.", it looks for a number at the start of the next caption; here there is none.
-- Letters that are newer than Unicode 6 are letters here, and left out there.
-- Carriage returns and other characters that end lines are spaces here; there they shift all captions that follow.
-- Addresses with wildcards or unusual paths, HTML entities other than the common ones, an abbreviation that is joined to
-  one more letter ("ltd.e").
-
-Other languages that are written with spaces are split by the same rules as there, on both sides of a score. Words of
-accented, Greek and Cyrillic letters are words; English rules hold for apostrophes (`l'homme` stays one word,
-`aujourd'hui` is two) and for abbreviations. Chinese, Japanese and Thai have no spaces: their scores are of
-characters (`--words characters`).
+Other languages that are written with spaces are split by the same rules as there, which take apostrophes and full stops
+for English ones. Chinese, Japanese and Thai have no spaces: their scores are of characters (`--words characters`).
 """
 
 import re
@@ -196,13 +184,9 @@ _DROPPED = frozenset(
 
 
 def tokenize(caption: str) -> list[str]:
-    """Splits a caption into words: those of pycocoevalcap's PTBTokenizer, which published scores are of.
+    """Splits an English caption into words: those of pycocoevalcap's PTBTokenizer, which published scores are of.
 
-    Args:
-        caption: English text of any length; empty text has no words.
-
-    Returns:
-        The words, in lower case and without punctuation. A few hold a no-break space, such as "1\u00a01/2".
+    They are in lower case and without punctuation. A few hold a no-break space, such as "1\u00a01/2".
     """
     tokens, position = [], 0
     while position < len(caption):
