@@ -51,12 +51,10 @@ FONT_FAMILIES = (
     "Noto Sans Thai",
     "Noto Sans Devanagari",
     "Noto Emoji",
-    "WenQuanYi Zen Hei",
     "Arial Unicode MS",
     "Hiragino Sans",
     "Microsoft YaHei",
     "Malgun Gothic",
-    "Segoe UI Symbol",
 )
 
 
@@ -123,23 +121,20 @@ class NotebookFigure(Figure):
 def best_grid(num_cells: int, aspect: float) -> tuple[int, int]:
     """Returns the rows and columns for cells of this width / height whose shape is nearest to `TARGET_ASPECT`."""
 
-    def distance(grid: tuple[int, int]) -> float:
-        rows, columns = grid
+    def distance(rows: int) -> float:
+        columns = math.ceil(num_cells / rows)
         return abs(math.log(columns / rows * aspect / TARGET_ASPECT))
 
-    return min(((rows, math.ceil(num_cells / rows)) for rows in range(1, num_cells + 1)), key=distance)
-
-
-def display_size(image: Image.Image) -> tuple[int, int]:
-    """Returns the width and height in pixels to draw an image with; at most `MAX_SIDE_PX`, and never only a line."""
-    aspect = min(MAX_ASPECT, max(1 / MAX_ASPECT, image.width / image.height))
-    return round(MAX_SIDE_PX * min(1, aspect)), round(MAX_SIDE_PX * min(1, 1 / aspect))
+    rows = min(range(1, num_cells + 1), key=distance)
+    return rows, math.ceil(num_cells / rows)
 
 
 def thumbnail(image: Image.Image) -> Image.Image:
-    """Returns an image as plots show it: upright, in RGB, and small enough that many can be kept in memory."""
+    """Returns an image as plots show it: upright, in RGB, at most `MAX_SIDE_PX` large, and never only a line."""
     image = to_rgb(image)
-    return image.resize(display_size(image), Image.Resampling.BICUBIC)
+    aspect = min(MAX_ASPECT, max(1 / MAX_ASPECT, image.width / image.height))
+    size = round(MAX_SIDE_PX * min(1, aspect)), round(MAX_SIDE_PX * min(1, 1 / aspect))
+    return image.resize(size, Image.Resampling.BICUBIC)
 
 
 def count_cells(text: str) -> int:

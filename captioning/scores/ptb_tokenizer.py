@@ -73,11 +73,6 @@ _SENTENCE_BEGINNINGS = (
 _TWO_WORDS = {"can": "not", "gim": "me", "gon": "na", "got": "ta", "lem": "me", "wan": "na"}  # cannot, gimme, ...
 
 
-def _capitalized(words: str, pattern: str = "[{0}{1}]{2}") -> str:
-    """Returns a pattern of words: of each, `pattern` with its first letter, that as a capital, and the other ones."""
-    return "|".join(pattern.format(word[0].lower(), word[0].upper(), word[1:]) for word in words.split("|"))
-
-
 # The rules. Of those with a group the group is the token; the rest of the match is looked at only.
 
 _CONTRACTED = rf"{_APOSTROPHE}(?:[msd]|re|ve|ll)"
@@ -85,7 +80,7 @@ _NOT = rf"n{_APOSTROPHE_OR_QUOTE}t"
 _HYPHENATED = rf"(?:[dDoOlL]{_APOSTROPHE}{_ALNUM})?{_ALNUM}+(?:{_HYPHEN}(?:[dDoOlL]{_APOSTROPHE}{_ALNUM})?{_ALNUM}+)*"
 _POINTED = r"[A-Za-z0-9][A-Za-z0-9.,\u00ad]*(?:-(?:[A-Za-z](?:\.[A-Za-z])+\.|[A-Za-z0-9\u00ad]+))+"
 _NAME = r"[A-Za-z][\w.:-]*"
-_BEGINNING = rf"(?:{_capitalized(_SENTENCE_BEGINNINGS, '{1}(?i:{2})')})"
+_BEGINNING = rf"(?=[A-Z])(?i:{_SENTENCE_BEGINNINGS})"
 _FILE_ENDINGS = (
     "bat|bmp|c|class|cgi|cpp|dll|doc|docx|exe|gif|gz|h|html?|jar|java|jpe?g|mov|mp3|pdf|php|pl|png|ppt|ps|py|sql|tar|"
     "txt|wav|x|xml|zip|wmv"
@@ -132,8 +127,8 @@ _PATTERNS = {
     "language: C++, F#": r"(?i:c\+\+|[cf]#)",
     # Words that keep their full stop.
     "abbreviation: Mr.": rf"(?i:ph\.d|ed\.d|{_ABBREVIATIONS})\.",
-    "abbreviation with a capital: Wash.": rf"(?:{_capitalized(_CAPITALIZED_ABBREVIATIONS, '{1}(?i:{2})')})\.",
-    "abbreviation in small letters: pty.": rf"(?:{_capitalized(_SMALL_ABBREVIATIONS)})\.",
+    "abbreviation with a capital: Wash.": rf"(?=[A-Z])(?i:{_CAPITALIZED_ABBREVIATIONS})\.",
+    "abbreviation in small letters: pty.": rf"(?=[A-Za-z][a-z]+\.)(?i:{_SMALL_ABBREVIATIONS})\.",
     "abbreviation before a number: no. 5": rf"((?i:{_ABBREVIATIONS_OF_NUMBERS})\.)\s*\d",
     "letter before a sentence: plan b. The": rf"([A-Za-z])\.(?:\s+{_BEGINNING}{_END}|\s*\Z)",
     "initials: J., p.m.": r"[A-Za-z](?:\.[A-Za-z])*\.",

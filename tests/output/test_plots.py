@@ -12,7 +12,6 @@ from captioning.output.plots import (
     NotebookFigure,
     best_grid,
     count_cells,
-    display_size,
     overlay_attention,
     plot_attention,
     plot_caption_grid,
@@ -103,8 +102,7 @@ def test_plot_caption_grid_has_every_image_with_its_caption():
 @pytest.mark.parametrize(
     ("size", "expected"), [((600, 300), (480, 240)), ((10, 40), (120, 480)), ((3000, 1), (480, 96))]
 )
-def test_display_size_limits_side_and_aspect(size, expected):
-    assert display_size(Image.new("L", size)) == expected
+def test_thumbnail_limits_side_and_aspect(size, expected):
     small = thumbnail(Image.new("L", size))
     assert (small.size, small.mode) == (expected, "RGB")
 
@@ -159,15 +157,6 @@ def test_plot_history_without_scores_marks_lowest_validation_loss(missing):
     (losses,) = figure.axes
     assert losses.get_title() == "best: epoch 2, with a validation loss of 2.50"
     assert losses.lines[2].get_xydata().tolist() == [[2, 2.5]]
-
-
-def test_plot_history_marks_the_epoch_that_the_loss_chose_beside_scores():
-    """CIDEr of a few images is shown, but did not choose."""
-    figure = plot_history(history_rows((1, 4, 3, 5, 20), (2, 3, 2.5, 0, 0)), 2, "val_loss")
-    losses, scores = figure.axes
-    assert losses.get_title() == "best: epoch 2, with a validation loss of 2.50"
-    assert losses.lines[2].get_xydata().tolist() == [[2, 2.5]]
-    assert len(scores.lines) == 1 and scores.get_ylim()[1] > 20
 
 
 def test_plot_history_plots_other_columns_of_the_training_beside_cider():

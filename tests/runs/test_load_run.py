@@ -35,15 +35,8 @@ def test_open_run_leaves_folders_to_the_core_and_the_rest_to_the_guest(run, tmp_
 def test_load_run_restores_what_was_saved(run, small_model, tokenizer):
     caption_model, loaded_tokenizer, config = load_run(run)
     assert loaded_tokenizer.index_word == tokenizer.index_word and config == read_config(run)
-    assert loaded_tokenizer.words == "spaces"
     for variable, expected in zip(caption_model.trainable_variables, small_model.trainable_variables, strict=True):
         np.testing.assert_array_equal(variable, expected)
-
-
-def test_load_run_knows_what_a_word_is(run):
-    config = json.loads((run / "config.json").read_text())
-    (run / "config.json").write_text(json.dumps(config | {"data": config["data"] | {"words": "characters"}}))
-    assert load_run(run)[1].words == "characters"
 
 
 def test_load_run_refuses_vocabulary_of_other_weights(run):

@@ -125,16 +125,6 @@ def test_restore_model_refuses_other_sizes_before_it_builds(run):
         restore_model(best_checkpoint(run), config, fail)
 
 
-def test_restore_model_refuses_weights_that_are_not_in_the_checkpoint(run):
-    def build_larger(config):
-        model = SmallModel(config)
-        model.more = tf.Variable([1.0])
-        return model
-
-    with pytest.raises(InputError, match=r"damaged, or not the weights of this config\.json"):
-        restore_model(best_checkpoint(run), CONFIG.model, build_larger)
-
-
 def test_restore_model_refuses_damaged_checkpoint(run):
     for path in (run / "checkpoints").rglob("*.data-*"):
         path.write_bytes(path.read_bytes()[:100])
@@ -218,13 +208,6 @@ def test_read_config_refuses_other_formats(run, value):
 def test_read_config_refuses_wrong_values(run, changes, message):
     edit_config(run, **changes)
     with pytest.raises(InputError, match=rf"not the config\.json of a run \(.*{re.escape(message)}"):
-        read_config(run)
-
-
-@pytest.mark.parametrize("text", ["[]", "null"])
-def test_read_config_refuses_other_json(run, text):
-    (run / "config.json").write_text(text)
-    with pytest.raises(InputError, match=r"not the config\.json of a run"):
         read_config(run)
 
 
