@@ -36,7 +36,6 @@ from captioning.config.options import add_options
 from captioning.config.run_config import RunConfig
 from captioning.config.settings import DecodeConfig, FeatureConfig
 from captioning.decoder.decoding import StepModel, decode
-from captioning.decoder.sampling import image_keys
 from captioning.images.feature_cache import check_cnn_weights, find_cnn_weights, min_jpeg_side
 from captioning.images.image_args import find_images, is_url, open_image, plot_paths
 from captioning.images.reading import ImageSource, map_threads, read_image, set_max_megapixels
@@ -134,8 +133,8 @@ class Captioner:
         # until <end>. The tutorial draws each word at random by its probability, so that a bad word comes up now and
         # then, and the next call gives another caption. Greedy search takes the most probable word at every step, which
         # is repeatable. A beam search (--beam-size) also keeps captions whose first words are less probable, but which
-        # are more probable as a whole. `image_keys` only seeds the random words of --sample.
-        decoded = decode(self.model, image_features, self.decode_config, image_keys(pixels))  # tokens: (1, T)
+        # are more probable as a whole. The pixels only seed the random words of --sample.
+        decoded = decode(self.model, image_features, self.decode_config, pixels)  # tokens: (1, T)
         # Look up the words of the ids. Each has its probability, and its attention weights: the shares, which sum to 1,
         # of the 64 locations in the context vector from which the word was predicted. `plot_attention` draws them over
         # the image. They show where the model looked, which is not always why it chose the word.
@@ -162,7 +161,7 @@ class Captioner:
         """Captions images read by `load_image`, (B, size, size, 3) uint8."""
         # The captions of a batch grow in step, word by word. One that has its <end> is padded until the longest
         # has ended, too.
-        decoded = decode(self.model, self.extract_features(pixels), self.decode_config, image_keys(pixels))
+        decoded = decode(self.model, self.extract_features(pixels), self.decode_config, pixels)
         return to_captions(decoded, self.tokenizer, self.decode_config.captions)
 
     def extract_features(self, pixels: np.ndarray) -> tf.Tensor:

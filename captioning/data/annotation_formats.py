@@ -309,7 +309,9 @@ def read_table(content: Any, options: ReadOptions) -> Parsed | None:
         rows += [CaptionRow(line[image], text, split=split) for text in _parse_cell(line[caption])]
     used = ", ".join(filter(None, columns))
     if long := [row.caption for row in rows if "\n" in str(row.caption)]:
-        repairs += f"; {len(long):,} captions run over several lines (is a quote left open?), the first: {long[0][:60]!r}"
+        repairs += (
+            f"; {len(long):,} captions run over several lines (is a quote left open?), the first: {long[0][:60]!r}"
+        )
     return Parsed(rows, f"columns {used}, separated by {SEPARATORS.get(separator, separator)}{repairs}")
 
 
