@@ -29,11 +29,18 @@ from captioning.decoder.decoding import StepModel
 from captioning.images.feature_cache import FeatureCache, FeatureSource, map_prefetch, open_run_cache
 from captioning.images.image_records import ImageRecords
 from captioning.runs.run_folder import open_run, read_config
-from captioning.scores.coco_results import match_results, read_results
+from captioning.scores.coco_results import read_results
 from captioning.scores.java_scores import check_spice
-from captioning.scores.metrics import Scores, distinct_ratio, has_pycocoevalcap, mid_sentence_ratio, score_all
+from captioning.scores.metrics import (
+    TOKENIZERS,
+    Scores,
+    distinct_ratio,
+    has_pycocoevalcap,
+    mid_sentence_ratio,
+    score_all,
+)
 from captioning.scores.score_table import check_table_path, write_score_table
-from tokenizer import Tokenizer, split_words
+from tokenizer import Tokenizer
 
 # What the scores measure, all in percent:
 #   BLEU-n    which share of the sequences of up to n words are also in a reference; captions that are too short lose
@@ -94,30 +101,17 @@ def caption_examples(
 ) -> list[inference.Caption]:
     """Captions images of a run's dataset from their cached features, or else from the images themselves.
 
-    Args:
-        captioner: the run.
-        image_dir: the folder of the images.
-        examples: the images.
-        features_dir: the folder of their features; None for the folder that the run was trained with.
-
-    Raises:
-        InputError: the features are not complete, or images have changed since; or an image cannot be read.
+    The features are those in `features_dir`, by default in the folder that the run was trained with. They must be
+    complete and up to date, and all images readable; otherwise it raises InputError.
     """
     manifest = captioner.config.features
     folder = Path(features_dir or manifest["folder"])
+    if features_dir or folder.exists():
+        cache = open_run_cache(manifest | {"folder": str(folder)})
+        check_features(cache, image_dir, examples)
+        return generate_captions(captioner.model, captioner.tokenizer, cache, examples, config=captioner.decode_config)
     # A run that came from another machine has no features here, nor has one whose CNN was trained with the decoder.
-    if features_dir is None and not folder.exists():
-        log(f"no cached features in {folder}: computing them from the images")
-        return caption_from_images(captioner, image_dir, examples)
-    cache = open_run_cache(manifest | {"folder": str(folder)})
-    check_features(cache, image_dir, examples)
-    return generate_captions(captioner.model, captioner.tokenizer, cache, examples, config=captioner.decode_config)
-
-
-def caption_from_images(
-    captioner: inference.Captioner, image_dir: Path, examples: list[Example]
-) -> list[inference.Caption]:
-    """Captions images without cached features; raises InputError if one cannot be read."""
+    log(f"no cached features in {folder}: computing them from the images")
     paths = [str(image_dir / example.image_path) for example in examples]
     captions = []
     with progress_bar(total=len(paths), unit="image", desc="captions") as progress:
@@ -128,11 +122,6 @@ def caption_from_images(
             captions.append(result.caption)
             progress.update()
     return captions
-
-
-def unfinished_ratio(captions: list[inference.Caption]) -> float:
-    """Returns the number of captions without <end>, in percent of all captions."""
-    return round(100 * sum(not caption.finished for caption in captions) / len(captions), 1)
 
 
 def check_features(cache: FeatureCache, image_dir: Path, examples: list[Example]) -> None:
@@ -164,70 +153,22 @@ def score_texts(
     Args:
         examples: the images.
         texts: the caption of each.
-        words: how captions are split into words, see `tokenizer.split_words`.
-        with_spice: whether to compute SPICE.
+        words: what a word is, see `tokenizer.split_words`.
+        with_spice: whether to compute SPICE, which takes Java and minutes.
 
     Returns:
-        What the metrics file has of the scores, and the scores.
+        What metrics_<split>.json has of the scores; and all scores.
     """
     # A caption may agree with any of the captions that people wrote for its image.
     references = [list(example.captions) for example in examples]
-    scores, tokenizer_name = score_all(references, texts, split_words, words, with_spice)
+    scores = score_all(references, texts, words, with_spice)
     metrics = {
-        "tokenizer": tokenizer_name,
+        "tokenizer": TOKENIZERS[words],
         "scores": scores.total,
         "distinct captions": distinct_ratio(texts),
         "end in mid-sentence": mid_sentence_ratio(texts),
     }
     return metrics, scores
-
-
-def score_file(
-    path: Path,
-    examples: list[Example],
-    all_examples: Sequence[Example] = (),
-    words: str = "spaces",
-    with_spice: bool = False,
-) -> tuple[dict[str, Any], list[str], Scores]:
-    """Scores a COCO results file against the reference captions of some images.
-
-    Args:
-        path: the file.
-        examples: the images.
-        all_examples: the images of all splits: the file may also have captions of the others, which are left out.
-            None if `examples` are all.
-        words: how captions are split into words, see `tokenizer.split_words`.
-        with_spice: whether to compute SPICE.
-
-    Returns:
-        The metrics, the caption of each image, and the scores.
-
-    Raises:
-        InputError: an image has no caption; or see `read_results` and `match_results`.
-    """
-    # Captions of other splits are normal: a file may hold all images. Captions of no image at all may be a mistake in
-    # the ids, so that they are reported, and are an error only if an image is left without a caption.
-    results = read_results(path)
-    captions, unknown_ids = match_results(path, results, all_examples or examples)
-    no_image = ""
-    if unknown_ids:
-        no_image = (
-            f"{len(unknown_ids):,} of its {len(results):,} captions belong to no image of the data, the first with "
-            f"image_id {unknown_ids[0]!r}"
-        )
-    if missing := [example for example in examples if example not in captions]:
-        reason = f"{no_image}; expected ids, paths or file names" if no_image else "are they of this --split?"
-        raise InputError(
-            f"{path}: no caption of {len(missing):,} of the {len(examples):,} images, the first with image_id "
-            f"{missing[0].image_id} ({missing[0].image_path}); {reason}"
-        )
-    if no_image:
-        log(f"{path}: {no_image}; left out")
-    if num_others := len(captions) - len(examples):
-        log(f"{path}: {num_others:,} captions of images of other splits are left out")
-    texts = [captions[example] for example in examples]
-    metrics, scores = score_texts(examples, texts, words, with_spice)
-    return {"results": str(path), **metrics}, texts, scores
 
 
 # The command.
@@ -237,27 +178,17 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     """Parses the command line; `args.other_data` are the data of --results, or None for the data of the run."""
     parser = make_parser(__doc__)
     inference.add_model_options(parser)
-    parser.add_argument(
-        "--split", choices=(*SPLITS, "all"), help="images to score (default: val; of data given below, all)"
+    add = parser.add_argument
+    add("--split", choices=(*SPLITS, "all"), help="images to score (default: val; of data given below, all)")
+    results_help = (
+        "score these captions, COCO results made elsewhere, against the data of the run or those given below; writes "
+        "FILE_metrics_<split>.json"
     )
-    parser.add_argument(
-        "--results",
-        type=Path,
-        metavar="FILE.json",
-        help="score these captions, COCO results made elsewhere, against the data of the run or the data given below; "
-        "writes FILE_metrics_<split>.json",
-    )
-    parser.add_argument(
-        "--per-image",
-        type=Path,
-        metavar="FILE.csv",
-        help="write a table of the images with their captions, scores and references, the worst first",
-    )
-    parser.add_argument(
-        "--spice",
-        action="store_true",
-        help="compute SPICE too: needs Java 8 to 15; the first time downloads Stanford CoreNLP",
-    )
+    add("--results", type=Path, metavar="FILE.json", help=results_help)
+    table_help = "write a table of the images with their captions, scores and references, the worst first"
+    add("--per-image", type=Path, metavar="FILE.csv", help=table_help)
+    spice_help = "compute SPICE too: needs Java 8 to 15; the first time downloads Stanford CoreNLP"
+    add("--spice", action="store_true", help=spice_help)
     group = parser.add_argument_group("features of the run, if they were moved")
     add_options(group, FeatureConfig, only=("features_dir",))
     title = "data of --results (default: the run's); or where the data of the run are, if they were moved"
@@ -265,21 +196,21 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add_quiet_option(parser)
     args = parser.parse_args(argv)
     args.other_data = other_data_from_args(args)
+    args.split = args.split or ("all" if args.other_data else "val")
+    # What is missing is found out now, not after hours of captioning.
     if args.results and DecodeConfig.from_args(args) != DecodeConfig():
         raise InputError("--results holds captions already; --beam-size and the like are for a run")
     if args.per_image:
         check_table_path(args.per_image)
-    args.split = args.split or ("all" if args.other_data else "val")
-    check_tools(args.spice)
+    if not has_pycocoevalcap():
+        raise InputError("scoring needs pycocoevalcap, which is not installed; run `pip install pycocoevalcap`")
+    if args.spice:
+        check_spice()
     return args
 
 
 def other_data_from_args(args: argparse.Namespace) -> DataConfig | None:
-    """Returns the data that the captions of --results are scored against, or None for the data of the run.
-
-    Raises:
-        InputError: the data options contradict the others.
-    """
+    """Returns the data that the captions of --results are scored against, or None for the data of the run."""
     data_config = DataConfig.from_args(args)
     if data_config == NO_DATA:
         return None
@@ -297,21 +228,13 @@ def other_data_from_args(args: argparse.Namespace) -> DataConfig | None:
     return None
 
 
-def check_tools(with_spice: bool) -> None:
-    """Checks that the programs that compute the scores are installed, before hours of captioning."""
-    if not has_pycocoevalcap():
-        raise InputError("scoring needs pycocoevalcap, which is not installed; run `pip install pycocoevalcap`")
-    if with_spice:
-        check_spice()
-
-
 def select_split(dataset: data_utils.CaptionDataset, split: str) -> list[Example]:
     """Returns the examples of a split, or of all."""
     return list(dataset.examples) if split == "all" else dataset.split(split)
 
 
 def check_spice_words(args: argparse.Namespace, words: str) -> None:
-    """Checks that SPICE, if it is asked for, is of words between spaces; raises InputError if it is of characters."""
+    """Raises InputError if --spice is given for captions of characters."""
     if args.spice and words == "characters":
         raise InputError("--spice supports English words only, and these captions are split into characters; omit it")
 
@@ -331,8 +254,10 @@ def evaluate_results(args: argparse.Namespace) -> None:
         source = str(run)
     examples = select_split(dataset, args.split)
     check_spice_words(args, data_config.words)
-    metrics, texts, scores = score_file(args.results, examples, dataset.examples, data_config.words, args.spice)
-    metrics |= {"references": source, "split": args.split, "images": len(examples)}
+    texts = read_results(args.results, examples, dataset.examples)  # the file may hold captions of other splits
+    metrics, scores = score_texts(examples, texts, data_config.words, args.spice)
+    metrics = {"results": str(args.results), **metrics, "references": source}
+    metrics |= {"split": args.split, "images": len(examples)}
     print_metrics(args.results, metrics)
     write_json(args.results.parent / f"{args.results.stem}_metrics_{args.split}.json", metrics)
     if args.per_image:
@@ -350,12 +275,13 @@ def evaluate_run(args: argparse.Namespace) -> Evaluation:
     # scored like that, it would look better than it is.
     captions = caption_examples(captioner, dataset.image_dir, examples, args.features_dir)
     texts = [caption.text for caption in captions]
+    num_unfinished = sum(not caption.finished for caption in captions)  # without <end>
     scored, scores = score_texts(examples, texts, captioner.tokenizer.words, args.spice)
     metrics = {
         "run": str(captioner.run),
         **captioner.decode_config.to_json(),
         **scored,
-        "unfinished captions": unfinished_ratio(captions),
+        "unfinished captions": round(100 * num_unfinished / len(captions), 1),
         "split": args.split,
         "images": len(examples),
     }

@@ -19,7 +19,7 @@ import dataclasses
 import functools
 import itertools
 import random
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -36,14 +36,12 @@ from captioning.config.options import add_options
 from captioning.config.run_config import RunConfig
 from captioning.config.settings import DecodeConfig, FeatureConfig
 from captioning.decoder.decoding import StepModel, decode
-from captioning.decoder.sampling import image_keys
 from captioning.images.feature_cache import check_cnn_weights, find_cnn_weights, min_jpeg_side
 from captioning.images.image_args import find_images, is_url, open_image, plot_paths
 from captioning.images.reading import ImageSource, map_threads, read_image, set_max_megapixels
 from captioning.output.captions import Caption, to_captions
 from captioning.output.plots import FORMATS, MAX_GRID_IMAGES, thumbnail
-from captioning.output.results import CaptionedImage, GridWriter, JsonWriter, TextWriter, Writer, write_plot
-from captioning.output.results_csv import ResultsCsv
+from captioning.output.results import CaptionedImage, CsvWriter, GridWriter, JsonWriter, TextWriter, Writer, write_plot
 from captioning.runs.run_folder import VOCABULARY_FILE, best_checkpoint, open_run, read_config, restore_model
 from tokenizer import Tokenizer
 
@@ -63,11 +61,7 @@ def decode_captions(
 
 
 def load_run(run: Path | str) -> tuple[model.CaptionModel, Tokenizer, RunConfig]:
-    """Loads a run: the model with its best weights, its tokenizer and its settings, checked against each other.
-
-    Raises:
-        InputError: something is missing, or does not belong to the rest.
-    """
+    """Loads a run: the model with its best weights, its tokenizer and its settings, checked against each other."""
     run = Path(run)
     prefix = best_checkpoint(run)  # the epoch with the best score on the validation images, not the last one
     config = read_config(run)
@@ -85,10 +79,6 @@ class Captioner:
     """A trained run that captions images.
 
     Attributes:
-        model: the caption model.
-        tokenizer: its vocabulary.
-        config: the settings of the run.
-        run: the run folder.
         decode_config: how captions are searched for.
         min_jpeg_side: how large JPEGs are decoded, as for the training; see `captioning.images.reading.read_image`.
         image_size: the sides of the square images that the CNN takes, in pixels.
@@ -115,11 +105,7 @@ class Captioner:
 
     @classmethod
     def load(cls, run: Path | str | None, config: DecodeConfig = GREEDY, compile_cnn: bool = True) -> "Captioner":
-        """Loads a run: its folder, a .zip of it or the address of one; None for the latest in runs/.
-
-        Raises:
-            InputError: see `captioning.runs.run_folder.open_run` and `load_run`.
-        """
+        """Loads a run: its folder, a .zip of it or the address of one; None for the latest in runs/."""
         folder = open_run(run)
         return cls(*load_run(folder), folder, config, compile_cnn)
 
@@ -134,13 +120,10 @@ class Captioner:
         return dataclasses.replace(config, max_words=config.max_words or self.config.train.max_length)
 
     def caption(self, image: ImageSource) -> Caption:
-        """Captions one image: the tutorial's `evaluate(image)`.
+        """Captions one image: the tutorial's `evaluate(image)`. Raises InputError if it cannot be read.
 
         Args:
             image: a path, a file's content, an open file, pixels or a Pillow image; see `reading.read_image`.
-
-        Raises:
-            InputError: the image cannot be read, or the CNN cannot be built.
         """
         image = image.read() if hasattr(image, "read") else image  # an open file can be read only once
         # Read the image and compute its features exactly as for the training: the model knows no others.
@@ -150,8 +133,8 @@ class Captioner:
         # until <end>. The tutorial draws each word at random by its probability, so that a bad word comes up now and
         # then, and the next call gives another caption. Greedy search takes the most probable word at every step, which
         # is repeatable. A beam search (--beam-size) also keeps captions whose first words are less probable, but which
-        # are more probable as a whole. `image_keys` only seeds the random words of --sample.
-        decoded = decode(self.model, image_features, self.decode_config, image_keys(pixels))  # tokens: (1, T)
+        # are more probable as a whole. The pixels only seed the random words of --sample.
+        decoded = decode(self.model, image_features, self.decode_config, pixels)  # tokens: (1, T)
         # Look up the words of the ids. Each has its probability, and its attention weights: the shares, which sum to 1,
         # of the 64 locations in the context vector from which the word was predicted. `plot_attention` draws them over
         # the image. They show where the model looked, which is not always why it chose the word.
@@ -159,11 +142,7 @@ class Captioner:
         return dataclasses.replace(caption, image=image)
 
     def caption_batch(self, images: Iterable[ImageSource], batch_size: int = BATCH_SIZE) -> list[Caption]:
-        """Captions many images, faster than one by one; they are read ahead with several threads.
-
-        Raises:
-            InputError: an image cannot be read, or the CNN cannot be built.
-        """
+        """Captions many images, faster than one by one. Raises InputError if one cannot be read."""
         sources = (image.read() if hasattr(image, "read") else image for image in images)
         # Threads read the next images while the CNN and the decoder work on these.
         loaded = map_threads(self.load_image, sources, NUM_AHEAD * batch_size)
@@ -182,12 +161,8 @@ class Captioner:
         """Captions images read by `load_image`, (B, size, size, 3) uint8."""
         # The captions of a batch grow in step, word by word. One that has its <end> is padded until the longest
         # has ended, too.
-        decoded = decode(self.model, self.extract_features(pixels), self.decode_config, image_keys(pixels))
+        decoded = decode(self.model, self.extract_features(pixels), self.decode_config, pixels)
         return to_captions(decoded, self.tokenizer, self.decode_config.captions)
-
-    def caption_features(self, features: tf.Tensor) -> list[Caption]:
-        """Captions image features, (B, L, C)."""
-        return decode_captions(self.model, self.tokenizer, features, self.decode_config)
 
     def extract_features(self, pixels: np.ndarray) -> tf.Tensor:
         """Computes the features (B, L, C) of images (B, size, size, 3)."""
@@ -208,33 +183,19 @@ class Captioner:
 
     @functools.cached_property
     def _run_extractor(self) -> tf.keras.Model | tf.types.experimental.PolymorphicFunction:
-        """The CNN, as a graph for any number of images if `compile_cnn`."""
         return tf.function(self.extractor, reduce_retracing=True) if self.compile_cnn else self.extractor
 
 
-def caption_and_plot(
-    captioner: Captioner, path: Path, folder: Path, name: str | None = None, image_format: str = "png"
-) -> tuple[Caption, Path | None]:
-    """Captions an image, and plots the attention into `<folder>/<name>_attention.<image_format>`.
-
-    Args:
-        captioner: the run.
-        path: the image.
-        folder: where the plot is written.
-        name: the beginning of the plot's name; that of the image by default.
-        image_format: the ending of the plot's name.
+def caption_and_plot(captioner: Captioner, path: Path, folder: Path) -> tuple[Caption, Path | None]:
+    """Captions an image, and plots the attention for each word into a folder.
 
     Returns:
         The caption, and the path of the plot; None if it cannot be written there, which is logged.
-
-    Raises:
-        InputError: the image cannot be read.
-        OSError: the disk is full.
     """
     # The plot has the proportions of the image, and the CNN a square: the grid of attention is stretched for it.
     image = read_image(path, captioner.min_jpeg_side)
     caption = captioner.caption(image)
-    plot_path = folder / f"{name or path.stem}_attention.{image_format}"
+    plot_path = folder / f"{path.stem}_attention.png"
     return caption, plot_path if write_plot(thumbnail(image), caption, plot_path) else None
 
 
@@ -246,19 +207,14 @@ def caption_stream(
 ) -> Iterator[CaptionedImage | InputError]:
     """Captions files and addresses in batches; the next ones are read, or downloaded, while the CNN computes.
 
-    The memory does not grow with their number.
-
     Args:
         captioner: the run.
-        images: paths and addresses.
+        images: paths and addresses; any number of them, since the memory does not grow with it.
         batch_size: images that are captioned at the same time.
         with_copies: whether to give a small copy of each image, for plots and other outputs that show it.
 
     Yields:
         Each image with its caption, in the given order, or the reason why it cannot be read.
-
-    Raises:
-        InputError: the CNN cannot be built.
     """
 
     def load(image: str) -> tuple[np.ndarray, Image.Image | None] | InputError:
@@ -289,6 +245,7 @@ def caption_images(
     writers: Sequence[Writer],
     plots: dict[str, Path] | None = None,
     batch_size: int = BATCH_SIZE,
+    references: Mapping[str, Sequence[str]] | None = None,
 ) -> int:
     """Captions files and addresses, and hands each caption to the writers.
 
@@ -296,44 +253,36 @@ def caption_images(
         captioner: the run.
         images: paths and addresses.
         writers: the outputs.
-        plots: the file for the attention plot of each image; None for no plots.
+        plots: the file of each image's attention plot, if plots are wanted.
         batch_size: images that are captioned at the same time.
+        references: the captions that people wrote for each image, if they are known.
 
     Returns:
-        The number of images that could not be read, which are logged.
-
-    Raises:
-        InputError: the only image cannot be read, or the CNN cannot be built.
+        The number of images that could not be read, which are logged. If it is the only one, that is an InputError.
     """
     num_failed = 0
     # Copies cost time and memory: only if something shows the images.
     with_copies = plots is not None or any(writer.shows_images for writer in writers)
     results = caption_stream(captioner, images, batch_size, with_copies)
-    with progress_bar(total=len(images), unit="image", desc="captions", disable=len(images) == 1) as progress:
+    with progress_bar(total=len(images), unit="image", desc="captions", disable=len(images) <= 1) as progress:
         for image, result in zip(images, results, strict=True):
             progress.update()
-            if not isinstance(result, InputError):
-                if plot := write_result(result, writers, plots[image] if plots else None):
-                    log(f"attention: {plot}")
-            elif len(images) == 1:
-                raise result
-            else:
+            if isinstance(result, InputError):
+                if len(images) == 1:
+                    raise result
                 log(f"inference.py: {result}", error=True)
                 num_failed += 1
+                continue
+            plot = plots[image] if plots else None
+            if plot and not (result.image and write_plot(result.image, result.caption, plot)):
+                plot = None
+            if references:
+                result = result._replace(references=references[image])
+            elif plot:
+                log(f"attention: {plot}")
+            for writer in writers:
+                writer.write(result, plot)
     return num_failed
-
-
-def write_result(result: CaptionedImage, writers: Iterable[Writer], plot: Path | None) -> Path | None:
-    """Plots the attention of an image, unless `plot` is None, and hands its caption to the writers.
-
-    Returns:
-        The plot; None if there is none, or it could not be written.
-    """
-    if plot and result.image and not write_plot(result.image, result.caption, plot):
-        plot = None
-    for writer in writers:
-        writer.write(result, plot)
-    return plot
 
 
 def caption_test_images(
@@ -343,27 +292,18 @@ def caption_test_images(
     seed: int | None,
     writers: Sequence[Writer],
     image_format: str | None = "png",
-) -> None:
+) -> int:
     """Captions random test images of the run's dataset, next to their reference captions, as the tutorial does.
 
-    Args:
-        captioner: the run.
-        dataset: its dataset. If there are no test images, validation images are taken.
-        num_images: how many.
-        seed: of the choice; None for other images each time.
-        writers: the outputs.
-        image_format: of the attention plots, which are written into the run folder; None for no plots.
+    The choice is another one each time, unless a seed is given. The attention plots are written into the run folder,
+    unless their format is None. Returns the number of images that could not be read.
     """
-    # Not training images: the model may have memorized their captions.
+    # Not training images: the model may have memorized their captions. A dataset need not have test images.
     candidates = [example for example in dataset.examples if example.split == "test"] or dataset.split("val")
     examples = random.Random(seed).sample(candidates, min(num_images, len(candidates)))
-    images = [str(dataset.image_dir / example.image_path) for example in examples]
-    plots = plot_paths(images, captioner.run / "attention", image_format or "png")
-    for image, example, result in zip(images, examples, caption_stream(captioner, images), strict=True):
-        if isinstance(result, InputError):
-            log(f"skipped {result}", error=True)
-        else:
-            write_result(result._replace(references=example.captions), writers, plots[image] if image_format else None)
+    references = {str(dataset.image_dir / example.image_path): example.captions for example in examples}
+    plots = plot_paths(references, captioner.run / "attention", image_format) if image_format else None
+    return caption_images(captioner, list(references), writers, plots, references=references)
 
 
 # The command.
@@ -380,23 +320,14 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
     """Parses the command line; `args.inputs` are the paths and addresses of the images, each once."""
     parser = make_parser(__doc__, "[option ...] [image ...]")
-    parser.add_argument(
-        "image",
-        nargs="*",
-        help="files, folders (with their subfolders) or http(s) addresses of images (default: a few test images)",
-    )
-    parser.add_argument(
-        "--from",
-        dest="image_list",
-        metavar="FILE",
-        help="read more images from a list, one a line; - reads it from standard input",
-    )
+    add = parser.add_argument
+    add("image", nargs="*", help="files, folders or addresses of images (default: a few test images)")
+    list_help = "read more images from a list, one a line; - reads it from standard input"
+    add("--from", dest="image_list", metavar="FILE", help=list_help)
     add_model_options(parser)
-    group = parser.add_argument_group("test images, if no images are given")
-    group.add_argument(
-        "--num-images", type=int_at_least(1), metavar="N", default=3, help="caption this many (default: 3)"
-    )
-    group.add_argument("--seed", type=int, metavar="N", help="seed of the choice (default: other images each time)")
+    add = parser.add_argument_group("test images, if no images are given").add_argument
+    add("--num-images", type=int_at_least(1), metavar="N", default=3, help="caption this many (default: 3)")
+    add("--seed", type=int, metavar="N", help="seed of the choice (default: other images each time)")
     data_utils.add_location_options(parser)
     add_output_options(parser.add_argument_group("output"))
     args = parser.parse_args(argv)
@@ -410,36 +341,16 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 
 def add_output_options(group: argparse._ArgumentGroup) -> None:
     """Adds the options that say where captions and plots go, and how images are read."""
-    group.add_argument(
-        "--csv",
-        type=Path,
-        metavar="FILE",
-        help="write a table: image, rank, caption, confidence, log_prob, finished. Run again, the command resumes it",
-    )
-    group.add_argument(
-        "--json",
-        action="store_true",
-        help="print a JSON object per image, one a line: image, caption, confidence, words with probabilities, plot",
-    )
-    group.add_argument(
-        "--plots",
-        action=argparse.BooleanOptionalAction,
-        help="plot the attention of each image (default: of one image, and of test images)",
-    )
-    group.add_argument(
-        "--output-dir",
-        type=Path,
-        metavar="DIR",
-        default=Path(),
-        help="write <image>_attention.png there (default: the current folder; for test images, the run folder)",
-    )
-    group.add_argument("--format", choices=FORMATS, default="png", help="format of the plots (default: png)")
-    group.add_argument(
-        "--grid",
-        type=Path,
-        metavar="FILE",
-        help=f"write one plot of the images with their captions, {MAX_GRID_IMAGES} at most: .png, .svg or .pdf",
-    )
+    add = group.add_argument
+    add("--csv", type=Path, metavar="FILE", help="write a table of the captions; run again, the command resumes it")
+    add("--json", action="store_true", help="print a JSON object for each image, one a line")
+    plots_help = "plot the attention of each image (default: of one image, and of test images)"
+    add("--plots", action=argparse.BooleanOptionalAction, help=plots_help)
+    dir_help = "write <image>_attention.png there (default: the current folder; for test images, the run folder)"
+    add("--output-dir", type=Path, metavar="DIR", default=Path(), help=dir_help)
+    add("--format", choices=FORMATS, default="png", help="format of the plots (default: png)")
+    grid_help = f"write one plot of the images with their captions, {MAX_GRID_IMAGES} at most: .png, .svg or .pdf"
+    add("--grid", type=Path, metavar="FILE", help=grid_help)
     add_options(group, FeatureConfig, only=("cnn_batch_size", "max_megapixels"))
     add_quiet_option(group)
 
@@ -457,58 +368,45 @@ def load_captioner(args: argparse.Namespace) -> Captioner:
 def caption_from_args(args: argparse.Namespace, captioner: Captioner, writers: Iterable[Writer] = ()) -> int:
     """Captions the images of the command line, or a few test images.
 
-    Args:
-        args: what `parse` returned.
-        captioner: what `load_captioner` returned.
-        writers: outputs in addition to those that the command line asks for.
-
-    Returns:
-        The number of images that could not be read, which are logged.
+    `writers` are outputs in addition to those that the command line asks for. Returns the number of images that could
+    not be read, which are logged.
     """
     outputs = list(writers)
     images = args.inputs
     with contextlib.ExitStack() as stack:  # closes the table and draws the grid at the end
         if args.csv:
-            table = ResultsCsv(args.csv, captioner.run, captioner.decode_config)
-            outputs.append(stack.enter_context(contextlib.closing(table)))
-            images = skip_done(args.inputs, table)
+            table = stack.enter_context(contextlib.closing(CsvWriter(args.csv, captioner.run, captioner.decode_config)))
+            outputs.append(table)
+            images = [image for image in args.inputs if image not in table.done]
+            if num_done := len(args.inputs) - len(images):
+                log(f"{args.csv}: {num_done:,} of {len(args.inputs):,} images are in it already; all outputs skip them")
         if args.json:
             outputs.append(JsonWriter())
         elif not args.csv:  # of thousands of images nobody reads the captions twice
             outputs.append(TextWriter(show_names=len(args.inputs) > 1))
         if args.grid:
             outputs.append(stack.enter_context(contextlib.closing(GridWriter(args.grid))))
-        if images:
-            with_plots = len(args.inputs) == 1 if args.plots is None else args.plots  # None: neither option was given
-            plots = plot_paths(args.inputs, args.output_dir, args.format) if with_plots else None
-            return caption_images(captioner, images, outputs, plots, args.cnn_batch_size)
         if not args.inputs:
             dataset = data_utils.load_run_dataset(captioner.config, locations=data_utils.locations_from_args(args))
             image_format = None if args.plots is False else args.format
-            caption_test_images(captioner, dataset, args.num_images, args.seed, outputs, image_format)
-        return 0
+            return caption_test_images(captioner, dataset, args.num_images, args.seed, outputs, image_format)
+        with_plots = len(args.inputs) == 1 if args.plots is None else args.plots  # None: neither option was given
+        # The names come from all images, so that a command which is resumed gives each plot the same name again.
+        plots = plot_paths(args.inputs, args.output_dir, args.format) if with_plots else None
+        return caption_images(captioner, images, outputs, plots, args.cnn_batch_size)
 
 
-def skip_done(images: list[str], table: ResultsCsv) -> list[str]:
-    """Returns the images that are not in a table yet, and logs how many are."""
-    remaining = [image for image in images if image not in table.done]
-    if num_done := len(images) - len(remaining):
-        log(f"{table.path}: {num_done:,} of {len(images):,} images are in it already; all outputs skip them")
-    return remaining
-
-
-def check_all_captioned(num_failed: int, images: list[str]) -> None:
+def check_all_captioned(num_failed: int, args: argparse.Namespace) -> None:
     """Raises InputError, for the exit code, if images could not be captioned."""
     if num_failed:
-        raise InputError(f"{num_failed} of {len(images)} images could not be captioned")
+        raise InputError(f"{num_failed} of {len(args.inputs) or args.num_images} images could not be captioned")
 
 
 def main(argv: list[str] | None = None) -> None:
     """Captions the images of the command line, or a few test images."""
     args = parse(argv)
     captioner = load_captioner(args)
-    num_failed = caption_from_args(args, captioner)
-    check_all_captioned(num_failed, args.inputs)
+    check_all_captioned(caption_from_args(args, captioner), args)
 
 
 if __name__ == "__main__":

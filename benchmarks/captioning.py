@@ -45,8 +45,7 @@ from captioning.config.options import add_options
 from captioning.config.settings import DecodeConfig, ModelConfig
 from captioning.data import shapes
 from captioning.decoder.decoding import beam_search, greedy_search
-from captioning.output.results import TextWriter
-from captioning.output.results_csv import ResultsCsv
+from captioning.output.results import CsvWriter, TextWriter
 
 PROJECT = Path(__file__).resolve().parents[1]
 MAX_WORDS = 12
@@ -153,7 +152,7 @@ def measure_folder(folder: Path, args: argparse.Namespace) -> dict[str, float]:
     memory: list[float] = []
 
     def caption_folder() -> None:
-        with contextlib.closing(ResultsCsv(folder / f"captions{len(memory)}.csv", captioner.run, config)) as table:
+        with contextlib.closing(CsvWriter(folder / f"captions{len(memory)}.csv", captioner.run, config)) as table:
             for half in (paths[: len(paths) // 2], paths[len(paths) // 2 :]):
                 inference.caption_images(captioner, half, [table])
                 memory.append(resident_mb())

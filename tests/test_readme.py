@@ -77,7 +77,7 @@ def test_documented_options_exist(path):
     if path.name == "CHANGELOG.md":
         return  # it also names options that are gone
     options = set(re.findall(r"(?<![\w-])--([a-z][a-z-]+)", path.read_text(encoding="utf-8")))
-    for option in options - {"logdir", "gpu"}:  # TensorBoard's, and pytest's in tests/conftest.py
+    for option in options - {"logdir", "gpu", "data-binary"}:  # of TensorBoard, pytest (tests/conftest.py) and curl
         name = option.removeprefix("no-").replace("-", "_")
         assert f"--{option}" in SOURCES or re.search(rf"^    {name}: .* = (path_)?option\(", SOURCES, re.MULTILINE), (
             option

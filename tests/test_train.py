@@ -332,7 +332,7 @@ def test_resuming_a_run_of_an_earlier_format_is_refused(run, data, saved_format)
         config["format"] = saved_format
     (run / "config.json").write_text(json.dumps(config))
     before = read_checkpoint(run)
-    with pytest.raises(InputError, match=r"made by an earlier version .* train it again") as error:
+    with pytest.raises(InputError, match=r"made by another version .* train it again") as error:
         run_training(run, data, **RUN_SETTINGS)
     assert "\n" not in str(error.value)
     assert_same_checkpoint(read_checkpoint(run), before)

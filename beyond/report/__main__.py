@@ -35,7 +35,7 @@ def caption_images(page: Path, argv: list[str]) -> None:
     with open_report(page, "Captions", subtitle) as report:
         num_failed = inference.caption_from_args(args, captioner, [report])
     log(f"page: {page}")
-    inference.check_all_captioned(num_failed, args.inputs)
+    inference.check_all_captioned(num_failed, args)
 
 
 def evaluate_split(page: Path, argv: list[str]) -> None:

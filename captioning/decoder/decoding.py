@@ -6,7 +6,7 @@ B is the number of images, K the beam size, T the number of steps, L the number 
 size.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -51,7 +51,7 @@ class DecodedBatch(NamedTuple):
 
 
 def decode(
-    model: StepModel, features: tf.Tensor, config: DecodeConfig, keys: Sequence[int] | None = None
+    model: StepModel, features: tf.Tensor, config: DecodeConfig, pixels: np.ndarray | None = None
 ) -> DecodedBatch:
     """Captions features (B, L, 2048) as the settings ask, `config.captions` times each.
 
@@ -59,12 +59,12 @@ def decode(
         model: see `StepModel`.
         features: (B, L, 2048).
         config: greedy search; a beam of more than one; or words drawn at random.
-        keys: for random words, a number for each image, see `sampling`; those of the features by default.
+        pixels: the images themselves, if known. Only random words need them: with the seed they decide the numbers.
     """
     max_words = config.max_words or MAX_WORDS
     constraints = Constraints(config.min_words, config.no_repeat)
     if config.sample:
-        keys = image_keys(features.numpy()) if keys is None else keys
+        keys = image_keys(features.numpy() if pixels is None else pixels)
         numbers = random_numbers(config.decode_seed, keys, config.captions, max_words)
         # As tensors: a graph that was made for one temperature serves all.
         temperature, top_p = tf.constant(config.temperature), tf.constant(config.top_p)

@@ -45,28 +45,18 @@ class Caption:
         return sum(math.log(max(p, SMALLEST_PROBABILITY)) for p in self._token_probabilities)
 
     @property
-    def mean_log_prob(self) -> float:
-        """`log_prob` divided by the number of words, <end> included: it can be compared between lengths."""
-        return self.log_prob / max(1, len(self._token_probabilities))
-
-    @property
     def confidence(self) -> float:
-        """exp(`mean_log_prob`): the geometric mean of the words' probabilities, from 0 to 1."""
-        return math.exp(self.mean_log_prob)
+        """The geometric mean of the words' probabilities, <end> included: it can be compared between lengths."""
+        return math.exp(self.log_prob / max(1, len(self._token_probabilities)))
 
     @property
     def _token_probabilities(self) -> tuple[float, ...]:
         return self.probabilities if self.end_probability is None else (*self.probabilities, self.end_probability)
 
     def to_json(self, with_attention: bool = False) -> dict[str, Any]:
-        """Returns the caption as an object for JSON.
+        """Returns the caption as an object for JSON, with its alternatives in a list if there are any.
 
-        Args:
-            with_attention: whether each word has its attention weights, a list of L numbers, row after row.
-
-        Returns:
-            The fields `caption`, `confidence`, `log_prob`, `finished` and `words`, a list with the `word` and the
-            `probability` of each, and its `attention`; and `alternatives`, a list of such objects, if there are any.
+        With attention each word has its weights, a list of L numbers, row after row.
         """
         words: list[dict[str, Any]] = [
             {"word": word, "probability": round(probability, 4)}
@@ -88,15 +78,12 @@ class Caption:
 
 
 def to_captions(decoded: DecodedBatch, tokenizer: Tokenizer, num_captions: int = 1) -> list[Caption]:
-    """Converts the ids that decoding returned to words, up to <end>.
+    """Converts the ids that decoding returned to words, up to <end>; returns a caption of each image.
 
     Args:
         decoded: `num_captions` rows for each image, best first. A row that begins with <pad> holds no caption.
         tokenizer: the vocabulary.
         num_captions: more than 1 makes the others the `alternatives` of the first.
-
-    Returns:
-        A caption of each image.
     """
     tokens = decoded.tokens.numpy()  # (R, T)
     probabilities = decoded.probabilities.numpy()  # (R, T)

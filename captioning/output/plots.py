@@ -41,24 +41,20 @@ LIT_FACTOR = 0.95  # what remains of it where the attention is largest
 GLOW_OFFSET = 60  # what is added to the pixels there, so that it is visible in a dark image too
 NO_WORDS = "(no words)"  # the title of an empty caption
 POINTS_PER_INCH = 72
+MISSING = (None, "")  # in history.csv, the score of an epoch that has none
 NO_SCORES = ("train_loss", "train_seconds")  # of the columns of history.csv that begin with train_
 # Matplotlib draws every character with the first of these fonts that has it. Its own comes first; the others are those
 # of Linux, macOS and Windows for scripts that it lacks.
 FONT_FAMILIES = (
     "DejaVu Sans",
     "Noto Sans CJK JP",
-    "Noto Sans CJK SC",
-    "Noto Sans CJK KR",
     "Noto Sans Thai",
     "Noto Sans Devanagari",
     "Noto Emoji",
-    "WenQuanYi Zen Hei",
     "Arial Unicode MS",
     "Hiragino Sans",
     "Microsoft YaHei",
-    "Yu Gothic",
     "Malgun Gothic",
-    "Segoe UI Symbol",
 )
 
 
@@ -79,17 +75,13 @@ class NotebookFigure(Figure):
         self.savefig(file, format="png")
         return file.getvalue()
 
-    def add_panel(self, left: float, top: float, width: float, height: float) -> Axes:
-        """Adds axes without ticks whose upper left corner is at (left, top)."""
+    def add_image(self, pixels: np.ndarray, left: float, top: float, width: float, height: float) -> None:
+        """Draws pixels (height, width, 3) with their upper left corner at (left, top)."""
         figure_width, figure_height = self.get_size_inches()
         bounds = (left / figure_width, 1 - (top + height) / figure_height, width / figure_width, height / figure_height)
         axes = self.add_axes(bounds)
         axes.set_axis_off()
-        return axes
-
-    def add_image(self, pixels: np.ndarray, left: float, top: float, width: float, height: float) -> None:
-        """Draws pixels (height, width, 3) with their upper left corner at (left, top)."""
-        self.add_panel(left, top, width, height).imshow(pixels, aspect="auto", interpolation="antialiased")
+        axes.imshow(pixels, aspect="auto", interpolation="antialiased")
 
     def add_text(self, left: float, top: float, text: str, points: float, **settings: Any) -> None:
         """Writes centred text below (left, top), with a font size in points; `settings` are Matplotlib's."""
@@ -129,23 +121,20 @@ class NotebookFigure(Figure):
 def best_grid(num_cells: int, aspect: float) -> tuple[int, int]:
     """Returns the rows and columns for cells of this width / height whose shape is nearest to `TARGET_ASPECT`."""
 
-    def distance(grid: tuple[int, int]) -> float:
-        rows, columns = grid
+    def distance(rows: int) -> float:
+        columns = math.ceil(num_cells / rows)
         return abs(math.log(columns / rows * aspect / TARGET_ASPECT))
 
-    return min(((rows, math.ceil(num_cells / rows)) for rows in range(1, num_cells + 1)), key=distance)
-
-
-def display_size(image: Image.Image) -> tuple[int, int]:
-    """Returns the width and height in pixels to draw an image with; at most `MAX_SIDE_PX`, and never only a line."""
-    aspect = min(MAX_ASPECT, max(1 / MAX_ASPECT, image.width / image.height))
-    return round(MAX_SIDE_PX * min(1, aspect)), round(MAX_SIDE_PX * min(1, 1 / aspect))
+    rows = min(range(1, num_cells + 1), key=distance)
+    return rows, math.ceil(num_cells / rows)
 
 
 def thumbnail(image: Image.Image) -> Image.Image:
-    """Returns an image as plots show it: upright, in RGB, and small enough that many can be kept in memory."""
+    """Returns an image as plots show it: upright, in RGB, at most `MAX_SIDE_PX` large, and never only a line."""
     image = to_rgb(image)
-    return image.resize(display_size(image), Image.Resampling.BICUBIC)
+    aspect = min(MAX_ASPECT, max(1 / MAX_ASPECT, image.width / image.height))
+    size = round(MAX_SIDE_PX * min(1, aspect)), round(MAX_SIDE_PX * min(1, 1 / aspect))
+    return image.resize(size, Image.Resampling.BICUBIC)
 
 
 def count_cells(text: str) -> int:
@@ -154,25 +143,15 @@ def count_cells(text: str) -> int:
     return len(visible) + sum(unicodedata.east_asian_width(char) in "WF" for char in visible)
 
 
-def truncate_text(text: str, width: float, points: float) -> str:
-    """Cuts text to a width, which is estimated: a letter is about 0.6 times as wide as its font is high."""
-    max_cells = max(1, int(width * POINTS_PER_INCH / (0.6 * points)))
-    return text if count_cells(text) <= max_cells else _cut_text(text, max_cells - 1) + "…"
-
-
 def _cut_text(text: str, max_cells: int) -> str:
-    """Returns the beginning of a text that has at most so many cells."""
-    cells = 0
-    for position, char in enumerate(text):
-        cells += count_cells(char)
-        if cells > max_cells:
-            return text[:position]
+    while count_cells(text) > max_cells:
+        text = text[:-1]
     return text
 
 
 def wrap_text(text: str, width: float, points: float, max_lines: int = 9) -> list[str]:
     """Breaks text into lines of a width, which is estimated: at spaces, and between characters written without."""
-    max_cells = max(8, int(width * POINTS_PER_INCH / (0.55 * points)))
+    max_cells = max(8, int(width * POINTS_PER_INCH / (0.55 * points)))  # a letter's width is about 0.55 of its height
     lines: list[str] = []
     for word in text.split():
         separator = " "
@@ -226,39 +205,37 @@ def plot_attention(
         image: any image that Pillow can open.
         words: the T words of its caption.
         attention: (T, L), the attention weights of each word.
-        probabilities: of each word, for its title; None to leave them out.
-        path: the file to write, .png, .svg or .pdf; None to write none.
+        probabilities: of each word, for its title.
+        path: the file to write, .png, .svg or .pdf.
         text: the caption, where it is not its words with spaces between them.
     """
     image = thumbnail(image)
     aspect = image.width / image.height
     width, height = 2.3 * aspect**0.5, 2.3 / aspect**0.5  # of an image; all shapes have the same area
-    gap, title_height = 0.12, 0.48
-    cell_width = max(width, 1.3)
-    rows, columns = best_grid(len(words) + 1, (cell_width + gap) / (height + title_height))
-    figure_width = max(3.6, columns * (cell_width + gap) + gap)
+    gap, title_height = 0.12, 0.5
+    cell_width, cell_height = max(width, 1.3) + gap, height + title_height
+    rows, columns = best_grid(len(words) + 1, cell_width / cell_height)
+    figure_width = max(3.6, columns * cell_width + gap)
     caption = wrap_text(text or " ".join(words) or NO_WORDS, figure_width - 0.2, 15)
     caption_height = 0.15 + 0.28 * len(caption)
-    figure_height = caption_height + rows * (height + title_height) + gap
-    figure = NotebookFigure(figsize=(figure_width, figure_height), dpi=DPI)
+    figure = NotebookFigure(figsize=(figure_width, caption_height + rows * cell_height + gap), dpi=DPI)
     figure.add_text(figure_width / 2, 0.1, "\n".join(caption), 15)
 
-    margin = (figure_width - columns * (cell_width + gap) + gap) / 2  # left of the first column
-    panels = [np.asarray(image), *(overlay_attention(image, weights) for weights in attention)]
-    for index, pixels in enumerate(panels):
-        row, column = divmod(index, columns)
-        center = margin + column * (cell_width + gap) + cell_width / 2
-        top = caption_height + row * (height + title_height) + title_height
-        figure.add_image(pixels, center - width / 2, top, width, height)
-        if index == 0:
-            continue  # the image itself has no title
-        word = words[index - 1]
-        word_points = cell_width * POINTS_PER_INCH / (0.6 * max(1, count_cells(word)))  # as large as it fits
-        word_points = max(8.0, min(13.0, word_points))
-        figure.add_text(center, top - 0.2, truncate_text(word, cell_width, word_points), word_points, va="bottom")
+    titles = [""]  # the image itself has none
+    for index, word in enumerate(words):
+        lines = wrap_text(word, cell_width - gap, 11, max_lines=1)
         if probabilities is not None:
-            percent = format_percent(probabilities[index - 1])
-            figure.add_text(center, top - 0.04, percent, 8.5, va="bottom", color="dimgrey")
+            lines.append(format_percent(probabilities[index]))
+        titles.append("\n".join(lines))
+    panels = [np.asarray(image), *(overlay_attention(image, weights) for weights in attention)]
+    first_center = (figure_width - (columns - 1) * cell_width) / 2
+    for index, (title, pixels) in enumerate(zip(titles, panels, strict=True)):
+        row, column = divmod(index, columns)
+        center = first_center + column * cell_width
+        top = caption_height + row * cell_height + title_height
+        figure.add_image(pixels, center - width / 2, top, width, height)
+        if title:
+            figure.add_text(center, top - 0.04, title, 11, va="bottom")
     if path:
         figure.save(path)
     return figure
@@ -275,12 +252,7 @@ def format_percent(probability: float) -> str:
 def plot_caption_grid(
     images_and_captions: Sequence[tuple[Image.Image, str]], path: Path | str | None = None
 ) -> NotebookFigure:
-    """Plots images in a grid with their captions below.
-
-    Args:
-        images_and_captions: images, as `thumbnail` makes them, each with the text of its caption.
-        path: the file to write, .png, .svg or .pdf; None to write none.
-    """
+    """Plots images, as `thumbnail` makes them, in a grid with their captions below."""
     max_width, max_height, gap, line_height = 2.6, 2.0, 0.2, 0.17  # the first two are of an image
     captions = [wrap_text(text or NO_WORDS, max_width, 10, max_lines=6) for _, text in images_and_captions]
     text_height = 0.12 + line_height * max(map(len, captions))
@@ -312,17 +284,16 @@ def plot_history(
 
     Args:
         rows: the rows of history.csv, one for each epoch. An epoch without CIDEr has None or an empty field.
-        best_epoch: the epoch whose weights are kept. If it has no row, or its row no value, it is named but not
-            marked.
+        best_epoch: the epoch whose weights are kept. If it has no row, or its row no value, it is not marked.
         best_by: the column by which it is the best, `cider` or `val_loss`.
-        path: the file to write, .png, .svg or .pdf; None to write none.
+        path: the file to write, .png, .svg or .pdf.
     """
     epochs = [int(row["epoch"]) for row in rows]
     figure = NotebookFigure(figsize=(7.5, 4.5), dpi=DPI, layout="constrained")
     losses = figure.subplots()
     for name, label in (("train_loss", "training loss"), ("val_loss", "validation loss")):
         if name in rows[0]:
-            losses.plot(epochs, [float(row[name]) for row in rows], marker="o", markersize=3.5, label=label)
+            losses.plot(epochs, _column(rows, name), marker="o", markersize=3.5, label=label)
     losses.set(xlabel="epoch", ylabel="loss (nats per word)", ylim=(0, None))
     losses.xaxis.set_major_locator(MaxNLocator(integer=True))
     losses.grid(alpha=0.25)
@@ -330,12 +301,14 @@ def plot_history(
 
     title = f"best: epoch {best_epoch}"
     best = next((row for row in rows if int(row["epoch"]) == best_epoch), None)
-    if best and best[best_by] not in (None, ""):
+    if best and best[best_by] not in MISSING:
         if best_by == "cider":
             title += f", with CIDEr {float(best['cider']):.1f}, BLEU-4 {float(best['bleu4']):.1f}"
         else:
             title += f", with a validation loss of {float(best['val_loss']):.2f}"
-        _mark_best(scores if best_by == "cider" else losses, best, best_by)
+        axes = scores if best_by == "cider" else losses
+        label = f"best epoch: {best_epoch}"
+        axes.plot([best_epoch], [float(best[best_by])], "*", color="tab:red", markersize=14, label=label)
         losses.axvline(best_epoch, color="grey", linestyle=":", linewidth=1)
     losses.set_title(title, fontsize=11, pad=26)
     handles = [handle for axes in figure.axes for handle in axes.get_legend_handles_labels()[0]]
@@ -346,29 +319,22 @@ def plot_history(
 
 
 def _plot_scores(losses: Axes, rows: Sequence[dict[str, Any]]) -> Axes:
-    """Plots CIDEr and the scores of the training by epoch, on an axis of their own; returns its axes.
-
-    Without any score nothing is plotted, and the axes of the losses are returned.
-    """
+    """Plots CIDEr and the scores of the training on axes of their own; without any, returns those of the losses."""
     train_scores = [name for name in rows[0] if name.startswith("train_") and name not in NO_SCORES]
     labels = {"cider": "CIDEr"} | {name: name.replace("train_", "training ") for name in train_scores}
-    scores = {}  # the (epoch, score) of every epoch that has one
-    for name in labels:
-        scores[name] = [(int(row["epoch"]), float(row[name])) for row in rows if row[name] not in (None, "")]
-    if not any(scores.values()):
+    scores = np.array([_column(rows, name) for name in labels])
+    if np.isnan(scores).all():
         return losses
     axes = losses.twinx()
-    for name, color, marker in zip(labels, ("tab:green", "tab:olive", "tab:brown"), "s^v", strict=False):
-        axes.plot(*np.reshape(scores[name], (-1, 2)).T, color=color, marker=marker, markersize=3.5, label=labels[name])
+    epochs = [int(row["epoch"]) for row in rows]
+    styles = (("tab:green", "s"), ("tab:olive", "^"), ("tab:brown", "v"))
+    for values, label, (color, marker) in zip(scores, labels.values(), styles, strict=False):
+        axes.plot(epochs, values, color=color, marker=marker, markersize=3.5, label=label)
     axes.set_ylabel("CIDEr of captions of validation images", color="tab:green")
     axes.tick_params(axis="y", colors="tab:green")
-    largest = max(score for values in scores.values() for _, score in values)
-    axes.set_ylim(0, 1.08 * max(largest, 1e-3))
+    axes.set_ylim(0, 1.08 * max(np.nanmax(scores), 1e-3))
     return axes
 
 
-def _mark_best(axes: Axes, best: dict[str, Any], name: str) -> None:
-    """Marks the best epoch with a star at its value of a column."""
-    epoch = int(best["epoch"])
-    label = f"best epoch: {epoch}"
-    axes.plot([epoch], [float(best[name])], "*", color="tab:red", markersize=14, linestyle="none", label=label)
+def _column(rows: Sequence[dict[str, Any]], name: str) -> list[float]:
+    return [math.nan if row[name] in MISSING else float(row[name]) for row in rows]

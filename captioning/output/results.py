@@ -1,18 +1,26 @@
-"""Where captions go: standard output as text or JSON, a plot for each image, and one plot of all images."""
+"""Where captions go: standard output as text or JSON, a CSV table, a plot for each image, and one plot of all."""
 
+import csv
 import errno
+import io
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from PIL import Image
 from tqdm import tqdm
 
-from captioning.base.cli import log
+from captioning.base.cli import InputError, log
+from captioning.base.files import file_sha256, read_json, try_lock, write_json
+from captioning.config.settings import DecodeConfig
 from captioning.output.captions import Caption
 from captioning.output.plots import MAX_GRID_IMAGES, plot_attention, plot_caption_grid
+from captioning.runs.run_folder import best_checkpoint
+
+COLUMNS = ("image", "rank", "caption", "confidence", "log_prob", "finished")  # of the CSV table
+ERRORS = "surrogateescape"  # a name on the disk need not be Unicode
 
 
 class CaptionedImage(NamedTuple):
@@ -37,10 +45,7 @@ def write_plot(image: Image.Image, caption: Caption, path: Path) -> bool:
     """Plots the attention for each word into a file.
 
     Returns:
-        False if the file cannot be written, because its name is too long or permission is denied; this is logged.
-
-    Raises:
-        OSError: the disk is full.
+        False if the file cannot be written there, which is logged; a full disk is an OSError.
     """
     try:
         plot_attention(image, caption.words, caption.attention, caption.probabilities, path, caption.text)
@@ -102,11 +107,7 @@ class JsonWriter:
 
 
 class GridWriter:
-    """Draws the first images, at most `MAX_GRID_IMAGES`, with their captions into one plot.
-
-    Args:
-        path: the file, whose ending is the format.
-    """
+    """Draws the first images, at most `MAX_GRID_IMAGES`, with their captions into one plot."""
 
     shows_images = True
 
@@ -124,3 +125,92 @@ class GridWriter:
         if self.images_and_captions:
             plot_caption_grid(self.images_and_captions, self.path)
             log(f"grid: {self.path}")
+
+
+class CsvWriter:
+    """A CSV table that grows while images are captioned, with a row for every caption; an interrupted command resumes.
+
+    `<file>.settings.json` records which weights and which search made the captions, so that others are never mixed
+    with them.
+
+    Args:
+        path: the file; the rows that are in it already are kept.
+        run: the run folder whose weights make the captions.
+        config: how captions are searched for.
+
+    Attributes:
+        done: the images that were in the file already.
+
+    Raises:
+        InputError: the file was made with other settings or by another program, or another process writes into it.
+    """
+
+    shows_images = False
+
+    def __init__(self, path: Path, run: Path, config: DecodeConfig):
+        self.path = path
+        weights_sha256 = file_sha256(f"{best_checkpoint(run)}.index")  # the index holds a checksum of every weight
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self._file = open(path, "ab+")
+        try:
+            if not try_lock(self._file):
+                raise InputError(f"--csv {path}: another process writes into it; choose another file")
+            self.done = self._resume({"weights_sha256": weights_sha256, **config.to_json()})
+        except BaseException:
+            self._file.close()
+            raise
+
+    def write(self, result: CaptionedImage, plot: Path | None = None) -> None:
+        """Adds the captions of an image, all at once."""
+        rows = []
+        for rank, caption in enumerate((result.caption, *result.caption.alternatives), start=1):
+            confidence, log_prob = f"{caption.confidence:.4f}", f"{caption.log_prob:.3f}"
+            rows.append((result.name, rank, caption.text, confidence, log_prob, str(caption.finished).lower()))
+        self._file.write(_csv_bytes(rows))
+        self._file.flush()
+
+    def close(self) -> None:
+        """Closes the file. All rows are on the disk already."""
+        self._file.close()
+
+    def _resume(self, settings: dict[str, Any]) -> set[str]:
+        """Checks the rows of the file, cuts off an unfinished end, and returns the images before it."""
+        settings_path = self.path.with_name(f"{self.path.name}.settings.json")
+        self._file.seek(0)
+        content = self._file.read()
+        header = _csv_bytes([COLUMNS])
+        if header.startswith(content):  # it is new, or the command was stopped before the first line was complete
+            self._file.truncate(0)
+            write_json(settings_path, settings)
+            self._file.write(header)
+            self._file.flush()
+            return set()
+        refusal = InputError(
+            f"--csv {self.path}: expected a table that this command began, with the columns {','.join(COLUMNS)}; "
+            "choose another file"
+        )
+        if not content.startswith(header):
+            raise refusal
+        if not settings_path.exists() or (saved := read_json(settings_path)) != settings:
+            found = "by another program" if not settings_path.exists() else f"with other settings ({saved})"
+            raise InputError(f"--csv {self.path}: was made {found}, expected {settings}; choose another file")
+        whole_lines = content[len(header) : content.rfind(b"\n") + 1]  # it may have stopped in the middle of a line
+        try:
+            rows = list(csv.reader(io.StringIO(whole_lines.decode(errors=ERRORS), newline="")))
+        except csv.Error:
+            raise refusal from None
+        if rows and len(rows[-1]) < len(COLUMNS):  # or inside a name with a line break
+            rows.pop()
+        if any(len(row) != len(COLUMNS) for row in rows) or not content.startswith(header + _csv_bytes(rows)):
+            raise refusal
+        num_last = sum(row[0] == rows[-1][0] for row in rows[-settings["captions"] :])
+        if num_last < settings["captions"]:  # not all were written, or a small vocabulary has no more: captioned again
+            rows = rows[: len(rows) - num_last]
+        self._file.truncate(len(header + _csv_bytes(rows)))
+        return {row[0] for row in rows}
+
+
+def _csv_bytes(rows: Iterable[Iterable[Any]]) -> bytes:
+    text = io.StringIO()
+    csv.writer(text, lineterminator="\n").writerows(rows)
+    return text.getvalue().encode(errors=ERRORS)

@@ -43,13 +43,9 @@ CONFIG_SCHEMA = {
 
 
 def open_run(run: str | Path | None) -> Path:
-    """Returns the run folder that `--run` names.
+    """Returns the run folder that `--run` names, which is checked when it is read; without a name, the latest run.
 
-    Args:
-        run: a folder; a .zip of one, or its address, which `beyond.share` unpacks; or None for the latest run in runs/.
-
-    Raises:
-        InputError: there is no latest run, or the .zip cannot be unpacked. A folder is checked when it is read.
+    A .zip of a folder, or its address, is unpacked by `beyond.share`.
     """
     if run is None:
         return latest_run()
@@ -61,11 +57,7 @@ def open_run(run: str | Path | None) -> Path:
 
 
 def latest_run(folder: Path | str = "runs") -> Path:
-    """Returns the run whose checkpoint was written last.
-
-    Raises:
-        InputError: there is no run with a checkpoint.
-    """
+    """Returns the run whose checkpoint was written last."""
     checkpoints = sorted(Path(folder).glob("*/checkpoints/*/checkpoint"), key=lambda path: path.stat().st_mtime)
     if not checkpoints:
         raise InputError(
@@ -75,11 +67,7 @@ def latest_run(folder: Path | str = "runs") -> Path:
 
 
 def best_checkpoint(run: Path) -> str:
-    """Returns the prefix of a run's best checkpoint, or of its last one if there is no best.
-
-    Raises:
-        InputError: the folder is not a run, or has no checkpoint.
-    """
+    """Returns the prefix of a run's best checkpoint, or of its last one if there is no best."""
     if not (run / CONFIG_FILE).exists():
         raise InputError(f"{run}: not a run folder (it has no {CONFIG_FILE}); expected one that train.py made")
     for name in ("best", "last"):
@@ -91,9 +79,7 @@ def best_checkpoint(run: Path) -> str:
 def latest_checkpoint(folder: Path) -> str | None:
     """Returns the prefix of the checkpoint in a folder, or None if there is none.
 
-    Raises:
-        InputError: the file that names it cannot be read, or names a checkpoint that does not exist. TensorFlow would
-            find no checkpoint, and training would start again.
+    A damaged file is refused: TensorFlow would find no checkpoint, and training would start again.
     """
     state_file = folder / "checkpoint"
     if not state_file.exists():
@@ -110,16 +96,7 @@ def latest_checkpoint(folder: Path) -> str | None:
 
 
 def restore_model(prefix: str, config: ModelConfig, build: Callable[[ModelConfig], tf.keras.Model]) -> tf.keras.Model:
-    """Builds a model and restores its weights from a checkpoint.
-
-    Args:
-        prefix: the checkpoint.
-        config: the sizes of the model.
-        build: makes the model, with weights of any values.
-
-    Raises:
-        InputError: the checkpoint is damaged, or is that of another model.
-    """
+    """Builds a model and restores its weights from a checkpoint, which is refused if it is another model's."""
     sizes = {config.vocab_size, config.embedding_dim, config.units}
     try:
         shapes = tf.train.load_checkpoint(prefix).get_variable_to_shape_map().values()
@@ -134,11 +111,7 @@ def restore_model(prefix: str, config: ModelConfig, build: Callable[[ModelConfig
 
 
 def restore_weights(prefix: str, model: tf.keras.Model) -> None:
-    """Restores the weights of a model from a checkpoint.
-
-    Raises:
-        InputError: the checkpoint is damaged, or is that of another model.
-    """
+    """Restores the weights of a model from a checkpoint, which is refused if it is damaged or another model's."""
     try:
         tf.train.Checkpoint(model=model).restore(prefix).expect_partial().assert_existing_objects_matched()
     except (tf.errors.OpError, ValueError, IndexError, AssertionError) as error:
@@ -146,7 +119,6 @@ def restore_weights(prefix: str, model: tf.keras.Model) -> None:
 
 
 def _not_weights(prefix: str, error: Exception) -> InputError:
-    """Returns an error that says why a checkpoint cannot be restored."""
     reason = str(error).strip().split("\n")[0][:200]
     return InputError(f"{prefix}: damaged, or not the weights of this config.json ({reason})")
 
@@ -182,19 +154,13 @@ def _map_paths(values: dict[str, Any], change: Callable[[str], str]) -> dict[str
 
 
 def read_config(run: Path) -> RunConfig:
-    """Reads a run's config.json and checks every value; its paths are then relative to the current folder.
-
-    Raises:
-        InputError: the run was made by another version; or the file is missing, or is not a run's config.json.
-    """
+    """Reads a run's config.json and checks every value; its paths are then relative to the current folder."""
     path = run / CONFIG_FILE
     values = read_json(path)
     if isinstance(values, dict) and values.get("format") != FORMAT:
-        found = values.get("format")
-        age = "a later" if isinstance(found, int) and found > FORMAT else "an earlier"
         raise InputError(
-            f"{path}: this run was made by {age} version (expected format {FORMAT}, found {str(found)[:60]}); "
-            "train it again, or caption with the version that made it"
+            f"{path}: this run was made by another version (expected format {FORMAT}, found "
+            f"{str(values.get('format'))[:60]}); train it again, or caption with the version that made it"
         )
     try:
         check_schema(values, CONFIG_SCHEMA)
@@ -218,11 +184,7 @@ def read_config(run: Path) -> RunConfig:
 
 
 def fill_locations(run: Path | None, data: DataConfig, features: FeatureConfig) -> tuple[DataConfig, FeatureConfig]:
-    """Fills in where downloads and features are, if it is not said: as in the run that is resumed, else the default.
-
-    Raises:
-        InputError: as `read_config`.
-    """
+    """Fills in where downloads and features are, if it is not said: as in the run that is resumed, else the default."""
     saved = read_config(run) if run and (run / CONFIG_FILE).exists() else None
     if data.data_dir is None:
         data = dataclasses.replace(data, data_dir=(saved and saved.data.data_dir) or "data")
@@ -232,11 +194,7 @@ def fill_locations(run: Path | None, data: DataConfig, features: FeatureConfig) 
 
 
 def check_run_cnn(run: Path, cnn: CNN) -> None:
-    """Checks that a run, if there is one in the folder, has this CNN: before hours of features, and not after.
-
-    Raises:
-        InputError: it was trained with another CNN, or images of another size.
-    """
+    """Checks that a run, if there is one in the folder, has this CNN: before hours of features, and not after."""
     if not (run / CONFIG_FILE).exists() or (saved := read_config(run).cnn) == cnn:
         return
     if saved.name != cnn.name:
@@ -245,7 +203,6 @@ def check_run_cnn(run: Path, cnn: CNN) -> None:
 
 
 def _other_settings(run: Path, name: str, saved_value: Any, value: Any) -> InputError:
-    """Makes the error of a run folder that holds a run with another value of a setting."""
     return InputError(
         f"{run} was trained with {name} = {saved_value}, expected {value}; give its settings to resume it, or "
         "another --run to start anew"
@@ -259,7 +216,8 @@ def init_run_dir(run: Path, config: RunConfig, save_vocabulary: Callable[[Path],
         run: the folder.
         config: the settings; the SHA-256 of the vocabulary is filled in here.
         save_vocabulary: writes the vocabulary into a file.
-        cnn_weights: the weights of the CNN; a file is copied into the folder.
+        cnn_weights: the weights of the CNN. A file is copied into the folder, unless a copy is there: ImageNet's can be
+            downloaded anywhere, others exist only on this machine.
 
     Raises:
         InputError: the folder holds a run with other settings; the setting and both values are named.
@@ -273,18 +231,9 @@ def init_run_dir(run: Path, config: RunConfig, save_vocabulary: Callable[[Path],
         if not vocabulary.exists() or file_sha256(vocabulary) != saved.vocabulary_sha256:
             log(f"{vocabulary} is missing or damaged: it is written again")
     save_vocabulary(vocabulary)
-    copy_cnn_weights(run, Path(cnn_weights))
+    if os.path.isfile(cnn_weights) and not find_cnn_weights(run):
+        # Keras distinguishes two file formats by these endings.
+        name = "cnn.weights.h5" if cnn_weights.endswith(".weights.h5") else "cnn.h5"
+        with open(cnn_weights, "rb") as source, atomic_write(run / name, "wb") as target:
+            shutil.copyfileobj(source, target)
     write_config(run, dataclasses.replace(config, vocabulary_sha256=file_sha256(vocabulary)))
-
-
-def copy_cnn_weights(run: Path, weights_file: Path) -> None:
-    """Copies the CNN's weights into a run folder that has none, unless they are ImageNet's.
-
-    ImageNet's weights can be downloaded anywhere. Others exist only on this machine.
-    """
-    if not weights_file.is_file() or find_cnn_weights(run):
-        return
-    # Keras distinguishes two file formats by these endings.
-    name = "cnn.weights.h5" if weights_file.name.endswith(".weights.h5") else "cnn.h5"
-    with open(weights_file, "rb") as source, atomic_write(run / name, "wb") as target:
-        shutil.copyfileobj(source, target)

@@ -9,28 +9,24 @@ import subprocess
 import sys
 import zipfile
 from collections.abc import Iterator
-from pathlib import Path
 
-from captioning.base.cli import InputError
+from captioning.base.cli import InputError, log
 
 NEED_JAVA = "it needs Java (Debian, Ubuntu, Colab: apt-get install default-jre-headless)"
-# From Java 16 on its libraries may not look into Java's own objects any more, and it fails before the first caption.
+NEEDS = {  # what the programs need; they do not tell what they lack
+    "METEOR": "2 GB of memory, and a folder without a space in its path",
+    "SPICE": "8 GB of memory, and in its folder, which it writes into, lib/ with what it downloads the first time: the "
+    "two .jar files of http://nlp.stanford.edu/software/stanford-corenlp-full-2015-12-09.zip",
+}
+# From Java 16 on SPICE's libraries may not look into Java's own objects, and it fails before the first caption.
 SPICE_JAVA_VERSIONS = range(8, 16)
-CORENLP_URL = "http://nlp.stanford.edu/software/stanford-corenlp-full-2015-12-09.zip"
-CORENLP_JARS = ("stanford-corenlp-3.6.0.jar", "stanford-corenlp-3.6.0-models.jar")
-
-
-class JavaError(Exception):
-    """A failure of one of pycocoevalcap's Java programs."""
 
 
 def java_version() -> int | None:
-    """Returns the version of Java, such as 8 or 17; 0 if it does not tell, and None if there is no Java.
-
-    It is run to find out: macOS has a `java` that only prints where to download one.
-    """
+    """Returns the version of Java, such as 8 or 17; 0 if it does not tell, and None if there is no Java."""
     if not shutil.which("java"):
         return None
+    # It is run to find out: macOS has a `java` that only prints where to download one.
     done = subprocess.run(["java", "-version"], capture_output=True, text=True)
     if done.returncode != 0:
         return None
@@ -43,85 +39,60 @@ def has_java() -> bool:
     return java_version() is not None
 
 
-def meteor(references: dict[int, list[str]], captions: dict[int, list[str]]) -> tuple[float, list[float]]:
-    """Computes METEOR (Denkowski and Lavie 2014), between 0 and 1, of captions split by `metrics.tokenize`.
-
-    Returns:
-        The score of all captions, and that of each image.
-
-    Raises:
-        JavaError: METEOR's Java program failed.
-    """
-    from pycocoevalcap.meteor import meteor
-
-    program = meteor.Meteor()
-    try:
-        return program.compute_score(references, captions)
-    except BaseException as error:
-        program.lock.release()  # a failure leaves it locked, and `__del__` would wait for it forever
-        with contextlib.suppress(OSError):  # otherwise `__del__` complains that the program is gone
-            program.meteor_p.stdin.close()
-        if not isinstance(error, OSError | ValueError):  # such as Ctrl-C
-            raise
-        folder = str(Path(meteor.__file__).parent)
-        if " " in folder:
-            reason = f", as it does in a folder with a space in its path: {folder}"
-        else:
-            reason = "; it needs 2 GB of memory"
-        raise JavaError(f"METEOR's Java program failed{reason}") from None
-
-
 def check_spice() -> None:
-    """Checks, before captions are generated, what can be known of whether SPICE can run.
-
-    Whether its parser can be downloaded, and whether there is memory enough, shows only when it runs.
-
-    Raises:
-        InputError: there is no Java, or not one that SPICE runs in; or SPICE cannot write beside its code.
-    """
-    from pycocoevalcap.spice import spice
-
-    expected = f"--spice needs Java {SPICE_JAVA_VERSIONS[0]} to {SPICE_JAVA_VERSIONS[-1]}"
-    hint = "put the java of version 8 or 11 first in PATH (https://adoptium.net has them)"
+    """Checks, before captions are generated, that there is a Java that SPICE runs in; raises InputError if not."""
     version = java_version()
-    if version is None:
-        raise InputError(f"{expected}, found none; {hint}")
     if version not in SPICE_JAVA_VERSIONS:
-        raise InputError(f"{expected}, found Java {version or 'of an unknown version'}; {hint}")
-    folder = Path(spice.__file__).parent
-    if not os.access(folder, os.W_OK):
+        found = "none" if version is None else f"Java {version or 'of an unknown version'}"
         raise InputError(
-            f"--spice writes into {folder}, which is read-only here; install pycocoevalcap in a folder of yours"
+            f"--spice needs Java {SPICE_JAVA_VERSIONS[0]} to {SPICE_JAVA_VERSIONS[-1]}, found {found}; put the java of "
+            "version 8 or 11 first in PATH (https://adoptium.net has them)"
         )
 
 
-def spice(references: dict[int, list[str]], captions: dict[int, list[str]]) -> tuple[float, list[float]]:
-    """Computes SPICE (Anderson et al. 2016), between 0 and 1, of captions split by `metrics.tokenize`.
+def compute_java_score(
+    name: str, references: dict[int, list[str]], captions: dict[int, list[str]]
+) -> tuple[float, list[float]] | None:
+    """Computes METEOR (Denkowski and Lavie 2014) or SPICE (Anderson et al. 2016), between 0 and 1.
 
-    The first time, pycocoevalcap downloads Stanford CoreNLP 3.6.0 beside its code.
+    Args:
+        name: which of them.
+        references: of each image, split by `metrics.tokenize`.
+        captions: one for each image, in a list, split in the same way.
 
     Returns:
-        The score of all captions, and that of each image.
-
-    Raises:
-        JavaError: the download failed, or SPICE's Java program.
+        The score of all captions, and that of each image; None if the program fails, which is logged.
     """
-    from pycocoevalcap.spice import spice
-
-    folder = Path(spice.__file__).parent / "lib"
+    compute = {"METEOR": _meteor, "SPICE": _spice}[name]
     try:
         with _stdout_to_stderr():
-            total, scores = spice.Spice().compute_score(references, captions)
+            total, by_image = compute(references, captions)
+        if not math.isfinite(total):
+            raise ValueError("an image has no score")
     except (OSError, ValueError, LookupError, zipfile.BadZipFile, subprocess.CalledProcessError) as error:
-        if missing := [name for name in CORENLP_JARS if not (folder / name).exists()]:
-            raise JavaError(
-                f"{' and '.join(missing)} could not be downloaded ({error}); put what {CORENLP_URL} holds of them into "
-                f"{folder}"
-            ) from None
-        raise JavaError(f"SPICE's Java program failed ({error}); it needs 8 GB of memory") from None
-    if not math.isfinite(total):
-        raise JavaError("SPICE's Java program gave an image no score")
-    return float(total), [float(score["All"]["f"]) for score in scores]
+        log(f"{name} is left out: its Java program failed ({error}); it needs {NEEDS[name]}")
+        return None
+    return total, by_image
+
+
+def _meteor(references: dict[int, list[str]], captions: dict[int, list[str]]) -> tuple[float, list[float]]:
+    from pycocoevalcap.meteor.meteor import Meteor
+
+    program = Meteor()
+    try:
+        return program.compute_score(references, captions)
+    except BaseException:  # also Ctrl-C
+        program.lock.release()  # a failure leaves it locked, and `__del__` would wait for it forever
+        with contextlib.suppress(OSError):  # otherwise `__del__` complains that the program is gone
+            program.meteor_p.stdin.close()
+        raise
+
+
+def _spice(references: dict[int, list[str]], captions: dict[int, list[str]]) -> tuple[float, list[float]]:
+    from pycocoevalcap.spice.spice import Spice
+
+    total, by_image = Spice().compute_score(references, captions)
+    return float(total), [float(score["All"]["f"]) for score in by_image]
 
 
 @contextlib.contextmanager

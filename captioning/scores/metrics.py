@@ -5,17 +5,18 @@ The scores are computed by pycocoevalcap, the code of the COCO challenge, on the
 """
 
 import contextlib
-import functools
 import importlib.util
 import io
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 from captioning.base.cli import log
 from captioning.scores import ptb_tokenizer
-from captioning.scores.java_scores import NEED_JAVA, JavaError, has_java, meteor, spice
+from captioning.scores.java_scores import NEED_JAVA, compute_java_score, has_java
+from tokenizer import split_words
 
-SplitWords = Callable[[str], list[str]]
+# How captions are split for their scores, by what a word is: `words` of `DataConfig`.
+TOKENIZERS = {"spaces": "PTB", "characters": "characters"}
 
 
 class Scores(NamedTuple):
@@ -30,107 +31,65 @@ def has_pycocoevalcap() -> bool:
     return importlib.util.find_spec("pycocoevalcap") is not None
 
 
-def choose_tokenizer(words: str, split_words: Callable[..., list[str]]) -> tuple[str, SplitWords]:
-    """Chooses how captions are split for their scores.
-
-    Args:
-        words: what a word is, `spaces` or `characters`, as in `DataConfig`.
-        split_words: `tokenizer.split_words`, which splits characters.
-
-    Returns:
-        The name of the tokenizer, `PTB` or `characters`, and its function.
-    """
-    if words == "characters":
-        return words, functools.partial(split_words, words=words)
-    return "PTB", ptb_tokenizer.tokenize
-
-
-def tokenize(texts: dict[int, list[str]], split_words: SplitWords) -> dict[int, list[str]]:
+def tokenize(texts: dict[int, list[str]], words: str) -> dict[int, list[str]]:
     """Splits the captions of every image into words, joined by spaces, as pycocoevalcap expects them.
 
     Args:
         texts: captions by the number of their image.
-        split_words: splits a caption into words.
+        words: what a word is, a key of `TOKENIZERS`.
     """
-    return {number: [" ".join(split_words(text)) for text in captions] for number, captions in texts.items()}
+
+    def split(text: str) -> list[str]:
+        return split_words(text, words) if words == "characters" else ptb_tokenizer.tokenize(text)
+
+    return {number: [" ".join(split(text)) for text in captions] for number, captions in texts.items()}
 
 
 def score(
-    references: list[list[str]],
-    captions: list[str],
-    split_words: SplitWords = ptb_tokenizer.tokenize,
-    with_meteor: bool = False,
-    with_spice: bool = False,
+    references: list[list[str]], captions: list[str], words: str = "spaces", java_scores: Sequence[str] = ()
 ) -> Scores:
     """Scores captions, each against the reference captions of its image, with pycocoevalcap.
 
     Args:
         references: the reference captions of each image.
         captions: one caption for each image.
-        split_words: splits a caption into words.
-        with_meteor: whether to compute METEOR, which needs Java.
-        with_spice: whether to compute SPICE, see `java_scores.check_spice`.
-
-    Returns:
-        The scores. If the program of METEOR or of SPICE fails, that is logged and the score is left out.
+        words: what a word is, a key of `TOKENIZERS`.
+        java_scores: what to compute of METEOR and SPICE. If its program fails, a score is left out.
     """
     from pycocoevalcap.bleu.bleu import Bleu
     from pycocoevalcap.cider.cider import Cider
     from pycocoevalcap.rouge.rouge import Rouge
 
-    gts = tokenize(dict(enumerate(references)), split_words)  # pycocoevalcap's name: ground truths
-    res = tokenize({number: [text] for number, text in enumerate(captions)}, split_words)  # and results
-    found: dict[str, tuple[float, Sequence[float]]] = {}  # the score of all captions and those of the images, by name
+    gts = tokenize(dict(enumerate(references)), words)  # pycocoevalcap's name: ground truths
+    res = tokenize({number: [text] for number, text in enumerate(captions)}, words)  # and results
+    found: dict[str, tuple[float, Sequence[float]] | None] = {}  # the score of all captions and those of the images
     with contextlib.redirect_stdout(io.StringIO()):  # pycocoevalcap prints its counts
         bleu = zip(*Bleu(4).compute_score(gts, res, verbose=0), strict=True)
         found |= {f"BLEU-{n}": values for n, values in enumerate(bleu, 1)}
-        if with_meteor:
-            found |= _score_with_java("METEOR", meteor, gts, res)
+        if "METEOR" in java_scores:
+            found["METEOR"] = compute_java_score("METEOR", gts, res)
         found["ROUGE-L"] = Rouge().compute_score(gts, res)
         found["CIDEr"] = Cider().compute_score(gts, res)
-    if with_spice:
-        found |= _score_with_java("SPICE", spice, gts, res)
-    return Scores(
-        {name: round(100 * float(total), 2) for name, (total, _) in found.items()},
-        {name: [100 * float(value) for value in by_image] for name, (_, by_image) in found.items()},
-    )
+    if "SPICE" in java_scores:
+        found["SPICE"] = compute_java_score("SPICE", gts, res)
+    scores = Scores({}, {})
+    for name, result in found.items():
+        if result is not None:
+            scores.total[name] = round(100 * float(result[0]), 2)
+            scores.by_image[name] = [100 * float(value) for value in result[1]]
+    return scores
 
 
-def _score_with_java(name: str, compute: Callable, gts: dict, res: dict) -> dict[str, tuple[float, Sequence[float]]]:
-    """Computes a score that a Java program computes; logs a failure, and returns nothing then."""
-    try:
-        return {name: compute(gts, res)}
-    except JavaError as error:
-        log(f"{name} is left out: {error}")
-        return {}
-
-
-def score_all(
-    references: list[list[str]],
-    captions: list[str],
-    split_words: Callable[..., list[str]],
-    words: str,
-    with_spice: bool = False,
-) -> tuple[Scores, str]:
-    """Computes all scores that this machine can compute, and logs which it cannot.
-
-    Args:
-        references: see `score`.
-        captions: see `score`.
-        split_words: see `choose_tokenizer`.
-        words: see `choose_tokenizer`.
-        with_spice: see `score`.
-
-    Returns:
-        The scores, and the name of the tokenizer.
-    """
-    name, split = choose_tokenizer(words, split_words)
-    with_meteor = name == "PTB" and has_java()
-    if name == "characters":
+def score_all(references: list[list[str]], captions: list[str], words: str, with_spice: bool = False) -> Scores:
+    """Computes all scores that this machine can compute, and logs which it cannot; for the arguments see `score`."""
+    java_scores = ["SPICE"] if with_spice else []
+    if words == "characters":
         log("METEOR knows English words only: it is left out, and scores are of characters")
-    elif not with_meteor:
+    elif has_java():
+        java_scores.append("METEOR")
+    else:
         log(f"METEOR is left out: {NEED_JAVA}")
-    return score(references, captions, split, with_meteor, with_spice), name
+    return score(references, captions, words, java_scores)
 
 
 def distinct_ratio(texts: list[str]) -> float:

@@ -13,12 +13,7 @@ SCORES = ("CIDEr", "BLEU-4", "ROUGE-L", "METEOR", "SPICE")  # in this order, tho
 
 
 def check_table_path(path: Path) -> None:
-    """Checks a file that a table will be written into, before hours of work, and makes its folder.
-
-    Raises:
-        InputError: it has another ending, or is a folder.
-        OSError: its folder cannot be made.
-    """
+    """Checks the name of a file that a table will be written into, before hours of work, and makes its folder."""
     if path.suffix.lower() != ".csv":
         raise InputError(f"--per-image {path}: expected a name that ends in .csv")
     if path.is_dir():
@@ -29,16 +24,10 @@ def check_table_path(path: Path) -> None:
 def write_score_table(
     path: Path, examples: Sequence[Example], captions: Sequence[str], by_image: dict[str, list[float]]
 ) -> None:
-    """Writes the scores of every image: image, caption, scores in percent, references; the worst CIDEr first.
+    """Writes a row for every image: image, caption, scores in percent (`metrics.Scores`), references; the worst first.
 
-    BLEU-4 is that of the caption alone, as pycocoevalcap computes it: near 0 without four right words in a row, so that
-    the mean over images is not the BLEU-4 of all captions.
-
-    Args:
-        path: the CSV file, which is replaced at once.
-        examples: the images.
-        captions: one caption for each image.
-        by_image: the scores, see `metrics.Scores`.
+    The worst is that of the lowest CIDEr. BLEU-4 is that of the caption alone, as pycocoevalcap computes it: near 0
+    without four right words in a row, so that the mean over images is not the BLEU-4 of all captions.
     """
     names = [name for name in SCORES if name in by_image]
     num_references = max(len(example.captions) for example in examples)

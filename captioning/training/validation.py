@@ -10,7 +10,6 @@ from captioning.config.settings import DecodeConfig, TrainConfig
 from captioning.decoder.losses import loss_function
 from captioning.scores import metrics
 from captioning.training.input_pipeline import Batch, TrainData, encode_captions, make_dataset, make_epoch_batches
-from tokenizer import split_words
 
 # Validation images from which CIDEr chooses the best epoch. CIDEr weighs an n-gram by log(images / images that have
 # it): of one image all weights are log 1, and CIDEr is 0 whatever the caption is. With a few, it is the mean of so few
@@ -95,8 +94,7 @@ class Validator:
         scores: dict[str, float] = {}
         if self.has_scores:
             # Without Java, so that a run chooses the same epoch on every machine.
-            _, split = metrics.choose_tokenizer(self.data.tokenizer.words, split_words)
-            scores = metrics.score(self.references, texts, split).total
+            scores = metrics.score(self.references, texts, self.data.tokenizer.words).total
         val_loss = round(self.loss(), 4)
         row = {
             "val_loss": val_loss,

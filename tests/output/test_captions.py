@@ -63,7 +63,6 @@ def test_to_captions_makes_further_captions_alternatives():
 def test_confidence_counts_the_end():
     caption = make_caption()
     assert caption.log_prob == pytest.approx(math.log(0.5 * 0.25 * 0.5))
-    assert caption.mean_log_prob == pytest.approx(math.log(0.5 * 0.25 * 0.5) / 3)
     assert caption.confidence == pytest.approx((0.5 * 0.25 * 0.5) ** (1 / 3))
     cut = make_caption(end_probability=None)
     assert cut.log_prob == pytest.approx(math.log(0.125)) and cut.confidence == pytest.approx(0.125**0.5)

@@ -12,7 +12,7 @@ import data_utils
 from captioning.base.cli import InputError
 from captioning.config.run_config import FORMAT
 from captioning.runs import run_folder
-from captioning.runs.run_folder import latest_run, open_run, read_config
+from captioning.runs.run_folder import open_run, read_config
 from inference import load_run
 
 
@@ -35,26 +35,8 @@ def test_open_run_leaves_folders_to_the_core_and_the_rest_to_the_guest(run, tmp_
 def test_load_run_restores_what_was_saved(run, small_model, tokenizer):
     caption_model, loaded_tokenizer, config = load_run(run)
     assert loaded_tokenizer.index_word == tokenizer.index_word and config == read_config(run)
-    assert loaded_tokenizer.words == "spaces"
     for variable, expected in zip(caption_model.trainable_variables, small_model.trainable_variables, strict=True):
         np.testing.assert_array_equal(variable, expected)
-
-
-def test_load_run_knows_what_a_word_is(run):
-    config = json.loads((run / "config.json").read_text())
-    (run / "config.json").write_text(json.dumps(config | {"data": config["data"] | {"words": "characters"}}))
-    assert load_run(run)[1].words == "characters"
-
-
-def test_load_run_refuses_folder_without_checkpoint(tmp_path, run):
-    with pytest.raises(InputError, match="not a run folder"):
-        load_run(tmp_path)
-    for path in (run / "checkpoints").rglob("checkpoint"):
-        path.unlink()
-    with pytest.raises(InputError, match="no checkpoint"):
-        load_run(run)
-    with pytest.raises(InputError, match="no run with a checkpoint"):
-        latest_run(tmp_path / "runs")
 
 
 def test_load_run_refuses_vocabulary_of_other_weights(run):
@@ -74,22 +56,6 @@ def test_load_run_refuses_settings_of_other_weights(run):
         load_run(run)
     path.write_text(json.dumps({"format": FORMAT, "model": {}}))
     with pytest.raises(InputError, match=r"not the config\.json of a run"):
-        load_run(run)
-
-
-def test_load_run_refuses_run_of_an_earlier_version(run):
-    path = run / "config.json"
-    config = json.loads(path.read_text())
-    del config["format"]
-    path.write_text(json.dumps(config))
-    with pytest.raises(InputError, match="made by an earlier version"):
-        load_run(run)
-
-
-def test_load_run_refuses_damaged_checkpoint(run):
-    for path in (run / "checkpoints").rglob("*.data-*"):
-        path.write_bytes(path.read_bytes()[:1000])
-    with pytest.raises(InputError, match="damaged"):
         load_run(run)
 
 

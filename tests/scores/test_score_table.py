@@ -34,14 +34,6 @@ def test_write_score_table_begins_with_the_worst(tmp_path):
     ]
 
 
-def test_write_score_table_that_fails_leaves_the_old_one(tmp_path):
-    path = tmp_path / "scores.csv"
-    path.write_text("old")
-    with pytest.raises(IndexError):
-        write_score_table(path, EXAMPLES, CAPTIONS[:2], BY_IMAGE)
-    assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]
-
-
 def test_check_table_path(tmp_path):
     check_table_path(tmp_path / "new/scores.CSV")
     (tmp_path / "file").touch()

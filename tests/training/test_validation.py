@@ -70,14 +70,12 @@ def test_validator_lets_cider_decide_of_enough_images(make_validator, dataset, m
     assert score == (row["cider"], -1, -row["val_loss"]) and row["cider"] > 0
 
 
-@pytest.mark.parametrize(
-    ("words", "expected"), [("spaces", ["一只", "dog", "'s"]), ("characters", ["一", "只", "dog's"])]
-)
-def test_validator_splits_words_as_published_scores_do(make_validator, monkeypatch, words, expected):
+@pytest.mark.parametrize("words", ["spaces", "characters"])
+def test_validator_splits_words_as_published_scores_do(make_validator, monkeypatch, words):
     seen = []
 
-    def score(references, texts, split):
-        seen.append(split("一只 dog's"))
+    def score(references, texts, words):
+        seen.append(words)
         return metrics.Scores({"BLEU-4": 0.0, "CIDEr": 0.0}, {})
 
     monkeypatch.setattr(metrics, "score", score)
@@ -85,7 +83,7 @@ def test_validator_splits_words_as_published_scores_do(make_validator, monkeypat
     tokenizer = Tokenizer(validator.data.tokenizer.index_word, words)
     validator.data = validator.data._replace(tokenizer=tokenizer)
     validator.evaluate()
-    assert seen == [expected]
+    assert seen == [words]
 
 
 LEFT_OUT = "BLEU-4 and CIDEr are left out: they need `pip install pycocoevalcap`\n"

@@ -1,0 +1,90 @@
+import json
+
+import pytest
+
+from captioning.base.cli import InputError
+from captioning.data.annotations import Example
+from captioning.scores.coco_results import ImageIndex, read_results
+
+EXAMPLES = [Example(f"{i}.jpg", ("a dog",), 100 + i, "val") for i in range(3)]
+RESULTS = [
+    {"image_id": 102, "caption": "two men"},
+    {"image_id": 100, "caption": "a dog runs on the grass"},
+    {"image_id": 101, "caption": "a cat sleeps"},
+]
+TEXTS = ["a dog runs on the grass", "a cat sleeps", "two men"]
+FOLDERS = [
+    Example("val/COCO_val2014_000000000391.jpg", ("a dog",), 391),
+    Example("val/b.jpg", ("a cat",), 7),
+    Example("c.jpg.png", ("a hat",), "x7"),
+    Example("other/b.jpg", ("a car",), 50),
+    Example("c.jpg", ("a bus",), 51),
+    Example("50.jpg", ("a pen",), 0),
+]
+
+
+@pytest.mark.parametrize(
+    ("image_id", "expected"),
+    [
+        (391, 0),
+        ("000000000391", 0),
+        ("val/COCO_val2014_000000000391.jpg", 0),
+        ("COCO_val2014_000000000391.jpg", 0),
+        ("COCO_val2014_000000000391", 0),
+        ("other/b.jpg", 3),
+        ("x7", 2),
+        ("c.jpg", 4),  # a name comes before a stem
+        ("0000", 5),
+        (50, 3),  # a number is an id
+        (8, None),
+        ("", None),
+    ],
+)
+def test_image_index_finds_images_by_id_path_name_and_stem(image_id, expected):
+    found = ImageIndex(FOLDERS).find(image_id)
+    assert found == (None if expected is None else FOLDERS[expected])
+
+
+@pytest.mark.parametrize(
+    ("image_id", "first", "second"),
+    [
+        ("b.jpg", r"other/b\.jpg \(id 50\)", r"val/b\.jpg \(id 7\)"),
+        ("50", r"50\.jpg \(id 0\)", r"other/b\.jpg \(id 50\)"),
+    ],
+)
+def test_image_index_refuses_what_means_two_images(image_id, first, second):
+    with pytest.raises(InputError, match=f"image_id '{image_id}' means 2 images, such as {first} and {second}"):
+        ImageIndex(FOLDERS).find(image_id)
+
+
+def test_read_results_finds_the_caption_of_each_image(tmp_path, capsys):
+    path = tmp_path / "results.json"
+    rows = [{"image_id": "102", "caption": "two\r\nmen"}, *RESULTS[1:], {"image_id": 7, "caption": "of another split"}]
+    path.write_text(json.dumps([*rows, {"image_id": "8.jpg", "caption": "of nothing"}]), encoding="utf-8-sig")
+    captions = read_results(path, EXAMPLES, [*EXAMPLES, Example("7.jpg", ("a hat",), 7, "test")])
+    assert [" ".join(caption.split()) for caption in captions] == TEXTS
+    log = capsys.readouterr().err
+    assert f"{path}: 1 captions of images of other splits are left out" in log
+    no_image = "1 of its 5 captions belong to no image of the data, the first with image_id '8.jpg'; left out"
+    assert f"{path}: {no_image}" in log
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (RESULTS[:2], "no caption of 1 of the 3 images, the first with image_id 101"),
+        (
+            [*RESULTS[:2], {"image_id": "a.jpg", "caption": "a dog"}],
+            "1 of its 3 captions belong to no image of the data",
+        ),
+        ([*RESULTS, {"image_id": "2", "caption": "men"}], r"found two of image_id 102 \(2\.jpg\), the second as '2'"),
+        ([{"image_id": 100, "caption": "half a \ud800"}], "not COCO results"),
+        ({"annotations": RESULTS}, "not COCO results"),
+        ([{"image_id": [1], "caption": "a dog"}], "not COCO results"),
+    ],
+)
+def test_read_results_refuses_bad_files(tmp_path, content, message):
+    path = tmp_path / "results.json"
+    path.write_text(json.dumps(content))
+    with pytest.raises(InputError, match=message):
+        read_results(path, EXAMPLES)
