@@ -45,7 +45,7 @@ CONFIG_SCHEMA = {
 def open_run(run: str | Path | None) -> Path:
     """Returns the run folder that `--run` names, which is checked when it is read; without a name, the latest run.
 
-    A .zip of a folder, or its address, is unpacked by `beyond.share`.
+    A .zip of a folder, or its address, is unpacked.
     """
     if run is None:
         return latest_run()
