@@ -17,18 +17,11 @@ from typing import Any
 from captioning.base.cli import InputError
 from captioning.base.quiet_tensorflow import tf
 from captioning.base.special_tokens import END_ID, PAD_ID
-from captioning.config.settings import DecodeConfig
 from captioning.decoder.decoding import DecodedBatch, decode
 from captioning.output.captions import SMALLEST_PROBABILITY
 from inference import Captioner
 
 SAVED_MODEL_FILE = "saved_model.pb"
-
-
-def check_exportable(config: DecodeConfig) -> None:
-    """Raises InputError if the settings draw words at random: their numbers come from outside the graph."""
-    if config.sample:
-        raise InputError("--sample cannot be exported; expected greedy search or a beam search")
 
 
 class ExportedModel(tf.Module):
@@ -37,26 +30,19 @@ class ExportedModel(tf.Module):
     Args:
         captioner: the run, and how its captions are searched for.
         with_decoder: whether there is `caption_files`, which reads images by `read_pixels`; otherwise it is None.
-
-    Raises:
-        InputError: see `check_exportable`.
     """
 
     def __init__(self, captioner: Captioner, with_decoder: bool = False):
         super().__init__()
-        config = captioner.decode_config
-        check_exportable(config)
-        extractor, model, size = captioner.extractor, captioner.model, captioner.image_size
-        features_dtype = captioner.config.features["dtype"]
+        size, config = captioner.image_size, captioner.decode_config
 
         def decode_pixels(pixels: tf.Tensor) -> DecodedBatch:
-            # Rounded as the features that the model was trained on.
-            features = tf.cast(extractor(pixels, training=False), features_dtype)  # (B, L, C)
-            return decode(model, features, config)
+            return decode(captioner.model, captioner.extract_features(pixels), config)
 
         # Only the variables are attributes: Keras would save more of its models than what is called.
-        self.weights = list_variables(extractor, model)
-        self.decode_pixels, self.num_captions = decode_pixels, config.captions
+        self.weights = list_variables(captioner.extractor, captioner.model)
+        self.decode_pixels = decode_pixels
+        self.num_captions = config.captions
         vocabulary = captioner.tokenizer
         self.words = tf.constant(["" if i in (PAD_ID, END_ID) else w for i, w in enumerate(vocabulary.index_word)])
         # Whether a word is written without a space beside another such word, as Chinese characters are.
