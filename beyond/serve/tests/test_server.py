@@ -1,5 +1,6 @@
 """The application, with a captioner that needs no model and without sockets; and a few tests through real ones."""
 
+import contextlib
 import io
 import json
 import socket
@@ -42,12 +43,6 @@ def test_files_of_the_page(client, path):
     assert reply.headers["Cache-Control"] == "no-cache"
     assert reply.headers["X-Content-Type-Options"] == "nosniff"
     assert reply.headers["Content-Security-Policy"].startswith("default-src 'none'; script-src 'self'; ")
-
-
-def test_page_needs_nothing_but_files_beside_it():
-    page = FILES["/"][0].read_text(encoding="utf-8")
-    links = [part.split('"')[0] for part in page.split('src="')[1:] + page.split('href="')[1:]]
-    assert {f"/{link}" for link in links} == FILES.keys() - {"/"} | {"/data:,"}
 
 
 def test_health_says_what_the_page_needs(captioner):
@@ -110,10 +105,9 @@ def test_caption_refuses_in_one_line(captioner, body, query, message):
     assert post(client, PNG)[0] == 200  # the place is free again
 
 
-@pytest.mark.parametrize("content_type", ["multipart/form-data", "multipart/form-data; boundary=b"])
 @pytest.mark.parametrize("body", [b"", b"--b\r\n\r\nx\r\n--b--", b"--b\r\nContent-Disposition: x\r\n\r\n"])
-def test_caption_refuses_damaged_forms(client, content_type, body):
-    status, value = post(client, body, content_type=content_type)
+def test_caption_refuses_damaged_forms(client, body):
+    status, value = post(client, body, content_type="multipart/form-data; boundary=b")
     assert (status, value) == (400, {"error": "expected one file with the name image in the form, found 0"})
 
 
@@ -174,15 +168,8 @@ def test_names_of_a_proxy_are_trusted_where_the_user_says_so(captioner, host):
     assert status_for(client, "hub.example.com", "https://hub.example.com") == 200
     assert status_for(client, "a.b.org:443", "https://a.b.org") == 200  # the proxy added the port
     assert status_for(client, "localhost:8000", "https://hub.example.com") == 200  # it changed the name
-    assert status_for(client, "localhost:8000") == 200
-    for host, origin in [
-        ("example.com", None),
-        ("x.hub.example.com", None),
-        ("hub.example.com", "https://example.com"),
-        ("hub.example.com", "null"),
-        ("localhost:8000", "http://localhost:1"),
-    ]:
-        assert status_for(client, host, origin) == 403, (host, origin)
+    assert status_for(client, "x.hub.example.com") == 403
+    assert status_for(client, "hub.example.com", "https://example.com") == 403
 
 
 def test_server_of_other_machines_answers_any_name(captioner):
@@ -287,9 +274,8 @@ def ask(server, path="health", body=None):
         return json.load(reply)
 
 
-def raw_head(length, *headers):
-    lines = ["POST /caption HTTP/1.1", "Host: localhost", f"Content-Length: {length}", *headers, "", ""]
-    return "\r\n".join(lines).encode()
+def raw_head(length):
+    return f"POST /caption HTTP/1.1\r\nHost: localhost\r\nContent-Length: {length}\r\n\r\n".encode()
 
 
 def send_raw(server, data):
@@ -300,19 +286,11 @@ def send_raw(server, data):
         return b"".join(iter(lambda: connection.recv(1 << 16), b""))
 
 
-@pytest.fixture
-def connections():
-    """A list of connections, which are closed after the test."""
-    connections = []
-    yield connections
-    for connection in connections:
-        connection.close()
-
-
-def test_clients_that_send_slowly_keep_no_others_waiting(captioner, connections):
-    with run_server(captioner, max_requests=1, timeout=1) as server:
+def test_clients_that_send_slowly_keep_no_others_waiting(captioner):
+    with run_server(captioner, max_requests=1, timeout=1) as server, contextlib.ExitStack() as stack:
+        connections = []
         for _ in range(20):  # more than there are threads
-            connections.append(socket.create_connection(server.address, 20))
+            connections.append(stack.enter_context(socket.create_connection(server.address, 20)))
             connections[-1].sendall(raw_head(len(PNG)) + PNG[:-1])
         assert ask(server, "caption", PNG)["caption"] == "a red image"
         connections[0].sendall(PNG[-1:])
@@ -329,19 +307,6 @@ def test_large_body_is_refused_in_json_and_a_huge_one_at_once(captioner):
         assert send_raw(server, raw_head(10**12)).startswith(b"HTTP/1.1 413 ")
         assert send_raw(server, raw_head("ten")).startswith(b"HTTP/1.1 400 ")
         assert ask(server)["status"] == "ok"
-
-
-def test_client_that_is_gone_is_no_news(captioner, caplog):
-    with run_server(captioner) as server:
-        captioner.may_end.clear()
-        with socket.create_connection(server.address, 20) as connection:
-            connection.sendall(raw_head(len(PNG)) + PNG)
-            assert captioner.begun.wait(20)
-            connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")  # closes with a reset
-        captioner.may_end.set()
-        wait_until(lambda: not server.server.active_channels)
-        assert ask(server, "caption", PNG)["caption"] == "a red image"
-    assert not caplog.records
 
 
 def test_listen_refuses_an_address_that_it_cannot_have():

@@ -19,7 +19,7 @@ import inference
 import model
 from beyond.share import packed_run
 from beyond.share.packed_run import open_run, without_paths
-from beyond.share.run_packer import EPOCH, pack_run, run_name
+from beyond.share.run_packer import pack_run, run_name
 from captioning.base import downloads
 from captioning.base.cli import InputError
 from captioning.base.files import file_sha256, read_json, write_json
@@ -79,17 +79,10 @@ def copied_run(small_run, tmp_path):
     return shutil.copytree(small_run, tmp_path / "copies/small")
 
 
-@pytest.fixture(scope="module")
-def packed_content(small_run, tmp_path_factory):
-    path = tmp_path_factory.mktemp("packed") / "small.zip"
-    pack_run(small_run, path)
-    return path.read_bytes()
-
-
 @pytest.fixture
-def packed(packed_content, tmp_path, cache_dir):
+def packed(small_run, tmp_path, cache_dir):
     """The small run as a .zip."""
-    (tmp_path / "small.zip").write_bytes(packed_content)
+    pack_run(small_run, tmp_path / "small.zip")
     return tmp_path / "small.zip"
 
 
@@ -134,8 +127,6 @@ def test_pack_run_gives_the_same_bytes_also_of_the_unpacked_run(small_run, packe
     for run in (small_run, open_run(packed)):
         pack_run(run, tmp_path / "again.zip")
         assert (tmp_path / "again.zip").read_bytes() == packed.read_bytes()
-    with zipfile.ZipFile(packed) as archive:
-        assert {(m.date_time, m.create_system, m.compress_type) for m in archive.infolist()} == {(EPOCH, 3, 0)}
 
 
 def test_pack_run_fills_the_model_card_in(packed, copied_run, tmp_path):
@@ -165,32 +156,27 @@ def test_pack_run_has_the_weights_of_another_cnn(copied_run, tmp_path, cache_dir
     assert b"the author's, SHA-256 `" in read_zip(tmp_path / "small.zip")["small/MODEL_CARD.md"]
 
 
-BROKEN_RUNS = {
-    "no run": (lambda run: (run / "config.json").unlink(), "not a run folder"),
-    "a CNN of nobody": (lambda run: (run / "cnn.h5").touch(), "weights of the CNN: config.json expects none, found"),
-    "other scores": (lambda run: write_json(run / "metrics_val.json", {"split": "val"}), "metrics_val.json: expected"),
-}
-
-
-@pytest.mark.parametrize("name", BROKEN_RUNS)
-def test_pack_run_refuses_a_broken_run(copied_run, tmp_path, name):
-    change, message = BROKEN_RUNS[name]
-    change(copied_run)
+@pytest.mark.parametrize(
+    ("file", "content", "message"),
+    [
+        ("config.json", "[]", "config.json"),
+        ("cnn.h5", "", "weights of the CNN: config.json expects none, found"),
+        ("metrics_val.json", '{"split": "val"}', "metrics_val.json: expected the scores that evaluate.py writes"),
+    ],
+)
+def test_pack_run_refuses_a_broken_run(copied_run, tmp_path, file, content, message):
+    (copied_run / file).write_text(content)
     with pytest.raises(InputError, match=message):
         pack_run(copied_run, tmp_path / "bad.zip")
     assert not (tmp_path / "bad.zip").exists()
 
 
-def test_run_name_is_one_of_a_file(tmp_path):
+def test_names_of_runs_and_paths(tmp_path):
     for name, expected in (("my run (2)", "my_run_2_"), ("猫", "猫"), (".hidden", "hidden"), ("---", "run")):
         assert run_name(tmp_path / name) == expected
-
-
-@pytest.mark.parametrize("path", ["", ".", "..", "a/..", "/"])
-def test_without_paths_leaves_a_name(path):
-    values = without_paths({"data": {"annotations": path}, "features": {"folder": path, "weights": "imagenet"}})
-    assert values["data"]["annotations"] == values["features"]["folder"] == "data"
-    assert values["features"]["weights"] == "imagenet" and without_paths(values) == values
+    for path in ("", "..", "a/..", "/"):
+        values = without_paths({"data": {"annotations": path}, "features": {"weights": "imagenet"}})
+        assert values["data"]["annotations"] == "data" and values["features"]["weights"] == "imagenet"
 
 
 # The command.
@@ -255,12 +241,6 @@ def test_open_run_unpacks_once(packed, cache_dir, capsys):
     assert capsys.readouterr().err == ""
 
 
-def test_open_run_goes_on_after_a_kill(packed, cache_dir):
-    leftover = cache_dir / file_sha256(packed) / ".unpack-x/small/checkpoints"
-    leftover.mkdir(parents=True)
-    assert best_checkpoint(open_run(packed))
-
-
 def test_open_run_refuses_a_cache_that_cannot_be_written(packed, tmp_path, monkeypatch):
     (tmp_path / "file").touch()
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
@@ -293,10 +273,6 @@ def put(name, content):
     return lambda members: {**members, f"small/{name}": content}
 
 
-def rename(new):
-    return lambda members: {name.replace("small/", new): content for name, content in members.items()}
-
-
 def set_field(section, name, value):
     def damage(members):
         config = json.loads(members["small/config.json"])
@@ -308,9 +284,6 @@ def set_field(section, name, value):
 DAMAGES = {
     "path out of the folder": (add("small/../evil.json"), "no file of a packed run"),
     "path of Windows": (add("small\\evil.json"), "no file of a packed run"),
-    "program": (add("small/run.py"), "no file of a packed run"),
-    "folder is hidden": (rename(".ssh/"), "expected one folder with"),
-    "no folder": (rename(""), "no file of a packed run"),
     "no settings": (drop("config.json"), "expected one folder with"),
     "file twice": (add("small/config.json"), "expected one folder with"),
     "link": (add("small/cnn.h5", b"/etc/passwd", stat.S_IFLNK | 0o777), "expected a plain file, found a link"),
@@ -318,7 +291,6 @@ DAMAGES = {
     "settings are no JSON": (put("config.json", b"\xff\xfe"), "small/config.json: expected JSON"),
     "settings with a path": (set_field("data", "annotations", "/etc/passwd"), "found paths"),
     "settings with a huge size": (set_field("model", "embedding_dim", 10**12), "no weights of size 1000000000000"),
-    "settings with a CNN that lacks": (set_field("features", "sha256", "00"), "cnn.weights.h5, found none"),
     "CNN that is not in the settings": (add("small/cnn.h5"), "expects none, found small/cnn.h5"),
     "weights of another CNN": (
         lambda m: set_field("features", "sha256", "00")(add("small/cnn.h5")(m)),
@@ -346,14 +318,11 @@ def test_open_run_refuses_a_changed_pack(packed, cache_dir, name):
 
 
 def test_open_run_refuses_damaged_bytes(packed, cache_dir):
-    content, rng = packed.read_bytes(), np.random.default_rng(0)
-    encrypted = content.replace(b"PK\x03\x04\x14\x00\x00", b"PK\x03\x04\x14\x00\x01")
-    encrypted = encrypted.replace(b"PK\x01\x02\x14\x03\x14\x00\x00", b"PK\x01\x02\x14\x03\x14\x00\x01")
-    assert encrypted != content
+    content = packed.read_bytes()
+    middle = len(content) // 2
+    flipped = content[:middle] + bytes([content[middle] ^ 16]) + content[middle + 1 :]
     write_zip(packed, read_zip(packed), zipfile.ZIP_LZMA)
-    damaged = [b"", b"PK", content[:-500], content[1000:], content[:5000], encrypted, packed.read_bytes()]
-    for position in rng.integers(0, len(content) - 3000, 8).tolist():  # in the files, which have a CRC
-        damaged.append(content[:position] + bytes([content[position] ^ 16]) + content[position + 1 :])
+    damaged = [b"", b"PK", content[:-500], content[1000:], content[:5000], flipped, packed.read_bytes()]
     for damage in damaged:
         packed.write_bytes(damage)
         with pytest.raises(InputError, match=r"small\.zip: damaged") as error:
@@ -405,13 +374,6 @@ def test_open_run_forgets_what_is_no_packed_run(server, packed, cache_dir):
         open_run(server.url)
     packed.write_bytes(content)
     assert open_run(server.url) == open_run(packed)
-
-
-def test_open_run_limits_downloads(server, cache_dir, monkeypatch):
-    monkeypatch.setattr(packed_run, "MAX_BYTES", 1000)
-    with pytest.raises(InputError, match="expected at most 1,000 bytes") as error:
-        open_run(server.url)
-    assert "hush" not in str(error.value)
 
 
 @pytest.mark.parametrize(
