@@ -211,19 +211,11 @@ def _check_run(run: Path) -> None:
 
 
 def check_cnn(run: Path, sha256: str | None) -> None:
-    """Checks that a run folder has the weights of its CNN, unless they are ImageNet's.
-
-    Args:
-        run: the run folder.
-        sha256: the SHA-256 that the run's config.json has of them; None of ImageNet's.
-
-    Raises:
-        InputError: it has others, or none where it should, or some where it should not.
-    """
+    """Checks that a run folder has the weights of its CNN with this SHA-256, or none if they are ImageNet's (None)."""
     cnn_weights = find_cnn_weights(run)
     if bool(cnn_weights) != bool(sha256):
-        expected, found = (f"{run}/cnn.h5 or cnn.weights.h5", "none") if sha256 else ("none", cnn_weights)
-        raise InputError(f"weights of the CNN: {CONFIG_FILE} expects {expected}, found {found}")
+        expected = f"{run}/cnn.h5 or cnn.weights.h5" if sha256 else "none"
+        raise InputError(f"weights of the CNN: {CONFIG_FILE} expects {expected}, found {cnn_weights or 'none'}")
     if cnn_weights:
         check_cnn_weights(cnn_weights, sha256)
 
