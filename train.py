@@ -45,7 +45,7 @@ from captioning.training.training_log import TrainingLog
 from captioning.training.validation import EpochScore, Validator
 from tokenizer import Tokenizer
 
-SPEED_SETTINGS = ("fused", "mixed_precision", "jit", "strategy")
+SPEED_SETTINGS = ("fused", "mixed_precision", "jit", "strategy")  # change the speed, not what is learnt
 
 OnStep = Callable[[TrainState], None]  # is called after every step
 
@@ -60,8 +60,10 @@ def compute_gradients(state: TrainState, batch: Batch) -> tuple[list[tf.Tensor],
         The gradients of the model's trainable variables, and the sums that are reported.
     """
     objective, variables = state.objective, state.model.trainable_variables
+    # Teacher forcing needs nothing beforehand. Other objectives sample captions here, outside the tape.
     prepared = objective.prepare(state.model, batch, state.optimizer.iterations)
     with tf.GradientTape() as tape:
+        # The model is given the true words of the captions, and is asked for the word after each of them.
         loss, sums = objective.loss(state.model, prepared)
         # Small gradients would be lost in float16. In float32 Keras returns the loss as it is.
         scaled_loss = state.optimizer.scale_loss(loss)
@@ -89,7 +91,9 @@ def make_train_step(
 
     def replica_step(batch: Batch) -> StepSums:
         gradients, sums = gradients_of(state, batch)
+        # With one device nothing happens here. With several, each has a part of the batch.
         gradients, sums = devices.sum_over_replicas(gradients, sums)
+        # Adam clips the gradients by their global norm: one bad batch cannot spoil a run.
         state.optimizer.apply(gradients, state.model.trainable_variables)
         return sums
 
@@ -103,7 +107,7 @@ def make_train_step(
         sums = tf.nest.map_structure(lambda x: tf.where(is_applied, x, 0.0), sums)
         state.ema.update(tf.cast(is_applied, tf.float32))
         state.objective.update(sums)
-        state.progress.add(sums)
+        state.progress.add(sums)  # the loss of the epoch so far, which the progress bar and history.csv show
 
     return train_step
 
@@ -126,6 +130,7 @@ def train_epoch(
     """
     progress = state.progress
     epoch, done = progress.get("epoch"), progress.get("step")  # a resumed run begins within an epoch
+    # Seed and epoch decide the order of the batches, so that a resumed run continues with the right one.
     order = batches.order(epoch)
     if done == len(order):
         return
@@ -148,6 +153,7 @@ def train_epoch(
                 name = state.objective.column.removeprefix("train_")
                 bar.set_postfix_str(f"{name} {state.objective.result(progress.mean_loss()):.3f}", refresh=False)
                 checkpoints.check_loss()
+            # Epochs of COCO take hours: a run that is killed within one loses a few minutes.
             if now - saved >= 60 * config.checkpoint_minutes:
                 checkpoints.save()
                 saved = time.monotonic()
@@ -163,6 +169,7 @@ def validate_and_log(
     progress = state.progress
     epoch, best_epoch, best_score = progress.get("epoch") + 1, progress.get("best_epoch"), progress.best()
     with state.ema.applied():  # the averaged weights are validated and saved as the best
+        # The captions that the model generates are scored: CIDEr tells more than the loss which epoch is the best.
         validation = validator.evaluate()
         if validation.score > best_score:
             best_score, best_epoch = validation.score, epoch
@@ -181,7 +188,7 @@ def validate_and_log(
 
 def make_train_state(caption_model: model.CaptionModel, objective: CrossEntropy, config: TrainConfig) -> TrainState:
     """Makes the rest of what is trained: the optimizer, the average of the weights, and the counters."""
-    optimizer = make_optimizer(config.learning_rate, config.clip_norm, config.mixed_precision)
+    optimizer = make_optimizer(config.learning_rate, config.clip_norm, config.mixed_precision)  # Adam, as the tutorial
     optimizer.build(caption_model.trainable_variables)  # before a checkpoint is restored: its slots must exist
     ema = WeightEMA(caption_model.trainable_variables, config.ema_decay)
     choose_decoder_loop(caption_model, config)
@@ -251,6 +258,7 @@ def train(
         on_step: is called after every step.
     """
     settings = config.train
+    # The model and the optimizer, from the last checkpoint if there is one (the tutorial's CheckpointManager).
     state, checkpoints = build(run, config, strategy)
     progress = state.progress
     if checkpoints.restore():
@@ -259,6 +267,7 @@ def train(
     devices.separate_random_states(state.model, strategy)
     training_log = TrainingLog(run, progress.get("epoch")) if checkpoints.is_writer else None
 
+    # The captions as arrays of token ids; their images' features stay on the disk.
     examples = data.dataset.split("train")
     captions = encode_captions(examples, data.tokenizer.encode, data.cache.path, settings.max_length)
     if cut := describe_cut(captions):
@@ -272,6 +281,7 @@ def train(
     validator.log_best_so_far(progress.best())
     if state.objective.starts_trained and progress.best() == EpochScore():
         progress.best_score.assign(score_start(validator, checkpoints, strategy))
+    # The loop over epochs: train, validate, keep the weights if they are the best so far.
     batches = TrainBatches(captions, data.cache.read, settings, strategy)
     train_step = make_train_step(state, settings, strategy, batches.spec)
     try:
@@ -283,9 +293,9 @@ def train(
             train_epoch(train_step, batches, state, checkpoints, settings, on_step)
             score = validate_and_log(validator, state, checkpoints, training_log) if training_log else EpochScore()
             score = EpochScore(*devices.broadcast_from_chief(strategy, score))  # all machines stop at the same epoch
-            with defer_interrupts():
+            with defer_interrupts():  # Ctrl-C waits until all of it is saved
                 finish_epoch(progress, score, checkpoints)
-    except KeyboardInterrupt:
+    except KeyboardInterrupt:  # also of SIGTERM
         checkpoints.save()
         raise
     log(f"best: epoch {progress.get('best_epoch')}, {progress.best()}; see {run / 'loss.png'}")
@@ -369,15 +379,19 @@ def prepare(
         InputError: something of it is missing or wrong.
     """
     train_config, model_config = TrainConfig.from_args(args), ModelConfig.from_args(args)
+    # 1. The images and captions, downloaded if necessary, and split into train, val and test.
     data_config, feature_config = fill_locations(args.run, DataConfig.from_args(args), FeatureConfig.from_args(args))
     dataset = data_utils.load_dataset(data_config)
     all_images = {example.image_path for example in dataset.examples}
     for split in ("train", "val"):
         dataset.split(split)  # an empty split is an error before hours of features, not after
     check_run_cnn(args.run or default_run(dataset), feature_config.sized_cnn)
+    # 2. The CNN's features of every image, computed if they are not cached.
     cache, dataset = open_features(dataset, feature_config)
+    # 3. The vocabulary. Words that only validation captions have stay unknown, as in use.
     train_captions = (caption for example in dataset.split("train") for caption in example.captions)
     tokenizer = Tokenizer.fit(train_captions, model_config.vocab_size, data_config.words)
+    # 4. All settings, which the run folder keeps beside the weights.
     config = RunConfig(
         model=dataclasses.replace(model_config, vocab_size=len(tokenizer)),
         train=train_config,

@@ -78,8 +78,9 @@ def command_name() -> str:
 
 def make_parser(description: str | None, usage: str = "[option ...]", **kwargs: Any) -> argparse.ArgumentParser:
     """Makes a parser whose --help shows a script's docstring, with its examples, and the options in groups."""
+    name = command_name()
     return _Parser(
-        prog=command_name(),
+        prog=name if name.endswith(".py") else f"python -m {name}",
         description=description,
         usage=f"%(prog)s {usage}",
         formatter_class=argparse.RawDescriptionHelpFormatter,

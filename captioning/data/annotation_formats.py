@@ -1,91 +1,108 @@
-"""The formats of annotations, told apart by content: a matcher and a reader for each, in one list.
+"""The formats of annotations, told apart by content: a reader for each, in one table.
 
-`content` is parsed JSON (a dict or a list), JSON Lines (`JsonLines`), text (a str), or a folder (`Folder`).
+A reader takes the content of a file or a folder: parsed JSON, text (a str), or the folder's Path. It returns the
+captions as they are there, or None if the content has another format. The first reader that knows the content wins.
 """
 
-import functools
+import ast
+import codecs
+import contextlib
+import csv
+import io
 import json
 import re
-from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
-from captioning.base.cli import InputError
+from captioning.base.cli import InputError, advise
 from captioning.base.files import parse_json
-from captioning.data.caption_table import (
-    DOWNLOAD_ADVICE,
-    CaptionRow,
-    Parsed,
-    ReadOptions,
-    describe_fields,
-    find_fields,
-    first_line,
-    is_headerless,
-    is_table,
-    parse_split,
-    parse_splits,
-    read_headerless,
-    read_table,
-    read_text,
-)
 from captioning.images.image_names import walk_files
 from captioning.images.reading import is_image_file
 
+# The usual names of columns and fields, in lower case; of several, the first one counts.
+IMAGE_FIELDS = (
+    *("image", "file_name", "filename", "filepath", "image_name", "image_path", "file", "path", "name"),
+    "image_id",  # a name without its ending
+)
+CAPTION_FIELDS = (
+    *("caption", "text", "title", "comment", "captions", "sentences", "description", "sentence"),
+    "caption_str",  # TextCaps
+)
+SPLIT_FIELDS = ("split", "set_name")
+SPLIT_NAMES = {
+    **dict.fromkeys(("train", "training", "restval"), "train"),
+    **dict.fromkeys(("val", "valid", "validation", "dev"), "val"),
+    **dict.fromkeys(("test", "testing"), "test"),
+}
+SEPARATORS = {",": "comma", "\t": "tab", ";": "semicolon", "|": "bar"}
 METADATA_FILES = ("metadata.csv", "metadata.jsonl")  # of Hugging Face's ImageFolder
 CAPTION_SUFFIXES = (".txt", ".caption")  # of the text beside an image
 # name#0<TAB>caption; Flickr8k-CN has name#zhc#0 and a space.
-TOKEN_LINE = re.compile(r"([^\t\n]+?)(?:#[a-z]+)?#\d+\t(.*)|(\S+?\.\w+)(?:#[a-z]+)?#\d+ (.*)")
+TOKEN_LINE = re.compile(r"([^\t\n]+?\.\w+)(?:#[a-z]+)?#\d+[\t ](.*)")
 
 
-class JsonLines(list):
-    """The objects of a file with one JSON object a line; a line that is none is kept as text."""
+class ReadOptions(NamedTuple):
+    """How the user wants annotations to be read; None: as found."""
+
+    image_column: str | None = None
+    caption_column: str | None = None
+    separator: str | None = None
+    encoding: str | None = None
 
 
-class Folder:
-    """A folder that may hold images and captions; it is searched when that is first asked for."""
+class CaptionRow(NamedTuple):
+    """A caption as the file has it, before any check."""
 
-    def __init__(self, path: Path):
-        self.path = path
-
-    @functools.cached_property
-    def metadata_files(self) -> list[Path]:
-        """The metadata file of Hugging Face's ImageFolder, or else those of the subfolders, one each."""
-        for folders in ([self.path], sorted(path for path in self.path.iterdir() if path.is_dir())):
-            files = [next((f for name in METADATA_FILES if (f := folder / name).is_file()), None) for folder in folders]
-            if found := [file for file in files if file is not None]:
-                return found
-        return []
-
-    @functools.cached_property
-    def caption_files(self) -> dict[str, list[Path]]:
-        """The images, by their path inside the folder, with the text files of the same name beside them."""
-        paths = walk_files(self.path)
-        texts: dict[PurePosixPath, list[Path]] = defaultdict(list)
-        for path in map(PurePosixPath, paths):
-            if path.suffix.lower() in CAPTION_SUFFIXES:
-                texts[path.with_suffix("")].append(self.path / path)
-        return {path: texts.get(PurePosixPath(path).with_suffix(""), []) for path in paths if is_image_file(path)}
+    image_path: Any
+    caption: Any
+    image_id: Any = None
+    split: Any = ""
+    problem: str = ""  # why it cannot be used, if the reader knows already
 
 
-def read_content(path: Path, encoding: str | None) -> Any:
-    """Reads what is at a path: a folder as it is, JSON, JSON Lines, or text.
+class Parsed(NamedTuple):
+    """What a reader found."""
+
+    rows: list[CaptionRow]
+    details: str = ""  # how it was read, such as the names of the columns
+
+
+def parse_annotations(path: Path, options: ReadOptions) -> tuple[str, Parsed]:
+    """Reads annotations; returns the name of their format and what was read.
 
     Raises:
-        InputError: there is nothing; or it is no text, or broken JSON.
+        InputError: there is nothing at the path, or it has none of the formats.
     """
+    content = _read_content(path, options.encoding)
+    for name, read in FORMATS.items():
+        try:
+            parsed = read(content, options)
+        except (KeyError, TypeError, IndexError, AttributeError, csv.Error) as error:
+            raise InputError(
+                f"{path}: expected {name} (docs/data.md shows it); something in it is wrong: {error!r}"
+            ) from None
+        if parsed is not None:
+            return name, parsed
+    found = "a folder" if path.is_dir() else repr(str(content).strip()[:60])
+    raise InputError(
+        f"{path}: not a known annotation format; expected one of {', '.join(FORMATS)} (docs/data.md shows them), found "
+        f"{found}" + advise("; name other columns or fields by --image-column, --caption-column and --separator")
+    )
+
+
+def _read_content(path: Path, encoding: str | None) -> Any:
+    """Reads JSON, JSON Lines (into a list; a line that is not JSON stays text), or text; a folder stays a path."""
     if path.is_dir():
-        return Folder(path)
-    if not path.exists():
-        raise InputError(f"{path}: no such annotation file")
-    text = re.sub(r"^sep=.\n", "", read_text(path, encoding))  # a line of Excel
+        return path
+    text = read_text(path, encoding)
     if not text.strip():
         raise InputError(f"{path}: empty; expected captions")
     if not text.lstrip().startswith(("{", "[")):
         return text
-    first, _, rest = text.strip().partition("\n")
-    if rest and isinstance(_parse_json_line(first), dict):
-        return JsonLines(_parse_json_line(line) for line in text.split("\n") if line.strip())
+    lines = text.strip().split("\n")
+    if len(lines) > 1 and isinstance(_parse_json_line(lines[0]), dict):
+        return [_parse_json_line(line) for line in lines if line.strip()]
     return parse_json(path, text)
 
 
@@ -97,274 +114,312 @@ def _parse_json_line(line: str) -> Any:
         return line
 
 
-# COCO.
+def read_text(path: Path | str, encoding: str | None = None) -> str:
+    """Reads a text file in UTF-8, in UTF-16 with a byte order mark, or in a given encoding; lines end in a line feed.
+
+    Raises:
+        InputError: the file cannot be read, or is not text in this encoding.
+    """
+    try:
+        content = Path(path).read_bytes()
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror})") from None
+    is_utf16 = content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
+    name = encoding or ("utf-16" if is_utf16 else "utf-8")
+    try:
+        text = content.decode(name)
+        problem = "it has NUL characters" if "\x00" in text else ""
+    except UnicodeError as error:
+        problem = str(error)
+    except LookupError:
+        raise InputError(f"--encoding {encoding}: no such encoding; expected a name such as windows-1252") from None
+    if problem:
+        raise InputError(
+            f"{path}: expected text in {name.upper()} ({problem}); save it as UTF-8, a spreadsheet or Parquet as CSV, "
+            "and unpack archives" + advise("; or name its --encoding, such as windows-1252 (Excel's), gbk or utf-16-le")
+        )
+    return text.removeprefix("\ufeff").replace("\r\n", "\n").replace("\r", "\n")
 
 
-def is_coco(content: Any, options: ReadOptions) -> bool:
-    """Tells whether JSON is like COCO's captions_*.json."""
-    return isinstance(content, dict) and "annotations" in content
+def parse_split(name: Any) -> str:
+    """Returns train, val or test for any usual name of a split, and an empty text for anything else."""
+    return SPLIT_NAMES.get(str(name).strip().lower(), "")
 
 
-def read_coco(path: Path | str, content: Any, options: ReadOptions) -> Parsed:
+# Columns and fields.
+
+
+class Fields(NamedTuple):
+    """The names of the columns or fields that are used."""
+
+    image: str
+    caption: str
+    split: str | None
+
+
+def find_fields(names: Iterable[str], options: ReadOptions) -> Fields | None:
+    """Returns which columns or fields hold images, captions and splits; None without one of the first two."""
+    known: dict[str, str] = {}
+    for name in names:
+        known.setdefault(name.strip().lower(), name)
+
+    def find(usual_names: tuple[str, ...], given: str | None = None) -> str | None:
+        candidates = usual_names if given is None else (given.strip().lower(),)
+        return next((known[name] for name in candidates if name in known), None)
+
+    image = find(IMAGE_FIELDS, options.image_column)
+    caption = find(CAPTION_FIELDS, options.caption_column)
+    return None if image is None or caption is None else Fields(image, caption, find(SPLIT_FIELDS))
+
+
+# JSON.
+
+
+def read_coco(content: Any, options: ReadOptions) -> Parsed | None:
     """Reads COCO's captions JSON: `images` with id and file_name, `annotations` with image_id and caption.
 
-    COCO 2014 and 2017, NoCaps, VizWiz and STAIR have this form. VizWiz marks sentences that are no captions: rejected
+    COCO 2014 and 2017, NoCaps, VizWiz and STAIR have this form. VizWiz marks sentences that are not captions: rejected
     ones, and ready-made ones such as "Quality issues are too severe to recognize visual content." STAIR has captions
     already split into words, which are Japanese.
     """
-    parsed = Parsed([])
-    images = [image for image in content["images"] if isinstance(image, dict) and "id" in image]
-    names = {str(image["id"]): (image.get("file_name"), image["id"]) for image in images}
+    if not (isinstance(content, dict) and "annotations" in content):
+        return None
+    images = {str(image["id"]): image for image in content["images"]}
+    rows = []
+    details = ""
     for annotation in content["annotations"]:
-        image_id, problem = annotation.get("image_id"), ""
-        name, image_id = names.get(str(image_id), (f"image_id {image_id}", image_id))
-        caption = annotation.get("tokenized_caption") or annotation.get("caption")
-        if str(image_id) not in names:
+        image = images.get(str(annotation["image_id"]))
+        caption = annotation["caption"]
+        if annotation.get("tokenized_caption"):
+            caption = annotation["tokenized_caption"]
+            details = "captions from tokenized_caption"
+        if image is None:
             problem = "an annotation of an image that is not listed"
+            rows.append(CaptionRow(f"image_id {annotation['image_id']}", caption, problem=problem))
         elif annotation.get("is_rejected") or annotation.get("is_precanned"):
-            problem = "a sentence that is rejected or ready-made, as VizWiz marks them"
-        parsed.rows.append(CaptionRow(name, caption, image_id, problem=problem))
-    if any("tokenized_caption" in annotation for annotation in content["annotations"]):
-        parsed.details = "captions from tokenized_caption"
-    return parsed
+            rows.append(CaptionRow(image["file_name"], caption, problem="rejected or ready-made, as VizWiz marks it"))
+        else:
+            rows.append(CaptionRow(image["file_name"], caption, image["id"]))
+    return Parsed(rows, details)
 
 
-# Karpathy's splits, TextCaps.
-
-
-def is_karpathy(content: Any, options: ReadOptions) -> bool:
-    """Tells whether JSON is Karpathy's dataset_*.json."""
-    return _has_objects(content, "images", "sentences")
-
-
-def _has_objects(content: Any, name: str, field: str) -> bool:
-    """Tells whether JSON has a list of objects under a name, the first of which has a field."""
-    objects = content.get(name) if isinstance(content, dict) else None
-    return isinstance(objects, list) and bool(objects) and isinstance(objects[0], dict) and field in objects[0]
-
-
-def read_karpathy(path: Path | str, content: Any, options: ReadOptions) -> Parsed:
-    """Reads the JSON of Karpathy and Fei-Fei (2015), which also holds the split; restval belongs to train.
+def read_karpathy(content: Any, options: ReadOptions) -> Parsed | None:
+    """Reads the JSON of Karpathy and Fei-Fei (2015), which also holds the split.
 
     The datasets of aerial images (RSICD, UCM, Sydney) have this form too.
     """
-    parsed = Parsed([], "with its split")
-    for image in content["images"]:
+    images = content.get("images") if isinstance(content, dict) else None
+    if not (isinstance(images, list) and images and "sentences" in images[0]):
+        return None
+    rows = []
+    for image in images:
         image_path = str(PurePosixPath(image.get("filepath", "")) / image["filename"])
-        # None is refused later; an empty split would pass for an undecided one.
-        split = parse_split(image.get("split")) or None
-        problem = "" if split else f"a split that is not train, restval, val or test, {image.get('split')!r}"
         for sentence in image["sentences"] or [{"raw": ""}]:
-            parsed.rows.append(CaptionRow(image_path, sentence.get("raw"), image.get("cocoid"), split, problem))
-    return parsed
+            rows.append(CaptionRow(image_path, sentence["raw"], image.get("cocoid"), image["split"]))
+    return Parsed(rows, "with its split")
 
 
-def is_textcaps(content: Any, options: ReadOptions) -> bool:
-    """Tells whether JSON is TextCaps."""
-    return _has_objects(content, "data", "caption_str")
-
-
-def read_textcaps(path: Path | str, content: Any, options: ReadOptions) -> Parsed:
-    """Reads TextCaps: `data` with a caption_str, an image and its split in every row."""
-    parsed = Parsed([], "with its split")
-    for row in content["data"]:
-        name = row.get("image_path") or row.get("image_name") or row["image_id"]
-        parsed.rows.append(CaptionRow(name, row["caption_str"], row["image_id"], parse_split(row.get("set_name"))))
-    return parsed
-
-
-# Lists and lines of objects, and mappings.
-
-
-def is_json_lines(content: Any, options: ReadOptions) -> bool:
-    """Tells whether content is JSON Lines, or one such line."""
-    return isinstance(content, JsonLines) or (
-        isinstance(content, dict) and {str(name).lower() for name in content} >= {"file_name", "text"}
-    )
-
-
-def is_object_list(content: Any, options: ReadOptions) -> bool:
-    """Tells whether JSON is a list of objects."""
-    return isinstance(content, list) and bool(content) and all(isinstance(item, dict) for item in content[:5])
-
-
-def read_objects(path: Path | str, content: Any, options: ReadOptions) -> Parsed:
+def read_objects(content: Any, options: ReadOptions) -> Parsed | None:
     """Reads objects that have an image and one or several captions each.
 
-    Hugging Face's metadata.jsonl (file_name, text), ALBEF, BLIP and LAVIS (image, caption), and AI Challenger (caption,
-    a list, and image_id, which is a name) have this form.
-
-    Raises:
-        InputError: the first object has no image or no caption.
+    Hugging Face's metadata.jsonl (file_name, text), ALBEF, BLIP and LAVIS (image, caption), AI Challenger (caption, a
+    list, and image_id, which is a name) and TextCaps (image_name, caption_str, in a list called data) have this form.
     """
-    objects = content if isinstance(content, list) else [content]
-    first = next((item for item in objects if isinstance(item, dict)), {})
-    fields = find_fields(map(str, first), options)
+    if isinstance(content, dict):
+        content = content.get("data", [content])
+    if not isinstance(content, list):
+        return None
+    first = next((item for item in content if isinstance(item, dict)), {})
+    fields = find_fields(first, options)
     if fields is None:
-        found = ", ".join(map(str, first))[:60]
-        raise InputError(
-            f"{path}: expected objects with {describe_fields(options)}; the fields of the first are {found}"
-        )
-    parsed = Parsed([], f"fields {fields.image} and {fields.caption}")
-    for number, item in enumerate(objects, 1):
+        return None
+    rows = []
+    for item in content:
         if not isinstance(item, dict) or fields.image not in item or fields.caption not in item:
-            problem = f"object {number} is not JSON with {fields.image} and {fields.caption}"
-            parsed.rows.append(CaptionRow(str(item)[:60], "", problem=problem))
+            rows.append(CaptionRow(item, "", problem=f"not JSON with {fields.image} and {fields.caption}"))
             continue
-        for text in _as_list(item[fields.caption]):
-            parsed.rows.append(CaptionRow(item[fields.image], text, split=item.get(fields.split)))
-    parse_splits(parsed, f"{path}: field {fields.split}")
-    return parsed
+        for caption in _as_list(item[fields.caption]):
+            rows.append(CaptionRow(item[fields.image], caption, split=item.get(fields.split)))
+    return Parsed(rows, f"fields {', '.join(filter(None, fields))}")
 
 
 def _as_list(captions: Any) -> list[Any]:
-    """Returns the captions of an image, one or several, as a list; Karpathy's sentences by their `raw`."""
-    captions = captions if isinstance(captions, list) else [captions]
-    return [item.get("raw", item) if isinstance(item, dict) else item for item in captions or [None]]
+    """Returns the captions of an image, one or several, as a list; an empty list becomes an empty caption."""
+    return captions or [""] if isinstance(captions, list) else [captions]
 
 
-def is_mapping(content: Any, options: ReadOptions) -> bool:
-    """Tells whether JSON maps names of images to their captions."""
-    if not isinstance(content, dict) or not content:
-        return False
-    lists = [value for value in content.values() if isinstance(value, list) and any(isinstance(t, str) for t in value)]
-    texts = [name for name, value in content.items() if isinstance(value, str) and is_image_file(name)]
-    return len(lists) + len(texts) > len(content) / 2
-
-
-def read_mapping(path: Path | str, content: Any, options: ReadOptions) -> Parsed:
+def read_mapping(content: Any, options: ReadOptions) -> Parsed | None:
     """Reads `{"x.jpg": ["a caption", ...], ...}`, also with one text in place of a list."""
-    return Parsed([CaptionRow(name, text) for name, captions in content.items() for text in _as_list(captions)])
+    if not isinstance(content, dict):
+        return None
+    name, captions = next(iter(content.items()), ("", None))
+    is_text = isinstance(captions, str) and is_image_file(name)
+    is_list = isinstance(captions, list) and bool(captions) and isinstance(captions[0], str)
+    if not (is_text or is_list):
+        return None
+    return Parsed([CaptionRow(name, caption) for name, value in content.items() for caption in _as_list(value)])
 
 
 # Text.
 
 
-def is_token_file(content: Any, options: ReadOptions) -> bool:
-    """Tells whether text is like Flickr8k.token.txt."""
-    return isinstance(content, str) and TOKEN_LINE.match(content.lstrip("\n")) is not None
-
-
-def read_token_file(path: Path | str, content: str, options: ReadOptions) -> Parsed:
+def read_token_file(content: Any, options: ReadOptions) -> Parsed | None:
     """Reads lines of `name#0<TAB>caption`, as Flickr8k, Flickr30k and Flickr8k-CN have them."""
-    parsed = Parsed([])
-    for number, line in enumerate(content.split("\n"), 1):
-        if match := TOKEN_LINE.fullmatch(line):
-            parsed.rows.append(CaptionRow(match[1] or match[3], match[2] or match[4] or ""))
-        elif line.strip():
-            parsed.rows.append(CaptionRow(line[:60], "", problem=f"line {number} is not name#0<TAB>caption"))
-    return parsed
+    if not (isinstance(content, str) and TOKEN_LINE.match(content.lstrip("\n"))):
+        return None
+    rows = []
+    for line in filter(str.strip, content.split("\n")):
+        match = TOKEN_LINE.fullmatch(line)
+        rows.append(CaptionRow(*match.groups()) if match else CaptionRow(line, "", problem="not name#0<TAB>caption"))
+    return Parsed(rows)
+
+
+def read_table(content: Any, options: ReadOptions) -> Parsed | None:
+    """Reads a table with a header. Columns other than those of image, caption and split are ignored."""
+    if not isinstance(content, str):
+        return None
+    header = _first_line(content)
+    for separator in [parse_separator(options.separator)] if options.separator else SEPARATORS:
+        names = [name.strip().strip('"') for name in header.split(separator)]
+        columns = find_fields(names, options)
+        if columns:
+            break
+    else:
+        return None
+    joint = f"{separator} " if f"{separator} " in header else separator
+    lines, repairs = _split_lines(content, joint)
+    image, caption = names.index(columns.image), names.index(columns.caption)
+    rows = []
+    for line in lines[1:]:
+        num_extra = len(line) - len(names)
+        if num_extra > 0:  # the separator is also in the caption, which has no quotes
+            line[caption : caption + num_extra + 1] = [joint.join(line[caption : caption + num_extra + 1])]
+        elif num_extra == -1 and (match := re.fullmatch(r"\s*(\d+)\s+(\D.*)", line[-1])):
+            # Flickr30k's results.csv has one such row: "name| 4   A dog runs ."
+            line[-1:] = match.groups()
+            repairs += f"; the separator that a row of {line[0]!r} lacks was added"
+        if len(line) != len(names):
+            rows.append(CaptionRow(line[0], "", problem=f"{len(line)} columns, expected {len(names)}"))
+            continue
+        split = line[names.index(columns.split)] if columns.split else ""
+        rows += [CaptionRow(line[image], text, split=split) for text in _parse_cell(line[caption])]
+    used = ", ".join(filter(None, columns))
+    return Parsed(rows, f"columns {used}, separated by {SEPARATORS.get(separator, separator)}{repairs}")
+
+
+def read_headerless(content: Any, options: ReadOptions) -> Parsed | None:
+    """Reads lines of a name and a caption: `a.jpg,a dog`, or `a1<TAB>a dog` as ROCO has it."""
+    if not isinstance(content, str) or any(options[:3]):
+        return None
+    line = _first_line(content)
+    separator = "\t" if "\t" in line else next((char for char in line if char in SEPARATORS), "\t")
+    name, found, _ = line.partition(separator)
+    name = name.strip().strip('"')
+    # A name without an ending has a number, which tells it from the header of a column.
+    is_bare_name = separator == "\t" and re.fullmatch(r"\S*\d\S*", name)
+    if not (found and (is_bare_name or is_image_file(name))):
+        return None
+    lines, repairs = _split_lines(content, separator)
+    rows = [CaptionRow(name, separator.join(rest)) for name, *rest in lines]
+    return Parsed(rows, f"name and caption, separated by {SEPARATORS[separator]}{repairs}")
+
+
+def parse_separator(text: str) -> str:
+    """Returns the character that --separator names; raises InputError if it names none."""
+    separator = {"tab": "\t", "\\t": "\t", "comma": ",", "semicolon": ";", "bar": "|"}.get(text, text)
+    if len(separator) != 1 or separator in '\r\n"':
+        raise InputError(f"--separator: expected one character, or tab, found {text!r}")
+    return separator
+
+
+def _first_line(text: str) -> str:
+    """Returns the first line that is not empty."""
+    return text.lstrip("\n").partition("\n")[0]
+
+
+def _split_lines(content: str, separator: str) -> tuple[list[list[str]], str]:
+    """Splits a table, without its empty lines, at a separator that may have a space after it; returns also a note."""
+
+    def split(quoting: Any) -> list[list[str]]:
+        lines = csv.reader(
+            io.StringIO(content),
+            delimiter=separator[0],
+            skipinitialspace=separator.endswith(" "),
+            quoting=quoting,
+            strict=True,
+        )
+        return [fields for fields in lines if "".join(fields).strip()]
+
+    try:
+        return split(csv.QUOTE_MINIMAL), ""
+    except csv.Error:  # a quote that is never closed would swallow all lines after it
+        return split(csv.QUOTE_NONE), "; quotes are part of the captions, since they do not come in pairs"
+
+
+def _parse_cell(cell: str) -> list[Any]:
+    """Returns the captions of a cell: one, or those of a list that pandas or datasets wrote as text."""
+    if cell.startswith(("['", '["')) and cell.endswith("]"):
+        with contextlib.suppress(ValueError, SyntaxError, MemoryError, RecursionError):
+            return list(ast.literal_eval(cell))  # reads constants only, nothing is run
+    return [cell]
 
 
 # Folders.
 
 
-def has_metadata(content: Any, options: ReadOptions) -> bool:
-    """Tells whether content is a folder like Hugging Face's ImageFolder."""
-    return isinstance(content, Folder) and bool(content.metadata_files)
-
-
-def read_image_folder(path: Path | str, content: Folder, options: ReadOptions) -> Parsed:
+def read_image_folder(content: Any, options: ReadOptions) -> Parsed | None:
     """Reads Hugging Face's ImageFolder: metadata.csv or metadata.jsonl beside the images, of all or of each split."""
-    parsed = Parsed([], ", ".join(file.relative_to(content.path).as_posix() for file in content.metadata_files))
-    for file in content.metadata_files:
-        folder = PurePosixPath(file.parent.relative_to(content.path).as_posix())
+    if not isinstance(content, Path):
+        return None
+    files = _find_metadata(content)
+    if not files and content.is_dir():
+        files = [file for folder in sorted(content.iterdir()) for file in _find_metadata(folder)]
+    rows = []
+    for file in files:
+        folder = PurePosixPath(file.parent.relative_to(content).as_posix())
         split = parse_split(folder.name)
-        _, found = parse_annotations(file, options)
-        for row in found.rows:
-            name = f"{folder}/{row.image_path}" if isinstance(row.image_path, str) else row.image_path
-            parsed.rows.append(row._replace(image_path=name, split=split or row.split))
-        parsed.notes += found.notes
-    return parsed
+        _, parsed = parse_annotations(file, options)
+        for row in parsed.rows:
+            rows.append(row._replace(image_path=f"{folder}/{row.image_path}", split=split or row.split))
+    names = ", ".join(file.relative_to(content).as_posix() for file in files)
+    return Parsed(rows, names) if files else None
 
 
-def has_caption_files(content: Any, options: ReadOptions) -> bool:
-    """Tells whether content is a folder in which an image has a text file beside it."""
-    return isinstance(content, Folder) and any(content.caption_files.values())
+def _find_metadata(folder: Path) -> list[Path]:
+    """Returns the metadata file of a folder, or nothing; of two, the table."""
+    return [folder / name for name in METADATA_FILES if (folder / name).is_file()][:1]
 
 
-def read_caption_files(path: Path | str, content: Folder, options: ReadOptions) -> Parsed:
+def read_caption_files(content: Any, options: ReadOptions) -> Parsed | None:
     """Reads a folder of images with a text file beside each: `a.jpg` and `a.txt`, whose lines are its captions."""
-    parsed = Parsed([], "a .txt file beside each image")
-    for image, files in content.caption_files.items():
-        first_folder, _, _ = image.rpartition("/")[0].partition("/")
-        split = parse_split(first_folder) or ""
-        for file in files:
-            try:
-                lines = [line for line in read_text(file, options.encoding).split("\n") if line.strip()]
-            except InputError as error:
-                parsed.rows.append(CaptionRow(image, "", problem=f"a text that cannot be read ({error})"))
-                continue
-            parsed.rows += [CaptionRow(image, line, split=split) for line in lines or [""]]
-        if not files:
-            parsed.rows.append(CaptionRow(image, "", problem="an image without a .txt file beside it"))
-    return parsed
+    if not isinstance(content, Path):
+        return None
+    paths = [Path(path) for path in walk_files(content)]
+    texts = {path.with_suffix(""): path for path in paths if path.suffix.lower() in CAPTION_SUFFIXES}
+    images = [path for path in paths if is_image_file(path)]
+    if not any(image.with_suffix("") in texts for image in images):
+        return None
+    rows = []
+    for image in images:
+        text = texts.get(image.with_suffix(""))
+        if text is None:
+            rows.append(CaptionRow(image.as_posix(), "", problem="an image without a .txt file beside it"))
+            continue
+        split = parse_split(image.parts[0])
+        captions = read_text(content / text, options.encoding).strip()
+        rows += [CaptionRow(image.as_posix(), line, split=split) for line in re.split(r"\n\s*", captions)]
+    return Parsed(rows, "a .txt file beside each image")
 
 
-# The list.
-
-
-class AnnotationFormat(NamedTuple):
-    """A format of annotations."""
-
-    name: str
-    matches: Callable[[Any, ReadOptions], bool]
-    read: Callable[[Path | str, Any, ReadOptions], Parsed]
-
-
-# The first one that matches reads the file.
-FORMATS: list[AnnotationFormat] = [
-    AnnotationFormat("COCO captions JSON", is_coco, read_coco),
-    AnnotationFormat("Karpathy's JSON", is_karpathy, read_karpathy),
-    AnnotationFormat("TextCaps JSON", is_textcaps, read_textcaps),
-    AnnotationFormat("JSON Lines", is_json_lines, read_objects),
-    AnnotationFormat("JSON list of objects", is_object_list, read_objects),
-    AnnotationFormat("JSON mapping of names to captions", is_mapping, read_mapping),
-    AnnotationFormat("lines of name#0<TAB>caption", is_token_file, read_token_file),
-    AnnotationFormat("table with a header", is_table, read_table),
-    AnnotationFormat("table without a header", is_headerless, read_headerless),
-    AnnotationFormat("image folder with metadata", has_metadata, read_image_folder),
-    AnnotationFormat("folder of images with .txt files", has_caption_files, read_caption_files),
-]
-
-
-def describe_unknown(path: Path | str, content: Any, options: ReadOptions) -> str:
-    """Says why content has none of the formats, and what to do."""
-    if isinstance(content, str) and re.search(r"https?://", content[:1000]):
-        return f"{path}: it has addresses of images, the first line is {first_line(content)[:60]!r}; {DOWNLOAD_ADVICE}"
-    if isinstance(content, str):
-        return (
-            f"{path}: not a known annotation format (docs/data.md shows them); if it is a table, its header should "
-            f"have {describe_fields(options)}; its first line is {first_line(content)[:60]!r}"
-        )
-    if isinstance(content, Folder):
-        return (
-            f"{path}: expected a folder with metadata.csv or metadata.jsonl, or with a .txt file beside each image; "
-            "found neither"
-        )
-    return (
-        f"{path}: JSON without captions; expected COCO's (images, annotations), Karpathy's (images, sentences), names "
-        f"of images with their captions, or a list of objects with {describe_fields(options)}"
-    )
-
-
-def parse_annotations(path: Path, options: ReadOptions) -> tuple[str, Parsed]:
-    """Reads annotations in whichever format they have.
-
-    Returns:
-        The name of the format, and what was read.
-
-    Raises:
-        InputError: there is nothing at the path, or it has none of the formats.
-    """
-    content = read_content(path, options.encoding)
-    for annotation_format in FORMATS:
-        if annotation_format.matches(content, options):
-            try:
-                return annotation_format.name, annotation_format.read(path, content, options)
-            except (KeyError, TypeError, IndexError, AttributeError) as error:  # of JSON
-                raise InputError(
-                    f"{path}: expected {annotation_format.name} (docs/data.md shows it); a field is missing or wrong: "
-                    f"{error!r}"
-                ) from None
-    raise InputError(describe_unknown(path, content, options))
+# The table: the first reader that returns something wins.
+FORMATS: dict[str, Callable[[Any, ReadOptions], Parsed | None]] = {
+    "COCO captions JSON": read_coco,
+    "Karpathy's JSON": read_karpathy,
+    "JSON objects, in a list or one a line": read_objects,
+    "JSON mapping of names to captions": read_mapping,
+    "lines of name#0<TAB>caption": read_token_file,
+    "table with a header": read_table,
+    "table without a header": read_headerless,
+    "image folder with metadata": read_image_folder,
+    "folder of images with .txt files": read_caption_files,
+}

@@ -2,15 +2,13 @@
 
 import dataclasses
 import re
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
 
 from captioning.base.cli import InputError, log
 from captioning.base.text import normalize_text
-from captioning.data.annotation_formats import parse_annotations
-from captioning.data.caption_table import CaptionRow, ReadOptions
+from captioning.data.annotation_formats import CaptionRow, ReadOptions, parse_annotations, parse_split
 from captioning.images.image_names import clean_name
 
 SPLITS = ("train", "val", "test")
@@ -31,110 +29,91 @@ class Example:
 def read_annotations(path: Path | str, options: ReadOptions = AS_FOUND) -> list[Example]:
     """Reads annotations, and logs their format and what of them is left out.
 
-    Left out are captions that are missing, are not text, or have no word, and those that the format marks as unusable;
-    and images without any other caption. Captions are brought to one form (`captioning.base.text.normalize_text`).
+    Left out are captions that are not text or have no word, and those that the format marks as unusable; and images
+    without any other caption. Captions are brought to one form (`captioning.base.text.normalize_text`).
 
     Args:
         path: a file or a folder.
-        options: how the user says that they are to be read.
+        options: how the user wants them to be read.
 
     Returns:
         One example for each image, in the order of the file. Names are as in the file, but lead into the image folder.
         Only some formats set `split`.
 
     Raises:
-        InputError: there is nothing at the path; it has none of the formats; it has no usable caption; or two images
-            have the same id.
+        InputError: there is nothing at the path; it has none of the formats; or it has no usable caption.
     """
     path = Path(path)
     format_name, parsed = parse_annotations(path, options)
-    for note in parsed.notes[:NUM_NAMED]:
-        log(note)
-    if len(parsed.notes) > NUM_NAMED:
-        log(f"{path}: {len(parsed.notes):,} such lines in all")
     rows = [_clean_row(row) for row in parsed.rows]
     used = [row for row in rows if not row.problem]
     if not used:
-        reason = f"; the first: {_describe_row(rows[0])}" if rows else ""
+        reason = f"; the first: {_describe_problem(rows[0])}" if rows else ""
         raise InputError(f"{path}: no usable caption in {len(rows)} rows ({format_name}){reason}")
-    log_skipped(path, rows)
+    _log_problems(path, rows)
     examples = _group_by_image(used)
-    _check_unique_ids(path, examples)
     details = f" ({parsed.details})" if parsed.details else ""
     log(f"{path}: {format_name}{details}: {len(used):,} captions of {len(examples):,} images")
     return examples
 
 
-def log_skipped(path: Path, rows: Iterable[CaptionRow]) -> None:
-    """Logs the rows that cannot be used: the first ones for every reason by name, and the number of the others."""
-    counts: Counter[str] = Counter()
-    for row in rows:
-        if not row.problem:
-            continue
-        reason = re.sub(r"^(line|object) \d+ ", "", row.problem)  # the same mistake, whatever its line
-        counts[reason] += 1
-        if counts[reason] <= NUM_NAMED:
-            log(f"skipped {path}: {_describe_row(row)}")
-    for reason, count in counts.items():
-        if count > NUM_NAMED:
-            log(f"skipped {path}: {count - NUM_NAMED:,} more ({reason})")
+def _clean_row(row: CaptionRow) -> CaptionRow:
+    """Brings the name and the caption of a row to one form, or notes why the row cannot be used."""
+    if row.problem:
+        return row
+    name = str(row.image_path) if type(row.image_path) is int else row.image_path  # a number without an ending
+    if not isinstance(name, str) or not isinstance(row.caption, str):
+        return row._replace(problem="an image or a caption that is not text")
+    clean = row._replace(image_path=clean_name(name), caption=normalize_text(row.caption))
+    try:
+        f"{clean.image_path} {clean.caption}".encode()
+    except UnicodeEncodeError:  # JSON can hold half of a surrogate pair
+        return row._replace(problem="a name or a caption that is not Unicode text")
+    if not clean.image_path or "\x00" in clean.image_path:
+        return row._replace(problem="an image without a name")
+    if not re.search(r"[^\W_]", clean.caption):
+        return row._replace(problem="a caption without a word")
+    if type(row.image_id) not in (int, str, type(None)):
+        return row._replace(problem=f"an id that is neither a whole number nor text, {row.image_id!r}")
+    return clean
 
 
-def _describe_row(row: CaptionRow) -> str:
-    """Describes a row that cannot be used."""
+def _describe_problem(row: CaptionRow) -> str:
     return f"{row.problem}: {str(row.image_path)[:60]!r} {str(row.caption)[:60]!r}"
 
 
-def _clean_row(row: CaptionRow) -> CaptionRow:
-    """Brings the name and the caption of a row to one form, and notes why it cannot be used, if so."""
-    if type(row.image_path) is int:  # a number without an ending
-        row = row._replace(image_path=str(row.image_path))
-    if row.problem:
-        return row
-    if row.caption is None or row.caption != row.caption:  # JSON's null, or NaN in a table that was saved as JSON
-        return row._replace(problem="a caption that is null")
-    if not isinstance(row.image_path, str) or not isinstance(row.caption, str):
-        return row._replace(problem="an image or a caption that is not text")
-    clean = row._replace(image_path=clean_name(row.image_path), caption=normalize_text(row.caption))
-    problem = _find_problem(clean)
-    return row._replace(problem=problem) if problem else clean
-
-
-def _find_problem(row: CaptionRow) -> str:
-    """Returns why a row in one form, whose name and caption are text, cannot be used; an empty text if it can."""
-    if not row.image_path or "\x00" in row.image_path:
-        return "an image without a name"
-    if type(row.image_id) not in (int, str, type(None)):
-        return f"an id that is neither a whole number nor text, {row.image_id!r}"
-    if row.split not in ("", *SPLITS):
-        return f"a split that is not train, restval, val or test, {row.split!r}"
-    try:
-        f"{row.image_path} {row.caption}".encode()
-    except UnicodeEncodeError:  # JSON can hold half of a surrogate pair
-        return "a name or a caption that is not Unicode text"
-    return "" if re.search(r"[^\W_]", row.caption) else "a caption without a word"
-
-
-# From rows to examples.
+def _log_problems(path: Path, rows: Iterable[CaptionRow]) -> None:
+    """Logs what cannot be used: for every reason the first rows, and the number of the others; and unknown splits."""
+    rows_of: defaultdict[str, list[CaptionRow]] = defaultdict(list)
+    unknown_splits = set()
+    for row in rows:
+        if row.problem:
+            rows_of[row.problem].append(row)
+        elif row.split and not parse_split(row.split):
+            unknown_splits.add(str(row.split))
+    for problem, skipped in rows_of.items():
+        for row in skipped[:NUM_NAMED]:
+            log(f"skipped {path}: {_describe_problem(row)}")
+        if len(skipped) > NUM_NAMED:
+            log(f"skipped {path}: {len(skipped) - NUM_NAMED:,} more ({problem})")
+    if unknown_splits:
+        log(f"{path}: the split {min(unknown_splits)!r} is ignored; expected train, val or test")
 
 
 def _group_by_image(rows: Iterable[CaptionRow]) -> list[Example]:
-    """Returns one example for each image, in the order of the rows."""
-    captions: dict[str, list[str]] = {}
-    metadata: dict[str, tuple[Any, str]] = {}  # image id and split
-    contradicted = set()  # the images with rows of several splits
+    """Returns one example for each image, in the order of the rows; its first row decides its id and its split."""
+    rows_of: defaultdict[str, list[CaptionRow]] = defaultdict(list)
     for row in rows:
-        if metadata.get(row.image_path, (None, row.split))[1] != row.split:
-            contradicted.add(row.image_path)
-        captions.setdefault(row.image_path, []).append(row.caption)
-        metadata.setdefault(row.image_path, (row.image_id, row.split))
+        rows_of[row.image_path].append(row)
+    contradicted = [name for name, group in rows_of.items() if len({parse_split(row.split) for row in group}) > 1]
     if contradicted:
-        first = min(contradicted)
+        first = contradicted[0]
         log(f"{len(contradicted):,} images have rows of two splits, and are in the first one, such as {first!r}")
     examples = []
-    for index, (image_path, texts) in enumerate(captions.items()):
-        image_id, split = metadata[image_path]
-        examples.append(Example(image_path, tuple(texts), index if image_id is None else image_id, split))
+    for index, (name, group) in enumerate(rows_of.items()):
+        image_id = index if group[0].image_id is None else group[0].image_id
+        captions = tuple(row.caption for row in group)
+        examples.append(Example(name, captions, image_id, parse_split(group[0].split)))
     return examples
 
 
@@ -148,12 +127,3 @@ def rename_images(examples: Iterable[Example], rename: Callable[[str], str]) -> 
         else:
             merged[image_path] = dataclasses.replace(example, image_path=image_path)
     return list(merged.values())
-
-
-def _check_unique_ids(path: Path | str, examples: list[Example]) -> None:
-    """Checks that no two images have the same id; 1 and "1" are the same."""
-    image_paths: dict[str, str] = {}
-    for example in examples:
-        other = image_paths.setdefault(str(example.image_id), example.image_path)
-        if other != example.image_path:
-            raise InputError(f"{path}: {other} and {example.image_path} have the same id, {example.image_id}")

@@ -12,8 +12,8 @@ from captioning.base.downloads import Archive, download, fetch_archive
 from captioning.base.files import check_disk_space
 from captioning.config.settings import DataConfig
 from captioning.data import shapes
+from captioning.data.annotation_formats import ReadOptions
 from captioning.data.annotations import NUM_NAMED, Example, read_annotations, rename_images
-from captioning.data.caption_table import ReadOptions
 from captioning.images.image_names import find_clash, find_images
 
 # Plain http, since the host has no valid certificate: the sizes and MD5s of its archives are checked.
@@ -78,11 +78,7 @@ class DatasetSource:
         """Makes sure that the images of the examples exist."""
 
     def read_examples(self, options: ReadOptions) -> list[Example]:
-        """Reads all parts.
-
-        Raises:
-            InputError: an image is in two parts, or a part has images of another split; or as `read_annotations`.
-        """
+        """Reads all parts, which must have different images; numbers the images if their ids are not unique."""
         examples: dict[str, Example] = {}
         for part in self.parts:
             for example in self.find_image_paths(part, read_annotations(part.path, options)):
@@ -98,14 +94,14 @@ class DatasetSource:
                     )
                 split = part.split or example.split
                 examples[image_path] = dataclasses.replace(example, image_path=image_path, split=split)
-        return _number_anew(list(examples.values()))
+        result = list(examples.values())
+        if len({str(example.image_id) for example in result}) < len(result):
+            result = [dataclasses.replace(example, image_id=index) for index, example in enumerate(result)]
+        return result
 
-
-def _number_anew(examples: list[Example]) -> list[Example]:
-    """Numbers the images if two of them, of different parts, have the same id."""
-    if len({str(example.image_id) for example in examples}) == len(examples):
-        return examples
-    return [dataclasses.replace(example, image_id=index) for index, example in enumerate(examples)]
+    def find_missing(self, image_paths: Iterable[str]) -> list[str]:
+        """Returns the images that are not in the image folder."""
+        return [image_path for image_path in image_paths if not (self.image_dir / image_path).exists()]
 
 
 class Coco(DatasetSource):
@@ -132,34 +128,25 @@ class Coco(DatasetSource):
     def fetch_images(self, examples: list[Example]) -> None:
         """Downloads the images into train2014/ and val2014/: a few as single files, many as the archive."""
         for part in self.parts:
+            archive = COCO_ARCHIVES[part.folder]
             image_paths = [e.image_path for e in examples if e.image_path.startswith(f"{part.folder}/")]
-            self._fetch_folder(COCO_ARCHIVES[part.folder], image_paths)
-
-    def _fetch_folder(self, archive: Archive, image_paths: list[str]) -> None:
-        """Downloads the images of one archive."""
-        folder = self.image_dir
-        missing = [image_path for image_path in image_paths if not (folder / image_path).exists()]
-        if len(missing) * COCO_IMAGE_BYTES >= ARCHIVE_SHARE * (archive.num_bytes or 0):
-            self._fetch_archive(archive, len(missing))
-            missing = [image_path for image_path in missing if not (folder / image_path).exists()]
-        elif missing:
+            missing = self.find_missing(image_paths)
             num_bytes = len(missing) * COCO_IMAGE_BYTES
-            check_disk_space(folder, num_bytes, "these images of COCO", "free some" + advise(SMALLER))
-            log(
-                f"COCO: {len(image_paths) - len(missing):,} of {len(image_paths):,} images are in {folder}/, "
-                f"downloading {len(missing):,} one by one (about {format_bytes(num_bytes)})"
-            )
-        if missing:
-            self._fetch_single_images(missing)
-
-    def _fetch_archive(self, archive: Archive, num_missing: int) -> None:
-        """Downloads and unpacks the archive of a whole folder."""
-        num_bytes = num_missing * COCO_IMAGE_BYTES
-        if not (self.image_dir / archive.name).exists():
-            num_bytes += archive.num_bytes or 0
-        hint = "free some" + advise(f"{SMALLER}; 30,000 captions take about 1 GB")
-        check_disk_space(self.image_dir, num_bytes, f"all of COCO's {archive.name}", hint)
-        fetch_archive(archive, self.image_dir, (".jpg",))
+            if missing and num_bytes >= ARCHIVE_SHARE * (archive.num_bytes or 0):
+                if not (self.image_dir / archive.name).exists():
+                    num_bytes += archive.num_bytes or 0
+                advice = "free some" + advise(f"{SMALLER}; 30,000 captions take about 1 GB")
+                check_disk_space(self.image_dir, num_bytes, f"all of COCO's {archive.name}", advice)
+                fetch_archive(archive, self.image_dir, (".jpg",))
+                missing = self.find_missing(missing)
+            elif missing:
+                check_disk_space(self.image_dir, num_bytes, "these images of COCO", "free some" + advise(SMALLER))
+                log(
+                    f"COCO: {len(image_paths) - len(missing):,} of {len(image_paths):,} images are in "
+                    f"{self.image_dir}/, downloading {len(missing):,} one by one (about {format_bytes(num_bytes)})"
+                )
+            if missing:
+                self._fetch_single_images(missing)
 
     def _fetch_single_images(self, image_paths: list[str]) -> None:
         """Downloads images as single files, many at the same time."""
@@ -180,8 +167,7 @@ class Flickr8k(DatasetSource):
     """Flickr8k: 8,000 images with five captions each, and the lists of its usual split."""
 
     def __init__(self, folder: Path):
-        annotations = AnnotationPart(folder / "Flickr8k.token.txt")
-        super().__init__("flickr8k", folder / "Flicker8k_Dataset", [annotations])
+        super().__init__("flickr8k", folder / "Flicker8k_Dataset", [AnnotationPart(folder / "Flickr8k.token.txt")])
         self.folder = folder
 
     def fetch_annotations(self) -> None:
@@ -192,7 +178,7 @@ class Flickr8k(DatasetSource):
 
     def fetch_images(self, examples: list[Example]) -> None:
         """Downloads all images, unless those of the examples exist."""
-        if not all((self.image_dir / example.image_path).exists() for example in examples):
+        if self.find_missing(example.image_path for example in examples):
             fetch_archive(FLICKR8K_IMAGES, self.folder, (".jpg",))
 
 
@@ -203,24 +189,20 @@ class Flickr30k(DatasetSource):
     image_folders = ("flickr30k-images", "flickr30k_images", "Images", "images")
 
     def __init__(self, folder: Path):
-        names, folders = self.annotation_names, self.image_folders
-        annotations = next((folder / name for name in names if (folder / name).exists()), folder / names[0])
-        image_dir = next((folder / name for name in folders if (folder / name).is_dir()), folder / folders[0])
-        super().__init__("flickr30k", image_dir, [AnnotationPart(annotations)])
-        self.folder = folder
+        annotations = [folder / name for name in self.annotation_names]
+        image_dirs = [folder / name for name in self.image_folders]
+        part = AnnotationPart(next((path for path in annotations if path.exists()), annotations[0]))
+        super().__init__("flickr30k", next((path for path in image_dirs if path.is_dir()), image_dirs[0]), [part])
 
     def fetch_annotations(self) -> None:
         """Downloads Karpathy's captions and split, unless a file of captions is there."""
-        if not self.parts[0].path.exists():
-            fetch_archive(KARPATHY_SPLITS, self.folder, (self.annotation_names[0],))
+        path = self.parts[0].path
+        if not path.exists():
+            fetch_archive(KARPATHY_SPLITS, path.parent, (path.name,))
 
     def fetch_images(self, examples: list[Example]) -> None:
-        """Checks that the images are there.
-
-        Raises:
-            InputError: none is; it says where to get them.
-        """
-        if not any((self.image_dir / example.image_path).exists() for example in examples):
+        """Raises InputError if no image is there; it says where to get them."""
+        if len(self.find_missing(example.image_path for example in examples)) == len(examples):
             raise InputError(
                 f"Flickr30k's images are given out on request only: fill in the form at "
                 f"https://shannon.cs.illinois.edu/DenotationGraph/, and unpack them into {self.image_dir}/"
@@ -244,24 +226,24 @@ class UserFiles(DatasetSource):
     def __init__(self, config: DataConfig, with_images: bool):
         """Raises InputError if annotations or an image folder do not exist, or do not fit together."""
         self.with_images = with_images
-        given = {
-            "train" if config.val_annotations else "": (config.annotations, config.images),
-            "val": (config.val_annotations, config.val_images or config.images),
-            "test": (config.test_annotations, config.test_images or config.images),
-        }
-        for split in ("val", "test"):
-            if getattr(config, f"{split}_images") and not getattr(config, f"{split}_annotations"):
-                raise InputError(f"--{split}-images needs --{split}-annotations, the captions of these images")
-        # Of each split: the annotations, and the folder of the images, which by default is that of the annotations.
-        paths = {split: Path(annotations) for split, (annotations, _) in given.items() if annotations}
-        if absent := next((path for path in paths.values() if not path.exists()), None):
-            raise InputError(f"{absent}: no such annotation file")
-        folders = {
-            split: Path(given[split][1] or (path if path.is_dir() else path.parent)) for split, path in paths.items()
-        }
-        if missing := next((folder for folder in folders.values() if not folder.is_dir()), None):
-            raise InputError(f"{missing}: no such image folder")
-        self.given_folders = {split for split in paths if given[split][1]}
+        paths: dict[str, Path] = {}
+        folders: dict[str, Path] = {}
+        for split, annotations, images in (
+            ("train" if config.val_annotations else "", config.annotations, config.images),
+            ("val", config.val_annotations, config.val_images),
+            ("test", config.test_annotations, config.test_images),
+        ):
+            if not annotations:
+                if images:
+                    raise InputError(f"--{split}-images needs --{split}-annotations, the captions of these images")
+                continue
+            path = paths[split] = Path(annotations)
+            if not path.exists():
+                raise InputError(f"{path}: no such annotation file")
+            beside = path if path.is_dir() else path.parent
+            folders[split] = Path(images or config.images or beside)
+            if not folders[split].is_dir():
+                raise InputError(f"{folders[split]}: no such image folder")
         image_dir = _common_folder(folders.values())
         parts = [  # without links: names of one folder must not lead out of the folder of the features
             AnnotationPart(path, folders[split].resolve().relative_to(image_dir.resolve()).as_posix(), split)
@@ -270,20 +252,15 @@ class UserFiles(DatasetSource):
         super().__init__(next(iter(folders.values())).resolve().name or "images", image_dir, parts)
 
     def find_image_paths(self, part: AnnotationPart, examples: list[Example]) -> list[Example]:
-        """Finds the files that the names mean; those of one file become one image.
-
-        Raises:
-            InputError: none of the images is in the folder.
-        """
+        """Finds the files that the names mean; names of one file become one image."""
         folder = self.image_dir / part.folder
         paths, missing = find_images(folder, [example.image_path for example in examples])
         if len(missing) == len(paths):
-            is_given = part.split in self.given_folders
-            if not self.with_images and not is_given:  # only the captions are needed
+            if not self.with_images:  # only the captions are needed
                 return examples
-            hint = "" if is_given else advise("; name the folder of the images with --images")
             raise InputError(
-                f"{folder}: none of the {len(paths):,} images of {part.path} is in it, such as {missing[0]!r}{hint}"
+                f"{folder}: none of the {len(paths):,} images of {part.path} is in it, such as {missing[0]!r}"
+                + advise("; name the folder of the images with --images")
             )
         if missing:
             first = ", ".join(map(repr, missing[:NUM_NAMED]))

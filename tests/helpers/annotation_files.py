@@ -15,17 +15,17 @@ def rows_of(captions: Captions) -> list[tuple[str, str]]:
     return [(name, text) for name, texts in captions.items() for text in texts]
 
 
-def write_table(captions: Captions, separator: str, header: tuple[str, ...], space: str = "") -> str:
+def write_table(captions: Captions, separator: str, header: tuple[str, ...]) -> str:
     """Writes a table as Python's csv, pandas and Excel do; columns that are not of images or captions hold numbers."""
     file = io.StringIO()
     writer = csv.writer(file, delimiter=separator, lineterminator="\n")
     writer.writerow(header)
     for number, (name, text) in enumerate(rows_of(captions)):
-        values = {header[0]: str(number), **dict.fromkeys(header[1:], str(number))}
-        values |= {column: name for column in header if column.strip().lower() in ("image", "file_name", "filepath")}
-        values |= {column: text for column in header if column.strip().lower() in ("caption", "text", "title")}
-        writer.writerow(values[column] for column in header)
-    return file.getvalue().replace(separator, separator + space) if space else file.getvalue()
+        values = dict.fromkeys(header, str(number))
+        values |= {column: name for column in header if column.lower() in ("image", "file_name", "filepath")}
+        values |= {column: text for column in header if column.lower() in ("caption", "text", "title")}
+        writer.writerow(values.values())
+    return file.getvalue()
 
 
 def coco(captions: Captions) -> dict:
@@ -69,14 +69,14 @@ def objects(captions: Captions, image: str, caption: str) -> list[dict]:
     return [{image: name, caption: text, "id": number} for number, (name, text) in enumerate(rows_of(captions))]
 
 
-def to_json(make: Callable[[Captions], object]) -> Callable[[Captions, Path], None]:
-    """Returns a writer of JSON."""
-    return lambda captions, path: to_text(lambda c: json.dumps(make(c), ensure_ascii=False))(captions, path)
-
-
 def to_text(make: Callable[[Captions], str], encoding: str = "utf-8") -> Callable[[Captions, Path], None]:
     """Returns a writer of text."""
     return lambda captions, path: path.write_bytes(make(captions).encode(encoding)) and None
+
+
+def to_json(make: Callable[[Captions], object], encoding: str = "utf-8") -> Callable[[Captions, Path], None]:
+    """Returns a writer of JSON."""
+    return to_text(lambda captions: json.dumps(make(captions), ensure_ascii=False), encoding)
 
 
 def write_metadata(captions: Captions, folder: Path) -> None:
@@ -100,21 +100,21 @@ def write_caption_files(captions: Captions, folder: Path) -> None:
         (folder / name).with_suffix(".txt").write_text("\n".join(texts) + "\n", encoding="utf-8")
 
 
+OBJECTS = "JSON objects, in a list or one a line"
+
 # The name of the format that it is to be read as, and a writer, by a description.
 WRITERS: dict[str, tuple[str, Callable[[Captions, Path], None]]] = {
     "COCO": ("COCO captions JSON", to_json(coco)),
-    "COCO in UTF-16": ("COCO captions JSON", to_text(lambda c: json.dumps(coco(c), ensure_ascii=False), "utf-16")),
-    "COCO with a mark": ("COCO captions JSON", to_text(lambda c: json.dumps(coco(c)), "utf-8-sig")),
+    "COCO in UTF-16": ("COCO captions JSON", to_json(coco, "utf-16")),
     "Karpathy": ("Karpathy's JSON", to_json(karpathy)),
-    "TextCaps": ("TextCaps JSON", to_json(textcaps)),
-    "metadata.jsonl": ("JSON Lines", to_text(lambda c: "\n".join(map(json.dumps, objects(c, "file_name", "text"))))),
-    "BLIP": ("JSON list of objects", to_json(lambda c: objects(c, "image", "caption"))),
+    "TextCaps": (OBJECTS, to_json(textcaps)),
+    "metadata.jsonl": (OBJECTS, to_text(lambda c: "\n".join(map(json.dumps, objects(c, "file_name", "text"))))),
+    "BLIP": (OBJECTS, to_json(lambda c: objects(c, "image", "caption"))),
     "AI Challenger": (
-        "JSON list of objects",
+        OBJECTS,
         to_json(lambda c: [{"url": "", "image_id": name, "caption": texts} for name, texts in c.items()]),
     ),
-    "mapping": ("JSON mapping of names to captions", to_json(dict)),
-    "mapping to texts": (
+    "mapping": (
         "JSON mapping of names to captions",
         to_json(lambda c: {name: texts[0] if len(texts) == 1 else texts for name, texts in c.items()}),
     ),
@@ -126,19 +126,12 @@ WRITERS: dict[str, tuple[str, Callable[[Captions, Path], None]]] = {
         "lines of name#0<TAB>caption",
         to_text(lambda c: "".join(f"{n}#zhc#{i} {text}\n" for n, texts in c.items() for i, text in enumerate(texts))),
     ),
-    "CSV": ("table with a header", to_text(lambda c: write_table(c, ",", ("image", "caption")))),
     "CSV of Excel": (
         "table with a header",
         to_text(lambda c: write_table(c, ";", ("Image", "Caption")).replace("\n", "\r\n"), "utf-8-sig"),
     ),
-    "CSV in UTF-16": ("table with a header", to_text(lambda c: write_table(c, "\t", ("image", "caption")), "utf-16")),
-    "CSV of pandas": ("table with a header", to_text(lambda c: write_table(c, ",", ("", "image", "caption")))),
-    "CSV in another order": (
-        "table with a header",
-        to_text(lambda c: write_table(c, ",", ("id", "text", "date", "file_name"))),
-    ),
-    "metadata.csv": ("table with a header", to_text(lambda c: write_table(c, ",", ("file_name", "text")))),
-    "TSV of open_clip": ("table with a header", to_text(lambda c: write_table(c, "\t", ("filepath", "title")))),
+    "TSV in UTF-16": ("table with a header", to_text(lambda c: write_table(c, "\t", ("filepath", "title")), "utf-16")),
+    "CSV": ("table with a header", to_text(lambda c: write_table(c, ",", ("", "text", "date", "file_name")))),
     "results.csv": (
         "table with a header",
         to_text(
