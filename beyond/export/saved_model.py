@@ -25,11 +25,9 @@ SAVED_MODEL_FILE = "saved_model.pb"
 
 
 class ExportedModel(tf.Module):
-    """Captions images as the captioner does: `caption` takes pixels, `caption_files` the bytes of image files.
+    """Captions images as the captioner does: `caption` takes pixels.
 
-    Args:
-        captioner: the run, and how its captions are searched for.
-        with_decoder: whether there is `caption_files`, which reads images by `read_pixels`; otherwise it is None.
+    `caption_files` takes the bytes of image files, which `read_pixels` reads; it is None unless `with_decoder`.
     """
 
     def __init__(self, captioner: Captioner, with_decoder: bool = False):
@@ -87,20 +85,12 @@ class ExportedModel(tf.Module):
 
 
 def read_pixels(content: tf.Tensor, size: int) -> tf.Tensor:
-    """Decodes and resizes an image file with TensorFlow, which gives slightly other pixels than the training's Pillow.
+    """Decodes and resizes an image file to (size, size, 3) uint8, by TensorFlow.
 
-    EXIF's orientation and transparency are ignored, and 16 bits are cut to 8; docs/export.md has the measured
-    differences.
-
-    Args:
-        content: a scalar string, the content of a JPEG, PNG, GIF (its first image), BMP or WebP file.
-        size: pixels of a side.
-
-    Returns:
-        (size, size, 3) uint8.
+    The pixels differ slightly from those of the training's Pillow; docs/export.md has the measured differences.
 
     Raises:
-        tf.errors.InvalidArgumentError: it is no such file, or is damaged.
+        tf.errors.InvalidArgumentError: it is no JPEG, PNG, GIF, BMP or WebP file, or is damaged.
     """
     if tf.io.is_jpeg(content):
         # decode_image would take the fast transform, which darkens every pixel by about 1.

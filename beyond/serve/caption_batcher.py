@@ -36,17 +36,11 @@ class Batcher:
         self._searches: set[DecodeConfig] = set()
 
     def caption(self, pixels: np.ndarray, config: DecodeConfig, timeout: float | None = None) -> Caption:
-        """Captions an image.
-
-        Args:
-            pixels: the image, as `Captioner.load_image` returns it.
-            config: how its caption is searched for.
-            timeout: seconds in which the work on the image must begin; None for any time.
+        """Captions an image that `Captioner.load_image` has read; the work on it must begin in `timeout` seconds.
 
         Raises:
             InputError: the search is new, and there were `MAX_SEARCHES` others.
             TimeoutError: the work has not begun in time.
-            Exception: what `Captioner.caption_pixels` raises.
         """
         job = _Job(pixels, config)
         search = dataclasses.replace(config, decode_seed=0)  # a seed compiles nothing

@@ -7,6 +7,7 @@ Werkzeug parses the requests. waitress runs the application: it gives a request 
 body has arrived, so that slow clients keep no others waiting.
 """
 
+import contextlib
 import json
 import logging
 import re
@@ -97,13 +98,7 @@ def busy(reason: str) -> ServiceUnavailable:
 
 
 class CaptionApp:
-    """The WSGI application.
-
-    Attributes:
-        captioner: the run, and how captions are searched for if a request does not say it.
-        config: what a client may ask.
-        batcher: captions together what waits together.
-    """
+    """The WSGI application; `captioner` has the search of requests that do not name one."""
 
     def __init__(self, captioner: Captioner, config: ServerConfig):
         self.captioner = captioner
@@ -242,4 +237,5 @@ def run(app: CaptionApp, server: BaseWSGIServer) -> None:
 def stop(server: BaseWSGIServer) -> None:
     """Ends `run` from another thread."""
     connections = server._map
-    server.trigger.pull_trigger(lambda: waitress.wasyncore.close_all(connections))
+    with contextlib.suppress(OSError):  # it may have ended before it is woken
+        server.trigger.pull_trigger(lambda: waitress.wasyncore.close_all(connections))

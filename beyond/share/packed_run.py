@@ -55,10 +55,7 @@ _DAMAGES = (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, Runti
 
 
 def open_run(run: str | Path) -> Path:
-    """Returns the folder of a packed run, which is unpacked into the cache.
-
-    Args:
-        run: a .zip that beyond.share packed, or the address of one, which is downloaded.
+    """Returns the folder of a packed run, given as a .zip or its address, which is unpacked into the cache.
 
     Raises:
         InputError: the .zip is missing, damaged or no packed run; or the download failed.
@@ -133,11 +130,7 @@ def _cache_folder() -> Path:
 
 
 def unpack_run(path: Path, folder: Path) -> None:
-    """Unpacks a packed run as a folder, which is there only when it is complete and checked.
-
-    Args:
-        path: the .zip.
-        folder: the run folder to make; one that is there already has to hold the same files.
+    """Unpacks a .zip as a run folder, which is there only when it is complete and checked.
 
     Raises:
         InputError: the .zip is damaged or not a packed run, the disk is full, or the folder holds something else.
@@ -167,10 +160,7 @@ def unpack_run(path: Path, folder: Path) -> None:
 
 
 def read_members(path: Path) -> tuple[str, dict[str, zipfile.ZipInfo]]:
-    """Reads which files a .zip holds, before anything is unpacked.
-
-    Returns:
-        The name of the run, and the files by their names in the run folder.
+    """Reads the name of the run in a .zip, and its files by their names in the run folder, before they are unpacked.
 
     Raises:
         InputError: it is no .zip, or holds other files than a packed run, or too large ones.
