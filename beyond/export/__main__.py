@@ -14,8 +14,8 @@ differ from those of inference.py.
 import argparse
 from pathlib import Path
 
-from beyond.export.litert import LiteRTModel, check_convertible, convert
-from beyond.export.saved_model import ExportedModel, check_exportable, save
+from beyond.export.litert import convert
+from beyond.export.saved_model import ExportedModel, save
 from captioning.base.cli import InputError, add_quiet_option, format_bytes, log, make_parser, run_main
 from captioning.base.files import atomic_write
 from captioning.config.settings import DecodeConfig
@@ -29,7 +29,7 @@ def export_litert(captioner: Captioner, path: Path, weights: str) -> None:
         InputError: the converter cannot take these settings.
         OSError: a file cannot be written.
     """
-    content = convert(LiteRTModel(captioner), weights)
+    content = convert(captioner, weights)
     with atomic_write(path, "wb") as file:
         file.write(content)
     vocabulary = path.with_name(f"{path.stem}_vocabulary.json")
@@ -57,8 +57,10 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         raise InputError("--weights is only for --litert; a SavedModel keeps the weights as they are")
     if args.litert and args.output and args.output.is_dir():
         raise InputError(f"--output {args.output}: expected a file that ends in .tflite, found a folder")
-    check = check_convertible if args.litert else check_exportable
-    check(DecodeConfig.from_args(args))
+    if args.sample:
+        raise InputError("--sample cannot be exported; expected greedy search or a beam search")
+    if args.litert and args.no_repeat:
+        raise InputError("--no-repeat needs TensorFlow's TensorScatterMin, which LiteRT lacks; leave it out")
     return args
 
 

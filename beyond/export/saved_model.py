@@ -17,7 +17,6 @@ from typing import Any
 from captioning.base.cli import InputError
 from captioning.base.quiet_tensorflow import tf
 from captioning.base.special_tokens import END_ID, PAD_ID
-from captioning.config.settings import DecodeConfig
 from captioning.decoder.decoding import DecodedBatch, decode
 from captioning.output.captions import SMALLEST_PROBABILITY
 from inference import Captioner
@@ -25,38 +24,23 @@ from inference import Captioner
 SAVED_MODEL_FILE = "saved_model.pb"
 
 
-def check_exportable(config: DecodeConfig) -> None:
-    """Raises InputError if the settings draw words at random: their numbers come from outside the graph."""
-    if config.sample:
-        raise InputError("--sample cannot be exported; expected greedy search or a beam search")
-
-
 class ExportedModel(tf.Module):
-    """Captions images as the captioner does: `caption` takes pixels, `caption_files` the bytes of image files.
+    """Captions images as the captioner does: `caption` takes pixels.
 
-    Args:
-        captioner: the run, and how its captions are searched for.
-        with_decoder: whether there is `caption_files`, which reads images by `read_pixels`; otherwise it is None.
-
-    Raises:
-        InputError: see `check_exportable`.
+    `caption_files` takes the bytes of image files, which `read_pixels` reads; it is None unless `with_decoder`.
     """
 
     def __init__(self, captioner: Captioner, with_decoder: bool = False):
         super().__init__()
-        config = captioner.decode_config
-        check_exportable(config)
-        extractor, model, size = captioner.extractor, captioner.model, captioner.image_size
-        features_dtype = captioner.config.features["dtype"]
+        size, config = captioner.image_size, captioner.decode_config
 
         def decode_pixels(pixels: tf.Tensor) -> DecodedBatch:
-            # Rounded as the features that the model was trained on.
-            features = tf.cast(extractor(pixels, training=False), features_dtype)  # (B, L, C)
-            return decode(model, features, config)
+            return decode(captioner.model, captioner.extract_features(pixels), config)
 
         # Only the variables are attributes: Keras would save more of its models than what is called.
-        self.weights = list_variables(extractor, model)
-        self.decode_pixels, self.num_captions = decode_pixels, config.captions
+        self.weights = list_variables(captioner.extractor, captioner.model)
+        self.decode_pixels = decode_pixels
+        self.num_captions = config.captions
         vocabulary = captioner.tokenizer
         self.words = tf.constant(["" if i in (PAD_ID, END_ID) else w for i, w in enumerate(vocabulary.index_word)])
         # Whether a word is written without a space beside another such word, as Chinese characters are.
@@ -101,20 +85,12 @@ class ExportedModel(tf.Module):
 
 
 def read_pixels(content: tf.Tensor, size: int) -> tf.Tensor:
-    """Decodes and resizes an image file with TensorFlow, which gives slightly other pixels than the training's Pillow.
+    """Decodes and resizes an image file to (size, size, 3) uint8, by TensorFlow.
 
-    EXIF's orientation and transparency are ignored, and 16 bits are cut to 8; docs/export.md has the measured
-    differences.
-
-    Args:
-        content: a scalar string, the content of a JPEG, PNG, GIF (its first image), BMP or WebP file.
-        size: pixels of a side.
-
-    Returns:
-        (size, size, 3) uint8.
+    The pixels differ slightly from those of the training's Pillow; docs/export.md has the measured differences.
 
     Raises:
-        tf.errors.InvalidArgumentError: it is no such file, or is damaged.
+        tf.errors.InvalidArgumentError: it is no JPEG, PNG, GIF, BMP or WebP file, or is damaged.
     """
     if tf.io.is_jpeg(content):
         # decode_image would take the fast transform, which darkens every pixel by about 1.

@@ -17,22 +17,19 @@ Ctrl-C ends it. It has no password and no https: it is made for one machine and 
 
 import argparse
 import importlib.util
-from collections.abc import Sequence
 
 import numpy as np
 
-from beyond.serve.caption_batcher import Service
-from beyond.serve.settings import ServerConfig, is_loopback
+from beyond.serve.settings import ServerConfig
 from captioning.base.cli import InputError, add_quiet_option, log, make_parser, run_main
 from captioning.config.options import add_options
 from captioning.config.settings import DecodeConfig
 from captioning.images.reading import set_max_megapixels
-from captioning.output.captions import Caption
 from inference import Captioner, add_model_options
 
 
-def make_service(captioner: Captioner) -> Service:
-    """Makes what the server needs of a captioner, which is compiled, so that the first request does not wait for it.
+def compile_captioner(captioner: Captioner) -> None:
+    """Compiles the CNN and the decoder, so that the first request does not wait for it.
 
     Raises:
         InputError: the CNN cannot be built.
@@ -40,11 +37,6 @@ def make_service(captioner: Captioner) -> Service:
     size = captioner.image_size
     for batch_size in (2, 3, 1):  # TensorFlow compiles for two images, and then for any number
         captioner.caption_pixels(np.zeros((batch_size, size, size, 3), np.uint8))
-
-    def caption_batch(pixels: Sequence[np.ndarray], config: DecodeConfig) -> list[Caption]:
-        return captioner.with_decoding(config).caption_pixels(np.stack(pixels))
-
-    return Service(captioner.run.name, captioner.decode_config, captioner.load_image, caption_batch)
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
@@ -69,10 +61,11 @@ def main(argv: list[str] | None = None) -> None:
     with server.listen(config) as listener:  # first, since a port in use is known at once
         captioner = Captioner.load(args.run, decode_config)
         log(f"run: {captioner.run}")
-        app = server.CaptionApp(make_service(captioner), config)
-        if not is_loopback(config.host):
+        compile_captioner(captioner)
+        if not config.is_local:
             text = "anybody who reaches this machine can caption with it; there is no password"
             log(f"--host {config.host}: {text}", error=True)
+        app = server.CaptionApp(captioner, config)
         print(server.page_url(listener), flush=True)
         server.run(app, server.make_server(app, listener))
     log("stopped")

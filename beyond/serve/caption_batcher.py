@@ -2,7 +2,6 @@
 
 import dataclasses
 import threading
-from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 
 import numpy as np
@@ -10,27 +9,10 @@ import numpy as np
 from captioning.base.cli import InputError
 from captioning.config.settings import DecodeConfig
 from captioning.output.captions import Caption
+from inference import Captioner
 
 MAX_BATCH = 8  # images that are captioned together; larger batches are hardly faster, and more must wait for them
 MAX_SEARCHES = 200  # different settings; TensorFlow keeps a graph of several MB for each, as long as the process lives
-
-
-@dataclasses.dataclass(frozen=True)
-class Service:
-    """What the server needs of a captioner.
-
-    Attributes:
-        run: the name of the run, for people.
-        defaults: how captions are searched for if a request does not say it.
-        load_image: turns the content of a file into pixels; raises InputError if it is no image. Called by several
-            threads at the same time.
-        caption_batch: captions pixels. Always called by the same thread.
-    """
-
-    run: str
-    defaults: DecodeConfig
-    load_image: Callable[[bytes], np.ndarray]
-    caption_batch: Callable[[Sequence[np.ndarray], DecodeConfig], Sequence[Caption]]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -45,29 +27,30 @@ class _Job:
 class Batcher:
     """Captions the images of several threads, together those that wait at the same time for the same search."""
 
-    def __init__(self, service: Service, max_batch: int = MAX_BATCH):
-        self.service, self.max_batch = service, max_batch
+    def __init__(self, captioner: Captioner, max_batch: int = MAX_BATCH):
+        self.captioner = captioner
+        self.max_batch = max_batch
         self._worker = ThreadPoolExecutor(1)  # the only thread that computes
         self._lock = threading.Lock()  # of the two below
         self._waiting: list[_Job] = []  # in the order of their arrival
         self._searches: set[DecodeConfig] = set()
 
     def caption(self, pixels: np.ndarray, config: DecodeConfig, timeout: float | None = None) -> Caption:
-        """Captions an image.
-
-        Args:
-            pixels: the image, as `Service.load_image` returns it.
-            config: how its caption is searched for.
-            timeout: seconds in which the work on the image must begin; None for any time.
+        """Captions an image that `Captioner.load_image` has read; the work on it must begin in `timeout` seconds.
 
         Raises:
             InputError: the search is new, and there were `MAX_SEARCHES` others.
             TimeoutError: the work has not begun in time.
-            Exception: what `Service.caption_batch` raises.
         """
         job = _Job(pixels, config)
+        search = dataclasses.replace(config, decode_seed=0)  # a seed compiles nothing
         with self._lock:
-            self._count_search(config)
+            if search not in self._searches and len(self._searches) >= MAX_SEARCHES:
+                raise InputError(
+                    f"expected settings that were used before: {MAX_SEARCHES} others are compiled, as many as there "
+                    "is memory for until the server is started again"
+                )
+            self._searches.add(search)
             self._waiting.append(job)
         self._worker.submit(self._caption_waiting)
         try:
@@ -76,16 +59,6 @@ class Batcher:
             if job.caption.cancel():
                 raise
             return job.caption.result()  # it is in work
-
-    def _count_search(self, config: DecodeConfig) -> None:
-        """Counts a search; raises InputError if there are too many."""
-        search = dataclasses.replace(config, decode_seed=0)  # a seed compiles nothing
-        if search not in self._searches and len(self._searches) >= MAX_SEARCHES:
-            raise InputError(
-                f"expected settings that were used before: {MAX_SEARCHES} others are compiled, as many as there is "
-                "memory for until the server is started again"
-            )
-        self._searches.add(search)
 
     def _caption_waiting(self) -> None:
         """Captions the image that has waited longest, and with it others that wait for the same search."""
@@ -96,13 +69,14 @@ class Batcher:
         if not jobs:  # they went along with an image before them, or were given up
             return
         try:
-            captions = self.service.caption_batch([job.pixels for job in jobs], jobs[0].config)
-            for job, caption in zip(jobs, captions, strict=True):
-                job.caption.set_result(caption)
+            captioner = self.captioner.with_decoding(jobs[0].config)
+            captions = captioner.caption_pixels(np.stack([job.pixels for job in jobs]))
         except Exception as error:
             for job in jobs:
-                if not job.caption.done():
-                    job.caption.set_exception(error)
+                job.caption.set_exception(error)
+            return
+        for job, caption in zip(jobs, captions, strict=True):
+            job.caption.set_result(caption)
 
     def finish(self) -> None:
         """Waits for the images in work, and begins no others."""

@@ -4,7 +4,6 @@ This module needs neither Werkzeug nor waitress, so that `--help` works without 
 """
 
 import dataclasses
-import ipaddress
 import re
 from collections.abc import Iterable
 from typing import Any
@@ -39,13 +38,11 @@ class ServerConfig(Settings):
     max_requests: int = option(8, "maximum number of concurrent requests; others get 503", bounds="[1, 1000]")
     max_megapixels: int = option(
         50,  # phones take photos of 12 to 50
-        "largest image, in millions of pixels; all images in work together may have twice as many, about 20 bytes each",
+        "largest image, in millions of pixels; two are read at the same time, with about 20 bytes a pixel",
         bounds="[1, inf)",
     )
     timeout: int = option(
-        30,
-        "seconds after which a silent connection is closed, and a waiting image is refused",
-        bounds="[1, 3600]",
+        30, "seconds after which a silent connection is closed, and a waiting image is refused", bounds="[1, 3600]"
     )
 
     def __post_init__(self) -> None:
@@ -65,17 +62,9 @@ class ServerConfig(Settings):
         return self.max_mb * 1_000_000
 
     @property
-    def max_pixels(self) -> int:
-        """The pixels that all images in work may declare together: about 2 GB by default."""
-        return 2 * self.max_megapixels * 1_000_000
-
-
-def is_loopback(host: str) -> bool:
-    """Tells whether a name or address means this machine only: localhost, 127.0.0.1, ::1 or [::1]."""
-    try:
-        return host.lower() == "localhost" or ipaddress.ip_address(host.strip("[]")).is_loopback
-    except ValueError:
-        return False
+    def is_local(self) -> bool:
+        """Whether only this machine can reach the server."""
+        return self.host in ("localhost", "127.0.0.1", "::1")
 
 
 def parse_decoding(pairs: Iterable[tuple[str, str]], defaults: DecodeConfig) -> DecodeConfig:
@@ -96,23 +85,19 @@ def parse_decoding(pairs: Iterable[tuple[str, str]], defaults: DecodeConfig) -> 
         if name in given:
             raise InputError(f"{name}: expected one value, found two")
         given[name] = _parse_value(name, text.strip())
+        if name in LIMITS and isinstance(given[name], int) and given[name] > LIMITS[name]:
+            raise InputError(f"{name}: expected at most {LIMITS[name]} of this server, found {text}")
     sample = given.get("sample", defaults.sample and "beam_size" not in given)
     base = defaults.to_json()
     if sample != defaults.sample:
         base |= {name: FIELDS[name].default for name in ("beam_size", *SAMPLE_ONLY)}
-    config = DecodeConfig(**base | given | {"sample": sample})
-    for name, limit in LIMITS.items():
-        if given.get(name, 0) > limit:
-            raise InputError(f"{name}: expected at most {limit} of this server, found {given[name]}")
-    return config
+    return DecodeConfig(**base | given | {"sample": sample})
 
 
 def _parse_value(name: str, text: str) -> Any:
     """Converts a value to the type of its parameter; returns the text if it is none, which DecodeConfig refuses."""
     kind = value_type(FIELDS[name])
-    if kind is bool:
-        return BOOLEANS.get(text.lower(), text)
     try:
-        return kind(text)
-    except ValueError:
+        return BOOLEANS[text.lower()] if kind is bool else kind(text)
+    except (KeyError, ValueError):
         return text

@@ -12,7 +12,7 @@ Tutorial section: none.
 import argparse
 from pathlib import Path
 
-from beyond.share.packed_run import find_zip, read_members, unpack_run
+from beyond.share.packed_run import fetch_zip, read_members, unpack_run
 from beyond.share.run_packer import pack_run, run_name
 from captioning.base.cli import InputError, add_quiet_option, format_bytes, log, make_parser, run_main
 from captioning.runs.run_folder import latest_run
@@ -34,12 +34,12 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> None:
     """Packs or unpacks what the command line names, and prints the path of the result."""
     args = parse(argv)
-    packed = find_zip(args.run) if args.run is not None else None
-    if packed:
+    run = Path(args.run) if args.run is not None else latest_run()
+    if not run.is_dir():
+        packed = fetch_zip(args.run)
         output = args.output or Path("runs") / read_members(packed)[0]
         unpack_run(packed, output)
     else:
-        run = Path(args.run) if args.run is not None else latest_run()
         output = args.output or Path(f"{run_name(run)}.zip")
         if output.is_dir():
             raise InputError(f"--output {output}: expected a file that ends in .zip, found a folder")

@@ -40,10 +40,6 @@ def pack_run(run: Path, path: Path) -> None:
 
     Paths of this machine are left out. The same run, packed by the same versions, gives the same bytes.
 
-    Args:
-        run: the run folder.
-        path: the .zip to write.
-
     Raises:
         InputError: something of the run is missing or damaged.
     """

@@ -1,12 +1,5 @@
 """A real headless Chromium for the tests of pages: the system's own, driven by Playwright.
 
-    from helpers.browser import browser_fixture, open_page  # noqa: F401 (pytest finds the fixture here)
-
-    @pytest.mark.slow
-    def test_page(browser):
-        with open_page(browser, "http://127.0.0.1:8000/", viewport={"width": 400, "height": 800}) as page:
-            page.locator("button").first.hover()
-
 A test fails if its page logs an error, raises one, or asks for anything outside. Without Chromium or Playwright the
 tests are skipped, or fail where REQUIRE_BROWSER=1 is set.
 """
@@ -18,7 +11,6 @@ import urllib.parse
 
 import pytest
 
-NAMES = ("chromium", "chromium-browser", "google-chrome")
 ARGUMENTS = [
     "--no-sandbox",  # which needs rights that a container may lack; the tests open their own pages only
     "--disable-gpu",
@@ -29,12 +21,6 @@ ARGUMENTS = [
     "--disable-sync",
 ]
 TIMEOUT_MS = 10_000
-
-
-def find_chromium():
-    """Returns the path of Chromium, or None: that which CHROMIUM names, or one of `NAMES`."""
-    name = os.environ.get("CHROMIUM")
-    return next(filter(None, map(shutil.which, [name] if name else NAMES)), None)
 
 
 def refuse(missing, command):
@@ -52,7 +38,8 @@ def launch_browser(*arguments):
         from playwright.sync_api import sync_playwright
     except ImportError:
         refuse("Playwright", "pip install playwright")
-    path = find_chromium()
+    names = (os.environ.get("CHROMIUM"), "chromium", "chromium-browser", "google-chrome")
+    path = next(filter(None, (shutil.which(name) for name in names if name)), None)
     if path is None:
         refuse("Chromium", "apt install chromium")
     with sync_playwright() as playwright:
@@ -71,15 +58,10 @@ def browser_fixture():
 
 @contextlib.contextmanager
 def open_page(browser, url, **options):
-    """Opens a page with nothing of other pages: own cookies, own storage.
+    """Opens a page with cookies and storage of its own; the options are those of Playwright's `Browser.new_context`.
 
-    `page.problems` are the lines it logged as errors or warnings, the errors it raised, and the addresses outside that
-    it asked for. The block's end asserts that there are none; a test that expects one looks at it and clears the list.
-
-    Args:
-        browser: the fixture.
-        url: where to go. Its server is not outside; nor are files, if it is one.
-        options: those of Playwright's `Browser.new_context`: viewport, color_scheme, has_touch, permissions...
+    `page.problems` are the errors and warnings that it logged or raised, and the addresses outside that it asked for.
+    The block's end asserts that there are none; a test that expects one clears the list.
     """
     parts = urllib.parse.urlsplit(url)
     inside = ("data:", "blob:", f"{parts.scheme}://{parts.netloc}/")

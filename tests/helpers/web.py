@@ -1,16 +1,17 @@
 """A captioner that needs no model, and the server of it: as a client without sockets, or in a thread at a real port."""
 
 import contextlib
+import copy
 import io
 import threading
 import time
 import types
+from pathlib import Path
 
 import numpy as np
 from PIL import Image
 from werkzeug.test import Client
 
-from beyond.serve.caption_batcher import Service
 from beyond.serve.server import CaptionApp, listen, make_server, page_url, run, stop
 from beyond.serve.settings import ServerConfig
 from captioning.config.settings import DecodeConfig
@@ -42,25 +43,34 @@ def caption_pixels(pixels, config):
 class FakeCaptioner:
     """Stands for a captioner; notes the batches that it captions."""
 
-    def __init__(self, defaults=None):
+    def __init__(self, decode_config=None, run="small"):
+        self.run = Path(run)
+        self.decode_config = decode_config or DecodeConfig()
         self.batches = []  # the number of images and the settings of each
         self.begun, self.may_end = threading.Event(), threading.Event()
         self.may_end.set()
         self.error = None
-        self.service = Service("small", defaults or DecodeConfig(), load_image, self.caption_batch)
 
-    def caption_batch(self, images, config):
-        self.batches.append((len(images), config))
+    def load_image(self, content):
+        return load_image(content)
+
+    def with_decoding(self, config):
+        other = copy.copy(self)
+        other.decode_config = config
+        return other
+
+    def caption_pixels(self, pixels):
+        self.batches.append((len(pixels), self.decode_config))
         self.begun.set()
         assert self.may_end.wait(20)
         if self.error:
             raise self.error
-        return [caption_pixels(pixels, config) for pixels in images]
+        return [caption_pixels(image, self.decode_config) for image in pixels]
 
 
-def make_client(service, **settings):
+def make_client(captioner, **settings):
     """Makes a client whose requests go to the application directly."""
-    return Client(CaptionApp(service, ServerConfig(**settings)))
+    return Client(CaptionApp(captioner, ServerConfig(**settings)))
 
 
 def post(client, body, query="", content_type="image/png", **headers):
@@ -79,11 +89,11 @@ def wait_until(condition):
 
 
 @contextlib.contextmanager
-def run_server(service, **settings):
+def run_server(captioner, **settings):
     """Runs a server in a thread, at a free port of 127.0.0.1 unless the settings say another address."""
     config = ServerConfig(**({"port": 0} | settings))
     with listen(config) as listener:
-        app = CaptionApp(service, config)
+        app = CaptionApp(captioner, config)
         server = make_server(app, listener)
         thread = threading.Thread(target=run, args=[app, server], daemon=True)
         thread.start()

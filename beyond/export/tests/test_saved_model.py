@@ -146,10 +146,9 @@ class Decoded(ExportedModel):
             tf.constant(rng.uniform(size=(*np.shape(tokens), 64)), tf.float32),
         )
         captioner = SimpleNamespace(
-            extractor=lambda pixels, training: pixels,
+            extractor=None,
             model=None,
             tokenizer=vocabulary,
-            config=SimpleNamespace(features={"dtype": "float16"}),
             decode_config=DecodeConfig(captions=num_captions),
             image_size=2,
         )
@@ -161,31 +160,13 @@ class Decoded(ExportedModel):
         return self.caption(self.pixels)
 
 
-def test_exported_model_rounds_features_as_the_cache(monkeypatch):
-    seen = []
-    monkeypatch.setattr("beyond.export.saved_model.decode", lambda model, features, config: seen.append(features.dtype))
-    model = Decoded([[4, 3]], Tokenizer.fit(["a dog"]))
-    model.decode_pixels(model.pixels)
-    assert seen == [tf.float16]
-
-
 @pytest.mark.parametrize("words", ["spaces", "characters"])
 def test_exported_model_joins_words_as_the_tokenizer(words, rng):
     vocabulary = Tokenizer.fit(["一只 iphone 手机 です ร้าน dog's 3 x한국 カー"], words=words)
     assert len(vocabulary) > 10
     tokens = rng.integers(4, len(vocabulary), (40, 9))
-    tokens[:, 8] = 3
-    for row, length in enumerate(rng.integers(0, 9, 40)):
+    for row, length in enumerate(rng.integers(0, 9, 39)):  # the last caption has no <end>
         tokens[row, length:] = [3, *[0] * (8 - length)]
-    decoded = Decoded(tokens, vocabulary)
-    result = decoded.run()
-    for row, caption in enumerate(to_captions(decoded.batch, vocabulary)):
-        compare(to_python(result, row), caption, tolerance=1e-6)
-
-
-@pytest.mark.parametrize("tokens", [[[3]], [[3], [3]], [[4, 5, 4]]])
-def test_exported_model_of_captions_without_words_or_end(tokens):
-    vocabulary = Tokenizer.fit(["a dog"])
     decoded = Decoded(tokens, vocabulary)
     result = decoded.run()
     for row, caption in enumerate(to_captions(decoded.batch, vocabulary)):

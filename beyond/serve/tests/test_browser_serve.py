@@ -1,7 +1,6 @@
 """The page of beyond.serve in a real Chromium, with a captioner that needs no model."""
 
 import base64
-import dataclasses
 import io
 import time
 
@@ -39,24 +38,20 @@ def browser():
 
 @pytest.fixture
 def captioner():
-    return FakeCaptioner()
+    return FakeCaptioner(run="<i>small")
 
 
 @pytest.fixture
 def server(captioner):
-    with run_server(captioner.service) as server:
+    with run_server(captioner) as server:
         yield server
 
 
 @pytest.fixture
 def page(browser, server):
     with open_page(browser, server.url) as page:
-        page.wait_for_function("document.querySelector('#run').innerText === 'run: small'")
+        page.wait_for_function("document.querySelector('#run').innerText === 'run: <i>small'")
         yield page
-
-
-def encode(content):
-    return base64.b64encode(content).decode()
 
 
 def wait_for_caption(page, text):
@@ -96,7 +91,7 @@ def test_file_that_is_chosen_is_captioned(page, captioner):
 
 @pytest.mark.parametrize("kind", ["drop", "paste"])
 def test_image_that_is_dropped_or_pasted_is_captioned(page, kind):
-    page.evaluate(SEND_FILE, [kind, encode(GREEN["buffer"]), "image/png"])
+    page.evaluate(SEND_FILE, [kind, base64.b64encode(GREEN["buffer"]).decode(), "image/png"])
     wait_for_caption(page, "a green image")
     page.evaluate(SEND_FILE, [kind, "", ""])
     wait_for_error(page, "Expected an image file; save the image first")
@@ -115,9 +110,6 @@ def test_sliders_caption_again_once_they_rest(page, captioner):
     page.locator("#captions").fill("3")
     assert wait_for_batches(captioner, 3) == DecodeConfig(beam_size=7, captions=3)
     page.locator(".cv-alternatives li").nth(1).wait_for()
-    page.locator("#beam").focus()
-    page.keyboard.press("ArrowLeft")
-    assert wait_for_batches(captioner, 4).beam_size == 6
 
 
 def test_random_words_have_a_temperature_and_can_be_drawn_again(page, captioner):
@@ -131,32 +123,24 @@ def test_random_words_have_a_temperature_and_can_be_drawn_again(page, captioner)
     assert wait_for_batches(captioner, 3) == DecodeConfig(sample=True, temperature=0.5)
     page.get_by_role("button", name="Draw again").click()
     assert wait_for_batches(captioner, 4) == DecodeConfig(sample=True, temperature=0.5, decode_seed=1)
-    page.set_input_files("#file", RED)  # the same file again
-    assert wait_for_batches(captioner, 5).decode_seed == 0
     page.get_by_label("Random words").uncheck()
-    assert wait_for_batches(captioner, 6) == DecodeConfig()
+    assert wait_for_batches(captioner, 5) == DecodeConfig()
 
 
-@pytest.mark.parametrize(
-    "defaults",
-    [DecodeConfig(sample=True, temperature=0.7, captions=2), DecodeConfig(beam_size=4)],
-    ids=["sample", "beam"],
-)
-def test_settings_begin_with_the_defaults_of_the_server(browser, defaults):
+def test_settings_begin_with_the_defaults_of_the_server(browser):
+    defaults = DecodeConfig(sample=True, temperature=0.7, captions=2)
     captioner = FakeCaptioner(defaults)
-    with run_server(captioner.service) as server, open_page(browser, server.url) as page:
+    with run_server(captioner) as server, open_page(browser, server.url) as page:
         page.set_input_files("#file", RED)
         wait_for_caption(page, "a red image")
         assert wait_for_batches(captioner, 1) == defaults
 
 
-def test_page_works_below_a_path_of_a_proxy(browser, captioner):
-    with run_server(captioner.service) as server:
-        server.server.application = DispatcherMiddleware(NotFound(), {"/user/ann/proxy/8000": server.app})
-        with open_page(browser, f"{server.url}user/ann/proxy/8000/") as page:
-            page.wait_for_function("document.querySelector('#run').innerText === 'run: small'")
-            page.set_input_files("#file", RED)
-            wait_for_caption(page, "a red image")
+def test_page_works_below_a_path_of_a_proxy(browser, server):
+    server.server.application = DispatcherMiddleware(NotFound(), {"/user/ann/proxy/8000": server.app})
+    with open_page(browser, f"{server.url}user/ann/proxy/8000/") as page:
+        page.set_input_files("#file", RED)
+        wait_for_caption(page, "a red image")
 
 
 def test_answer_that_comes_too_late_is_not_shown(page, captioner):
@@ -175,23 +159,18 @@ def test_answer_that_comes_too_late_is_not_shown(page, captioner):
 # What goes wrong.
 
 
-def test_file_that_is_no_image_is_refused_in_one_line(page):
+def test_file_that_is_no_image_and_a_server_that_has_ended_are_named(page):
     page.set_input_files("#file", RED)
     wait_for_caption(page, "a red image")
     page.set_input_files("#file", TEXT)
     wait_for_error(page, "the image: not an image that can be read (no format that Pillow knows)")
     assert page.locator(".caption-viewer").count() == 0
-    page.set_input_files("#file", GREEN)
-    wait_for_caption(page, "a green image")
-
-
-def test_server_that_has_ended_is_named(page):
     page.route("**/caption?*", lambda route: route.abort("connectionrefused"))
     page.set_input_files("#file", RED)
     wait_for_error(page, "The server does not answer. Is it still running?")
 
 
-def test_image_that_is_too_large_is_scaled_down(browser, captioner):
+def test_image_that_is_too_large_is_scaled_down(browser, captioner, monkeypatch):
     noise = np.random.default_rng(0).integers(0, 99, (200, 2200, 3), np.uint8)
     noise[..., 1] += 150
     file = io.BytesIO()
@@ -203,8 +182,8 @@ def test_image_that_is_too_large_is_scaled_down(browser, captioner):
         sizes.append(Image.open(io.BytesIO(content)).size)
         return load_image(content)
 
-    service = dataclasses.replace(captioner.service, load_image=note_size)
-    with run_server(service, max_mb=1) as server, open_page(browser, server.url) as page:
+    monkeypatch.setattr(captioner, "load_image", note_size)
+    with run_server(captioner, max_mb=1) as server, open_page(browser, server.url) as page:
         page.set_input_files("#file", large)
         wait_for_caption(page, "a green image")
         assert page.locator("#status").inner_text().endswith("scaled down to 2048 pixels before it was sent.")
@@ -221,13 +200,6 @@ def test_image_that_the_browser_cannot_show_is_captioned(page):
     assert page.locator(".caption-viewer img").evaluate("image => image.naturalWidth") == 480  # what stands for it
 
 
-def test_names_and_errors_stay_text(browser, captioner):
-    service = dataclasses.replace(captioner.service, run="<img src=x onerror=alert(1)>")
-    with run_server(service) as server, open_page(browser, server.url) as page:
-        page.wait_for_function("() => document.getElementById('run').textContent")
-        assert page.locator("#run").inner_text() == "run: <img src=x onerror=alert(1)>"
-
-
 # The camera.
 
 
@@ -241,7 +213,6 @@ def test_picture_of_the_camera_is_captioned(browser, server, captioner):
         wait_for_caption(page, "a green image")  # the picture of Chromium's camera
         assert page.evaluate("track.readyState") == "ended"  # its light is off
         assert page.locator("#viewfinder").is_hidden()
-        assert page.evaluate("document.getElementById('video').srcObject") is None
         page.get_by_role("button", name="Use the camera").click()
         page.wait_for_function("() => document.getElementById('video').videoWidth > 0")
         page.keyboard.press("Escape")
@@ -250,13 +221,10 @@ def test_picture_of_the_camera_is_captioned(browser, server, captioner):
     assert len(captioner.batches) == 1
 
 
-def test_camera_that_is_refused_is_named(page):
+def test_camera_that_cannot_be_used_is_named(page):
     page.get_by_role("button", name="Use the camera").click()
     wait_for_error(page, "The camera may not be used: the browser was told to refuse it. Choose a file instead.")
-
-
-def test_camera_that_the_browser_gives_to_no_page_but_https_is_named(page):
-    page.evaluate("Object.defineProperty(navigator, 'mediaDevices', {value: undefined})")
+    page.evaluate("Object.defineProperty(navigator, 'mediaDevices', {value: undefined})")  # of a page without https
     page.get_by_role("button", name="Use the camera").click()
     wait_for_error(page, "only to pages of this machine")
 
@@ -267,7 +235,7 @@ def test_camera_that_the_browser_gives_to_no_page_but_https_is_named(page):
 def test_page_fits_a_phone(browser, captioner):
     captioner = FakeCaptioner(DecodeConfig(captions=3))
     options = {"viewport": {"width": 320, "height": 640}, "has_touch": True, "is_mobile": True}
-    with run_server(captioner.service) as server, open_page(browser, server.url, **options) as page:
+    with run_server(captioner) as server, open_page(browser, server.url, **options) as page:
         assert page.get_by_label("Take a photo").is_visible()
         page.set_input_files("#capture", RED)
         wait_for_caption(page, "a red image")

@@ -1,4 +1,4 @@
-"""The command `python -m beyond.serve`, and what it needs of a captioner."""
+"""The command `python -m beyond.serve`, and its captions of batches."""
 
 import functools
 import importlib.util
@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from helpers.train_and_kill import build_small_cnn
-from helpers.web import draw_png, make_client, post
+from helpers.web import draw_png
 from PIL import Image
 
 import beyond.serve.__main__ as serve
@@ -26,7 +26,7 @@ from captioning.config.settings import DecodeConfig
 from inference import Captioner
 
 ROOT = Path(__file__).parents[3]
-PIXELS = [np.full((299, 299, 3), value, np.uint8) for value in (0, 90, 180, 255)]
+PIXELS = np.stack([np.full((299, 299, 3), value, np.uint8) for value in (0, 90, 180, 255)])
 build_once = functools.cache(model.build)  # of one size, so that its decoding is compiled once
 SETTINGS = [
     DecodeConfig(max_words=3),
@@ -43,55 +43,28 @@ def small_run(run, monkeypatch):
     return run
 
 
-@pytest.fixture
-def service(small_run):
-    return serve.make_service(Captioner.load(small_run, DecodeConfig(max_words=3)))
-
-
-def as_json(captions):
-    return [caption.to_json(with_attention=True) for caption in captions]
-
-
 # The captions.
 
 
-def assert_same(actual, expected):
-    """Compares captions in JSON; the numbers of a batch differ in their last digits."""
-    if isinstance(expected, float):
-        assert actual == pytest.approx(expected, abs=2e-3)
-    elif isinstance(expected, dict | list):
-        assert len(actual) == len(expected)
-        for key in expected if isinstance(expected, dict) else range(len(expected)):
-            assert_same(actual[key], expected[key])
-    else:
-        assert actual == expected
+def assert_same(caption, expected):
+    """Compares captions; the numbers of a batch differ in their last digits."""
+    assert (caption.text, caption.words, caption.finished) == (expected.text, expected.words, expected.finished)
+    np.testing.assert_allclose(caption.probabilities, expected.probabilities, atol=2e-3)
+    np.testing.assert_allclose(caption.attention, expected.attention, atol=2e-3)
+    for alternative, other in zip(caption.alternatives, expected.alternatives, strict=True):
+        assert_same(alternative, other)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("config", SETTINGS, ids=["greedy", "beam", "sample"])
-def test_captions_of_a_batch_are_those_of_single_images_and_of_inference(service, small_run, config):
-    together = as_json(service.caption_batch(PIXELS, config))
-    assert_same(together, [as_json(service.caption_batch([pixels], config))[0] for pixels in PIXELS])
+def test_captions_of_a_batch_are_those_of_single_images(small_run, config):
     captioner = Captioner.load(small_run, config)
-    assert_same(together, as_json(captioner.caption(Image.fromarray(pixels)) for pixels in PIXELS))
-
-
-def test_service_fills_in_the_longest_caption_of_the_run(small_run, monkeypatch):
-    monkeypatch.setattr(Captioner, "caption_pixels", lambda self, pixels: [])
-    assert serve.make_service(Captioner.load(small_run)).defaults.max_words == 50
+    for pixels, caption in zip(PIXELS, captioner.caption_pixels(PIXELS), strict=True):
+        assert_same(caption, captioner.caption(Image.fromarray(pixels)))
 
 
 @pytest.mark.slow
-def test_service_answers_requests(service):
-    client = make_client(service)
-    status, value = post(client, draw_png("blue"), "?beam_size=2&captions=2&max_words=3")
-    assert (status, len(value["words"]), len(value["alternatives"])) == (200, 3, 1)
-    assert client.get("/health").json["run"] == "small"
-    assert service.load_image(draw_png()).shape == (299, 299, 3)
-
-
-@pytest.mark.slow
-def test_service_runs_the_cnn_only_in_graphs_that_it_has_compiled(small_run, monkeypatch):
+def test_compile_captioner_leaves_nothing_of_the_cnn_to_compile(small_run, monkeypatch):
     calls = []
 
     def build_counting_cnn(cnn_weights, cnn):
@@ -99,40 +72,31 @@ def test_service_runs_the_cnn_only_in_graphs_that_it_has_compiled(small_run, mon
         return lambda pixels, training: calls.append(len(calls)) or cnn(pixels, training)
 
     monkeypatch.setattr(features, "build_feature_extractor", build_counting_cnn)
-    service = serve.make_service(Captioner.load(small_run, DecodeConfig(max_words=3)))
+    captioner = Captioner.load(small_run, DecodeConfig(max_words=3))
+    serve.compile_captioner(captioner)
     calls.clear()
     for count, config in ((1, SETTINGS[0]), (1, SETTINGS[1]), (2, SETTINGS[0]), (4, SETTINGS[0]), (3, SETTINGS[1])):
-        assert len(service.caption_batch(PIXELS[:count], config)) == count
+        assert len(captioner.with_decoding(config).caption_pixels(PIXELS[:count])) == count
     assert not calls
 
 
 # The command line.
 
 
-def test_parse_has_careful_defaults():
-    args = serve.parse([])
-    assert ServerConfig.from_args(args) == ServerConfig("127.0.0.1", 8000, None, 20, 8, 50, 30)
-    assert args.run is None
-    assert DecodeConfig.from_args(args) == DecodeConfig()
-
-
-def test_main_serves_until_it_is_stopped(small_run, monkeypatch, capsys):
-    monkeypatch.setattr(server, "run", lambda app, server: server.close())  # as if Ctrl-C came at once
-    limits = []
-    monkeypatch.setattr(serve, "set_max_megapixels", limits.append)
-    serve.main(["--run", str(small_run), "--port", "0", "--max-words", "3", "--max-megapixels", "7"])
-    out, err = capsys.readouterr()
-    assert out.startswith("http://127.0.0.1:") and out.endswith("/\n") and out.count("\n") == 1
-    assert err == f"run: {small_run}\nstopped\n"
-    assert limits == [7]
+def test_server_is_for_this_machine_by_default():
+    assert ServerConfig.from_args(serve.parse([])) == ServerConfig("127.0.0.1", 8000, None, 20, 8, 50, 30)
 
 
 def test_main_warns_if_other_machines_are_let_in(small_run, monkeypatch, capsys):
-    monkeypatch.setattr(server, "run", lambda app, server: server.close())
-    serve.main(["--run", str(small_run), "--port", "0", "--max-words", "3", "--host", "0.0.0.0", "--quiet"])
+    monkeypatch.setattr(server, "run", lambda app, server: server.close())  # as if Ctrl-C came at once
+    limits = []
+    monkeypatch.setattr(serve, "set_max_megapixels", limits.append)
+    options = ["--host", "0.0.0.0", "--port", "0", "--max-words", "3", "--max-megapixels", "7", "--quiet"]
+    serve.main(["--run", str(small_run), *options])
     out, err = capsys.readouterr()
-    assert out.startswith("http://0.0.0.0:")
+    assert out.startswith("http://0.0.0.0:") and out.endswith("/\n") and out.count("\n") == 1
     assert err == "--host 0.0.0.0: anybody who reaches this machine can caption with it; there is no password\n"
+    assert limits == [7]
 
 
 def test_main_refuses_a_port_in_use_before_it_loads_the_run():

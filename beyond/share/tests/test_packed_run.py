@@ -19,7 +19,7 @@ import inference
 import model
 from beyond.share import packed_run
 from beyond.share.packed_run import open_run, without_paths
-from beyond.share.run_packer import EPOCH, pack_run, run_name
+from beyond.share.run_packer import pack_run, run_name
 from captioning.base import downloads
 from captioning.base.cli import InputError
 from captioning.base.files import file_sha256, read_json, write_json
@@ -53,19 +53,14 @@ def small_run(tmp_path_factory):
     run = tmp_path_factory.mktemp("runs") / "small"
     write_json(run / "vocabulary.json", WORDS)
     write_json(run / "metrics_test_beam5.json", SCORES)
-    for name in (
-        "history.csv",
-        "loss.png",
-        "captions_test.json",
-        "tensorboard/events",
-        "checkpoints/last/ckpt-9.index",
-    ):
+    for name in ("history.csv", "loss.png", "captions_test.json", "checkpoints/last/ckpt-9.index"):
         (run / name).parent.mkdir(parents=True, exist_ok=True)
         (run / name).write_text("content")
     config = RunConfig(
         model=ModelConfig(vocab_size=6, embedding_dim=4, units=8),
         train=TrainConfig(epochs=7),
         data=DataConfig(annotations="/home/me/secret/captions.csv", images="C:\\Users\\me\\photos", data_dir="/mnt/x"),
+        objective={},
         features={**MANIFEST, "folder": "/home/me/features"},
         unreadable_images=("bad.jpg",),
         data_fingerprint="0123abcd",
@@ -84,17 +79,10 @@ def copied_run(small_run, tmp_path):
     return shutil.copytree(small_run, tmp_path / "copies/small")
 
 
-@pytest.fixture(scope="module")
-def packed_content(small_run, tmp_path_factory):
-    path = tmp_path_factory.mktemp("packed") / "small.zip"
-    pack_run(small_run, path)
-    return path.read_bytes()
-
-
 @pytest.fixture
-def packed(packed_content, tmp_path, cache_dir):
+def packed(small_run, tmp_path, cache_dir):
     """The small run as a .zip."""
-    (tmp_path / "small.zip").write_bytes(packed_content)
+    pack_run(small_run, tmp_path / "small.zip")
     return tmp_path / "small.zip"
 
 
@@ -111,9 +99,8 @@ def write_zip(path, members, compression=zipfile.ZIP_STORED):
             archive.writestr(name, content)
 
 
-def left_behind(folder):
-    """Returns what is in a folder of the cache besides its lock."""
-    return [path.name for path in folder.glob("*") if path.name != ".lock"]
+def names_in(folder):
+    return [path.name for path in folder.iterdir()]
 
 
 # Packing.
@@ -140,19 +127,20 @@ def test_pack_run_gives_the_same_bytes_also_of_the_unpacked_run(small_run, packe
     for run in (small_run, open_run(packed)):
         pack_run(run, tmp_path / "again.zip")
         assert (tmp_path / "again.zip").read_bytes() == packed.read_bytes()
-    with zipfile.ZipFile(packed) as archive:
-        assert {(m.date_time, m.create_system, m.compress_type) for m in archive.infolist()} == {(EPOCH, 3, 0)}
 
 
 def test_pack_run_fills_the_model_card_in(packed, copied_run, tmp_path):
     text = read_zip(packed)["small/MODEL_CARD.md"].decode()
     assert text.startswith("# small\n") and "a GRU with soft attention" in text
-    parts = (
+    for part in (
         "annotations `captions.csv`. Settings that are not the defaults: annotations captions.csv, images photos.",
-    )
-    parts += ("cannot be read: 1.", "`0123abcd`", "weights: ImageNet's; images of 299x299", "the defaults: epochs 7.")
-    parts += ("| test | 1,000 | beam search, 5 wide (beam_size 5, max_words 50) | PTB | BLEU-4 12.3, CIDEr 45.6 |",)
-    assert not [part for part in parts if part not in text]
+        "cannot be read: 1.",
+        "`0123abcd`",
+        "weights: ImageNet's; images of 299x299",
+        "the defaults: epochs 7.",
+        "| test | 1,000 | beam search, 5 wide (beam_size 5, max_words 50) | PTB | BLEU-4 12.3, CIDEr 45.6 |",
+    ):
+        assert part in text
     (copied_run / "metrics_test_beam5.json").unlink()
     pack_run(copied_run, tmp_path / "other.zip")
     assert "TO FILL IN: none were measured" in read_zip(tmp_path / "other.zip")["small/MODEL_CARD.md"].decode()
@@ -168,42 +156,27 @@ def test_pack_run_has_the_weights_of_another_cnn(copied_run, tmp_path, cache_dir
     assert b"the author's, SHA-256 `" in read_zip(tmp_path / "small.zip")["small/MODEL_CARD.md"]
 
 
-BROKEN_RUNS = {
-    "no run": (lambda run: (run / "config.json").unlink(), "not a run folder"),
-    "no weights": (lambda run: shutil.rmtree(run / "checkpoints"), "no checkpoint in"),
-    "cut weights": (
-        lambda run: next(run.glob("checkpoints/best/*.data-*")).write_bytes(b"cut"),
-        "damaged, or not the weights",
-    ),
-    "another vocabulary": (lambda run: (run / "vocabulary.json").write_text("[]"), "vocabulary.json"),
-    "a CNN of nobody": (lambda run: (run / "cnn.h5").touch(), "weights of the CNN: config.json expects none, found"),
-    "other scores": (lambda run: write_json(run / "metrics_val.json", {"split": "val"}), "metrics_val.json: expected"),
-    "no scores": (lambda run: write_json(run / "metrics_val.json", 5), "metrics_val.json: expected the scores"),
-}
-
-
-@pytest.mark.parametrize("name", BROKEN_RUNS)
-def test_pack_run_refuses_a_broken_run(copied_run, tmp_path, name):
-    change, message = BROKEN_RUNS[name]
-    change(copied_run)
+@pytest.mark.parametrize(
+    ("file", "content", "message"),
+    [
+        ("config.json", "[]", "config.json"),
+        ("cnn.h5", "", "weights of the CNN: config.json expects none, found"),
+        ("metrics_val.json", '{"split": "val"}', "metrics_val.json: expected the scores that evaluate.py writes"),
+    ],
+)
+def test_pack_run_refuses_a_broken_run(copied_run, tmp_path, file, content, message):
+    (copied_run / file).write_text(content)
     with pytest.raises(InputError, match=message):
         pack_run(copied_run, tmp_path / "bad.zip")
     assert not (tmp_path / "bad.zip").exists()
 
 
-@pytest.mark.parametrize(
-    ("name", "expected"),
-    [("my run (2)", "my_run_2_"), ("猫", "猫"), (".hidden", "hidden"), ("---", "run"), ("a" * 99, "a" * 80)],
-)
-def test_run_name_is_one_of_a_file(tmp_path, name, expected):
-    assert run_name(tmp_path / name) == expected
-
-
-@pytest.mark.parametrize("path", ["", ".", "..", "a/..", "/"])
-def test_without_paths_leaves_a_name(path):
-    values = without_paths({"data": {"annotations": path}, "features": {"folder": path, "weights": "imagenet"}})
-    assert values["data"]["annotations"] == values["features"]["folder"] == "data"
-    assert values["features"]["weights"] == "imagenet" and without_paths(values) == values
+def test_names_of_runs_and_paths(tmp_path):
+    for name, expected in (("my run (2)", "my_run_2_"), ("猫", "猫"), (".hidden", "hidden"), ("---", "run")):
+        assert run_name(tmp_path / name) == expected
+    for path in ("", "..", "a/..", "/"):
+        values = without_paths({"data": {"annotations": path}, "features": {"weights": "imagenet"}})
+        assert values["data"]["annotations"] == "data" and values["features"]["weights"] == "imagenet"
 
 
 # The command.
@@ -220,7 +193,7 @@ def test_share_packs_and_unpacks(small_run, packed, tmp_path, monkeypatch, capsy
     assert (tmp_path / "out/again.zip").read_bytes() == packed.read_bytes()
     assert read_config(tmp_path / "runs/small").data.annotations == "runs/small/captions.csv"
     share.main([])  # the latest run
-    assert (tmp_path / "small.zip").read_bytes() == packed.read_bytes() and left_behind(tmp_path / "runs") == ["small"]
+    assert (tmp_path / "small.zip").read_bytes() == packed.read_bytes() and names_in(tmp_path / "runs") == ["small"]
     share.main(["small.zip", "--output", "elsewhere/run"])
     assert best_checkpoint(tmp_path / "elsewhere/run")
 
@@ -234,24 +207,14 @@ def test_share_refuses_in_one_line(small_run, packed, tmp_path, monkeypatch):
         (["small.zip", "--output", "small.zip"], "small.zip: expected a new folder"),
         ([str(small_run), "--output", "runs"], r"--output runs: expected a file that ends in \.zip, found a folder"),
         (["none.zip"], r"none\.zip: no such file; expected a run folder, or a \.zip of one"),
-        (["none"], "none: not a run folder"),
+        (["none"], "none: no such file; expected a run folder"),
     ):
         with pytest.raises(InputError, match=message):
             share.main(arguments)
-    assert left_behind(tmp_path / "runs") == ["small"]
+    assert names_in(tmp_path / "runs") == ["small"]
 
 
 # What --run takes.
-
-
-def test_open_run_leaves_folders_and_finds_the_latest(small_run, monkeypatch, tmp_path):
-    assert open_run(small_run) == open_run(str(small_run)) == small_run
-    assert open_run(tmp_path / "none") == tmp_path / "none", "what is wrong with a folder is said when it is read"
-    monkeypatch.chdir(small_run.parents[1])
-    monkeypatch.setattr(packed_run, "latest_run", lambda: small_run)
-    assert open_run(None) == small_run and open_run("").name == "", "not the latest: a variable may be empty"
-    (tmp_path / "folder.zip").mkdir()
-    assert open_run(tmp_path / "folder.zip") == tmp_path / "folder.zip"
 
 
 def test_open_run_restores_the_same_weights(small_run, packed, cache_dir):
@@ -270,7 +233,7 @@ def test_open_run_unpacks_once(packed, cache_dir, capsys):
     with ThreadPoolExecutor(6) as pool:
         folders = set(pool.map(lambda _: open_run(packed), range(6)))
     folder = folders.pop()
-    assert not folders and left_behind(cache_dir / file_sha256(packed)) == ["small"]
+    assert not folders and names_in(cache_dir / file_sha256(packed)) == ["small"]
     (folder / "captions_test.json").write_text("made later")
     capsys.readouterr()
     shutil.copy(packed, packed.with_name("renamed.zip"))
@@ -278,26 +241,11 @@ def test_open_run_unpacks_once(packed, cache_dir, capsys):
     assert capsys.readouterr().err == ""
 
 
-def test_open_run_cleans_up_after_a_kill(packed, cache_dir):
-    folder = cache_dir / file_sha256(packed)
-    for leftover in (".unpack-x/small/checkpoints", "small"):  # the second: a user deleted files
-        (folder / leftover).mkdir(parents=True)
-        (folder / leftover / "half").touch()
-    unpacked = open_run(packed)
-    assert left_behind(folder) == ["small"] and not (unpacked / "half").exists() and best_checkpoint(unpacked)
-
-
-def test_open_run_takes_a_temporary_folder_if_the_cache_cannot_be_written(packed, tmp_path, monkeypatch, capsys):
+def test_open_run_refuses_a_cache_that_cannot_be_written(packed, tmp_path, monkeypatch):
     (tmp_path / "file").touch()
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
-    registered = []
-    monkeypatch.setattr(packed_run.atexit, "register", lambda *args, **kwargs: registered.append((args, kwargs)))
-    unpacked = open_run(packed)
-    assert best_checkpoint(unpacked) and "packed runs cannot be kept" in capsys.readouterr().err
-    (remove, folder), options = registered[0]
-    assert folder in unpacked.parents
-    remove(folder, **options)
-    assert not unpacked.exists()
+    with pytest.raises(InputError, match="file/image-captioning: cannot be written; set XDG_CACHE_HOME to another"):
+        open_run(packed)
 
 
 def test_open_run_takes_a_pack_whose_author_filled_in_the_card(packed, cache_dir):
@@ -325,10 +273,6 @@ def put(name, content):
     return lambda members: {**members, f"small/{name}": content}
 
 
-def rename(new):
-    return lambda members: {name.replace("small/", new): content for name, content in members.items()}
-
-
 def set_field(section, name, value):
     def damage(members):
         config = json.loads(members["small/config.json"])
@@ -339,26 +283,14 @@ def set_field(section, name, value):
 
 DAMAGES = {
     "path out of the folder": (add("small/../evil.json"), "no file of a packed run"),
-    "absolute path": (add("/tmp/evil_of_the_test.json"), "no file of a packed run"),
     "path of Windows": (add("small\\evil.json"), "no file of a packed run"),
-    "second folder": (add("other/config.json"), "no file of a packed run"),
-    "program": (add("small/run.py"), "no file of a packed run"),
-    "folder is hidden": (rename(".ssh/"), "expected one folder with"),
-    "folder is above": (rename("../"), "expected one folder with"),
-    "no folder": (rename(""), "no file of a packed run"),
     "no settings": (drop("config.json"), "expected one folder with"),
-    "no weights": (drop("checkpoints/best/ckpt-1.index"), "expected one folder with"),
     "file twice": (add("small/config.json"), "expected one folder with"),
-    "link": (add("small/cnn.h5", b"/etc/passwd", stat.S_IFLNK | 0o777), "found a link or a device"),
-    "device": (add("small/cnn.h5", mode=stat.S_IFCHR), "found a link or a device"),
-    "text that is too large": (put("history.csv", bytes(50_000_001)), "50,000,001 bytes, expected at most 50,000,000"),
-    "bomb": (put("history.csv", bytes(40_000_000)), "bytes that would unpack to 4"),
-    "too many files": (lambda m: m | {f"small/metrics_{i}.json": b"" for i in range(999)}, "at most 1,000 files"),
+    "link": (add("small/cnn.h5", b"/etc/passwd", stat.S_IFLNK | 0o777), "expected a plain file, found a link"),
+    "bomb": (put("history.csv", bytes(40_000_000)), "it would unpack to 4"),
     "settings are no JSON": (put("config.json", b"\xff\xfe"), "small/config.json: expected JSON"),
     "settings with a path": (set_field("data", "annotations", "/etc/passwd"), "found paths"),
-    "settings with other units": (set_field("model", "units", 7), "no weights of size 7"),
     "settings with a huge size": (set_field("model", "embedding_dim", 10**12), "no weights of size 1000000000000"),
-    "settings with a CNN that lacks": (set_field("features", "sha256", "00"), "cnn.weights.h5, found none"),
     "CNN that is not in the settings": (add("small/cnn.h5"), "expects none, found small/cnn.h5"),
     "weights of another CNN": (
         lambda m: set_field("features", "sha256", "00")(add("small/cnn.h5")(m)),
@@ -369,7 +301,6 @@ DAMAGES = {
         put("checkpoints/best/checkpoint", b'model_checkpoint_path: "/home/me/ckpt-1"'),
         "expected the name ckpt-1",
     ),
-    "weights are no checkpoint": (put("checkpoints/best/ckpt-1.index", b"text"), "damaged, or not the weights"),
     "weights are cut": (put("checkpoints/best/ckpt-1.data-00000-of-00001", b"cut"), "damaged, or not the weights"),
 }
 
@@ -387,14 +318,11 @@ def test_open_run_refuses_a_changed_pack(packed, cache_dir, name):
 
 
 def test_open_run_refuses_damaged_bytes(packed, cache_dir):
-    content, rng = packed.read_bytes(), np.random.default_rng(0)
-    encrypted = content.replace(b"PK\x03\x04\x14\x00\x00", b"PK\x03\x04\x14\x00\x01")
-    encrypted = encrypted.replace(b"PK\x01\x02\x14\x03\x14\x00\x00", b"PK\x01\x02\x14\x03\x14\x00\x01")
-    assert encrypted != content
+    content = packed.read_bytes()
+    middle = len(content) // 2
+    flipped = content[:middle] + bytes([content[middle] ^ 16]) + content[middle + 1 :]
     write_zip(packed, read_zip(packed), zipfile.ZIP_LZMA)
-    damaged = [b"", b"PK", content[:-500], content[1000:], content[:5000], encrypted, packed.read_bytes()]
-    for position in rng.integers(0, len(content) - 3000, 20).tolist():  # in the files, which have a CRC
-        damaged.append(content[:position] + bytes([content[position] ^ 16]) + content[position + 1 :])
+    damaged = [b"", b"PK", content[:-500], content[1000:], content[:5000], flipped, packed.read_bytes()]
     for damage in damaged:
         packed.write_bytes(damage)
         with pytest.raises(InputError, match=r"small\.zip: damaged") as error:
@@ -428,9 +356,6 @@ def test_open_run_downloads_once(server, packed, cache_dir, capsys):
     assert open_run(server.url) == unpacked and server.paths == ["/small.zip?key=hush"]
     printed = capsys.readouterr().err
     assert "/small.zip: its copy in" in printed and "hush" not in printed
-    shutil.copy(packed, packed.with_name("a b ü.zip"))
-    open_run(server.url.replace("small.zip?key=hush", "a%20b ü.zip"))
-    assert server.paths[1:] == ["/a%20b%20%C3%BC.zip"], "another address"
 
 
 def test_open_run_checks_the_sha256_of_an_address(server, packed, cache_dir):
@@ -451,20 +376,12 @@ def test_open_run_forgets_what_is_no_packed_run(server, packed, cache_dir):
     assert open_run(server.url) == open_run(packed)
 
 
-def test_open_run_limits_downloads(server, cache_dir, monkeypatch):
-    monkeypatch.setattr(packed_run, "MAX_ZIP_BYTES", 1000)
-    with pytest.raises(InputError, match="expected at most 1,000 bytes") as error:
-        open_run(server.url)
-    assert "hush" not in str(error.value)
-
-
 @pytest.mark.parametrize(
     "address",
     [
         *("http://example.com/a.zip?hush", "ftp://example.com/a.zip", "file:///etc/passwd", "https://", "://"),
-        *("https://host:port/a.zip", "http://127.0.0.1.example.com/a.zip", "http://10.0.0.1/a.zip", "https://ü.de/a"),
+        *("http://127.0.0.1.example.com/a.zip", "http://10.0.0.1/a.zip", "http://localhost:80@example.com/a.zip"),
         *("https://[::1", "https://me:hush@host/a.zip", "https://host/a.zip#hush", "https://host/a#sha256=12"),
-        "http://localhost:80@example.com/a.zip",
     ],
 )
 def test_open_run_refuses_other_addresses(address, cache_dir, monkeypatch):
