@@ -292,10 +292,9 @@ def expand_beams(scores: tf.Tensor, log_probs: tf.Tensor, finished: tf.Tensor) -
     ranks = tf.where(is_finished & (pad_only == 0), np.inf, totals)  # (B, K, V)
     _, best = tf.math.top_k(tf.reshape(ranks, [batch_size, -1]), beam_size)
     best = tf.cast(best, tf.int64)  # (B, K), indices into K * V
-    # LiteRT has no division of int64. That of float32, rounded down, is exact for numbers up to 2 ** 24.
-    dtype = tf.float32 if beam_size * vocab_size <= 2**24 else tf.float64
-    parent = tf.cast(tf.cast(best, dtype) // vocab_size, tf.int64)  # (B, K)
     token = best % vocab_size  # (B, K)
+    # best // vocab_size. LiteRT has no division of int64; that of a multiple in float32 is whole but for rounding.
+    parent = tf.cast(tf.round(tf.cast(best - token, tf.float32) / vocab_size), tf.int64)  # (B, K)
 
     def gather_best(tensor: tf.Tensor) -> tf.Tensor:
         return tf.gather(tf.reshape(tensor, [batch_size, -1]), best, batch_dims=1)  # (B, K, V) -> (B, K)
