@@ -1,4 +1,4 @@
-"""Damaged inputs, some 2,000 of them, given to the commands as they are run from a shell.
+"""Damaged inputs, some 1,000 of them, given to the commands as they are run from a shell.
 
 Each ends in success, with what is damaged named and skipped, or in one line and exit code 2; never in a traceback, a
 hang or a changed good file. InceptionV3 and Java are left out.
@@ -185,9 +185,9 @@ def test_annotations_of_every_format_damaged(check_damages, description):
     for file in files[:2]:
         has_mark = file.read_bytes().startswith((b"\xff\xfe", b"\xef\xbb\xbf"))
         make = functools.partial(cut_and_flip, file.read_bytes()) if has_mark else functools.partial(damage_text, file)
-        damages = list(make(6, is_text=True))
+        damages = list(make(3, is_text=True))
         with contextlib.suppress(ValueError):  # text, or JSON Lines
-            damages += edit_json(file)
+            damages += edit_json(file, (None, -1, "text"))
         check_damages(file, damages, data_utils, arguments)
 
 
@@ -227,7 +227,7 @@ def test_images_damaged_are_skipped_by_features_and_refused_by_inference(run_com
     skipped = {line.split(": ")[0].removeprefix("skipped photos/") for line in lines if line.startswith("skipped")}
     cached = {path.name.removesuffix(".npy") for path in Path("features/photos").glob("*.npy")}
     assert skipped | cached == set(names) and not skipped & cached, "named, or really read"
-    assert skipped < set(bad) and len(skipped) > 50
+    assert skipped < set(bad) and len(skipped) > 30
 
     images = [*sorted(skipped), *good]
     code, out, lines = run_command(
@@ -256,7 +256,7 @@ def test_feature_manifest_damaged(check_damages):
 # Runs.
 
 
-@pytest.mark.parametrize(("script", "values"), [(inference, WRONG_VALUES), (train, (None, "text"))])
+@pytest.mark.parametrize(("script", "values"), [(inference, WRONG_VALUES), (train, ("text",))])
 def test_config_damaged(check_damages, run_dir, script, values):
     path = run_dir / "config.json"
     check_damages(path, [*edit_json(path, values), *damage_text(path)], script)
@@ -276,12 +276,12 @@ def test_vocabulary_damaged(check_damages, run_dir, script):
 @pytest.mark.parametrize(("name", "script"), [("best", evaluate), ("last", train)])
 def test_checkpoints_damaged(check_damages, run_dir, name, script):
     for path in sorted((run_dir / "checkpoints" / name).iterdir()):
-        check_damages(path, cut_and_flip(path.read_bytes(), 3), script)
+        check_damages(path, cut_and_flip(path.read_bytes(), 2), script)
 
 
 def test_cnn_weights_damaged(check_damages, run_dir):
     path = run_dir / "cnn.h5"
-    damages = [damage._replace(plausible=False) for damage in cut_and_flip(path.read_bytes(), 3)]
+    damages = [damage._replace(plausible=False) for damage in cut_and_flip(path.read_bytes(), 2)]
     check_damages(path, damages, inference)
 
 

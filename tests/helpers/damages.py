@@ -13,7 +13,7 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image
 
-WRONG_VALUES = (None, True, -1, 10**30, 0.5, math.nan, "text", [], ["text"], {"text": 1})
+WRONG_VALUES = (None, True, -1, 10**30, math.nan, "text", [])
 
 
 class Damage(NamedTuple):
@@ -47,11 +47,11 @@ def cut_and_flip(content, count, is_text=False):
 # Text and JSON.
 
 
-def damage_text(path, count=4, is_text=False):
+def damage_text(path, count=2, is_text=False):
     """Returns all damages of a text file: other encodings, too, and what is no text of this format."""
     content = Path(path).read_bytes()
     damages = list(cut_and_flip(content, count, is_text))
-    for encoding in ("utf-16", "utf-16-le", "utf-32", "cp037"):
+    for encoding in ("utf-16-le", "cp037"):
         damages.append(Damage(encoding, content.decode().encode(encoding)))
     damages.append(Damage("Latin-1", content + "café".encode("latin-1")))
     damages.append(Damage("brackets", b"[" * 100_000))
@@ -100,9 +100,9 @@ def damage_images():
         file = io.BytesIO()
         image.convert(mode).save(file, "JPEG" if "jpg" in name else "PNG", **settings)
         content = file.getvalue()
-        for number, damage in enumerate(cut_and_flip(content, 8)):
+        for number, damage in enumerate(cut_and_flip(content, 4)):
             yield f"{number}_{name}", damage.content
-        for number in range(5):  # in the header, which holds the size and the mode
+        for number in range(3):  # in the header, which holds the size and the mode
             flipped = bytearray(content)
             flipped[int(rng.integers(8, 40))] ^= 1 << int(rng.integers(8))
             yield f"header_{number}_{name}", bytes(flipped)
@@ -129,7 +129,7 @@ def damage_png(name, content):
         header = content[12:16] + size.to_bytes(4) * 2 + content[24:29]
         yield f"size_{size}_{name}", content[:12] + header + zlib.crc32(header).to_bytes(4) + content[33:]
     noise = np.random.default_rng(0).bytes(50)
-    for kind in (b"eXIf", b"tEXt", b"zTXt", b"iCCP", b"pHYs", b"acTL"):
+    for kind in (b"eXIf", b"zTXt", b"iCCP", b"acTL"):
         chunk = len(noise).to_bytes(4) + kind + noise + zlib.crc32(kind + noise).to_bytes(4)
         yield f"metadata_{kind.decode()}_{name}", content[:33] + chunk + content[33:]
 
@@ -147,10 +147,7 @@ def damage_features(path):
     features = np.load(path)
     for description, array in {
         "transposed": features.T,
-        "of another type": features.view(np.int16),
-        "a batch": features[np.newaxis],
         "half as many": features[:32].astype(np.float32),
-        "in Fortran order": np.asfortranarray(features),
         "big-endian": features.astype(">f2"),
         "pickled, as large": np.array([["p" * (len(content) - 325)]], object),
         "a number": np.array(1.0),

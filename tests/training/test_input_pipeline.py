@@ -195,21 +195,6 @@ def test_copy_ahead_copies_only_where_one_gpu_trains(captions, cache, monkeypatc
     assert not device.names
 
 
-def test_copy_ahead_passes_an_error_on(monkeypatch):
-    def batches():
-        raise OSError("unreadable")
-        yield
-
-    monkeypatch.setattr(input_pipeline, "has_gpu", lambda: True)
-    with pytest.raises(OSError, match="unreadable"):
-        next(copy_ahead(batches(), tf.distribute.get_strategy()))
-
-
-def test_make_dataset_does_not_wait_for_the_autotuner(captions, cache):
-    options = make_dataset(captions, make_epoch_batches(captions, 5, 0, 0), cache.read).options()
-    assert options.autotune.enabled is False
-
-
 def test_make_distributed_dataset_gives_every_device_its_part(captions, cache):
     class TwoReplicas:
         """Stands for a strategy with two devices, of which one belongs to this process."""

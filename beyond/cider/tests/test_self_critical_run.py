@@ -85,9 +85,8 @@ def test_self_critical_training_starts_from_the_best_weights(data, start, tmp_pa
 @pytest.mark.slow
 def test_self_critical_training_resumes_exactly(data, start, trained, tmp_path):
     run = tmp_path / "run"
-    for num_steps in (3, 6):
-        with pytest.raises(KeyboardInterrupt):
-            train_further(run, data, start, stop_after(num_steps, KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        train_further(run, data, start, stop_after(9, KeyboardInterrupt))
     train_further(run, data, start)
     assert_same_checkpoint(read_checkpoint(run), read_checkpoint(trained))
     assert read_history(run) == read_history(trained)
@@ -152,7 +151,6 @@ def test_command_refuses_hard_attention(command, run, run_config):
     [
         ([], "the following arguments are required: --run"),
         (["--label-smoothing", "0.1", "--run", "RUN"], "unrecognized arguments: --label-smoothing"),
-        (["--attention", "hard", "--run", "RUN"], "unrecognized arguments: --attention"),
         (["--run", "none"], "not a run folder"),
     ],
 )

@@ -261,8 +261,7 @@ def test_train_step_follows_the_estimate(hard_model, captions, cache, batch, rng
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("decoder", ["tutorial", "paper-lstm"])
-@pytest.mark.parametrize("mixed_precision", [False, True])
+@pytest.mark.parametrize(("decoder", "mixed_precision"), [("tutorial", False), ("paper-lstm", True)])
 def test_train_step_learns_a_batch(batch, captions, cache, tokenizer, decoder, mixed_precision):
     tf.keras.utils.set_random_seed(0)
     config = ModelConfig(len(tokenizer), embedding_dim=16, units=32, attention="hard", decoder=decoder)

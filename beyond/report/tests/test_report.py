@@ -18,6 +18,7 @@ from beyond.report.notebook import caption_html
 from beyond.report.report import open_report
 from captioning.base.cli import InputError
 from captioning.config.settings import DecodeConfig
+from captioning.scores import metrics
 from inference import Captioner
 
 VOID = {"meta", "link", "img", "input"}
@@ -186,6 +187,7 @@ def test_main_writes_a_page_of_a_split_with_the_worst_caption_first(
 ):
     monkeypatch.setattr(evaluate.data_utils, "load_run_dataset", lambda config, locations: saved_dataset)
     monkeypatch.setattr(evaluate, "caption_examples", lambda *_: [make_caption(text) for text in texts])
+    monkeypatch.setattr(metrics, "has_java", lambda: False)
     examples = saved_dataset.split("val")
     texts = [examples[0].captions[0], "wrong", *(" ".join(each.captions[0].split()[:2]) for each in examples[2:])]
     (saved_dataset.image_dir / examples[2].image_path).unlink()
