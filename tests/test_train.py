@@ -69,6 +69,7 @@ def fake_scores(monkeypatch, ciders, on_evaluate=lambda: None):
 # A run.
 
 
+@pytest.mark.slow
 def test_train_leaves_a_complete_run(trained_run, recorder, data):
     rows = read_history(trained_run)
     assert [int(row["epoch"]) for row in rows] == [1, 2, 3]
@@ -98,6 +99,7 @@ def test_train_learns_captions(data, tmp_path, monkeypatch):
     assert sum(correct) >= 8, "captions that ignore the image get 1 of 12"
 
 
+@pytest.mark.slow
 def test_train_decays_the_learning_rate_after_every_epoch(trained_run, recorder):
     expected = np.repeat([1e-2, 0.5e-2, 0.25e-2], NUM_STEPS)
     np.testing.assert_allclose(recorder.learning_rates, expected, rtol=1e-6)
@@ -129,6 +131,7 @@ def test_train_keeps_the_best_epoch_and_stops_early(data, tmp_path, monkeypatch,
     assert np.abs(last_model.encoder.fc.kernel - validated_kernels[3]).max() > 0, "the average was trained on"
 
 
+@pytest.mark.slow
 def test_train_stops_at_a_loss_that_is_not_finite(run, data, monkeypatch):
     before = read_checkpoint(run)
 
@@ -229,6 +232,7 @@ def test_complete_run_is_left_as_it_is(run, data):
     assert len(read_history(run)) == 4, "more epochs may be asked for"
 
 
+@pytest.mark.slow
 def test_resuming_with_other_settings_is_refused(run, data):
     with pytest.raises(InputError, match="was trained with batch_size = 5, expected 6"):
         run_training(run, data, **RUN_SETTINGS, batch_size=6)
@@ -256,14 +260,3 @@ def test_batch_size_below_the_number_of_devices_is_refused(monkeypatch):
     monkeypatch.setattr(devices, "make_strategy", lambda name: FourDevices())
     with pytest.raises(InputError, match=r"^--batch-size: expected at least 4, the number of devices, found 3$"):
         train.main(["--strategy", "mirrored", "--batch-size", "3"])
-
-
-def test_xla_is_tried_before_anything_else_only_if_asked_for(monkeypatch):
-    def fail():
-        raise InputError("no XLA")
-
-    monkeypatch.setattr(devices, "check_xla", fail)
-    with pytest.raises(InputError, match="no XLA"):
-        train.main(["--jit", "on", "--annotations", "none.csv"])
-    with pytest.raises(InputError, match=r"none\.csv"):
-        train.main(["--annotations", "none.csv"])

@@ -3,11 +3,7 @@
 import numpy as np
 import pytest
 from helpers.decoders import GatedDecoder, MeanDecoder
-from helpers.runs import (
-    LossRecorder,
-    read_history,
-    run_training,
-)
+from helpers.runs import LossRecorder, read_history, run_training
 from PIL import Image
 
 import inference

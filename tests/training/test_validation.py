@@ -1,5 +1,6 @@
 import dataclasses
 import itertools
+import re
 
 import numpy as np
 import pytest
@@ -28,6 +29,7 @@ def make_validator(dataset, tokenizer, cache, small_model, monkeypatch):
     return make
 
 
+@pytest.mark.slow
 def test_validator_loss_is_the_mean_over_words(make_validator, dataset, tokenizer, cache, small_model):
     """Word by word with the decoder's step."""
     losses = []
@@ -88,26 +90,20 @@ def test_validator_splits_words_as_published_scores_do(make_validator, monkeypat
 @pytest.mark.parametrize(
     ("num_images", "installed", "message"),
     [
-        (20, True, ""),
+        (20, True, "$"),
         (
             20,
             False,
-            "BLEU-4 and CIDEr are left out, and the best epoch is chosen by the validation loss: they need `pip "
-            "install pycocoevalcap`\n",
+            "BLEU-4 and CIDEr are left out, and the best epoch is chosen by the validation loss: they need `pip",
         ),
-        (
-            1,
-            True,
-            "1 validation image is too few for CIDEr to choose the best epoch (expected at least 20): the validation "
-            "loss chooses it\n",
-        ),
+        (1, True, r"1 validation image is too few for CIDEr to choose the best epoch \(expected at least 20\)"),
     ],
 )
 def test_validator_says_what_decides(make_validator, monkeypatch, capsys, num_images, installed, message):
     monkeypatch.setattr(metrics, "has_pycocoevalcap", lambda: installed)
     validator = make_validator([], num_images=num_images)
-    assert capsys.readouterr().err == message
-    assert validator.cider_decides == (message == "")
+    assert re.match(message, capsys.readouterr().err)
+    assert validator.cider_decides == (message == "$")
 
 
 # Which of two epochs is better.

@@ -20,7 +20,7 @@ import train
 from beyond.cider import __main__ as cider
 from beyond.finetune import __main__ as finetune
 from beyond.finetune.cnn_blocks import TrainedCNN, find_blocks, trainable_from
-from beyond.finetune.images import ImageReader, augment
+from beyond.finetune.images import augment
 from captioning.base.cli import InputError
 from captioning.base.files import file_sha256, read_json
 from captioning.base.quiet_tensorflow import tf
@@ -28,13 +28,13 @@ from captioning.config.cnns import CNNS
 from captioning.data import shapes
 from captioning.images.cnn_loader import find_cnn
 from captioning.images.feature_cache import open_run_cache
+from captioning.scores import metrics
 from captioning.training import training_log
-from captioning.training.input_pipeline import encode_captions, make_dataset, make_epoch_batches
 
 layers = tf.keras.layers
 CNN = ["--cnn", "mobilenet_v3_large", "--image-size", "64", "--cnn-weights", "random"]
 DATA = ["--annotations", "shapes/dataset_shapes.json", "--images", "shapes"]
-MODEL = ["--embedding-dim", "8", "--units", "16", "--dropout", "0.1"]
+MODEL = ["--embedding-dim", "8", "--units", "16", "--dropout", "0.1", "--max-length", "9"]
 SETTINGS = ["--epochs", "2", "--batch-size", "6", "--learning-rate", "1e-2", "--cnn-learning-rate", "1e-3"]
 RUN = Path("runs/shapes_cnn")
 
@@ -55,6 +55,7 @@ def _small_and_quick():
         patch.setattr(tf.keras.applications, "MobileNetV3Large", build_small_cnn)
         patch.setattr(model, "fused_decoder_matches", functools.cache(model.fused_decoder_matches))
         patch.setattr(training_log, "plot_history", lambda *_: None)
+        patch.setattr(metrics, "has_java", lambda: False)
         yield
 
 
@@ -147,14 +148,6 @@ def test_augment_keeps_shape_range_and_sides(rng):
     assert (augment(tf.constant(pixels), tf.constant([3, 6], tf.int64)).numpy() != images).any((1, 2, 3))[16:].all()
 
 
-def test_augment_cuts_at_most_a_tenth():
-    column = np.arange(0, 200, 2, dtype=np.uint8)  # 0 at the left, 198 at the right
-    pixels = np.broadcast_to(column[:, np.newaxis], (60, 100, 100, 3))
-    images = augment(tf.constant(pixels), tf.constant([0, 0], tf.int64)).numpy().astype(float)
-    share = (images[:, 50, -1, 0] - images[:, 50, 0, 0]) / 198  # of the width, times the contrast
-    assert 0.9 * 0.9 - 0.02 < share.min() < 0.93 and 1 < share.max() < 1.1 + 0.02
-
-
 @pytest.mark.slow
 def test_trained_cnn_rounds_features_as_inference_does(rng):
     extractor = features.build_feature_extractor("random", CNNS["mobilenet_v3_large"].at(64))
@@ -169,24 +162,6 @@ def test_trained_cnn_rounds_features_as_inference_does(rng):
     assert all(
         np.abs(gradient).max() > 0 for gradient in tape.gradient(loss, find_cnn(extractor).trainable_variables[-2:])
     )
-
-
-@pytest.mark.slow
-def test_images_come_with_their_captions(inside, tokenizer):
-    captioner = inference.Captioner.load("runs/shapes")
-    examples = train.data_utils.load_run_dataset(captioner.config).split("train")
-    reader = ImageReader(Path("shapes"), captioner.config.features)
-    captions = encode_captions(examples, captioner.tokenizer.encode, reader.path)
-    seen = set()
-    for batch in make_dataset(captions, make_epoch_batches(captions, 5, 0, 0), reader.read):
-        assert batch.features.shape[1:] == (64, 64, 3) and batch.features.dtype == tf.uint8
-        for tokens, row in zip(batch.tokens.numpy(), batch.image_index.numpy(), strict=True):
-            example = examples[batch.images[row]]
-            np.testing.assert_array_equal(batch.features[row], captioner.load_image(f"shapes/{example.image_path}"))
-            text = captioner.tokenizer.decode(tokens)
-            assert text in example.captions
-            seen.add((example, text))
-    assert len(seen) == len({(example, text) for example in examples for text in example.captions})
 
 
 # Runs.

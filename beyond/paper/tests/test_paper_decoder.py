@@ -4,6 +4,7 @@ import dataclasses
 
 import numpy as np
 import pytest
+from helpers.references import dense, gru, sigmoid, unpack
 from helpers.runs import run_training
 
 import inference
@@ -43,20 +44,7 @@ def tokens(rng):
     return tf.constant(tokens, tf.int32)
 
 
-def unpack(rows, outputs, tokens):
-    """Unpacks rows (N, ...) of outputs to (B, T, ...)."""
-    return tf.scatter_nd(outputs.positions, rows, (tokens.shape[0], tokens.shape[1] - 1, *rows.shape[1:])).numpy()
-
-
 # The equations.
-
-
-def dense(layer, inputs):
-    return inputs @ layer.kernel.numpy() + (layer.bias.numpy() if layer.use_bias else 0)
-
-
-def sigmoid(x):
-    return 1 / (1 + np.exp(-x))
 
 
 def lstm(cell, inputs, h, c):
@@ -64,14 +52,6 @@ def lstm(cell, inputs, h, c):
     i, f, g, o = np.split(inputs @ cell.kernel.numpy() + h @ cell.recurrent_kernel.numpy() + cell.bias.numpy(), 4, -1)
     c = sigmoid(f) * c + sigmoid(i) * np.tanh(g)
     return sigmoid(o) * np.tanh(c), c
-
-
-def gru(cell, inputs, h, c):
-    bias, recurrent_bias = cell.bias.numpy()
-    x_z, x_r, x_g = np.split(inputs @ cell.kernel.numpy() + bias, 3, -1)
-    u_z, u_r, u_g = np.split(h @ cell.recurrent_kernel.numpy() + recurrent_bias, 3, -1)
-    update = sigmoid(x_z + u_z)
-    return update * h + (1 - update) * np.tanh(x_g + sigmoid(x_r + u_r) * u_g), c
 
 
 def follow_paper(caption_model, features, tokens):
@@ -88,7 +68,11 @@ def follow_paper(caption_model, features, tokens):
         beta = sigmoid(dense(decoder.f_beta, h))  # (B, 1), section 4.2.1
         z = beta * (alpha * a).sum(axis=1)  # (B, embedding_dim)
         word = decoder.embedding.embeddings.numpy()[token]
-        h, c = (lstm if is_lstm else gru)(decoder.cell, np.concatenate([z, word], axis=1), h, c)
+        cell_input = np.concatenate([z, word], axis=1)
+        if is_lstm:
+            h, c = lstm(decoder.cell, cell_input, h, c)
+        else:
+            h = gru(decoder.cell, cell_input, h)
         hidden = np.tanh(word + dense(decoder.L_h, h) + dense(decoder.L_z, z))  # equation 7
         logits.append(dense(decoder.L_o, hidden))
         weights.append(alpha[:, :, 0])
