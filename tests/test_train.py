@@ -24,7 +24,7 @@ from captioning.training import objective, training_log, validation
 from captioning.training.validation import EpochScore, Validation, Validator
 
 NUM_STEPS = 7  # of an epoch with batches of 5
-RUN_SETTINGS = {"epochs": 3, "dropout": 0.3, "ema_decay": 0.9, "learning_rate_decay": 0.5}
+RUN_SETTINGS = {"epochs": 2, "dropout": 0.3, "ema_decay": 0.9, "learning_rate_decay": 0.5}
 
 pytestmark = pytest.mark.usefixtures("compare_decoders_once")
 
@@ -43,7 +43,7 @@ def recorder():
 
 @pytest.fixture(scope="module")
 def trained_run(data, recorder, tmp_path_factory):
-    """A run of three epochs, which no test changes."""
+    """A run of two epochs, which no test changes."""
     return run_training(tmp_path_factory.mktemp("trained") / "run", data, recorder, **RUN_SETTINGS)
 
 
@@ -72,23 +72,22 @@ def fake_scores(monkeypatch, ciders, on_evaluate=lambda: None):
 @pytest.mark.slow
 def test_train_leaves_a_complete_run(trained_run, recorder, data):
     rows = read_history(trained_run)
-    assert [int(row["epoch"]) for row in rows] == [1, 2, 3]
+    assert [int(row["epoch"]) for row in rows] == [1, 2]
     assert float(rows[-1]["train_loss"]) < 0.9 * float(rows[0]["train_loss"])
     assert (trained_run / "loss.png").stat().st_size > 5000
     assert list((trained_run / "tensorboard").iterdir())
     _, tokenizer, config = inference.load_run(trained_run)
     assert tokenizer.index_word == data[2].index_word
     assert config.vocabulary_sha256
-    assert (config.train.epochs, config.train.batch_size, config.model.dropout) == (3, 5, 0.3)
+    assert (config.train.epochs, config.train.batch_size, config.model.dropout) == (2, 5, 0.3)
 
 
 @pytest.mark.slow
 def test_train_learns_captions(data, tmp_path, monkeypatch):
-    fake_scores(monkeypatch, [1.0] * 25)
-    run = run_training(tmp_path / "run", data, epochs=25, batch_size=4)
+    fake_scores(monkeypatch, [1.0] * 12)
+    run = run_training(tmp_path / "run", data, epochs=12, batch_size=4, learning_rate=2e-2)
     rows = read_history(run)
     assert float(rows[-1]["train_loss"]) < 0.3 * float(rows[0]["train_loss"])
-    assert [int(row["epoch"]) for row in rows] == list(range(1, 26))
     shutil.rmtree(run / "checkpoints/best")  # the last model knows the training images best
     dataset, cache, _ = data
     caption_model, tokenizer, _ = inference.load_run(run)
@@ -101,10 +100,10 @@ def test_train_learns_captions(data, tmp_path, monkeypatch):
 
 @pytest.mark.slow
 def test_train_decays_the_learning_rate_after_every_epoch(trained_run, recorder):
-    expected = np.repeat([1e-2, 0.5e-2, 0.25e-2], NUM_STEPS)
+    expected = np.repeat([1e-2, 0.5e-2], NUM_STEPS)
     np.testing.assert_allclose(recorder.learning_rates, expected, rtol=1e-6)
     rate = next(value for key, value in read_checkpoint(trained_run).items() if "learning_rate" in key)
-    assert rate == pytest.approx(1e-2 * 0.5**2), "the third epoch's"
+    assert rate == pytest.approx(1e-2 * 0.5), "the second epoch's"
 
 
 @pytest.mark.slow
@@ -139,8 +138,8 @@ def test_train_stops_at_a_loss_that_is_not_finite(run, data, monkeypatch):
         return tf.reduce_sum(logits, 1) * np.nan, tf.ones_like(targets, tf.float32)
 
     monkeypatch.setattr(objective, "loss_function", nan_losses)
-    with pytest.raises(InputError, match=r"loss is nan by step \d of epoch 4; the last checkpoint is from before it"):
-        run_training(run, data, **RUN_SETTINGS | {"epochs": 4})
+    with pytest.raises(InputError, match=r"loss is nan by step \d of epoch 3; the last checkpoint is from before it"):
+        run_training(run, data, **RUN_SETTINGS | {"epochs": 3})
     assert_same_checkpoint(read_checkpoint(run), before)
 
 
@@ -196,15 +195,12 @@ def test_resumed_run_compares_epochs_with_and_without_cider(data, tmp_path, monk
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("error", "minutes", "batches"), [(KeyboardInterrupt, 5.0, 3), (SimulatedKill, 5.0, 0), (SimulatedKill, 0.0, 3)]
-)
-def test_resumed_run_is_identical(trained_run, data, tmp_path, capsys, error, minutes, batches):
+@pytest.mark.parametrize(("error", "batches"), [(KeyboardInterrupt, 3), (SimulatedKill, 0)])
+def test_resumed_run_is_identical(trained_run, data, tmp_path, capsys, error, batches):
     """Ctrl-C saves first; a kill loses what followed the last checkpoint."""
-    settings = RUN_SETTINGS | {"checkpoint_minutes": minutes}
     with pytest.raises(error):
-        run_training(tmp_path / "run", data, stop_after(NUM_STEPS + 3, error), **settings)
-    resumed = run_training(tmp_path / "run", data, **settings)
+        run_training(tmp_path / "run", data, stop_after(NUM_STEPS + 3, error), **RUN_SETTINGS)
+    resumed = run_training(tmp_path / "run", data, **RUN_SETTINGS)
     assert f"after 1 epochs and {batches} batches" in capsys.readouterr().err
     assert_same_checkpoint(read_checkpoint(resumed), read_checkpoint(trained_run))
     assert_same_checkpoint(read_checkpoint(resumed, "best"), read_checkpoint(trained_run, "best"))
@@ -228,8 +224,8 @@ def test_complete_run_is_left_as_it_is(run, data):
     run_training(run, data, recorder, **RUN_SETTINGS)
     assert recorder.losses == []
     assert_same_checkpoint(read_checkpoint(run), before)
-    run_training(run, data, **RUN_SETTINGS | {"epochs": 4})
-    assert len(read_history(run)) == 4, "more epochs may be asked for"
+    run_training(run, data, **RUN_SETTINGS | {"epochs": 3})
+    assert len(read_history(run)) == 3, "more epochs may be asked for"
 
 
 @pytest.mark.slow

@@ -128,7 +128,7 @@ def test_teacher_force_takes_an_order_that_is_computed_beforehand(captions):
         np.testing.assert_array_equal(actual, expected)
 
 
-# Whether the fused decoder computes what RNNDecoder.step does. test_custom_decoder.py has more decoders.
+# Whether the fused decoder computes what RNNDecoder.step does.
 
 
 def test_fused_decoder_matches_is_true_as_it_is():

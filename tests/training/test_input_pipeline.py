@@ -14,7 +14,6 @@ from captioning.training.input_pipeline import (
     describe_cut,
     encode_captions,
     make_dataset,
-    make_distributed_dataset,
     make_epoch_batches,
 )
 
@@ -178,21 +177,3 @@ def test_copy_ahead_puts_the_next_features_on_the_gpu_in_a_thread(captions, cach
             np.testing.assert_array_equal(tensor, other)
     assert names == ["GPU:0"] * len(expected)
     assert threading.main_thread() not in threads, "a copy waits for what the GPU does"
-
-
-def test_make_distributed_dataset_gives_every_device_its_part(captions, cache):
-    class TwoReplicas:
-        """Stands for a strategy with two devices, of which one belongs to this process."""
-
-        def distribute_datasets_from_function(self, make_input, options):
-            assert not options.experimental_fetch_to_device, "integers stay in the memory of the machine"
-            contexts = [tf.distribute.InputContext(2, number, num_replicas_in_sync=2) for number in (0, 1)]
-            return [make_input(context) for context in contexts]
-
-    batches = make_epoch_batches(captions, 5, 0, 0)
-    workers = make_distributed_dataset(TwoReplicas(), captions, batches, cache.read)
-    for first, second, rows in zip(*workers, batches, strict=True):
-        assert len(first.tokens) + len(second.tokens) == len(rows)
-        for part, part_rows in ((first, rows[: len(first.tokens)]), (second, rows[len(first.tokens) :])):
-            length = part.tokens.shape[1]
-            np.testing.assert_array_equal(part.tokens, captions.tokens[part_rows, :length])
