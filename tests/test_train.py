@@ -84,8 +84,8 @@ def test_train_leaves_a_complete_run(trained_run, recorder, data):
 
 @pytest.mark.slow
 def test_train_learns_captions(data, tmp_path, monkeypatch):
-    fake_scores(monkeypatch, [1.0] * 12)
-    run = run_training(tmp_path / "run", data, epochs=12, batch_size=4, learning_rate=2e-2)
+    fake_scores(monkeypatch, [1.0] * 25)
+    run = run_training(tmp_path / "run", data, epochs=25, batch_size=4)
     rows = read_history(run)
     assert float(rows[-1]["train_loss"]) < 0.3 * float(rows[0]["train_loss"])
     shutil.rmtree(run / "checkpoints/best")  # the last model knows the training images best
@@ -205,17 +205,6 @@ def test_resumed_run_is_identical(trained_run, data, tmp_path, capsys, error, ba
     assert_same_checkpoint(read_checkpoint(resumed), read_checkpoint(trained_run))
     assert_same_checkpoint(read_checkpoint(resumed, "best"), read_checkpoint(trained_run, "best"))
     assert read_history(resumed) == read_history(trained_run)
-
-
-@pytest.mark.slow
-def test_resumed_run_with_hard_attention_is_identical(data, tmp_path):
-    """Its locations are drawn at random."""
-    settings = {"epochs": 1, "attention": "hard"}
-    expected = run_training(tmp_path / "expected", data, **settings)
-    with pytest.raises(KeyboardInterrupt):
-        run_training(tmp_path / "run", data, stop_after(3, KeyboardInterrupt), **settings)
-    resumed = run_training(tmp_path / "run", data, **settings)
-    assert_same_checkpoint(read_checkpoint(resumed), read_checkpoint(expected))
 
 
 @pytest.mark.slow

@@ -61,7 +61,7 @@ def test_gated_decoder_trains_and_captions(data, features, tmp_path, monkeypatch
     assert not model.fused_decoder_matches(ModelConfig())
     run = run_training(tmp_path / "run", data, epochs=2, dropout=0.2, ema_decay=0.5)
     log = capsys.readouterr().err
-    assert "fused_decoder.py differs from RNNDecoder.step in model.py: training with the plain loop" in log
+    assert "fused_decoder.py differs from GatedDecoder.step in model.py: training with the plain loop" in log
     rows = read_history(run)
     assert float(rows[-1]["val_loss"]) < float(rows[0]["val_loss"])
 

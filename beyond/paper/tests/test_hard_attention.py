@@ -92,6 +92,15 @@ def test_hard_attention_takes_the_most_probable_location_outside_training(tiny_m
     assert not outputs.is_sampled.numpy().any()
 
 
+def test_random_state_of_the_samples_is_saved_with_the_model(tiny_model):
+    """What changes by sampling is among the variables that a checkpoint holds, so that a run resumes exactly."""
+    before = [variable.numpy() for variable in tiny_model.non_trainable_variables]
+    images = model.EncodedImages(tf.zeros((2, 2, 3)), tf.zeros((2, 2, 4)))
+    tiny_model.decoder.attention.sample_noise(images, 2)
+    after = [variable.numpy() for variable in tiny_model.non_trainable_variables]
+    assert any((old != new).any() for old, new in zip(before, after, strict=True))
+
+
 # The objective.
 
 
