@@ -5,7 +5,7 @@ import os
 from helpers.fixtures import *  # noqa: F403
 
 # They come first, so that no process is busy with one of them while the other has nothing left to do.
-LONGEST_FILES = ("train", "pipeline", "damaged", "interruptions", "devices", "benchmarks", "train_step")
+LONGEST_FILES = ("train", "damaged", "interruptions", "cnn_training", "self_critical_run", "devices")
 
 
 def pytest_addoption(parser):

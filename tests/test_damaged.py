@@ -1,4 +1,4 @@
-"""Damaged inputs, some 2,000 of them, given to the commands as they are run from a shell.
+"""Damaged inputs, some 1,000 of them, given to the commands as they are run from a shell.
 
 Each ends in success, with what is damaged named and skipped, or in one line and exit code 2; never in a traceback, a
 hang or a changed good file. InceptionV3 and Java are left out.
@@ -12,11 +12,10 @@ import os
 import re
 import sys
 from pathlib import Path
-from typing import NamedTuple
 
 import pytest
 from helpers.annotation_files import WRITERS
-from helpers.damages import WRONG_VALUES, Damage, cut_and_flip, damage_features, damage_images, damage_text, edit_json
+from helpers.damages import cut_and_flip, damage_features, damage_images, damage_text, edit_json
 from PIL import Image
 
 import data_utils
@@ -81,17 +80,12 @@ def run_dir(tmp_path_factory):
         yield Path("runs/shapes")
 
 
-class Result(NamedTuple):
-    """What a command did."""
-
-    code: int
-    out: str
-    lines: list[str]  # of standard error, without progress bars
-
-
 @pytest.fixture
 def run_command(capsys, monkeypatch):
-    """Runs a command, and returns its Result; asserts that no file that existed was changed."""
+    """Runs a command; returns its exit code, standard output, and lines of standard error without progress bars.
+
+    Asserts that it succeeds, or ends in one line and exit code 2, and that no file that existed was changed.
+    """
 
     def run(script, *arguments):
         monkeypatch.setattr(sys, "argv", [f"{script.__name__}.py"])
@@ -104,9 +98,14 @@ def run_command(capsys, monkeypatch):
             code = end.code
         finally:
             faulthandler.cancel_dump_traceback_later()
-        printed = capsys.readouterr()
-        lines = [line for line in re.split(r"[\r\n]+", printed.err) if line and "%|" not in line]
-        return Result(code, printed.out, lines)
+        out, err = capsys.readouterr()
+        lines = [line for line in re.split(r"[\r\n]+", err) if line and "%|" not in line]
+        mistakes = [line for line in lines if line.startswith(f"{script.__name__}.py: ")]
+        assert code in (0, 2) and len(mistakes) >= (code == 2), lines
+        assert code == 0 or lines[-1] == mistakes[-1], "the last line is the mistake"
+        assert not re.search("warning", str(lines), re.IGNORECASE), lines
+        assert not unknown_options(lines), "options that the command does not have"
+        return code, out, lines
 
     def hash_files():
         return {path: file_sha256(path) for path in Path().rglob("*") if path.is_file()}
@@ -123,45 +122,23 @@ def unknown_options(lines):
     return set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", text)) - Command.options
 
 
-def find_problem(path, damage, script, result, usual_out):
-    """Returns what is wrong with a command's answer to a damaged file, or None."""
-    prefix = f"{script.__name__}.py: "
-    errors = [line for line in result.lines if line.startswith(prefix)]
-    if result.code not in (0, 2) or len(errors) != (result.code == 2):
-        return "expected success, or exit code 2 and one line"
-    if unknown := unknown_options(result.lines):
-        return f"expected options of the command, found {unknown}"
-    if re.search("warning", str(result.lines), re.IGNORECASE):
-        return "expected no warnings"
-    if result.code == 2 and errors != result.lines[-1:]:
-        return "expected the mistake in the last line"
-    lines = errors if result.code == 2 else result.lines
-    is_named = any(path.name in line or str(path.parent) in line for line in lines)
-    if is_named or damage.plausible or (result.code == 0 and result.out == usual_out):
-        return None
-    return "expected the file to be named"
-
-
 @pytest.fixture
 def check_damages(run_command):
-    """Gives damages of one file to a command, and asserts that each is refused in one line, named, or repaired."""
+    """Gives damages of a file to a command: each passes for good, is repaired, or is refused with its name."""
 
     def check(path, damages, script, arguments=None, is_repaired=False):
         path, problems = Path(path), []
-        arguments, content = arguments or USUAL_ARGUMENTS[script], path.read_bytes()
-        usual_out = run_command(script, *arguments).out
-        for damage in damages:
-            path.write_bytes(damage.content)
+        content = path.read_bytes()
+        for description, damaged in damages:
+            path.write_bytes(damaged)
             try:
-                problem = find_problem(path, damage, script, run_command(script, *arguments), usual_out)
-                if is_repaired and path.read_bytes() != content:
-                    problem = "expected the file to be made again"
+                code, _, lines = run_command(script, *(arguments or USUAL_ARGUMENTS[script]))
+                assert code == 0 or any(path.name in line or str(path.parent) in line for line in lines), lines
+                assert not is_repaired or path.read_bytes() == content, "expected the file to be made again"
             except Exception as error:
-                problem = f"a traceback: {error!r}"
+                problems.append(f"{description}: {error!r}")
             finally:
                 path.write_bytes(content)
-            if problem:
-                problems.append(f"{damage.description}: {problem}")
         assert not problems, "\n".join(problems)
 
     return check
@@ -181,27 +158,11 @@ def test_annotations_of_every_format_damaged(check_damages, description):
     for name in names:
         (folder / name).touch()
     files = sorted(file for file in path.rglob("*") if file.is_file() and file.stat().st_size) or [path]
-    arguments = ["--annotations", path, "--images", folder]
     for file in files[:2]:
-        has_mark = file.read_bytes().startswith((b"\xff\xfe", b"\xef\xbb\xbf"))
-        make = functools.partial(cut_and_flip, file.read_bytes()) if has_mark else functools.partial(damage_text, file)
-        damages = list(make(6, is_text=True))
+        damages = list(damage_text(file))
         with contextlib.suppress(ValueError):  # text, or JSON Lines
-            damages += edit_json(file)
-        check_damages(file, damages, data_utils, arguments)
-
-
-def test_split_lists_damaged(check_damages):
-    names = [f"{image}\n" for image in IMAGES]
-    Path("captions.csv").write_text("image,caption\n" + "".join(f"{image},a shape\n" for image in IMAGES))
-    Path("train.txt").write_text("".join(names[:8]))
-    Path("val.txt").write_text("".join(names[8:]))
-    content = Path("val.txt").read_bytes()
-    damages = damage_text("val.txt", is_text=True)
-    damages += [Damage("a name more", b"none.png\n" + content), Damage("a name twice", names[0].encode() + content)]
-    damages += [Damage("marked as UTF-8", b"\xef\xbb\xbf" + content), Damage("lines without names", b"\n \n\n")]
-    arguments = ["--annotations", "captions.csv", "--images", "shapes", "--train-list", "train.txt"]
-    check_damages("val.txt", damages, data_utils, [*arguments, "--val-list", "val.txt"])
+            damages += edit_json(file, (None, -1, "text"))
+        check_damages(file, damages, data_utils, ["--annotations", path, "--images", folder])
 
 
 # Images.
@@ -227,7 +188,7 @@ def test_images_damaged_are_skipped_by_features_and_refused_by_inference(run_com
     skipped = {line.split(": ")[0].removeprefix("skipped photos/") for line in lines if line.startswith("skipped")}
     cached = {path.name.removesuffix(".npy") for path in Path("features/photos").glob("*.npy")}
     assert skipped | cached == set(names) and not skipped & cached, "named, or really read"
-    assert skipped < set(bad) and len(skipped) > 50
+    assert skipped < set(bad) and len(skipped) > 30
 
     images = [*sorted(skipped), *good]
     code, out, lines = run_command(
@@ -256,10 +217,10 @@ def test_feature_manifest_damaged(check_damages):
 # Runs.
 
 
-@pytest.mark.parametrize(("script", "values"), [(inference, WRONG_VALUES), (train, (None, "text"))])
-def test_config_damaged(check_damages, run_dir, script, values):
+def test_config_damaged(check_damages, run_dir):
     path = run_dir / "config.json"
-    check_damages(path, [*edit_json(path, values), *damage_text(path)], script)
+    check_damages(path, [*edit_json(path), *damage_text(path)], inference)
+    check_damages(path, damage_text(path), train)
 
 
 @pytest.mark.parametrize("script", [evaluate, train])
@@ -267,7 +228,7 @@ def test_vocabulary_damaged(check_damages, run_dir, script):
     path = run_dir / "vocabulary.json"
     words = json.loads(path.read_text())
     others = {"turned": words[::-1], "twice": [*words, words[-1]], "fewer": words[:-1], "more": [*words, "a b"]}
-    damages = [Damage(description, json.dumps(other).encode()) for description, other in others.items()]
+    damages = [(description, json.dumps(other).encode()) for description, other in others.items()]
     if script is evaluate:
         damages += [*edit_json(path), *damage_text(path)]
     check_damages(path, damages, script, is_repaired=script is train)
@@ -276,26 +237,22 @@ def test_vocabulary_damaged(check_damages, run_dir, script):
 @pytest.mark.parametrize(("name", "script"), [("best", evaluate), ("last", train)])
 def test_checkpoints_damaged(check_damages, run_dir, name, script):
     for path in sorted((run_dir / "checkpoints" / name).iterdir()):
-        check_damages(path, cut_and_flip(path.read_bytes(), 3), script)
+        check_damages(path, cut_and_flip(path.read_bytes(), 2), script)
 
 
 def test_cnn_weights_damaged(check_damages, run_dir):
     path = run_dir / "cnn.h5"
-    damages = [damage._replace(plausible=False) for damage in cut_and_flip(path.read_bytes(), 3)]
-    check_damages(path, damages, inference)
+    check_damages(path, cut_and_flip(path.read_bytes(), 2), inference)
 
 
 def test_history_damaged(check_damages, run_dir):
     path = run_dir / "history.csv"
-    check_damages(path, damage_text(path, is_text=True), train)
+    check_damages(path, damage_text(path), train)
 
 
 def test_results_damaged(check_damages, run_dir):
     path = Path("results.json")
     path.write_bytes((run_dir / "captions_test.json").read_bytes())
     first, *rest = json.loads(path.read_text())
-    damages = [*edit_json(path), *damage_text(path)]
-    for caption in ODD_CAPTIONS:
-        edited = json.dumps([first | {"caption": caption}, *rest]).encode()
-        damages.append(Damage(f"caption {caption[:9]!r}", edited, plausible=caption != "\ud800"))
-    check_damages(path, damages, evaluate, ["--results", path, "--split", "test"])
+    odd = [(caption[:9], json.dumps([first | {"caption": caption}, *rest]).encode()) for caption in ODD_CAPTIONS]
+    check_damages(path, [*edit_json(path), *damage_text(path), *odd], evaluate, ["--results", path, "--split", "test"])

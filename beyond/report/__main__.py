@@ -23,28 +23,17 @@ from captioning.output.results import CaptionedImage
 
 
 def caption_images(page: Path, argv: list[str]) -> None:
-    """Captions images as inference.py does, and shows them on a page.
-
-    Args:
-        page: the file.
-        argv: the arguments of inference.py.
-    """
+    """Captions images as inference.py does with these arguments, and shows them on a page."""
     args = inference.parse(argv)
     captioner = inference.load_captioner(args)
-    subtitle = f"run {captioner.run.name}; {captioner.decode_config.describe()}"
-    with open_report(page, "Captions", subtitle) as report:
+    with open_report(page, f"run {captioner.run.name}; {captioner.decode_config.describe()}") as report:
         num_failed = inference.caption_from_args(args, captioner, [report])
     log(f"page: {page}")
     inference.check_all_captioned(num_failed, args)
 
 
 def evaluate_split(page: Path, argv: list[str]) -> None:
-    """Captions and scores a split as evaluate.py does, and shows its images on a page.
-
-    Args:
-        page: the file.
-        argv: the arguments of evaluate.py.
-    """
+    """Captions and scores a split as evaluate.py does with these arguments, and shows its images on a page."""
     args = evaluate.parse(argv)
     if args.results:
         raise InputError("--results has no attention; --html is for a run")
@@ -52,10 +41,7 @@ def evaluate_split(page: Path, argv: list[str]) -> None:
 
 
 def write_evaluation(page: Path, evaluation: evaluate.Evaluation) -> None:
-    """Writes a page of scored images with people's captions, the worst CIDEr first.
-
-    Images that cannot be read are left out, which is logged.
-    """
+    """Writes a page of scored images, the worst CIDEr first, without those that cannot be read, which is logged."""
     metrics = evaluation.metrics
     search = DecodeConfig(**{name: metrics[name] for name in DecodeConfig().to_json()}).describe()
     scores = ", ".join(f"{name} {metrics['scores'][name]:.1f}" for name in ("BLEU-4", "CIDEr"))
@@ -69,7 +55,7 @@ def write_evaluation(page: Path, evaluation: evaluate.Evaluation) -> None:
             return error
 
     worst_first = sorted(range(len(ciders)), key=ciders.__getitem__)
-    with open_report(page, "Captions", subtitle, score_name="CIDEr") as report:
+    with open_report(page, subtitle) as report:
         for index, image in map_threads(load, worst_first, inference.NUM_AHEAD * inference.BATCH_SIZE):
             if isinstance(image, InputError):
                 log(f"left out of {page}: {image}", error=True)

@@ -23,23 +23,15 @@ def show(caption: Caption) -> None:
 
 
 def caption_html(caption: Caption) -> str:
-    """Returns HTML that needs nothing else, and may be in many cells of a notebook.
-
-    A notebook that is not trusted runs no script, and shows the image with its caption.
-    """
+    """Returns HTML that needs nothing else; a notebook that is not trusted runs no script, and shows plain HTML."""
     try:
         image = None if caption.image is None else read_image(caption.image)
     except InputError:
         image = None
     if image is None:
         return f"<p>{html.escape(caption.text)}</p>"
-    return figure_html(plain_figure(image, caption.to_json(with_attention=True), MAX_SIDE))
-
-
-def figure_html(figure: str) -> str:
-    """Returns what a notebook needs to show the result of `plain_figure`."""
     return (
         f"<style>{read_web('viewer.css')}</style>\n"
-        f'<div class="caption-viewer-notebook">{figure}</div>\n'
-        f"<script>{read_web('viewer.js')}\ncaptionViewer.enhance(document);</script>\n"
+        f'<div class="caption-viewer-notebook">{plain_figure(image, caption.to_json(with_attention=True), MAX_SIDE)}'
+        f"</div>\n<script>{read_web('viewer.js')}\ncaptionViewer.enhance(document);</script>\n"
     )

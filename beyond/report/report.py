@@ -10,6 +10,7 @@ import contextlib
 import html
 import io
 import json
+import string
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import IO, Any
@@ -31,15 +32,12 @@ def read_web(*names: str) -> str:
     return "\n".join((WEB / name).read_text(encoding="utf-8") for name in names)
 
 
-# One caption.
-
-
 def plain_figure(image: Image.Image, result: dict[str, Any], max_side: int) -> str:
     """Returns the HTML of an image above its caption, with the data that web/viewer.js needs for its figure.
 
     Args:
         image: any image that Pillow can open.
-        result: the caption with its attention, as `captioning.output.captions.Caption.to_json` returns it.
+        result: the caption, as `Caption.to_json(with_attention=True)` returns it.
         max_side: the largest width and height of the image, in pixels.
     """
     image = to_rgb(image)  # a copy
@@ -61,55 +59,22 @@ def _script_json(result: dict[str, Any]) -> str:
     return json.dumps(finite, ensure_ascii=False, separators=(",", ":")).replace("<", "\\u003c")
 
 
-# Many captions.
-
-
 @contextlib.contextmanager
-def open_report(path: Path, title: str, subtitle: str, score_name: str = "") -> Iterator["ReportWriter"]:
+def open_report(path: Path, subtitle: str) -> Iterator["ReportWriter"]:
     """Opens a page, and writes it as captions come: the memory does not grow with their number.
 
-        with open_report(Path("report.html"), "Captions", "run coco, beam size 5") as report:
+        with open_report(Path("report.html"), "run coco, beam size 5") as report:
             report.write(CaptionedImage("photo.jpg", image, caption))
 
     The file appears at the end of the block, and not at all if the block fails.
-
-    Args:
-        path: the file.
-        title: the heading of the page.
-        subtitle: what made the captions.
-        score_name: the name of the captions' scores, if they have any.
     """
+    head, foot = read_web("report.html").split("$entries")
+    styles, scripts = read_web("viewer.css", "report.css"), read_web("viewer.js", "report.js")
     with atomic_write(path, "wb") as file:
-        report = ReportWriter(file, score_name)
-        report.write_html(_page_head(title, subtitle))
+        report = ReportWriter(file)
+        report.write_html(string.Template(head).substitute(subtitle=html.escape(subtitle), styles=styles))
         yield report
-        report.write_html(f"\n</main>\n<script>{read_web('viewer.js', 'report.js')}</script>\n</body>\n</html>\n")
-
-
-def _page_head(title: str, subtitle: str) -> str:
-    """Returns the page up to the first image."""
-    title, subtitle = html.escape(title), html.escape(subtitle)
-    return f"""<!doctype html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{title}: {subtitle}</title>
-<link rel="icon" href="data:,">
-<style>{read_web("viewer.css", "report.css")}</style>
-</head>
-<body>
-<header>
-<h1>{title}</h1>
-<p>{subtitle}</p>
-</header>
-<div id="tools" role="search" hidden>
-<input type="search" id="search" placeholder="Search" aria-label="Search captions and names" autocomplete="off">
-<select id="order" aria-label="Order"><option value="">original order</option></select>
-<output id="count" for="search" aria-live="polite"></output>
-</div>
-<main>
-"""
+        report.write_html(string.Template(foot).substitute(scripts=scripts))
 
 
 class ReportWriter:
@@ -117,21 +82,11 @@ class ReportWriter:
 
     shows_images = True
 
-    def __init__(self, file: IO[bytes], score_name: str = ""):
+    def __init__(self, file: IO[bytes]):
         self.file = file
-        self.score_name = score_name
 
     def write(self, result: CaptionedImage, plot: Path | None = None, score: float | None = None) -> None:
-        """Writes an image with its caption.
-
-        Args:
-            result: the image, its caption, and people's captions if there are any.
-            plot: not used: the page shows the attention itself.
-            score: the score of the caption; the page can be sorted by it.
-
-        Raises:
-            OSError: the disk is full.
-        """
+        """Writes an image with its caption and, if it has one, its CIDEr; `plot` is not used."""
         caption = result.caption.to_json(with_attention=True)
         if result.image is not None:
             self.add(result.image, result.name, caption, result.references or (), score)
@@ -148,7 +103,7 @@ class ReportWriter:
         attributes, shown_score, people = f'data-confidence="{result["confidence"]}"', "", ""
         if score is not None:
             attributes += f' data-score="{score}"'
-            shown_score = f'<p><span class="score-name">{html.escape(self.score_name)}</span> {score:.1f}</p>'
+            shown_score = f"<p>CIDEr {score:.1f}</p>"
         if references:
             items = "".join(f'<li dir="auto">{html.escape(text)}</li>\n' for text in references)
             people = f'<section class="people"><h3>people\'s captions</h3>\n<ul>\n{items}</ul></section>\n'

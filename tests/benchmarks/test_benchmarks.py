@@ -8,14 +8,12 @@ import pytest
 from helpers.train_and_kill import build_small_cnn
 
 import model
-from benchmarks import captioning, features, gpu, memory, scores, serving, training
-from captioning.base.cli import InputError
+from benchmarks import captioning, features, gpu, memory, serving, training
 from captioning.base.files import file_sha256
 from captioning.base.quiet_tensorflow import tf
 from captioning.config.settings import ModelConfig
 from captioning.decoder.losses import loss_function
 from captioning.images.feature_cache import CNN_FILE
-from captioning.training.training_log import COLUMNS
 
 SMALL_MODEL = ["--vocab-size", "20", "--units", "4", "--embedding-dim", "3"]
 
@@ -116,29 +114,3 @@ def test_memory_stops_after_some_steps(capsys):
 def test_serving_measures_the_cnn_and_the_server(run, small_cnn, capsys):
     serving.main(["--run", str(run), "--clients", "2", "--requests", "3", "--rounds", "1", "--max-words", "3"])
     assert min(read_result(capsys)["images_per_second"].values()) > 0
-
-
-def test_scores_trains_and_scores_a_row_once(monkeypatch, tmp_path, capsys):
-    started = []
-
-    def run_command(module, *args):
-        """Stands for the training and its evaluation, by the files that they leave."""
-        started.append(module)
-        folder = tmp_path / "best_0"
-        if module == "evaluate":
-            values = dict.fromkeys(scores.COLUMNS, 12.5)
-            (folder / "metrics_val.json").write_text(json.dumps({"scores": values, "distinct captions": 91.2}))
-            return
-        folder.mkdir()
-        rows = (COLUMNS, (1, 3, 3, 9, 30, 90, 60), (2, 2, 2, 9, 40, 90, 60))
-        (folder / "history.csv").write_text("".join(f"{','.join(map(str, row))}\n" for row in rows))
-
-    monkeypatch.setattr(scores, "run_command", run_command)
-    for _ in range(2):
-        scores.main(["--rows", "best", "--beams", "1", "--runs-dir", str(tmp_path)])
-        row = "| `--recipe best --epochs 8` | 0 | 2 of 2 | 2 | 1 | 12.5 / 12.5 / 12.5 / 12.5 | 12.5 | 12.5 | 91.2 |  |"
-        assert capsys.readouterr().out.splitlines()[2] == row
-    assert started == ["train", "evaluate"]
-    monkeypatch.undo()
-    with pytest.raises(InputError, match="tokenizer ended with code 2: see above"):
-        scores.run_command("tokenizer", "--no-such-option")

@@ -26,11 +26,9 @@ def test_forbidden_tokens_are_those_that_no_caption_contains():
     [
         ([], []),
         ([A], [A]),
-        ([A, DOG], [DOG]),
         ([A, DOG, A], [A]),
         ([A, DOG, RUNS, A, DOG], [DOG, RUNS]),  # "a dog runs" is there
         ([A, DOG, RUNS, A, DOG, CAT, A, DOG], [DOG, CAT, RUNS]),  # both that followed "a dog"
-        ([A, DOG, A, DOG], [A, DOG]),
         ([DOG, A, RUNS, A, DOG], [DOG]),  # "dog a" is not "a dog"
     ],
 )

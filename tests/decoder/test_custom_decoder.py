@@ -1,14 +1,9 @@
-"""Another decoder is one changed function, `RNNDecoder.step`: training, captioning and plots take it as it is."""
+"""Another decoder is one changed function, `RNNDecoder.step`: training and captioning take it as it is."""
 
 import numpy as np
 import pytest
-from helpers.decoders import GatedDecoder, MeanDecoder
-from helpers.runs import (
-    LossRecorder,
-    read_history,
-    run_training,
-)
-from PIL import Image
+from helpers.decoders import GatedDecoder
+from helpers.runs import read_history, run_training
 
 import inference
 import model
@@ -16,7 +11,6 @@ from captioning.base.quiet_tensorflow import tf
 from captioning.base.special_tokens import START_ID
 from captioning.config.settings import DecodeConfig, ModelConfig
 from captioning.decoder.decoding import forbidden_tokens
-from captioning.output.plots import plot_attention
 
 
 @pytest.fixture
@@ -49,7 +43,7 @@ def follow_step(caption_model, features, tokens):
 
 
 def assert_captions_follow_step(run, features, config):
-    """Compares probabilities and attention of captions with `follow_step`; returns the captions."""
+    """Compares probabilities and attention of captions with `follow_step`."""
     caption_model, tokenizer, _ = inference.load_run(run)
     captions = inference.decode_captions(caption_model, tokenizer, features, config)
     for number, caption in enumerate(captions):
@@ -58,61 +52,20 @@ def assert_captions_follow_step(run, features, config):
         assert len(caption.words) > 0
         np.testing.assert_allclose(np.log(caption.probabilities), log_probs, rtol=1e-3, atol=1e-4)
         np.testing.assert_allclose(caption.attention, attention, rtol=1e-3, atol=1e-5)
-    return captions
 
 
 @pytest.mark.slow
-@pytest.mark.filterwarnings("ignore:.build.* was called on layer")  # the attention is left unused
-def test_changed_step_trains_and_captions(data, features, tmp_path, monkeypatch, capsys):
-    """With one function replaced, as a user edits model.py."""
-    monkeypatch.setattr(model.RNNDecoder, "step", MeanDecoder.step)
-    assert not model.fused_decoder_matches(ModelConfig())
-    decoders, recorder = [], LossRecorder()
-
-    def on_step(state):
-        decoders.append(state.model.decoder)
-        recorder(state)
-
-    run = run_training(tmp_path / "run", data, on_step, epochs=1)
-    assert not decoders[0].fused
-    log = capsys.readouterr().err
-    assert "fused_decoder.py differs from RNNDecoder.step in model.py: training with the plain loop" in log
-    assert np.mean(recorder.losses[-3:]) < np.mean(recorder.losses[:3])
-    for caption in assert_captions_follow_step(run, features, DecodeConfig()):
-        np.testing.assert_allclose(caption.attention, 1 / 64, rtol=1e-6)
-
-
-@pytest.mark.slow
-def test_gated_decoder_trains_captions_and_plots(data, features, tmp_path, monkeypatch, capsys):
+def test_gated_decoder_trains_and_captions(data, features, tmp_path, monkeypatch, capsys):
     """The gate of section 4.2.1 has weights, which are trained, saved and restored."""
     monkeypatch.setattr(model, "RNNDecoder", GatedDecoder)
     assert not model.fused_decoder_matches(ModelConfig())
-    run = run_training(tmp_path / "run", data, epochs=3, dropout=0.2, ema_decay=0.5)
-    assert "training with the plain loop" in capsys.readouterr().err
+    run = run_training(tmp_path / "run", data, epochs=2, dropout=0.2, ema_decay=0.5)
+    log = capsys.readouterr().err
+    assert "fused_decoder.py differs from GatedDecoder.step in model.py: training with the plain loop" in log
     rows = read_history(run)
-    assert len(rows) == 3
     assert float(rows[-1]["val_loss"]) < float(rows[0]["val_loss"])
 
     caption_model, _, _ = inference.load_run(run)
     assert np.abs(caption_model.decoder.gate.bias).max() > 0, "the gate is not trained"
     for config in (DecodeConfig(), DecodeConfig(beam_size=3)):
-        captions = assert_captions_follow_step(run, features, config)
-    image = Image.new("RGB", (299, 299))
-    plot_attention(image, captions[0].words, captions[0].attention, path=tmp_path / "plot.png")
-    assert (tmp_path / "plot.png").stat().st_size > 1000
-
-
-@pytest.mark.slow
-def test_gated_decoder_captions_with_its_gate(features, tokenizer, monkeypatch):
-    """With a closed gate the captions depend on nothing in the image."""
-    monkeypatch.setattr(model, "RNNDecoder", GatedDecoder)
-    tf.keras.utils.set_random_seed(0)
-    caption_model = model.build(ModelConfig(len(tokenizer), embedding_dim=8, units=16))
-    for config in (DecodeConfig(), DecodeConfig(beam_size=2)):
-        caption_model.decoder.gate.bias.assign([0.0])
-        first, second, _ = inference.decode_captions(caption_model, tokenizer, features, config)
-        assert first.probabilities != second.probabilities
-        caption_model.decoder.gate.bias.assign([-100.0])
-        first, second, _ = inference.decode_captions(caption_model, tokenizer, features, config)
-        assert first.words == second.words
-        np.testing.assert_allclose(first.probabilities, second.probabilities, rtol=1e-5)
+        assert_captions_follow_step(run, features, config)

@@ -1,3 +1,4 @@
+import dataclasses
 import itertools
 from typing import NamedTuple
 
@@ -166,7 +167,7 @@ def rank_captions(probabilities, max_words, length_penalty):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("length_penalty", [0.0, 0.7, 1.0, 2.0])
+@pytest.mark.parametrize("length_penalty", [0.0, 0.7])
 def test_beam_search_equals_exhaustive_search(length_penalty):
     rng = np.random.default_rng(7)
     for _ in range(4):
@@ -186,12 +187,6 @@ def test_beam_search_without_finished_caption_returns_best_unfinished():
     )
 
 
-def test_beam_search_prefers_finished_captions():
-    probabilities = bigram_table(start=[0.001, 0.999, 0, 0, 0], a=[0, 1, 0, 0, 0])
-    result = caption(BigramModel(probabilities), make_features(0), 2)[0]
-    assert result.words == () and result.finished
-
-
 def test_expand_beams_matches_hand_computation():
     scores = tf.math.log([[0.5, 0.4]])
     log_probs = tf.math.log([[[0.0, 0.1, 0.9], [0.0, 0.7, 0.3]]])  # the first word is <pad>
@@ -209,9 +204,8 @@ def test_expand_beams_matches_hand_computation():
 # Several captions of an image.
 
 
-@pytest.mark.parametrize("length_penalty", [0.5, 0.7])
-def test_beam_search_returns_the_best_captions_in_order(length_penalty):
-    model = BigramModel(BIGRAM_PROBS)
+def test_beam_search_returns_the_best_captions_in_order():
+    model, length_penalty = BigramModel(BIGRAM_PROBS), 0.7
     tokens, probabilities, attention = beam_search(
         model, make_features(0, 0), 400, length_penalty, max_words=4, num_captions=5
     )
@@ -303,15 +297,8 @@ def test_decode_draws_the_same_words_for_the_same_seed_and_image():
     alone = decode(model, features[:1], config, [8]).tokens.numpy()
     np.testing.assert_array_equal(batch[4:8, : alone.shape[1]], alone)
     assert batch.shape[0] == 12 and len({tuple(row) for row in batch}) > 3
-    texts = {
-        tuple(
-            decode(model, features[:1], DecodeConfig(sample=True, captions=4, decode_seed=i), [7])
-            .tokens.numpy()
-            .ravel()
-        )
-        for i in range(5)
-    }
-    assert len(texts) > 1, "another seed gives other words"
+    other = decode(model, features, dataclasses.replace(config, decode_seed=1), [7, 8, 9]).tokens.numpy()
+    assert not np.array_equal(batch[:, 0], other[:, 0]), "another seed gives other words"
 
 
 def test_decode_draws_only_the_best_words_with_a_low_temperature_or_top_p():
@@ -356,17 +343,6 @@ def test_beam_search_of_one_beam_equals_greedy_search(diverse_model_and_features
     np.testing.assert_allclose(greedy.attention[mask], beam.attention[mask], rtol=1e-4, atol=1e-6)
 
 
-def log_p(decoded):
-    """log p of each caption, (B,)."""
-    return np.log(np.where(decoded.tokens > 0, decoded.probabilities, 1)).sum(axis=1)
-
-
-@pytest.mark.slow
-def test_beam_search_is_more_probable_than_greedy_search_on_average(diverse_model_and_features):
-    greedy, beam = greedy_search(*diverse_model_and_features), beam_search(*diverse_model_and_features, 5, 0.0)
-    assert log_p(beam).mean() > log_p(greedy).mean() + 0.1
-
-
 def test_beam_search_does_not_depend_on_the_rest_of_the_batch(diverse_model_and_features):
     model, features = diverse_model_and_features
     batch, alone = beam_search(model, features, 5, 0.0), beam_search(model, features[3:4], 5, 0.0)
@@ -387,11 +363,3 @@ def test_beam_search_probabilities_and_attention_match_teacher_forcing(diverse_m
     np.testing.assert_allclose(tf.gather_nd(probabilities, positions), expected, rtol=1e-3)
     expected = tf.boolean_mask(outputs.attention_weights, mask)
     np.testing.assert_allclose(tf.gather_nd(attention, positions), expected, rtol=1e-3, atol=1e-6)
-
-
-def test_greedy_search_does_not_depend_on_the_rest_of_the_batch(small_model, tokenizer, dataset, cache):
-    paths = [str(cache.path(example.image_path)) for example in dataset.examples[:6]]
-    features = cache.read(tf.constant(paths))
-    batch = decode_captions(small_model, tokenizer, features)
-    alone = [decode_captions(small_model, tokenizer, features[i : i + 1])[0] for i in range(6)]
-    assert [c.text for c in batch] == [c.text for c in alone]

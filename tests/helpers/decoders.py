@@ -18,16 +18,6 @@ class GatedDecoder(model.RNNDecoder):
         return state, state, attention_weights
 
 
-class MeanDecoder(model.RNNDecoder):
-    """There is no attention: the context vector is the mean of all locations."""
-
-    def step(self, dec_input, images, state):
-        gru_input = tf.concat([tf.reduce_mean(images.features, axis=1), dec_input], axis=-1)
-        state, _ = self.gru(gru_input, [state])
-        uniform = tf.fill(tf.shape(images.features)[:2], tf.cast(1 / images.features.shape[1], state.dtype))
-        return state, state, uniform
-
-
 class WideDecoder(model.RNNDecoder):
     """The context vector enters the GRU twice, so that the GRU's kernel has more rows."""
 

@@ -13,6 +13,15 @@ from captioning.training.input_pipeline import TrainData
 
 # Times and counters of files, which differ between runs that are otherwise the same.
 UNEQUAL_KEYS = ("seconds", "save_counter", "_CHECKPOINTABLE_OBJECT_GRAPH")
+SMALL_SETTINGS = {
+    "embedding_dim": 8,
+    "units": 32,
+    "epochs": 3,
+    "batch_size": 5,
+    "learning_rate": 1e-2,
+    "patience": 0,
+    "max_length": 12,  # the longest caption has 10 tokens; a model after few epochs ends none
+}
 MODEL_SETTINGS = {field.name for field in dataclasses.fields(ModelConfig)}
 
 
@@ -22,8 +31,7 @@ class SimulatedKill(Exception):
 
 def make_config(dataset, cache, tokenizer, **settings):
     """Makes the settings of a small model; those of the model and of the training may be given."""
-    defaults = {"embedding_dim": 8, "units": 32, "epochs": 3, "batch_size": 5, "learning_rate": 1e-2, "patience": 0}
-    settings = defaults | settings
+    settings = SMALL_SETTINGS | settings
     model_settings = {name: value for name, value in settings.items() if name in MODEL_SETTINGS}
     train_settings = {name: value for name, value in settings.items() if name not in MODEL_SETTINGS}
     return RunConfig(

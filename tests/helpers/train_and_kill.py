@@ -19,11 +19,11 @@ from captioning.base.quiet_tensorflow import tf
 
 DATA_ARGS = ["--annotations", "../shapes/dataset_shapes.json", "--images", "../shapes", "--cnn-weights", "../cnn.h5"]
 MODEL_ARGS = ["--units", "16", "--embedding-dim", "8", "--dropout", "0.2"]
-TRAIN_ARGS = ["--run", "run", "--epochs", "4", "--batch-size", "8", "--patience", "0", "--ema-decay", "0.9"]
+TRAIN_ARGS = ["--run", "run", "--epochs", "3", "--batch-size", "8", "--patience", "0", "--ema-decay", "0.9"]
 SPEED_ARGS = ["--cnn-batch-size", "4", "--checkpoint-minutes", "0.002", "--no-fused"]
 # In each stage these files are written. A child that is to be killed in a stage has written at least one of them.
 STAGE_FILES = {"features": "features/**/*.npy", "training": "run/checkpoints/*/ckpt-*.index"}
-STAGES = ("start", "features", "features", "training", "training", "training")  # of the kills
+STAGES = ("start", "features", "training", "training")  # of the kills
 
 
 def build_small_cnn(cnn_weights: str, cnn=None):

@@ -9,7 +9,6 @@ from captioning.config.settings import TrainConfig
 from captioning.training.checkpoints import Checkpoints, TrainProgress, TrainState
 from captioning.training.objective import CrossEntropy
 from captioning.training.optimizer import WeightEMA, make_optimizer
-from captioning.training.validation import EpochScore
 
 
 class TrainedModel:
@@ -60,27 +59,6 @@ def list_files(folder):
     return sorted(path.name for path in folder.iterdir() if path.name != "checkpoint")
 
 
-def test_train_progress_counts_an_epoch():
-    progress = TrainProgress()
-    progress.epoch.assign(2)
-    progress.best_score.assign([7.5, -1, -2.5])
-    for variable, value in (
-        (progress.step, 3),
-        (progress.loss_sum, 6.0),
-        (progress.token_count, 4.0),
-        (progress.seconds, 5.0),
-    ):
-        variable.assign(value)
-    assert progress.mean_loss() == 1.5
-    progress.reset_epoch()
-    names = ("step", "loss_sum", "token_count", "seconds", "epoch", "best_score")
-    assert [progress.get(name) for name in names] == [0, 0, 0, 0, 2, [7.5, -1, -2.5]]
-
-
-def test_train_progress_begins_with_a_score_that_every_epoch_exceeds():
-    assert tuple(TrainProgress().get("best_score")) == EpochScore()
-
-
 def test_checkpoints_restore_everything_that_training_changes(tmp_path, trained):
     assert not trained.checkpoints(tmp_path).restore(), "there is none yet"
     trained.checkpoints(tmp_path).save()
@@ -101,9 +79,6 @@ def test_checkpoints_keep_one_of_each(tmp_path, trained):
         checkpoints.save_best()
     for name in ("last", "best"):
         assert list_files(tmp_path / "checkpoints" / name) == ["ckpt-3.data-00000-of-00001", "ckpt-3.index"]
-    again = trained.checkpoints(tmp_path)
-    again.save()
-    assert list_files(tmp_path / "checkpoints/last") == ["ckpt-4.data-00000-of-00001", "ckpt-4.index"]
 
 
 def test_checkpoints_are_not_saved_once_loss_or_weights_are_not_finite(tmp_path, trained):
@@ -136,14 +111,14 @@ def test_checkpoints_are_written_by_one_machine_only(tmp_path, trained):
     assert not list(tmp_path.rglob("*.index"))
 
 
-@pytest.mark.parametrize("damage", ["cut", "empty", "gone"])
+@pytest.mark.parametrize("damage", ["cut", "gone"])
 def test_checkpoints_refuse_damaged_files(tmp_path, trained, damage):
     trained.checkpoints(tmp_path).save()
     if damage == "gone":
         next(tmp_path.rglob("*.index")).unlink()
     else:
         data = next(tmp_path.rglob("*.data-*"))
-        data.write_bytes(data.read_bytes()[: 1000 if damage == "cut" else 0])
+        data.write_bytes(data.read_bytes()[:1000])
     with pytest.raises(InputError, match="damaged"):
         trained.checkpoints(tmp_path).restore()
 

@@ -14,7 +14,6 @@ from captioning.training.input_pipeline import (
     describe_cut,
     encode_captions,
     make_dataset,
-    make_distributed_dataset,
     make_epoch_batches,
 )
 
@@ -157,72 +156,24 @@ def test_make_dataset_with_static_shapes_has_few_shapes(captions, cache):
     assert len(batches[-1]) < 5 and len(shapes) == 1
 
 
-class FakeDevice:
-    """Stands for tf.device; says that the copy of batch number 1 has begun."""
-
-    def __init__(self):
-        self.names, self.threads, self.second_copy = [], set(), threading.Event()
-
-    def __call__(self, name):
-        self.names.append(name)
-        self.threads.add(threading.current_thread())
-        if len(self.names) == 2:
-            self.second_copy.set()
-        return contextlib.nullcontext()
-
-
 def test_copy_ahead_puts_the_next_features_on_the_gpu_in_a_thread(captions, cache, monkeypatch):
     dataset = make_dataset(captions, make_epoch_batches(captions, 5, 0, 0), cache.read)
-    expected, device = list(dataset), FakeDevice()
+    expected, names, threads, second_copy = list(dataset), [], set(), threading.Event()
+
+    def device(name):
+        names.append(name)
+        threads.add(threading.current_thread())
+        if len(names) == 2:
+            second_copy.set()
+        return contextlib.nullcontext()
+
     monkeypatch.setattr(input_pipeline, "has_gpu", lambda: True)
     monkeypatch.setattr(tf, "device", device)
     batches = copy_ahead(dataset, tf.distribute.get_strategy())
     first = next(batches)
-    assert device.second_copy.wait(10), "the next batch is copied while this one is used"
+    assert second_copy.wait(10), "the next batch is copied while this one is used"
     for actual, batch in zip([first, *batches], expected, strict=True):
         for tensor, other in zip(tf.nest.flatten(actual), tf.nest.flatten(batch), strict=True):
             np.testing.assert_array_equal(tensor, other)
-    assert device.names == ["GPU:0"] * len(expected)
-    assert threading.main_thread() not in device.threads, "a copy waits for what the GPU does"
-
-
-def test_copy_ahead_copies_only_where_one_gpu_trains(captions, cache, monkeypatch):
-    dataset, device = make_dataset(captions, make_epoch_batches(captions, 5, 0, 0), cache.read), FakeDevice()
-    monkeypatch.setattr(tf, "device", device)
-    for has_gpu, strategy in ((False, tf.distribute.get_strategy()), (True, "mirrored")):
-        monkeypatch.setattr(input_pipeline, "has_gpu", lambda has_gpu=has_gpu: has_gpu)
-        assert len(list(copy_ahead(dataset, strategy))) == len(dataset)
-    assert not device.names
-
-
-def test_copy_ahead_passes_an_error_on(monkeypatch):
-    def batches():
-        raise OSError("unreadable")
-        yield
-
-    monkeypatch.setattr(input_pipeline, "has_gpu", lambda: True)
-    with pytest.raises(OSError, match="unreadable"):
-        next(copy_ahead(batches(), tf.distribute.get_strategy()))
-
-
-def test_make_dataset_does_not_wait_for_the_autotuner(captions, cache):
-    options = make_dataset(captions, make_epoch_batches(captions, 5, 0, 0), cache.read).options()
-    assert options.autotune.enabled is False
-
-
-def test_make_distributed_dataset_gives_every_device_its_part(captions, cache):
-    class TwoReplicas:
-        """Stands for a strategy with two devices, of which one belongs to this process."""
-
-        def distribute_datasets_from_function(self, make_input, options):
-            assert not options.experimental_fetch_to_device, "integers stay in the memory of the machine"
-            contexts = [tf.distribute.InputContext(2, number, num_replicas_in_sync=2) for number in (0, 1)]
-            return [make_input(context) for context in contexts]
-
-    batches = make_epoch_batches(captions, 5, 0, 0)
-    workers = make_distributed_dataset(TwoReplicas(), captions, batches, cache.read)
-    for first, second, rows in zip(*workers, batches, strict=True):
-        assert len(first.tokens) + len(second.tokens) == len(rows)
-        for part, part_rows in ((first, rows[: len(first.tokens)]), (second, rows[len(first.tokens) :])):
-            length = part.tokens.shape[1]
-            np.testing.assert_array_equal(part.tokens, captions.tokens[part_rows, :length])
+    assert names == ["GPU:0"] * len(expected)
+    assert threading.main_thread() not in threads, "a copy waits for what the GPU does"

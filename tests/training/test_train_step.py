@@ -50,17 +50,11 @@ slow = pytest.mark.slow
 
 
 @pytest.mark.parametrize(
-    ("decoder", "settings"),
-    [
-        ("fused", {"label_smoothing": 0.2}),
-        ("plain", {}),
-        pytest.param("fused", {}, marks=slow),
-        pytest.param("jit", {}, marks=slow),
-    ],
-    ids=lambda value: value if isinstance(value, str) else " ".join(value) or "default",
+    ("decoder", "label_smoothing"),
+    [("plain", 0.0), pytest.param("fused", 0.2, marks=slow), pytest.param("jit", 0.0, marks=slow)],
 )
-def test_train_step_is_adam_on_the_mean_loss_over_words(small_model, captions, cache, batch, decoder, settings):
-    config = TrainConfig(**settings, jit="on" if decoder == "jit" else "off")
+def test_train_step_is_adam_on_the_mean_loss_over_words(small_model, captions, cache, batch, decoder, label_smoothing):
+    config = TrainConfig(label_smoothing=label_smoothing, jit="on" if decoder == "jit" else "off")
     small_model.decoder.fused = decoder == "fused"
     before = read_weights(small_model)
     adam = FusedAdam(1e-2, global_clipnorm=0.1)
@@ -113,19 +107,17 @@ def test_train_step_that_overflows_in_float16_changes_nothing(captions, cache, b
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("jit", ["off", "on"])
-@pytest.mark.parametrize("mixed_precision", [False, True])
-def test_train_step_of_every_combination_is_finite(captions, cache, tokenizer, mixed_precision, jit):
-    config = TrainConfig(jit=jit, mixed_precision=mixed_precision, label_smoothing=0.1)
+def test_train_step_in_mixed_precision_with_xla_is_finite(captions, cache, tokenizer):
+    config = TrainConfig(jit="on", mixed_precision=True, label_smoothing=0.1)
     model_config = ModelConfig(len(tokenizer), embedding_dim=4, units=6, dropout=0.1)
-    caption_model = model.build(model_config, mixed_precision=mixed_precision)
-    caption_model.decoder.fused = jit == "off"
-    adam = make_optimizer(1e-2, 5.0, mixed_precision)
+    caption_model = model.build(model_config, mixed_precision=True)
+    caption_model.decoder.fused = False
+    adam = make_optimizer(1e-2, 5.0, mixed_precision=True)
     state, train_step = make_step(caption_model, adam, CrossEntropy(config), captions, cache)
     before = read_weights(caption_model)
     batches = make_epoch_batches(captions, 3, 0, 0)[:1]
-    (batch,) = make_dataset(captions, batches, cache.read, static_shapes=jit == "on")
-    for _ in range(3):  # in mixed precision the first steps may be left out, until the loss scale is small enough
+    (batch,) = make_dataset(captions, batches, cache.read, static_shapes=True)
+    for _ in range(3):  # the first steps may be left out, until the loss scale is small enough
         train_step(batch)
     assert state.progress.mean_loss() == pytest.approx(math.log(len(tokenizer)), rel=0.3)
     for variable, old in zip(caption_model.trainable_variables, before, strict=True):

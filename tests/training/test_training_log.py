@@ -59,9 +59,6 @@ def test_training_log_without_tensorboard_leaves_out_events(tmp_path, monkeypatc
     [
         "epoch,loss\n1,2.5\n",
         f"{HEADER}\n1,2.5\n",
-        f"{HEADER}\n1,2.5,2.25,10.5,50.0,75.0,1.5,9\n",
-        f"{HEADER}\n1.5,2.5,2.25,10.5,50.0,75.0,1.5\n",
-        f"{HEADER}\n1,,2.25,10.5,50.0,75.0,1.5\n",
         f"{HEADER}\n1,2.5,2.25,many,50.0,75.0,1.5\n",
         b"\xff\xfe\x00",
     ],
@@ -71,8 +68,3 @@ def test_read_history_refuses_something_else(tmp_path, text):
     path.write_bytes(text if isinstance(text, bytes) else text.encode())
     with pytest.raises(InputError, match=r"expected numbers in the columns epoch, train_loss.*delete it to continue"):
         read_history(path)
-
-
-def test_read_history_allows_empty_scores_only(tmp_path):
-    (tmp_path / "history.csv").write_text(f"{HEADER}\n1,2.5,2.25,,,75.0,1.5\n")
-    assert read_history(tmp_path / "history.csv")[0]["cider"] == ""

@@ -7,7 +7,6 @@ import json
 import numpy as np
 import pytest
 from helpers.runs import (
-    SimulatedKill,
     assert_same_checkpoint,
     read_checkpoint,
     read_history,
@@ -69,25 +68,10 @@ def test_self_critical_training_raises_the_reward(start, trained):
 
 
 @pytest.mark.slow
-def test_self_critical_training_starts_from_the_best_weights(data, start, tmp_path):
-    seen = []
-
-    def on_step(state):
-        seen.append(state.model.encoder.fc.kernel.numpy())
-        raise SimulatedKill
-
-    with pytest.raises(SimulatedKill):
-        train_further(tmp_path / "run", data, start, on_step, learning_rate=1e-9)
-    best = next(v for k, v in read_checkpoint(start, "best").items() if "encoder/fc/_kernel" in k and v.ndim == 2)
-    np.testing.assert_allclose(seen[0], best, atol=1e-7)
-
-
-@pytest.mark.slow
 def test_self_critical_training_resumes_exactly(data, start, trained, tmp_path):
     run = tmp_path / "run"
-    for num_steps in (3, 6):
-        with pytest.raises(KeyboardInterrupt):
-            train_further(run, data, start, stop_after(num_steps, KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        train_further(run, data, start, stop_after(9, KeyboardInterrupt))
     train_further(run, data, start)
     assert_same_checkpoint(read_checkpoint(run), read_checkpoint(trained))
     assert read_history(run) == read_history(trained)
@@ -151,12 +135,10 @@ def test_command_refuses_hard_attention(command, run, run_config):
     ("argv", "message"),
     [
         ([], "the following arguments are required: --run"),
-        (["--label-smoothing", "0.1", "--run", "RUN"], "unrecognized arguments: --label-smoothing"),
-        (["--attention", "hard", "--run", "RUN"], "unrecognized arguments: --attention"),
         (["--run", "none"], "not a run folder"),
     ],
 )
-def test_command_says_what_belongs_to_it(argv, message, run, capsys):
+def test_command_says_what_belongs_to_it(argv, message, capsys):
     with pytest.raises((InputError, SystemExit)) as error:
-        cider.main([str(run) if arg == "RUN" else arg for arg in argv])
+        cider.main(argv)
     assert message in str(error.value) + capsys.readouterr().err

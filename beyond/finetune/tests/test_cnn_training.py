@@ -20,8 +20,7 @@ import train
 from beyond.cider import __main__ as cider
 from beyond.finetune import __main__ as finetune
 from beyond.finetune.cnn_blocks import TrainedCNN, find_blocks, trainable_from
-from beyond.finetune.images import ImageReader, augment
-from beyond.share import __main__ as share
+from beyond.finetune.images import augment
 from captioning.base.cli import InputError
 from captioning.base.files import file_sha256, read_json
 from captioning.base.quiet_tensorflow import tf
@@ -29,14 +28,13 @@ from captioning.config.cnns import CNNS
 from captioning.data import shapes
 from captioning.images.cnn_loader import find_cnn
 from captioning.images.feature_cache import open_run_cache
+from captioning.scores import metrics
 from captioning.training import training_log
-from captioning.training.input_pipeline import encode_captions, make_dataset, make_epoch_batches
-from captioning.training.validation import EpochScore
 
 layers = tf.keras.layers
 CNN = ["--cnn", "mobilenet_v3_large", "--image-size", "64", "--cnn-weights", "random"]
 DATA = ["--annotations", "shapes/dataset_shapes.json", "--images", "shapes"]
-MODEL = ["--embedding-dim", "8", "--units", "16", "--dropout", "0.1"]
+MODEL = ["--embedding-dim", "8", "--units", "16", "--dropout", "0.1", "--max-length", "9"]
 SETTINGS = ["--epochs", "2", "--batch-size", "6", "--learning-rate", "1e-2", "--cnn-learning-rate", "1e-3"]
 RUN = Path("runs/shapes_cnn")
 
@@ -57,6 +55,7 @@ def _small_and_quick():
         patch.setattr(tf.keras.applications, "MobileNetV3Large", build_small_cnn)
         patch.setattr(model, "fused_decoder_matches", functools.cache(model.fused_decoder_matches))
         patch.setattr(training_log, "plot_history", lambda *_: None)
+        patch.setattr(metrics, "has_java", lambda: False)
         yield
 
 
@@ -149,14 +148,6 @@ def test_augment_keeps_shape_range_and_sides(rng):
     assert (augment(tf.constant(pixels), tf.constant([3, 6], tf.int64)).numpy() != images).any((1, 2, 3))[16:].all()
 
 
-def test_augment_cuts_at_most_a_tenth():
-    column = np.arange(0, 200, 2, dtype=np.uint8)  # 0 at the left, 198 at the right
-    pixels = np.broadcast_to(column[:, np.newaxis], (60, 100, 100, 3))
-    images = augment(tf.constant(pixels), tf.constant([0, 0], tf.int64)).numpy().astype(float)
-    share = (images[:, 50, -1, 0] - images[:, 50, 0, 0]) / 198  # of the width, times the contrast
-    assert 0.9 * 0.9 - 0.02 < share.min() < 0.93 and 1 < share.max() < 1.1 + 0.02
-
-
 @pytest.mark.slow
 def test_trained_cnn_rounds_features_as_inference_does(rng):
     extractor = features.build_feature_extractor("random", CNNS["mobilenet_v3_large"].at(64))
@@ -171,24 +162,6 @@ def test_trained_cnn_rounds_features_as_inference_does(rng):
     assert all(
         np.abs(gradient).max() > 0 for gradient in tape.gradient(loss, find_cnn(extractor).trainable_variables[-2:])
     )
-
-
-@pytest.mark.slow
-def test_images_come_with_their_captions(inside, tokenizer):
-    captioner = inference.Captioner.load("runs/shapes")
-    examples = train.data_utils.load_run_dataset(captioner.config).split("train")
-    reader = ImageReader(Path("shapes"), captioner.config.features)
-    captions = encode_captions(examples, captioner.tokenizer.encode, reader.path)
-    seen = set()
-    for batch in make_dataset(captions, make_epoch_batches(captions, 5, 0, 0), reader.read):
-        assert batch.features.shape[1:] == (64, 64, 3) and batch.features.dtype == tf.uint8
-        for tokens, row in zip(batch.tokens.numpy(), batch.image_index.numpy(), strict=True):
-            example = examples[batch.images[row]]
-            np.testing.assert_array_equal(batch.features[row], captioner.load_image(f"shapes/{example.image_path}"))
-            text = captioner.tokenizer.decode(tokens)
-            assert text in example.captions
-            seen.add((example, text))
-    assert len(seen) == len({(example, text) for example in examples for text in example.captions})
 
 
 # Runs.
@@ -238,11 +211,6 @@ def test_the_new_run_captions_with_its_trained_cnn(inside, trained, monkeypatch,
     texts = [result["caption"] for result in json.loads((RUN / "captions_test.json").read_text())]
     assert texts == [captioner.caption(Path("shapes") / example.image_path).text for example in images]
     assert not (RUN / "features").exists()
-    monkeypatch.setenv("XDG_CACHE_HOME", str(inside / "cache"))
-    share.main(["--run", str(RUN)])
-    unpacked = inference.Captioner.load("shapes_cnn.zip")
-    np.testing.assert_array_equal(unpacked.extract_features(pixels), captioner.extract_features(pixels))
-    assert unpacked.caption(image).log_prob == pytest.approx(captioner.caption(image).log_prob, abs=1e-4)
 
 
 @pytest.mark.slow
@@ -289,31 +257,6 @@ def test_self_critical_training_continues_with_the_trained_cnn(inside, trained, 
     np.testing.assert_array_equal(captioner.extract_features(pixels), of_start)
 
 
-@pytest.mark.slow
-def test_paper_decoder_and_mixed_precision(inside, tmp_path, monkeypatch):
-    run = copy_run("runs/shapes", tmp_path / "paper", decoder="paper-lstm")
-    config = inference.read_config(run)
-    checkpoint = tf.train.Checkpoint(model=model.build(config.model, config.cnn.features_shape))
-    tf.train.CheckpointManager(checkpoint, str(run / "checkpoints/best"), 1).save()
-    seen, augmented = [], []
-
-    def on_step(state):
-        cnn = state.model.cnn
-        seen.append((state.model.compute_dtype, find_cnn(cnn.extractor).layers[-1].compute_dtype, cnn.compute_dtype))
-        raise SimulatedKill
-
-    def augment_and_note(pixels, seed):
-        augmented.append(pixels.dtype)
-        return augment(pixels, seed)
-
-    monkeypatch.setattr(finetune, "augment", augment_and_note)
-    monkeypatch.setattr(train, "score_start", lambda *_: EpochScore(0.0, 0.0, -9.0))
-    with pytest.raises(SimulatedKill):
-        train_cnn("--mixed-precision", "--seed", "7", run=run, on_step=on_step)
-    assert seen == [("float16", "float32", "float32")]
-    assert set(augmented) == {tf.uint8}
-
-
 def copy_run(source, target, **model_settings):
     """Copies what a training starts from into another folder, so that its new run lies there, too."""
     config = read_json(Path(source) / "config.json")
@@ -336,7 +279,6 @@ def copy_run(source, target, **model_settings):
     [
         (["--features-dir", "other"], "--features-dir: not for the training of the CNN"),
         (["--block", "6"], "--block 6: expected 1 to 5"),
-        (["--block", "0"], "expected a whole number of at least 1, found '0'"),
         (["--strategy", "mirrored"], "unrecognized arguments: --strategy"),
         (["--cnn-weights", "shapes/dataset_shapes.json"], "not the weights of the CNN that computed the features"),
         (["--annotations", "some.csv"], "runs/shapes was trained on other images or captions"),

@@ -8,6 +8,7 @@ from helpers.browser import open_page
 from PIL import Image
 
 from beyond.report.report import open_report
+from captioning.output.captions import Caption
 
 HOSTILE = "</script><!--<img src=x onerror=alert(1)> \"'<b>&amp; \u2028 </figure>"
 SIZE = WIDTH, HEIGHT = 240, 160
@@ -31,9 +32,14 @@ def make_result(text="a red dog", words=None, **fields):
     return {"caption": text, "confidence": 0.42, "log_prob": -3.1, "finished": True, "words": words, **fields}
 
 
-def write_page(path, *entries, subtitle="run small, greedy search", score_name="CIDEr"):
+def make_caption(text="a dog", **fields):
+    words = tuple(text.split())
+    return Caption(text, words, (0.5,) * len(words), np.full((len(words), 64), 1 / 64), 1.0, **fields)
+
+
+def write_page(path, *entries, subtitle="run small, greedy search"):
     """Writes a page; an entry has arguments of `ReportWriter.add` that are not the default."""
-    with open_report(path, "Captions", subtitle, score_name) as page:
+    with open_report(path, subtitle) as page:
         for entry in entries:
             page.add(**{"image": GREY, "name": "photo.jpg", "result": make_result(), **entry})
     return path.as_uri()

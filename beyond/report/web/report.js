@@ -42,10 +42,10 @@
     main.append(...(field ? [...articles].sort((one, other) => key(one) - key(other) || 0) : articles));
   }
 
-  const scored = document.querySelector("[data-score]");
-  const name = scored?.querySelector(".score-name").textContent;
   order.append(new Option("least confident first", "confidence"));
-  if (scored) order.append(new Option(`lowest ${name} first`, "score"), new Option(`highest ${name} first`, "-score"));
+  if (document.querySelector("[data-score]")) {
+    order.append(new Option("lowest CIDEr first", "score"), new Option("highest CIDEr first", "-score"));
+  }
   for (const article of articles) observer.observe(article);
   search.addEventListener("input", filter);
   order.addEventListener("change", sort);
