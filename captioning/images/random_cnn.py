@@ -1,12 +1,48 @@
 """Makes the features of a CNN with random weights useful: local, and of a size that does not vanish or explode."""
 
+import contextlib
+import os
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
 import numpy as np
 
+from captioning.base.cli import InputError
+from captioning.base.files import file_sha256
 from captioning.base.quiet_tensorflow import tf
 from captioning.config.cnns import CNN
 from captioning.images.cnn_loader import find_cnn, preprocess
 
+NUM_IMAGES = 64  # on which a CNN is calibrated
 MAX_CHAIN_IMAGES = 16  # VGG19's first layers have 13 MB for each image of 224x224
+
+
+def save_random_cnn(
+    path: Path,
+    extractor: tf.keras.Model,
+    cnn: CNN,
+    image_files: Iterable[Path],
+    load_image: Callable[[Path, int], np.ndarray],
+) -> str:
+    """Calibrates a random CNN on the first images that can be read, saves its weights, and returns their SHA-256.
+
+    Raises:
+        InputError: none of the images can be read.
+    """
+    images: list[np.ndarray] = []
+    for file in image_files:
+        if len(images) == NUM_IMAGES:
+            break
+        with contextlib.suppress(InputError):
+            images.append(load_image(file, cnn.image_size))
+    if not images:
+        raise InputError("--cnn-weights random needs an image that can be read, found none")
+    calibrate(extractor, np.stack(images), cnn)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}")  # not atomic_write: Keras demands the ending .weights.h5
+    find_cnn(extractor).save_weights(partial)
+    os.replace(partial, path)
+    return file_sha256(path)
 
 
 def make_local(cnn: tf.keras.Model, sigma: float = 0.7) -> None:
