@@ -122,15 +122,10 @@ def open_or_create_cache(
     dtype: str,
     cnn: CNN = INCEPTION_V3,
 ) -> FeatureCache:
-    """Opens the cache in a folder, or creates one there.
+    """Opens the cache in a folder, or creates one there for the features of images, given relative to `image_dir`.
 
-    Args:
-        folder: the cache's folder.
-        image_dir: the folder of the images.
-        image_paths: the images, relative to `image_dir`.
-        cnn_weights: `imagenet`, `random`, or a file of weights.
-        dtype: `float16` or `float32`, the type of the stored features.
-        cnn: the CNN, and the size of its images.
+    `cnn_weights` is `imagenet`, `random`, or a file of weights; `dtype`, that of the stored features, float16 or
+    float32.
 
     Raises:
         InputError: the folder holds features of other images, of another CNN, of other weights, or of another dtype.
@@ -138,7 +133,7 @@ def open_or_create_cache(
     folder = Path(folder)
     check_cnn_weights(cnn_weights)
     expected = make_manifest(folder, image_dir, cnn_weights, dtype, cnn)
-    # A cache without features is created again. It may be left over from weights that could not be downloaded.
+    # A cache that is still empty is created again. It may be left over from weights that could not be downloaded.
     if not (folder / MANIFEST_FILE).exists() or next(folder.rglob("*.npy"), None) is None:
         if cnn_weights == "random":  # drawn now, and saved: features of two random CNNs have nothing in common
             extractor = build_feature_extractor(cnn_weights, cnn)
@@ -164,11 +159,7 @@ def open_or_create_cache(
 
 
 def announce_extraction(cache: FeatureCache, missing: list[str], num_images: int) -> None:
-    """Logs how many of `num_images` images are missing in a cache, and the disk space and time that they take.
-
-    Raises:
-        InputError: the disk has too little space.
-    """
+    """Logs how many of `num_images` images are missing in a cache, and checks that the disk has space for them."""
     num_bytes = len(missing) * math.prod(cache.shape) * cache.dtype.itemsize
     cost = format_bytes(num_bytes)
     if not tf.config.list_physical_devices("GPU"):
@@ -262,12 +253,7 @@ def make_batches(
 def extract_features(
     dataset: data_utils.CaptionDataset, config: FeatureConfig, shard: slice = slice(None)
 ) -> tuple[FeatureCache, data_utils.CaptionDataset]:
-    """Caches the features of a dataset's images.
-
-    Args:
-        dataset: the images.
-        config: how the features are computed and stored.
-        shard: the part of the images whose features are computed; all by default.
+    """Caches the features of a dataset's images, or of a shard of them.
 
     Returns:
         The cache, and the dataset without the images that cannot be read.
@@ -279,8 +265,8 @@ def extract_features(
     cache = open_or_create_cache(folder, dataset.image_dir, image_paths, config.cnn_weights, config.dtype, cnn)
     unreadable = cache_features(cache, dataset.image_dir, image_paths[shard], config.cnn_batch_size)
     if unreadable:
-        count = len(image_paths[shard])
-        log(f"features: {len(unreadable):,} of {count:,} images cannot be read: left out, with their captions")
+        counts = f"{len(unreadable):,} of {len(image_paths[shard]):,}"
+        log(f"features: {counts} images cannot be read: left out, with their captions")
     return cache, dataset.exclude(set(unreadable))
 
 

@@ -85,9 +85,9 @@ class FeatureCache:
 
     def missing(self, image_paths: Iterable[str]) -> list[str]:
         """Returns the images that have no complete file of features."""
-        return [image_path for image_path in image_paths if not self.is_complete(self.path(image_path))]
+        return [image_path for image_path in image_paths if not self._is_complete(self.path(image_path))]
 
-    def is_complete(self, path: Path) -> bool:
+    def _is_complete(self, path: Path) -> bool:
         """Tells whether a file has the size and the header that `write` gives it. `read` checks neither."""
         try:
             with open(path, "rb") as file:
@@ -101,16 +101,10 @@ class FeatureCache:
             np.save(file, features.astype(self.dtype, copy=False))
 
     def read(self, paths: tf.Tensor) -> tf.Tensor:
-        """Reads features inside a tf.data pipeline.
+        """Reads files (B,) inside a tf.data pipeline: features (B, L, C), as stored.
 
-        The files are read as plain bytes: that releases Python's lock, which np.load holds, so that several threads
-        read at the same time.
-
-        Args:
-            paths: (B,) strings, the files.
-
-        Returns:
-            (B, L, C) float16 or float32, as stored.
+        They are read as plain bytes: that releases Python's lock, which np.load holds, so that several threads read at
+        the same time.
         """
 
         def load(paths: np.ndarray) -> np.ndarray:
@@ -126,11 +120,8 @@ class FeatureCache:
 
 
 def map_prefetch(dataset: tf.data.Dataset, fn: Callable) -> tf.data.Dataset:
-    """Maps a dataset with several threads, and keeps some results ready for the model.
-
-    The number of threads is fixed: at the end of a dataset TensorFlow waits for its autotuner, which may sleep for a
-    minute.
-    """
+    """Maps a dataset with several threads, and keeps some results ready for the model."""
+    # Without autotuning: at the end of a dataset TensorFlow waits for its autotuner, which may sleep for a minute.
     options = tf.data.Options()
     options.autotune.enabled = False
     return dataset.map(fn, num_parallel_calls=NUM_READERS).prefetch(NUM_READERS).with_options(options)
@@ -154,11 +145,7 @@ def find_outdated(cache: FeatureCache, records: ImageRecords, image_paths: list[
 
 
 def check_manifest(manifest: Any) -> None:
-    """Checks a manifest, which comes from a cache's features.json or from a run's config.json.
-
-    Raises:
-        InputError: a field is missing or has a wrong value.
-    """
+    """Checks a manifest of a features.json or a config.json; raises InputError if a field is missing or wrong."""
     check_schema(manifest, MANIFEST_FIELDS)
     if manifest["weights"] != "imagenet":
         check_schema(manifest, {"sha256": str})
@@ -168,11 +155,7 @@ def check_manifest(manifest: Any) -> None:
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
-    """Reads the features.json of a cache.
-
-    Raises:
-        InputError: the file is missing, or is not a manifest.
-    """
+    """Reads the features.json of a cache; raises InputError if it is missing, or is not a manifest."""
     manifest = read_json(folder / MANIFEST_FILE)
     try:
         check_manifest(manifest)
@@ -186,12 +169,7 @@ def make_manifest(
 ) -> dict[str, Any]:
     """Makes the manifest of a cache, without the SHA-256 of random weights, which are drawn later.
 
-    Args:
-        folder: the cache's folder.
-        image_dir: the folder of the images.
-        cnn_weights: `imagenet`, `random`, or a file of weights, which exists.
-        dtype: `float16` or `float32`.
-        cnn: the CNN, and the size of its images.
+    `cnn_weights` is `imagenet`, `random`, or a file, which exists.
     """
     manifest = {
         "cnn": cnn.name,
@@ -208,10 +186,7 @@ def make_manifest(
 
 
 def open_run_cache(manifest: dict[str, Any]) -> FeatureCache:
-    """Opens the cache that a run was trained with.
-
-    Args:
-        manifest: the manifest in the run's config.json, which also has the cache's `folder`.
+    """Opens the cache of a run, by the manifest in its config.json, which also has the cache's `folder`.
 
     Raises:
         InputError: the cache is missing, or its features were computed again with another CNN.
@@ -233,11 +208,7 @@ def open_run_cache(manifest: dict[str, Any]) -> FeatureCache:
 
 
 def check_cnn_weights(cnn_weights: str, sha256: str | None = None) -> None:
-    """Checks that the CNN's weights exist.
-
-    Args:
-        cnn_weights: `imagenet`, `random`, or a file.
-        sha256: the SHA-256 that the file must have; None if it may be any file.
+    """Checks that the CNN's weights exist: `imagenet`, `random`, or a file, with this SHA-256 if one is given.
 
     Raises:
         InputError: there is no such file, or it has another SHA-256.

@@ -236,13 +236,9 @@ def count_cores() -> int:
 def map_threads(
     fn: Callable[[Item], Result], items: Iterable[Item], buffer_size: int, num_threads: int | None = None
 ) -> Iterator[tuple[Item, Result]]:
-    """Applies a function to items with several threads, ahead of their use.
+    """Applies a function to items with several threads, one per core by default, ahead of their use.
 
-    Args:
-        fn: the function; its errors are raised here.
-        items: its arguments.
-        buffer_size: the number of items that are in work or wait for their use, which bounds the memory.
-        num_threads: None for one per core.
+    At most `buffer_size` items are in work or wait for their use, which bounds the memory. Errors are raised here.
 
     Yields:
         Each item with its result, in the order of the items.
