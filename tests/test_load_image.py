@@ -17,19 +17,16 @@ from captioning.output.captions import Caption
 
 
 def test_load_image_gives_the_pixels_of_the_cnn(tmp_path):
-    """An image of 16 bits, a transparent one, and a turned one; tests/images/test_images.py has all kinds."""
-    Image.fromarray(np.linspace(0, 65535, 100).astype(np.uint16).reshape(10, 10)).save(tmp_path / "a.png")
-    pixels = features.load_image(tmp_path / "a.png")
-    assert (pixels.shape, pixels.dtype) == ((299, 299, 3), np.uint8)
-    assert pixels.min() < 20 and 100 < pixels.mean() < 155 and pixels.max() > 235
-    Image.new("RGBA", (10, 10), (0, 0, 0, 0)).save(tmp_path / "b.png")
-    assert (features.load_image(tmp_path / "b.png", 224) == np.full((224, 224, 3), 255)).all()
     row = np.linspace(30, 220, 40).astype(np.uint8)  # dark on the left and bright on the right
     exif = Image.Exif()
     exif[0x0112] = 3  # taken upside down
-    Image.fromarray(np.broadcast_to(row, (30, 40)).copy()).save(tmp_path / "c.jpg", exif=exif)
-    pixels = features.load_image(tmp_path / "c.jpg")
-    assert pixels[:, :50].mean() > pixels[:, -50:].mean() + 50
+    Image.fromarray(np.broadcast_to(row, (30, 40)).copy()).save(tmp_path / "a.jpg", exif=exif)
+    for pixels, size in (
+        (features.load_image(tmp_path / "a.jpg"), 299),
+        (features.load_image(tmp_path / "a.jpg", 64), 64),
+    ):
+        assert (pixels.shape, pixels.dtype) == ((size, size, 3), np.uint8)
+        assert pixels[:, :10].mean() > pixels[:, -10:].mean() + 50
 
 
 # Large JPEGs, which are decoded at a part of their size.

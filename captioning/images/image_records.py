@@ -91,7 +91,9 @@ class ImageRecords:
 
     def add(self, image_path: str) -> None:
         """Records the file of an image that was noted, after its features have been written."""
-        self._append({image_path: self._noted.pop(image_path)})
+        record = self._noted.pop(image_path)
+        if record != self._records.get(image_path):
+            self._append({image_path: record})
 
     def _describe(self, image_path: str) -> ImageRecord | None:
         """Describes an image's file as it is now; returns None if it cannot be read."""
