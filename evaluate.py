@@ -135,7 +135,7 @@ def check_features(cache: FeatureCache, image_dir: Path, examples: list[Example]
         )
     # The features of an image that was replaced would give the captions of the old one.
     records = ImageRecords(cache.folder, image_dir)
-    if changed := records.find_changed({path: cache.path(path) for path in image_paths}):
+    if changed := records.find_changed(image_paths):
         raise InputError(
             f"{cache.folder}: {len(changed):,} images have changed since their features were computed (the first: "
             f"{image_dir / changed[0]}); {hint}"

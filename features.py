@@ -15,73 +15,68 @@ CNNs. The command can be stopped at any time. Run again, it continues.
 """
 
 import argparse
-import errno
 import itertools
 import math
 import os
 import re
 from collections.abc import Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
-from tqdm import tqdm
 
 import data_utils
 from captioning.base.cli import InputError, add_quiet_option, format_bytes, log, make_parser, progress_bar, run_main
-from captioning.base.files import check_disk_space, file_sha256, write_json
+from captioning.base.files import check_disk_space, write_json
 from captioning.base.quiet_tensorflow import tf
 from captioning.config.cnns import CNN, INCEPTION_V3
 from captioning.config.options import add_options
+from captioning.config.run_config import find_difference
 from captioning.config.settings import DataConfig, FeatureConfig
-from captioning.images.cnn_loader import find_cnn, load_cnn, preprocess
+from captioning.images.cnn_loader import load_cnn, preprocess
 from captioning.images.feature_cache import (
     CNN_FILE,
     MANIFEST_FILE,
-    SCALED_JPEG_SIDE,
     FeatureCache,
     check_cnn_weights,
-    find_difference,
     find_outdated,
     make_manifest,
     read_manifest,
-    scaled_jpeg_side,
 )
 from captioning.images.image_records import ImageRecords
-from captioning.images.random_cnn import calibrate, make_local
+from captioning.images.random_cnn import make_local, save_random_cnn
 from captioning.images.reading import ImageSource, map_threads, read_image, set_max_megapixels
 
-NUM_CALIBRATION_IMAGES = 64
+NUM_AHEAD = 4  # batches of images that are read before the CNN takes them
 NUM_WRITERS = 4  # threads
-NOT_WRITTEN = "its features cannot be written"
-NAME_ERRORS = (errno.ENAMETOOLONG, errno.EINVAL, errno.EILSEQ, errno.EISDIR, errno.ENOTDIR)  # of one file, not of all
-DECODE_BUFFER = 69e6  # largest size of decoded images that wait for the CNN, in bytes
+MAX_NAME_BYTES = 255 - len(".npy")  # a file system allows 255
 
 
 # Preprocess the images using InceptionV3. Training and inference use the same function.
 
 
-def load_image(
-    image: ImageSource, min_jpeg_side: int | None = SCALED_JPEG_SIDE, image_size: int = INCEPTION_V3.image_size
-) -> np.ndarray:
+def load_image(image: ImageSource, image_size: int = INCEPTION_V3.image_size) -> np.ndarray:
     """Reads an image of any format that Pillow knows as the pixels that the CNN takes.
 
-    The image is converted to upright RGB (`reading.read_image`). As in the tutorial, it is squeezed to a
-    square and not cropped. The feature extractor scales the pixels (`preprocess_input` in the tutorial).
-    `min_jpeg_side` and `image_size` are by default those of a new cache; `Captioner.load_image` takes those of its run.
+    Args:
+        image: a path, a file's content, an open file, pixels or a Pillow image.
+        image_size: the sides of the square that the CNN takes.
 
     Returns:
-        (image_size, image_size, 3) uint8.
+        (image_size, image_size, 3) uint8. The feature extractor scales them (`preprocess_input` in the tutorial).
 
     Raises:
-        InputError: see `read_image`.
+        InputError: the image cannot be read, see `captioning.images.reading.read_image`.
     """
-    return to_pixels(read_image(image, min_jpeg_side), image_size)
+    # A photo of 12 megapixels is far larger than the square. Decoding it at a part of its size takes a third of the
+    # time, and twice the pixels of the square are still enough to shrink it smoothly.
+    return to_pixels(read_image(image, 2 * image_size), image_size)
 
 
 def to_pixels(image: Image.Image, image_size: int = INCEPTION_V3.image_size) -> np.ndarray:
     """Squeezes an image, upright and in RGB, to what the CNN takes: (image_size, image_size, 3) uint8."""
+    # As in the tutorial the whole image becomes a square, and nothing is cropped: a caption may tell of its edges.
     return np.asarray(image.resize((image_size, image_size), Image.Resampling.BILINEAR))
 
 
@@ -104,12 +99,15 @@ def build_feature_extractor(cnn_weights: str = "imagenet", cnn: CNN = INCEPTION_
         InputError: the weights cannot be downloaded, are missing, or do not belong to the CNN.
     """
     check_cnn_weights(cnn_weights)
+    # The CNN without its top: not the 1,000 classes of ImageNet, but the grid from which they are computed.
     model = load_cnn(cnn, cnn_weights)
     if cnn_weights == "random":
         make_local(model)
     pixels = tf.keras.Input((cnn.image_size, cnn.image_size, 3), dtype="uint8")
+    # Every CNN expects the pixels as in its own training, InceptionV3 from -1 to 1.
     x = model(preprocess(pixels, cnn))  # (B, H, W, C), of InceptionV3 (B, 8, 8, 2048)
-    x = tf.keras.layers.Reshape(cnn.features_shape, dtype="float32")(x)  # (B, L, C), row after row
+    # Attention looks at a list of locations, and does not care that they are a grid: they are listed row after row.
+    x = tf.keras.layers.Reshape(cnn.features_shape, dtype="float32")(x)  # (B, L, C), (B, 64, 2048)
     return tf.keras.Model(pixels, x)
 
 
@@ -124,17 +122,10 @@ def open_or_create_cache(
     dtype: str,
     cnn: CNN = INCEPTION_V3,
 ) -> FeatureCache:
-    """Opens the cache in a folder, or creates one there.
+    """Opens the cache in a folder, or creates one there for the features of images, given relative to `image_dir`.
 
-    Random weights are drawn when the cache is created, calibrated on its first images, and saved in its folder.
-
-    Args:
-        folder: the cache's folder.
-        image_dir: the folder of the images.
-        image_paths: the images, relative to `image_dir`.
-        cnn_weights: `imagenet`, `random`, or a file of weights.
-        dtype: `float16` or `float32`, the type of the stored features.
-        cnn: the CNN, and the size of its images.
+    `cnn_weights` is `imagenet`, `random`, or a file of weights; `dtype`, that of the stored features, float16 or
+    float32.
 
     Raises:
         InputError: the folder holds features of other images, of another CNN, of other weights, or of another dtype.
@@ -142,22 +133,24 @@ def open_or_create_cache(
     folder = Path(folder)
     check_cnn_weights(cnn_weights)
     expected = make_manifest(folder, image_dir, cnn_weights, dtype, cnn)
-    # A cache without features is created again. It may be left over from weights that could not be downloaded.
+    # A cache that is still empty is created again. It may be left over from weights that could not be downloaded.
     if not (folder / MANIFEST_FILE).exists() or next(folder.rglob("*.npy"), None) is None:
-        if cnn_weights == "random":
-            expected["sha256"] = _save_random_weights(folder, image_dir, image_paths, cnn)
+        if cnn_weights == "random":  # drawn now, and saved: features of two random CNNs have nothing in common
+            extractor = build_feature_extractor(cnn_weights, cnn)
+            files = [image_dir / image_path for image_path in image_paths]
+            expected["sha256"] = save_random_cnn(folder / CNN_FILE, extractor, cnn, files, load_image)
         write_json(folder / MANIFEST_FILE, expected)
+        return FeatureCache(folder, expected)
     manifest = read_manifest(folder)
     were_moved = manifest["images"] != expected["images"] and not (folder / manifest["images"]).exists()
     if were_moved:  # those with another content are computed again
         manifest["images"] = expected["images"]
-    expected["jpeg_decoding"] = manifest.get("jpeg_decoding")  # a cache goes on as it began
-    # A file may have another name. The shape, which earlier versions did not write, follows from CNN and image size.
-    keys = [key for key in expected if key != "shape" and (key != "weights" or "sha256" not in expected)]
-    if key := find_difference(manifest, expected, keys):
+    # A file of weights may have another name. The SHA-256 of random ones is only in the cache.
+    if difference := find_difference(manifest, expected, {"weights" if "sha256" in expected else "sha256"}):
+        key, found, value = difference
         raise InputError(
-            f"{folder} holds features made with {key} {manifest.get(key)}, expected {expected[key]}; choose another "
-            f"--features-dir, or give the settings in {folder / MANIFEST_FILE}"
+            f"{folder} holds features made with {key} {found}, expected {value}; choose another --features-dir, or "
+            f"give the settings in {folder / MANIFEST_FILE}"
         )
     if were_moved:
         log(f"features: the images of {folder}/ have moved, and are now in {image_dir}/")
@@ -165,52 +158,8 @@ def open_or_create_cache(
     return FeatureCache(folder, {**manifest, "weights": cnn_weights})
 
 
-def _save_random_weights(folder: Path, image_dir: Path, image_paths: list[str], cnn: CNN) -> str:
-    """Saves a calibrated random CNN in the cache's folder and returns the SHA-256 of the file."""
-    extractor = build_feature_extractor("random", cnn)
-    candidates = image_paths[: 2 * NUM_CALIBRATION_IMAGES]  # twice as many, since some may be unreadable
-    loaded = load_images(image_dir, candidates, None, scaled_jpeg_side(cnn), cnn.image_size)
-    images = [image for _, image in loaded if isinstance(image, np.ndarray)]
-    if not images:
-        raise InputError(f"{image_dir}: none of the first {len(candidates)} images can be read")
-    calibrate(extractor, np.stack(images[:NUM_CALIBRATION_IMAGES]), cnn)
-    folder.mkdir(parents=True, exist_ok=True)
-    partial = folder / f".{CNN_FILE}"  # not atomic_write: Keras demands the ending .weights.h5
-    find_cnn(extractor).save_weights(partial)
-    os.replace(partial, folder / CNN_FILE)
-    return file_sha256(folder / CNN_FILE)
-
-
-def load_images(
-    image_dir: Path,
-    image_paths: Iterable[str],
-    records: ImageRecords | None,
-    min_jpeg_side: int | None,
-    image_size: int = INCEPTION_V3.image_size,
-) -> Iterator[tuple[str, np.ndarray | InputError]]:
-    """Loads images in their order, with several threads, and notes their files in `records`.
-
-    Yields:
-        The image's path, and its pixels, (image_size, image_size, 3) uint8, or the reason why it cannot be read.
-    """
-
-    def load(image_path: str) -> np.ndarray | InputError:
-        if records:
-            records.note(image_path)
-        try:
-            return load_image(image_dir / image_path, min_jpeg_side, image_size)
-        except InputError as error:
-            return error
-
-    return map_threads(load, image_paths, math.ceil(DECODE_BUFFER / (3 * image_size**2)))
-
-
 def announce_extraction(cache: FeatureCache, missing: list[str], num_images: int) -> None:
-    """Logs how many of `num_images` images are missing in a cache, and the disk space and time that they take.
-
-    Raises:
-        InputError: the disk has too little space.
-    """
+    """Logs how many of `num_images` images are missing in a cache, and checks that the disk has space for them."""
     num_bytes = len(missing) * math.prod(cache.shape) * cache.dtype.itemsize
     cost = format_bytes(num_bytes)
     if not tf.config.list_physical_devices("GPU"):
@@ -222,74 +171,17 @@ def announce_extraction(cache: FeatureCache, missing: list[str], num_images: int
     check_disk_space(cache.folder, num_bytes, "caching them", "use --features-dir on a larger disk, or fewer images")
 
 
-def compute_features(
-    extractor: tf.keras.Model, images: Iterator[tuple[str, np.ndarray]], batch_size: int, dtype: np.dtype
-) -> Iterator[tuple[list[str], np.ndarray]]:
-    """Computes the features of images, given with their paths, in batches.
-
-    Yields:
-        The paths of B images, and their features, (B, L, C), rounded on the device: float16 is sooner copied.
-    """
-
-    @tf.function(reduce_retracing=True)
-    def extract(pixels: tf.Tensor) -> tf.Tensor:
-        return tf.cast(extractor(pixels, training=False), dtype)  # (B, L, C)
-
-    def stack() -> Iterator[tuple[list[str], np.ndarray]]:
-        while batch := list(itertools.islice(images, batch_size)):
-            yield [image_path for image_path, _ in batch], np.stack([image for _, image in batch])
-
-    # A thread runs the CNN while this one makes the next batch. On a GPU that one is queued before this one is awaited.
-    for (image_paths, _), values in map_threads(lambda batch: extract(batch[1]), stack(), 2, num_threads=1):
-        yield image_paths, values.numpy()
-
-
-def write_features(
-    cache: FeatureCache,
-    records: ImageRecords,
-    batches: Iterable[tuple[list[str], np.ndarray]],
-    progress: tqdm,
-    unreadable: dict[str, str],
-) -> None:
-    """Stores batches of features with several threads, while the CNN computes the next batch (the tutorial's loop).
-
-    Images whose features cannot be written because of their name are added to `unreadable`, with the reason.
-    """
-
-    def store(image_path: str, features: np.ndarray) -> None:
-        cache.write(image_path, features)  # np.save of one image's features, (L, C)
-        records.add(image_path)
-
-    def finish(pending: dict[str, Future]) -> None:
-        for image_path, future in pending.items():
-            try:
-                future.result()
-            except OSError as error:
-                if error.errno not in NAME_ERRORS:  # such as a full disk, which concerns all images
-                    raise
-                unreadable[image_path] = f"{records.image_dir / image_path}: {NOT_WRITTEN} ({error.strerror})"
-                log(f"skipped {unreadable[image_path]}", error=True)
-
-    with ThreadPoolExecutor(NUM_WRITERS) as pool:
-        pending: dict[str, Future] = {}
-        for image_paths, features in batches:
-            finish(pending)
-            pending = {path: pool.submit(store, path, x) for path, x in zip(image_paths, features, strict=True)}
-            progress.update(len(image_paths))
-        finish(pending)
-
-
 def cache_features(cache: FeatureCache, image_dir: Path, image_paths: list[str], batch_size: int) -> dict[str, str]:
     """Computes and stores the features that a cache lacks. If it is stopped at any moment, the next call continues.
 
     Returns:
-        The images that cannot be read, or whose features cannot be written, each with the reason.
+        The images that cannot be read, each with the reason.
 
     Raises:
         InputError: none of the images can be read, the CNN's weights are missing, or the disk is too small.
     """
-    image_paths = list(dict.fromkeys(image_paths))  # without duplicates
-    records = ImageRecords(cache.folder, image_dir)
+    image_paths = list(dict.fromkeys(image_paths))  # each once
+    records = ImageRecords(cache.folder, image_dir)  # of the images' files, to find those that change later
     missing = find_outdated(cache, records, image_paths)
     if not missing:
         return {}
@@ -297,38 +189,71 @@ def cache_features(cache: FeatureCache, image_dir: Path, image_paths: list[str],
     check_cnn_weights(cache.cnn_weights, cache.manifest.get("sha256"))
     extractor = build_feature_extractor(cache.cnn_weights, cache.cnn)
     unreadable: dict[str, str] = {}
-    with progress_bar(total=len(missing), unit="image", desc="features") as progress:
-        loaded = load_images(image_dir, missing, records, cache.min_jpeg_side, cache.cnn.image_size)
-        batches = compute_features(extractor, _skip_unreadable(loaded, unreadable), batch_size, cache.dtype)
-        write_features(cache, records, batches, progress, unreadable)
-        progress.update(len(missing) - progress.n)  # those that cannot be read
+
+    def load(image_path: str) -> np.ndarray | InputError:
+        # A bad image among thousands must not stop the others: its error is passed on as a value.
+        path = image_dir / image_path
+        try:
+            if len(os.fsencode(path.name)) > MAX_NAME_BYTES:
+                raise InputError(f"{path}: its features cannot be written (file name too long)")
+            records.note(image_path)
+            return load_image(path, cache.cnn.image_size)  # (299, 299, 3)
+        except InputError as error:
+            return error
+
+    @tf.function(reduce_retracing=True)
+    def extract(pixels: tf.Tensor) -> tf.Tensor:  # (B, 299, 299, 3)
+        # Rounded on the device, since half as many bytes are sooner copied from a GPU.
+        return tf.cast(extractor(pixels, training=False), cache.dtype)  # (B, 64, 2048)
+
+    def save(image_path: str, features: np.ndarray) -> None:  # (64, 2048)
+        cache.write(image_path, features)  # np.save, as in the tutorial
+        records.add(image_path)
+
+    # The tutorial's loop, in which reading, computing and writing wait for each other. Here they overlap: many threads
+    # read images ahead, one runs the CNN, and others write the batch before.
+    readable = skip_unreadable(map_threads(load, missing, NUM_AHEAD * batch_size), unreadable)
+    batches = make_batches(readable, batch_size)
+    bar = progress_bar(total=len(missing), unit="image", desc="features")
+    with bar as progress, ThreadPoolExecutor(NUM_WRITERS) as writers:
+        written: Iterable[None] = ()
+        for (paths, _), features in map_threads(lambda batch: extract(batch[1]), batches, 2, num_threads=1):
+            list(written)  # waits for the files of the batch before, and raises the error of a full disk
+            written = writers.map(save, paths, features.numpy())
+            progress.update(len(paths))
+        list(written)
+        progress.update(len(unreadable))
     if len(unreadable) == len(image_paths):
         first = next(iter(unreadable.values()))
         raise InputError(f"{image_dir}: none of the {len(image_paths):,} images can be read; the first: {first}")
     return unreadable
 
 
-def _skip_unreadable(
+def skip_unreadable(
     images: Iterable[tuple[str, np.ndarray | InputError]], unreadable: dict[str, str]
 ) -> Iterator[tuple[str, np.ndarray]]:
     """Yields the images that could be read, and adds the others to `unreadable`, with the reason."""
-    for image_path, image in images:
-        if isinstance(image, InputError):
-            unreadable[image_path] = str(image)
-            log(f"skipped {image}", error=True)
+    for image_path, pixels in images:
+        if isinstance(pixels, InputError):
+            log(f"skipped {pixels}", error=True)
+            unreadable[image_path] = str(pixels)
         else:
-            yield image_path, image
+            yield image_path, pixels
+
+
+def make_batches(
+    images: Iterator[tuple[str, np.ndarray]], batch_size: int
+) -> Iterator[tuple[tuple[str, ...], np.ndarray]]:
+    """Groups images into batches: B paths, and their pixels (B, size, size, 3)."""
+    while batch := list(itertools.islice(images, batch_size)):
+        paths, pixels = zip(*batch, strict=True)
+        yield paths, np.stack(pixels)
 
 
 def extract_features(
     dataset: data_utils.CaptionDataset, config: FeatureConfig, shard: slice = slice(None)
 ) -> tuple[FeatureCache, data_utils.CaptionDataset]:
-    """Caches the features of a dataset's images.
-
-    Args:
-        dataset: the images.
-        config: how the features are computed and stored.
-        shard: the part of the images whose features are computed; all by default.
+    """Caches the features of a dataset's images, or of a shard of them.
 
     Returns:
         The cache, and the dataset without the images that cannot be read.
@@ -340,8 +265,8 @@ def extract_features(
     cache = open_or_create_cache(folder, dataset.image_dir, image_paths, config.cnn_weights, config.dtype, cnn)
     unreadable = cache_features(cache, dataset.image_dir, image_paths[shard], config.cnn_batch_size)
     if unreadable:
-        count = len(image_paths[shard])
-        log(f"features: {len(unreadable):,} of {count:,} images cannot be read: left out, with their captions")
+        counts = f"{len(unreadable):,} of {len(image_paths[shard]):,}"
+        log(f"features: {counts} images cannot be read: left out, with their captions")
     return cache, dataset.exclude(set(unreadable))
 
 

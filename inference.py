@@ -36,7 +36,7 @@ from captioning.config.options import add_options
 from captioning.config.run_config import RunConfig
 from captioning.config.settings import DecodeConfig, FeatureConfig
 from captioning.decoder.decoding import StepModel, decode
-from captioning.images.feature_cache import check_cnn_weights, find_cnn_weights, min_jpeg_side
+from captioning.images.feature_cache import check_cnn_weights, find_cnn_weights
 from captioning.images.image_args import find_images, is_url, open_image, plot_paths
 from captioning.images.reading import ImageSource, map_threads, read_image, set_max_megapixels
 from captioning.output.captions import Caption, to_captions
@@ -80,7 +80,6 @@ class Captioner:
 
     Attributes:
         decode_config: how captions are searched for.
-        min_jpeg_side: how large JPEGs are decoded, as for the training; see `captioning.images.reading.read_image`.
         image_size: the sides of the square images that the CNN takes, in pixels.
         compile_cnn: whether the CNN runs as a graph, which is several times faster but takes seconds to build.
     """
@@ -99,7 +98,6 @@ class Captioner:
         self.config = config
         self.run = run
         self.decode_config = self._with_max_words(decode_config)
-        self.min_jpeg_side = min_jpeg_side(config.features)
         self.image_size = config.cnn.image_size
         self.compile_cnn = compile_cnn
 
@@ -155,7 +153,7 @@ class Captioner:
 
     def load_image(self, image: ImageSource) -> np.ndarray:
         """Reads an image as for the training, (size, size, 3) uint8; see `features.load_image`."""
-        return features.load_image(image, self.min_jpeg_side, self.image_size)
+        return features.load_image(image, self.image_size)
 
     def caption_pixels(self, pixels: np.ndarray) -> list[Caption]:
         """Captions images read by `load_image`, (B, size, size, 3) uint8."""
@@ -193,7 +191,7 @@ def caption_and_plot(captioner: Captioner, path: Path, folder: Path) -> tuple[Ca
         The caption, and the path of the plot; None if it cannot be written there, which is logged.
     """
     # The plot has the proportions of the image, and the CNN a square: the grid of attention is stretched for it.
-    image = read_image(path, captioner.min_jpeg_side)
+    image = read_image(path, 2 * captioner.image_size)
     caption = captioner.caption(image)
     plot_path = folder / f"{path.stem}_attention.png"
     return caption, plot_path if write_plot(thumbnail(image), caption, plot_path) else None
@@ -220,7 +218,7 @@ def caption_stream(
     def load(image: str) -> tuple[np.ndarray, Image.Image | None] | InputError:
         # A bad image must not stop the others: its error is passed on as a value.
         try:
-            whole = open_image(image, captioner.min_jpeg_side)
+            whole = open_image(image, 2 * captioner.image_size)
         except InputError as error:
             return error
         # The image itself is dropped: a batch of large photos would fill the memory.

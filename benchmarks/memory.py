@@ -26,6 +26,7 @@ from captioning.base.cli import make_parser, run_main
 from captioning.base.files import write_json
 from captioning.config.settings import DataConfig
 from captioning.images.feature_cache import MANIFEST_FILE, FeatureCache, make_manifest, read_manifest
+from captioning.images.image_records import ImageRecords
 from captioning.training.input_pipeline import encode_captions, make_dataset, make_epoch_batches
 from tokenizer import Tokenizer
 
@@ -65,6 +66,7 @@ def make_data(folder: Path, num_images: int, num_captions: int) -> None:
     image_dir.mkdir()
     cache_dir = folder / "features"
     cache = FeatureCache(cache_dir, make_manifest(cache_dir, image_dir, "imagenet", "float16"))
+    records = ImageRecords(cache_dir, image_dir)  # without them the features would be computed again
     for number, image_path in enumerate(image_paths):
         if number < NUM_FEATURE_FILES:
             cache.write(image_path, rng.random(cache.shape))
@@ -73,9 +75,10 @@ def make_data(folder: Path, num_images: int, num_captions: int) -> None:
         if number % MAX_LINKS == 0:
             empty_file = image_dir / image_path
             empty_file.touch()
-            os.utime(empty_file, (0, 0))  # older than the features, or they would be computed again
         else:
             os.link(empty_file, image_dir / image_path)
+        records.note(image_path)
+        records.add(image_path)
     write_json(cache.folder / MANIFEST_FILE, cache.manifest)
 
 

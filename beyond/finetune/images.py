@@ -13,7 +13,7 @@ import numpy as np
 
 from captioning.base.cli import InputError
 from captioning.base.quiet_tensorflow import tf
-from captioning.images.feature_cache import CNN_FILE, FeatureSource, min_jpeg_side
+from captioning.images.feature_cache import CNN_FILE, FeatureSource
 from features import load_image
 
 # Augmentation: small, and never a mirror image, since captions say left and right.
@@ -49,11 +49,11 @@ class ImageReader:
 
         An image that cannot be read is an error of the pipeline; see `explain_failure`.
         """
-        size, min_side = self.manifest["image_size"], min_jpeg_side(self.manifest)
+        size = self.manifest["image_size"]
 
         def load(paths: np.ndarray) -> np.ndarray:
             try:
-                images = [load_image(os.fsdecode(path), min_side, size) for path in paths]
+                images = [load_image(os.fsdecode(path), size) for path in paths]
                 return np.stack(images)  # (I, size, size, 3)
             except InputError as error:
                 self.failure = error

@@ -103,6 +103,6 @@ def cnn_of_manifest(manifest: Mapping[str, Any]) -> CNN:
         )
     cnn = cnn.at(manifest["image_size"])
     shape = list(cnn.features_shape)
-    if manifest.get("shape", shape) != shape:  # earlier versions wrote none; they had only InceptionV3
+    if manifest["shape"] != shape:
         raise InputError(f"shape: expected {shape}, found {str(manifest['shape'])[:60]}")
     return cnn

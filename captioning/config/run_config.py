@@ -1,6 +1,7 @@
 """All settings of a run, as its config.json keeps them."""
 
 import dataclasses
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from captioning.config.cnns import CNN, cnn_of_manifest
@@ -37,13 +38,9 @@ class RunConfig:
         Returns:
             The setting's name, its value here and its value there; None if there is none.
         """
-        ours, theirs = self._fixed_values(), other._fixed_values()
-        for name in ours | theirs:
-            if name == "weights" and "sha256" in ours:  # a weights file is identified by its content, not by its name
-                continue
-            if ours.get(name) != theirs.get(name):
-                return name, ours.get(name), theirs.get(name)
-        return None
+        # A file of weights is identified by its content, not by its name.
+        ignored = {"weights"} if "sha256" in self.features else set()
+        return find_difference(self._fixed_values(), other._fixed_values(), ignored)
 
     def _fixed_values(self) -> dict[str, Any]:
         """Returns all that may not change when a run is resumed, by name."""
@@ -55,3 +52,13 @@ class RunConfig:
         values |= self.objective
         values |= {"unreadable_images": self.unreadable_images, "data_fingerprint": self.data_fingerprint}
         return values | {name: value for name, value in self.features.items() if name != "folder"}
+
+
+def find_difference(
+    ours: Mapping[str, Any], theirs: Mapping[str, Any], ignored: Collection[str] = ()
+) -> tuple[str, Any, Any] | None:
+    """Returns the first name with two different values, and both; a missing value is None."""
+    for name in {**ours, **theirs}:
+        if name not in ignored and ours.get(name) != theirs.get(name):
+            return name, ours.get(name), theirs.get(name)
+    return None

@@ -10,15 +10,7 @@ from captioning.config.cnns import CNN
 
 
 def preprocess(pixels: tf.Tensor, cnn: CNN) -> tf.Tensor:
-    """Scales pixels as those of the CNN's ImageNet training were.
-
-    Args:
-        pixels: (B, size, size, 3) uint8, a Keras tensor.
-        cnn: the CNN that takes them.
-
-    Returns:
-        (B, size, size, 3) float32, the input of the model of `load_cnn`.
-    """
+    """Scales pixels as those of the CNN's ImageNet training were: (B, size, size, 3), from uint8 to float32."""
     if cnn.preprocessing == "tf":  # the same as `preprocess_input` of inception_v3 and resnet_v2
         return tf.keras.layers.Rescaling(1 / 127.5, offset=-1.0)(pixels)
     x = tf.keras.ops.cast(pixels, "float32")
@@ -26,11 +18,7 @@ def preprocess(pixels: tf.Tensor, cnn: CNN) -> tf.Tensor:
 
 
 def load_cnn(cnn: CNN, cnn_weights: str) -> tf.keras.Model:
-    """Makes a CNN up to the layer whose output is used.
-
-    Args:
-        cnn: which one, and the size of its images.
-        cnn_weights: `imagenet` (downloaded on first use), `random`, or a file of weights without the top.
+    """Makes a CNN up to the layer whose output is used, with the weights `imagenet`, `random`, or those of a file.
 
     Returns:
         A model from preprocessed images (B, size, size, 3) to (B, H, W, C), named like the CNN.

@@ -5,7 +5,6 @@ number formats are never mixed. features.py fills the cache. Training and evalua
 """
 
 import io
-import math
 import os
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -17,30 +16,21 @@ from captioning.base.cli import InputError, log
 from captioning.base.files import atomic_write, check_schema, file_sha256, read_json
 from captioning.base.quiet_tensorflow import tf
 from captioning.config.cnns import CNN, INCEPTION_V3, cnn_of_manifest
+from captioning.config.run_config import find_difference
 from captioning.images.image_records import ImageRecords
 
-JPEG_DECODINGS = ("full", "scaled")  # the manifest's jpeg_decoding
+HEADER_BYTES = 128  # what np.save writes before the features of an image
 NUM_READERS = 8  # threads that read features, and batches that are read ahead
 MANIFEST_FILE = "features.json"
 MANIFEST_FIELDS = {
     "cnn": str,  # its name in keras.applications, such as InceptionV3
     "weights": str,  # imagenet, random, or a file; with the file's "sha256" unless it is imagenet
     "image_size": int,
+    "shape": list,  # of the features of an image, [L, C], which the CNN and the image size decide
     "dtype": str,  # of the stored features: float16 or float32
     "images": str,  # the image folder, relative to the cache
-    # and two that earlier versions did not write:
-    # "shape", of the features of an image: [L, C], which the CNN and the image size decide
-    # "jpeg_decoding": scaled (see `reading.read_image`), or full, which it is where there is no such key
 }
 CNN_FILE = "cnn.weights.h5"  # the CNN's weights, which are kept in the cache if they are random
-
-
-def scaled_jpeg_side(cnn: CNN) -> int:
-    """Returns the pixels that the shorter side of a large JPEG keeps, which is then resized for the CNN."""
-    return 2 * cnn.image_size
-
-
-SCALED_JPEG_SIDE = scaled_jpeg_side(INCEPTION_V3)
 
 
 class FeatureSource(Protocol):
@@ -69,7 +59,6 @@ class FeatureCache:
         cnn: the CNN that computes them, and the size of its images.
         shape: of the features of an image: L locations and C channels, of InceptionV3 (64, 2048).
         dtype: the stored features' type, float16 or float32.
-        min_jpeg_side: how large JPEGs are decoded, see `captioning.images.reading.read_image`.
     """
 
     def __init__(self, folder: Path | str, manifest: dict[str, Any]):
@@ -78,8 +67,10 @@ class FeatureCache:
         self.cnn = cnn_of_manifest(manifest)
         self.shape = self.cnn.features_shape
         self.dtype = np.dtype(manifest["dtype"])
-        self.min_jpeg_side = min_jpeg_side(manifest)
-        self._header = _npy_header(self.shape, self.dtype)  # the first 128 bytes of every file
+        example = io.BytesIO()
+        np.save(example, np.empty(self.shape, self.dtype))
+        self._num_bytes = len(example.getvalue())  # of every file
+        self._header = example.getvalue()[:HEADER_BYTES]
 
     @property
     def cnn_weights(self) -> str:
@@ -94,33 +85,26 @@ class FeatureCache:
 
     def missing(self, image_paths: Iterable[str]) -> list[str]:
         """Returns the images that have no complete file of features."""
-        return [image_path for image_path in image_paths if not self.is_complete(self.path(image_path))]
+        return [image_path for image_path in image_paths if not self._is_complete(self.path(image_path))]
 
-    def is_complete(self, path: Path) -> bool:
+    def _is_complete(self, path: Path) -> bool:
         """Tells whether a file has the size and the header that `write` gives it. `read` checks neither."""
-        num_bytes = len(self._header) + math.prod(self.shape) * self.dtype.itemsize
         try:
             with open(path, "rb") as file:
-                return os.fstat(file.fileno()).st_size == num_bytes and file.read(len(self._header)) == self._header
+                return file.read(HEADER_BYTES) == self._header and file.seek(0, os.SEEK_END) == self._num_bytes
         except (OSError, ValueError):  # there is no such file, or its name is too long or contains a NUL
             return False
 
     def write(self, image_path: str, features: np.ndarray) -> None:
         """Stores the features of one image, (L, C)."""
         with atomic_write(self.path(image_path), "wb") as file:
-            np.save(file, features.astype(self.dtype, copy=False), allow_pickle=False)
+            np.save(file, features.astype(self.dtype, copy=False))
 
     def read(self, paths: tf.Tensor) -> tf.Tensor:
-        """Reads features inside a tf.data pipeline.
+        """Reads files (B,) inside a tf.data pipeline: features (B, L, C), as stored.
 
-        The files are read as plain bytes: that releases Python's lock, which np.load holds, so that several threads
-        read at the same time.
-
-        Args:
-            paths: (B,) strings, the files.
-
-        Returns:
-            (B, L, C) float16 or float32, as stored.
+        They are read as plain bytes: that releases Python's lock, which np.load holds, so that several threads read at
+        the same time.
         """
 
         def load(paths: np.ndarray) -> np.ndarray:
@@ -135,20 +119,9 @@ class FeatureCache:
         return tf.ensure_shape(features, (None, *self.shape))
 
 
-def _npy_header(shape: tuple[int, int], dtype: np.dtype) -> bytes:
-    """Returns the header that np.save writes before the features of an image."""
-    header = io.BytesIO()
-    description = {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False, "shape": shape}
-    np.lib.format.write_array_header_1_0(header, description)
-    return header.getvalue()
-
-
 def map_prefetch(dataset: tf.data.Dataset, fn: Callable) -> tf.data.Dataset:
-    """Maps a dataset with several threads, and keeps some results ready for the model.
-
-    The number of threads is fixed: at the end of a dataset TensorFlow waits for its autotuner, which may sleep for a
-    minute.
-    """
+    """Maps a dataset with several threads, and keeps some results ready for the model."""
+    # Without autotuning: at the end of a dataset TensorFlow waits for its autotuner, which may sleep for a minute.
     options = tf.data.Options()
     options.autotune.enabled = False
     return dataset.map(fn, num_parallel_calls=NUM_READERS).prefetch(NUM_READERS).with_options(options)
@@ -156,51 +129,33 @@ def map_prefetch(dataset: tf.data.Dataset, fn: Callable) -> tf.data.Dataset:
 
 def find_outdated(cache: FeatureCache, records: ImageRecords, image_paths: list[str]) -> list[str]:
     """Returns the images that have no features, damaged ones, or those of another file of the same name."""
-    missing = set(cache.missing(image_paths))
-    for image_path in image_paths:
-        if image_path in missing and os.path.exists(path := cache.path(image_path)):
+    missing = cache.missing(image_paths)
+    for path in map(cache.path, missing):
+        if os.path.exists(path):
             log(f"features: {path} is damaged and will be computed again")
-    changed = records.find_changed({image: cache.path(image) for image in image_paths if image not in missing})
+    outdated = set(missing)
+    changed = records.find_changed(image_path for image_path in image_paths if image_path not in outdated)
     if changed:
         log(f"features: {len(changed):,} images have changed and will be computed again, the first: {changed[0]}")
-    return [image_path for image_path in image_paths if image_path in missing.union(changed)]
+    outdated.update(changed)
+    return [image_path for image_path in image_paths if image_path in outdated]
 
 
 # The manifest.
 
 
 def check_manifest(manifest: Any) -> None:
-    """Checks a manifest, which comes from a cache's features.json or from a run's config.json.
-
-    Raises:
-        InputError: a field is missing or has a wrong value.
-    """
+    """Checks a manifest of a features.json or a config.json; raises InputError if a field is missing or wrong."""
     check_schema(manifest, MANIFEST_FIELDS)
     if manifest["weights"] != "imagenet":
         check_schema(manifest, {"sha256": str})
     if manifest["dtype"] not in ("float16", "float32"):
         raise InputError(f"dtype: expected float16 or float32, found {manifest['dtype']!r}")
-    if (decoding := _jpeg_decoding(manifest)) not in list(JPEG_DECODINGS):
-        raise InputError(f"jpeg_decoding: expected {' or '.join(JPEG_DECODINGS)}, found {str(decoding)[:60]!r}")
     cnn_of_manifest(manifest)
 
 
-def _jpeg_decoding(manifest: dict[str, Any]) -> Any:
-    """Returns how a manifest says that JPEGs are decoded; earlier versions knew one way, and did not say it."""
-    return manifest.get("jpeg_decoding", "full")
-
-
-def min_jpeg_side(manifest: dict[str, Any]) -> int | None:
-    """Returns the `min_jpeg_side` of `reading.read_image` with which the images of a manifest are read."""
-    return scaled_jpeg_side(cnn_of_manifest(manifest)) if _jpeg_decoding(manifest) == "scaled" else None
-
-
 def read_manifest(folder: Path) -> dict[str, Any]:
-    """Reads the features.json of a cache.
-
-    Raises:
-        InputError: the file is missing, or is not a manifest.
-    """
+    """Reads the features.json of a cache; raises InputError if it is missing, or is not a manifest."""
     manifest = read_json(folder / MANIFEST_FILE)
     try:
         check_manifest(manifest)
@@ -214,12 +169,7 @@ def make_manifest(
 ) -> dict[str, Any]:
     """Makes the manifest of a cache, without the SHA-256 of random weights, which are drawn later.
 
-    Args:
-        folder: the cache's folder.
-        image_dir: the folder of the images.
-        cnn_weights: `imagenet`, `random`, or a file of weights, which exists.
-        dtype: `float16` or `float32`.
-        cnn: the CNN, and the size of its images.
+    `cnn_weights` is `imagenet`, `random`, or a file, which exists.
     """
     manifest = {
         "cnn": cnn.name,
@@ -227,7 +177,6 @@ def make_manifest(
         "image_size": cnn.image_size,
         "shape": list(cnn.features_shape),
         "dtype": dtype,
-        "jpeg_decoding": "scaled",
         # A relative path: a project that is moved as a whole keeps its cache.
         "images": Path(os.path.relpath(image_dir.resolve(), folder.resolve())).as_posix(),
     }
@@ -236,28 +185,21 @@ def make_manifest(
     return manifest
 
 
-def find_difference(manifest: dict[str, Any], expected: dict[str, Any], keys: Iterable[str]) -> str | None:
-    """Returns the first key in which a manifest differs from the expected one, or None."""
-    return next((key for key in keys if manifest.get(key) != expected[key]), None)
-
-
 def open_run_cache(manifest: dict[str, Any]) -> FeatureCache:
-    """Opens the cache that a run was trained with.
-
-    Args:
-        manifest: the manifest in the run's config.json, which also has the cache's `folder`.
+    """Opens the cache of a run, by the manifest in its config.json, which also has the cache's `folder`.
 
     Raises:
         InputError: the cache is missing, or its features were computed again with another CNN.
     """
     folder = Path(manifest["folder"])
     stored = read_manifest(folder)
-    weights_key = "sha256" if "sha256" in manifest else "weights"  # a file is identified by its content, not its name
-    stored, manifest = ({**each, "jpeg_decoding": _jpeg_decoding(each)} for each in (stored, manifest))
-    if key := find_difference(stored, manifest, ("cnn", weights_key, "image_size", "dtype", "jpeg_decoding")):
+    # A file of weights is identified by its content, not by its name. The images may have moved.
+    ignored = {"folder", "images", "weights" if "sha256" in manifest else "sha256"}
+    if difference := find_difference(stored, manifest, ignored):
+        key, found, expected = difference
         raise InputError(
-            f"{folder} does not hold the features this run was trained with: its {key} is {stored.get(key)}, that of "
-            f"the run's config.json {manifest[key]}; compute them again with features.py and the options of the run"
+            f"{folder} does not hold the features this run was trained with: its {key} is {found}, that of the run's "
+            f"config.json {expected}; compute them again with features.py and the options of the run"
         )
     return FeatureCache(folder, manifest)
 
@@ -266,11 +208,7 @@ def open_run_cache(manifest: dict[str, Any]) -> FeatureCache:
 
 
 def check_cnn_weights(cnn_weights: str, sha256: str | None = None) -> None:
-    """Checks that the CNN's weights exist.
-
-    Args:
-        cnn_weights: `imagenet`, `random`, or a file.
-        sha256: the SHA-256 that the file must have; None if it may be any file.
+    """Checks that the CNN's weights exist: `imagenet`, `random`, or a file, with this SHA-256 if one is given.
 
     Raises:
         InputError: there is no such file, or it has another SHA-256.

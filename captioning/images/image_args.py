@@ -25,22 +25,14 @@ def is_url(image: str) -> bool:
 
 
 def download_image(url: str, folder: Path) -> Path:
-    """Downloads an image into a folder.
-
-    Raises:
-        InputError: it cannot be downloaded, is too large, or the address is not http(s).
-    """
+    """Downloads an image into a folder; raises InputError, see `captioning.base.downloads.download`."""
     name = PurePosixPath(urllib.parse.urlsplit(url).path).name
     path = folder / (name if name.strip(".") else "image")
     return download(url, path, quiet=True, max_bytes=MAX_IMAGE_BYTES)
 
 
 def open_image(image: str, min_jpeg_side: int | None = None) -> Image.Image:
-    """Reads the image of a path or an address; `min_jpeg_side` is that of `captioning.images.reading.read_image`.
-
-    Raises:
-        InputError: see `download_image` and `captioning.images.reading.read_image`.
-    """
+    """Reads the image of a path or an address, see `download_image` and `captioning.images.reading.read_image`."""
     if not is_url(image):
         return read_image(image, min_jpeg_side)
     with tempfile.TemporaryDirectory() as folder:
@@ -48,22 +40,17 @@ def open_image(image: str, min_jpeg_side: int | None = None) -> Image.Image:
 
 
 def read_list(path: str) -> list[str]:
-    """Reads the images of a list: a path or an address on each line; `-` is standard input. Empty lines are left out.
-
-    Raises:
-        InputError: there is no such file, it is not UTF-8, or names no image.
-    """
+    """Reads a list: a path or an address on each line; `-` is standard input. Raises InputError if it is not one."""
+    expected = f"--from {path}: expected a text file with an image on each line"
     try:
-        # A name on the disk need not be Unicode; a list that `find` wrote has it as it is.
         content = sys.stdin.buffer.read() if path == "-" else Path(path).read_bytes()
-        lines = content.decode("utf-8-sig", errors="surrogateescape").splitlines()
     except (FileNotFoundError, IsADirectoryError) as error:
-        raise InputError(f"--from {path}: expected a text file with an image on each line ({error})") from None
+        raise InputError(f"{expected} ({error})") from None
+    # A name on the disk need not be Unicode; a list that `find` wrote has it as it is.
+    lines = content.decode("utf-8-sig", errors="surrogateescape").splitlines()
     images = [line.strip() for line in lines if line.strip()]
-    if not images:
-        raise InputError(f"--from {path}: expected a text file with an image on each line, found none")
-    if any("\0" in image for image in images):
-        raise InputError(f"--from {path}: expected a text file with an image on each line, found a binary file")
+    if not images or b"\0" in content:
+        raise InputError(f"{expected}, found {'a binary file' if images else 'none'}")
     return images
 
 
@@ -85,16 +72,15 @@ def expand_image_args(args: Sequence[str], missing_ok: bool = False) -> list[str
     """
     images: list[str] = []
     for arg in args:
-        if is_url(arg) or Path(arg).is_file():
-            images.append(arg)
-        elif not Path(arg).is_dir():
-            if not missing_ok:
-                raise InputError(f"{arg}: no such image")
-            images.append(arg)
-        else:
-            if not (images_in_folder := _walk_images(arg)):
+        if not is_url(arg) and Path(arg).is_dir():
+            images_in_folder = _walk_images(arg)
+            if not images_in_folder:
                 raise InputError(f"{arg}: expected a folder with images, found none in it")
             images += images_in_folder
+        elif missing_ok or is_url(arg) or Path(arg).is_file():
+            images.append(arg)
+        else:
+            raise InputError(f"{arg}: no such image")
     return images
 
 

@@ -45,11 +45,7 @@ def walk_files(folder: Path) -> list[str]:
 
 
 class NameIndex:
-    """Finds images among known paths by names that need not be exact.
-
-    Args:
-        paths: with forward slashes.
-    """
+    """Finds images among known paths, with forward slashes, by names that need not be exact."""
 
     def __init__(self, paths: Iterable[str]):
         self._paths = set()
@@ -63,11 +59,9 @@ class NameIndex:
                 self._by_name[name_key(known_as.rpartition("/")[2])].append(path)
 
     def find(self, name: str) -> str | None:
-        """Returns the one path that a name means; None if there is none, or several.
+        """Returns the one path that a name of `clean_name` means; None if there is none, or several.
 
-        Args:
-            name: a name as `clean_name` returns it. It may differ from the path in case and in Unicode form, have
-                further folders in front, lack folders, or lack its ending.
+        The name may differ in case and Unicode form, have further folders in front, lack folders, or lack its ending.
         """
         if name in self._paths:
             return name
@@ -84,27 +78,6 @@ def _without_folders(name: str) -> list[str]:
     """Returns a name, and the name without its first folder, without its first two, and so on."""
     parts = name.split("/")
     return ["/".join(parts[i:]) for i in range(len(parts))]
-
-
-class ImageFinder:
-    """Finds images in a folder as `NameIndex` does; the folder is searched only if a file has not the name itself."""
-
-    def __init__(self, folder: Path):
-        self.folder = folder
-
-    def find(self, name: str) -> str | None:
-        """Returns the path inside the folder of the one file that a name means, or None; see `NameIndex.find`."""
-        return next(filter(self._is_file, _without_folders(name)), None) or self._index.find(name)
-
-    def _is_file(self, name: str) -> bool:
-        try:
-            return (self.folder / name).is_file()
-        except (OSError, ValueError):  # the name is too long
-            return False
-
-    @functools.cached_property
-    def _index(self) -> NameIndex:
-        return NameIndex(filter(is_image_file, walk_files(self.folder)))
 
 
 def find_clash(paths: dict[str, str]) -> tuple[str, str] | None:
@@ -125,16 +98,26 @@ def find_clash(paths: dict[str, str]) -> tuple[str, str] | None:
 
 
 def find_images(folder: Path, names: Iterable[str]) -> tuple[dict[str, str], list[str]]:
-    """Finds the files of images.
+    """Finds the files of images; the folder is searched only if a file does not have the name itself.
 
     Returns:
         The path inside the folder for every name; and the names for which there is no file, or not one only, which
         stay as they are.
     """
-    finder = ImageFinder(folder)
+
+    @functools.cache
+    def index() -> NameIndex:
+        return NameIndex(filter(is_image_file, walk_files(folder)))
+
+    def is_file(name: str) -> bool:
+        try:
+            return (folder / name).is_file()
+        except (OSError, ValueError):  # the name is too long, or contains a NUL
+            return False
+
     paths, missing = {}, []
     for name in names:
-        found = finder.find(name)
+        found = next(filter(is_file, _without_folders(name)), None) or index().find(name)
         if found is None:
             missing.append(name)
         paths[name] = found or name

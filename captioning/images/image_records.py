@@ -7,6 +7,7 @@ line of an image counts.
 
 import json
 import os
+from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -36,59 +37,51 @@ class ImageRecords:
     """
 
     def __init__(self, folder: Path, image_dir: Path):
-        self.path, self.image_dir = folder / RECORDS_FILE, image_dir
-        content = self.path.read_bytes() if self.path.is_file() else b""
-        self._line_start = b"\n" if content and not content.endswith(b"\n") else b""  # after a line that was cut off
+        self.path = folder / RECORDS_FILE
+        self.image_dir = image_dir
         self._noted: dict[str, ImageRecord] = {}
         self._records: dict[str, ImageRecord] = {}
-        for line in content.split(b"\n"):
+        for line in self.path.read_bytes().split(b"\n") if self.path.is_file() else ():
             try:
-                image_path, num_bytes, mtime_ns, sha256 = json.loads(line)
-                self._records[str(image_path)] = ImageRecord(int(num_bytes), int(mtime_ns), str(sha256))
-            except (ValueError, TypeError, OverflowError, RecursionError):  # damaged: as if it were not there
+                image_path, *record = json.loads(line)
+                self._records[image_path] = ImageRecord(*record)
+            except (ValueError, TypeError):  # empty, cut off or damaged: as if it were not there
                 continue
 
-    def find_changed(self, feature_paths: dict[str, Path]) -> list[str]:
-        """Returns the images whose file has changed since their features were computed.
+    def find_changed(self, image_paths: Iterable[str]) -> list[str]:
+        """Returns the images whose file is not the one that was recorded; one that is gone has not changed.
 
         A file that only has another time is read, and is not changed if its content is the same: it may have been
-        copied, or downloaded again. An image without a record, in a cache of an earlier version, has changed if it is
-        newer than its features. A file that is gone has not changed.
-
-        Args:
-            feature_paths: the images, each with the file of its features, which exists.
+        copied, or downloaded again.
         """
-        changed, unsure = set(), []
-        for image_path, feature_path in feature_paths.items():
+        changed, unsure = [], []
+        for image_path in image_paths:
             try:
-                stat = os.stat(os.path.join(self.image_dir, image_path))
-            except (OSError, ValueError):
+                stat = os.stat(self.image_dir / image_path)
+            except (OSError, ValueError):  # the latter of a name with a NUL
                 continue
             record = self._records.get(image_path)
-            if record is None and stat.st_mtime_ns > os.stat(feature_path).st_mtime_ns:
-                changed.add(image_path)
-            elif record is None or (record.num_bytes, record.mtime_ns) != (stat.st_size, stat.st_mtime_ns):
+            if record is None or record.num_bytes != stat.st_size:
+                changed.append(image_path)
+            elif record.mtime_ns != stat.st_mtime_ns:
                 unsure.append(image_path)
-        changed.update(self._compare(unsure))
-        return [image_path for image_path in feature_paths if image_path in changed]
+        return changed + self._compare(unsure)
 
     def _compare(self, image_paths: list[str]) -> list[str]:
-        """Returns the images whose content is not the one that was recorded, if any, and records the others as now."""
-        changed, may_write = [], True
+        """Returns the images whose content is not the one that was recorded, and records the others as they are now."""
+        changed, same = [], {}
         is_quick = len(image_paths) < NUM_SHOWN
         with progress_bar(total=len(image_paths), desc="comparing", unit="image", disable=is_quick) as progress:
             for image_path, now in map_threads(self._describe, image_paths, NUM_PENDING):
                 progress.update()
-                record = self._records.get(image_path)
-                if now is None or (record is not None and record.sha256 != now.sha256):
+                if now and now.sha256 == self._records[image_path].sha256:
+                    same[image_path] = now
+                else:
                     changed.append(image_path)
-                    continue
-                try:
-                    if may_write:
-                        self._append(image_path, now)
-                except OSError as error:  # a cache may be read by those who may not write to it
-                    may_write = False
-                    log(f"{self.path} cannot be written ({error.strerror}): the images will be compared again")
+        try:
+            self._append(same)
+        except OSError as error:  # a cache may be read by those who may not write to it
+            log(f"{self.path} cannot be written ({error.strerror}): the images will be compared again")
         return changed
 
     def note(self, image_path: str) -> None:
@@ -98,22 +91,21 @@ class ImageRecords:
 
     def add(self, image_path: str) -> None:
         """Records the file of an image that was noted, after its features have been written."""
-        record = self._noted.pop(image_path, None)
-        if record and record != self._records.get(image_path):
-            self._append(image_path, record)
+        record = self._noted.pop(image_path)
+        if record != self._records.get(image_path):
+            self._append({image_path: record})
 
     def _describe(self, image_path: str) -> ImageRecord | None:
         """Describes an image's file as it is now; returns None if it cannot be read."""
         try:
             stat = os.stat(self.image_dir / image_path)
             return ImageRecord(stat.st_size, stat.st_mtime_ns, file_sha256(self.image_dir / image_path))
-        except (OSError, ValueError):  # the latter of a name with a NUL
+        except (OSError, ValueError):
             return None
 
-    def _append(self, image_path: str, record: ImageRecord) -> None:
-        """Appends a record to the file."""
-        line = self._line_start + json.dumps([image_path, *record]).encode() + b"\n"
-        with open(self.path, "ab", buffering=0) as file:  # one write, which other processes cannot come between
-            file.write(line)
-        self._line_start = b""
-        self._records[image_path] = record
+    def _append(self, records: dict[str, ImageRecord]) -> None:
+        """Appends records to the file, each after a line end: the last line may have been cut off."""
+        if lines := "".join(f"\n{json.dumps([image_path, *record])}" for image_path, record in records.items()):
+            with open(self.path, "ab", buffering=0) as file:  # one write, which other processes cannot come between
+                file.write(lines.encode())
+            self._records.update(records)

@@ -43,8 +43,6 @@ HEIC_BRANDS = (b"heic", b"heix", b"hevc", b"heim", b"heis", b"heif", b"mif1", b"
 HEIC_SUFFIXES = (".heic", ".heif")
 # What Pillow has a name for, but opens only with other programs, or is no image.
 NO_IMAGES = {".pdf", ".mpg", ".mpeg", ".h5", ".hdf", ".grib", ".bufr", ".wmf", ".emf"}
-PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
-PNG_PIXELS = (b"IHDR", b"PLTE", b"tRNS", b"IDAT", b"IEND")  # the chunks of a PNG that are no metadata
 
 
 # Reading.
@@ -54,25 +52,31 @@ def read_image(source: ImageSource, min_jpeg_side: int | None = None) -> Image.I
     """Reads an image of any format that Pillow knows as upright RGB, see `to_rgb`.
 
     A JPEG that is cut off is used without the rows that it lacks, if they are less than half, and that is logged.
-    Damaged metadata are ignored.
 
     Args:
         source: a path; the content of a file, as bytes or as a file that is open in binary mode; pixels, (height,
             width) or (height, width, 1, 3 or 4), uint8 or floats from 0 to 1; or a Pillow image.
         min_jpeg_side: decodes a large JPEG file at 1/2, 1/4 or 1/8 of its size, the smallest that leaves its shorter
             side so many pixels: 12 megapixels take a third of the time. None for all pixels. A file that is cut off
-            has all of them in any case, and a Pillow image those that it has.
+            has all of them in any case.
 
     Raises:
         InputError: the file does not exist, or is not an image that can be read.
     """
     name = str(source) if isinstance(source, Path | str) else "the image"
     try:
-        opened = _open_source(source)
-        if isinstance(opened, Image.Image):
-            return to_rgb(opened)
-        with opened:
-            return _read(opened, name, min_jpeg_side)
+        file = _open_source(source)
+        if isinstance(file, Image.Image):
+            return to_rgb(file)
+        with file, _open(file, name) as image:
+            try:
+                if min_jpeg_side:
+                    image.draft(None, (min_jpeg_side, min_jpeg_side))  # after the check of its megapixels
+                return to_rgb(image)
+            except OSError:
+                if image.format not in ("JPEG", "MPO"):
+                    raise
+                return to_rgb(_read_truncated(file, name))
     except InputError:
         raise
     except FileNotFoundError:
@@ -94,34 +98,30 @@ def _open_source(source: Any) -> BinaryIO | Image.Image:
     """Returns what was given as an open file or as a Pillow image; raises InputError for anything else."""
     if isinstance(source, Path | str):
         return open(source, "rb")
-    if isinstance(source, bytes | bytearray | memoryview):
-        return io.BytesIO(source)
     if isinstance(source, Image.Image):
         return source
+    if isinstance(source, bytes | bytearray | memoryview):
+        return io.BytesIO(source)
+    if hasattr(source, "read"):
+        return io.BytesIO(source.read())
     if hasattr(source, "__array__"):
         return _array_to_image(np.asarray(source))
-    if not hasattr(source, "read"):
-        raise InputError(
-            "expected an image as a path, bytes, an open file, an array or a Pillow image, found "
-            f"{type(source).__name__}"
-        )
-    content = source.read()
-    if not isinstance(content, bytes):
-        raise InputError(f"expected a file that is open in binary mode, found one that gives {type(content).__name__}")
-    return io.BytesIO(content)
+    raise InputError(
+        f"expected an image as a path, bytes, an open file, an array or a Pillow image, found {type(source).__name__}"
+    )
 
 
 def _array_to_image(pixels: np.ndarray) -> Image.Image:
-    """Converts an array of pixels to an image; raises InputError if its shape, type or values are none of pixels."""
-    is_image = pixels.ndim in (2, 3) and pixels.size and (pixels.ndim == 2 or pixels.shape[2] in (1, 3, 4))
-    is_float = pixels.dtype.kind == "f" and is_image
-    if is_float and pixels.min() >= 0 and pixels.max() <= 1:
-        pixels = np.rint(255 * pixels.astype(np.float64)).astype(np.uint8)
-    if not is_image or pixels.dtype != np.uint8:
-        values = f" with values from {pixels.min():g} to {pixels.max():g}" if is_float else ""
+    """Converts an array of pixels to an image; raises InputError if its shape, type or values are not those of one."""
+    found = f"{pixels.shape} {pixels.dtype}"
+    if pixels.dtype.kind == "f" and pixels.size:
+        found += f" with values from {pixels.min():g} to {pixels.max():g}"
+        if pixels.min() >= 0 and pixels.max() <= 1:
+            pixels = np.rint(255 * pixels.astype(np.float64)).astype(np.uint8)
+    has_shape = pixels.ndim == 2 or (pixels.ndim == 3 and pixels.shape[2] in (1, 3, 4))
+    if not has_shape or not pixels.size or pixels.dtype != np.uint8:
         raise InputError(
-            "expected pixels (height, width) or (height, width, 1, 3 or 4), uint8 or floats from 0 to 1, found "
-            f"{pixels.shape} {pixels.dtype}{values}"
+            "expected pixels (height, width) or (height, width, 1, 3 or 4), uint8 or floats from 0 to 1, found " + found
         )
     return Image.fromarray(pixels[..., 0] if pixels.shape[2:] == (1,) else pixels)
 
@@ -131,47 +131,13 @@ def set_max_megapixels(limit: int) -> None:
     Image.MAX_IMAGE_PIXELS = math.ceil(limit * 1e6 / 2)  # Pillow refuses images of more than twice as many pixels
 
 
-def _read(file: BinaryIO, name: str, min_jpeg_side: int | None) -> Image.Image:
-    """Reads an image from an open file, see `read_image`; raises what Pillow raises."""
-    try:
-        with _open(file, name) as image:
-            try:
-                if min_jpeg_side:
-                    image.draft(None, (min_jpeg_side, min_jpeg_side))  # after the check of its megapixels
-                return to_rgb(image)
-            except OSError:
-                if image.format not in ("JPEG", "MPO"):
-                    raise
-                return to_rgb(_read_truncated(file, name))
-    except (InputError, Image.DecompressionBombError):
-        raise
-    except Exception:
-        file.seek(0)
-        content = file.read()
-        if not content.startswith(PNG_SIGNATURE) or len(stripped := _strip_png(content)) == len(content):
-            raise
-        return to_rgb(Image.open(io.BytesIO(stripped)))
-
-
-def _strip_png(content: bytes) -> bytes:
-    """Returns a PNG without its metadata, over which Pillow may stumble if they are damaged."""
-    chunks, start = [PNG_SIGNATURE], len(PNG_SIGNATURE)
-    while start < len(content):
-        end = start + 12 + int.from_bytes(content[start : start + 4])  # length, name and CRC have 4 bytes each
-        if content[start + 4 : start + 8] in PNG_PIXELS:
-            chunks.append(content[start:end])
-        start = end
-    return b"".join(chunks)
-
-
 def _open(file: BinaryIO, name: str) -> Image.Image:
     """Opens an image with Pillow; HEIC, as iPhones write it, too, if the package for it is installed."""
     try:
         return Image.open(file)
     except Image.UnidentifiedImageError:
-        file.seek(0)
-        header = file.read(12)
-        if header[4:8] != b"ftyp" or header[8:] not in HEIC_BRANDS:
+        file.seek(4)
+        if file.read(4) != b"ftyp" or file.read(4) not in HEIC_BRANDS:
             raise
     if importlib.util.find_spec("pillow_heif") is None:
         raise InputError(f"{name}: not an image that can be read (HEIC, which needs `pip install pillow-heif`)")
@@ -194,27 +160,22 @@ def _read_truncated(file: BinaryIO, name: str) -> Image.Image:
     if num_rows <= MIN_ROWS_SHARE * image.height:
         found = f"truncated: {num_rows} of its {image.height} rows are there"
         raise InputError(f"{name}: not an image that can be read ({found})")
-    is_whole = num_rows == image.height
-    used = (
-        "it is used without its finest details" if is_whole else f"its first {num_rows} of {image.height} rows are used"
-    )
+    used = f"its first {num_rows} of {image.height} rows are used"
+    if num_rows == image.height:
+        used = "it is used without its finest details"
     _log_once(f"{name}: truncated, {used}")
     return image.crop((0, 0, image.width, num_rows))
 
 
-@functools.cache
-def _log_once(message: str) -> None:
-    """Logs a message that was not logged before: an image may be read for its features and for its plot."""
-    log(message)
+_log_once = functools.cache(log)  # an image may be read for its features and for its plot
 
 
 # Converting.
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """Converts any image to upright RGB, without metadata.
+    """Converts any image to RGB, upright as its camera was held (EXIF), without metadata.
 
-    The orientation that a camera stored (EXIF) is applied; all other metadata are ignored, and cannot spoil the image.
     Images of 16 bits and more, and of floats, are scaled so that their smallest and largest values become black and
     white. Transparent pixels become white.
     """
@@ -224,8 +185,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
         image = Image.fromarray(_scale_to_bytes(np.asarray(image, np.float64)))
     if image.has_transparency_data:
         image = image.convert("RGBA")
-        background = Image.new("RGBA", image.size, "white")
-        image = Image.alpha_composite(background, image)
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     image = image.convert("RGB")
     image.info = {}  # or the orientation would be applied again
     return image
@@ -268,8 +228,6 @@ def _image_suffixes() -> frozenset[str]:
 
 def count_cores() -> int:
     """Returns the number of CPU cores that this process may use. In a container they can be fewer than the host's."""
-    if hasattr(os, "process_cpu_count"):  # Python 3.13
-        return os.process_cpu_count() or 1
     if hasattr(os, "sched_getaffinity"):  # Linux
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
@@ -278,13 +236,9 @@ def count_cores() -> int:
 def map_threads(
     fn: Callable[[Item], Result], items: Iterable[Item], buffer_size: int, num_threads: int | None = None
 ) -> Iterator[tuple[Item, Result]]:
-    """Applies a function to items with several threads, ahead of their use.
+    """Applies a function to items with several threads, one per core by default, ahead of their use.
 
-    Args:
-        fn: the function; its errors are raised here.
-        items: its arguments.
-        buffer_size: the largest number of items that are in work or wait for their use, which bounds the memory.
-        num_threads: None for one per core.
+    At most `buffer_size` items are in work or wait for their use, which bounds the memory. Errors are raised here.
 
     Yields:
         Each item with its result, in the order of the items.

@@ -13,7 +13,6 @@ from captioning.base.files import file_sha256
 from captioning.base.quiet_tensorflow import tf
 from captioning.config.settings import ModelConfig
 from captioning.decoder.losses import loss_function
-from captioning.images.feature_cache import CNN_FILE
 
 SMALL_MODEL = ["--vocab-size", "20", "--units", "4", "--embedding-dim", "3"]
 
@@ -29,12 +28,12 @@ def read_result(capsys):
 def small_cnn(monkeypatch):
     """Replaces the CNN, and its random weights."""
 
-    def save_weights(folder, *_):
-        folder.mkdir()
-        (folder / CNN_FILE).write_text("stands for weights")
-        return file_sha256(folder / CNN_FILE)
+    def save_weights(path, *_):
+        path.parent.mkdir()
+        path.write_text("stands for weights")
+        return file_sha256(path)
 
-    monkeypatch.setattr("features._save_random_weights", save_weights)
+    monkeypatch.setattr("features.save_random_cnn", save_weights)
     monkeypatch.setattr("features.build_feature_extractor", build_small_cnn)
 
 

@@ -16,7 +16,14 @@ from tokenizer import Tokenizer
 
 COLOURS = ("red", "green", "blue")
 NOUNS = ("dog", "cat", "bird", "horse")
-MANIFEST = {"cnn": "InceptionV3", "weights": "imagenet", "image_size": 299, "dtype": "float16", "images": "../images"}
+MANIFEST = {
+    "cnn": "InceptionV3",
+    "weights": "imagenet",
+    "image_size": 299,
+    "shape": [64, 2048],
+    "dtype": "float16",
+    "images": "../images",
+}
 
 
 @pytest.fixture(autouse=True)

@@ -4,7 +4,7 @@ import unicodedata
 
 import pytest
 
-from captioning.images.image_names import ImageFinder, clean_name, find_clash, find_images
+from captioning.images.image_names import clean_name, find_clash, find_images
 
 
 @pytest.mark.parametrize(
@@ -77,18 +77,14 @@ def folder(tmp_path):
         ("a\x00.jpg", None),
     ],
 )
-def test_find(folder, name, expected):
-    assert ImageFinder(folder).find(name) == expected
+def test_find_images(folder, name, expected):
+    paths, missing = find_images(folder, [name])
+    assert paths == {name: expected or name} and missing == ([] if expected else [name])
 
 
-def test_find_walks_only_if_a_name_is_not_exact(folder, monkeypatch):
+def test_find_images_walks_only_if_a_name_is_not_exact(folder, monkeypatch):
     monkeypatch.setattr("os.walk", None)
-    assert ImageFinder(folder).find("photos/sub/b.png") == "sub/b.png"
-
-
-def test_find_images_keeps_missing_names(folder):
-    paths, missing = find_images(folder, ["A.jpg", "none.jpg"])
-    assert paths == {"A.jpg": "a.jpg", "none.jpg": "none.jpg"} and missing == ["none.jpg"]
+    assert find_images(folder, ["photos/sub/b.png"])[0] == {"photos/sub/b.png": "sub/b.png"}
 
 
 @pytest.mark.parametrize(

@@ -34,7 +34,7 @@ def lopsided():
     return image
 
 
-@pytest.mark.parametrize("mode", ["RGB", "L", "CMYK", "P", "1", "LA", "RGBA", "HSV", "I", "F"])
+@pytest.mark.parametrize("mode", ["RGB", "L", "CMYK", "P", "1", "LA", "HSV", "I", "F"])
 def test_to_rgb_converts_every_mode(mode):
     pixels = np.asarray(to_rgb(ramp(mode)))
     assert (pixels.shape, pixels.dtype) == ((30, 40, 3), np.uint8)
@@ -107,8 +107,8 @@ def encode(image, image_format, **settings):
     return file.getvalue()
 
 
-def png_chunk(name, content, crc=None):
-    return len(content).to_bytes(4) + name + content + (crc or zlib.crc32(name + content).to_bytes(4))
+def png_chunk(name, content):
+    return len(content).to_bytes(4) + name + content + zlib.crc32(name + content).to_bytes(4)
 
 
 @pytest.mark.filterwarnings("ignore:.*data:UserWarning")  # pytest undoes the project's own filter
@@ -123,22 +123,6 @@ def test_read_image_ignores_odd_exif(tmp_path, image_format, exif):
         content = encode(ramp(), image_format, exif=exif)
     (tmp_path / "odd").write_bytes(content)
     assert read_image(tmp_path / "odd").tobytes() == read_image(tmp_path / "plain").tobytes()
-
-
-@pytest.mark.parametrize(
-    ("name", "text", "crc"),
-    [
-        (b"zTXt", b"Comment\x00\x00" + zlib.compress(bytes(3_000_000)), None),  # more than Pillow allows
-        (b"tEXt", b"Comment\x00text", b"oops"),
-        (b"eXIf", b"MM", b"oops"),
-        (b"pHYs", b"1", None),
-    ],
-)
-def test_read_image_ignores_damaged_chunks_of_a_png(tmp_path, name, text, crc):
-    plain = encode(ramp(), "PNG")
-    for position in (33, len(plain) - 12):  # before and after the pixels
-        (tmp_path / "a.png").write_bytes(plain[:position] + png_chunk(name, text, crc) + plain[position:])
-        assert read_image(tmp_path / "a.png").tobytes() == ramp().tobytes()
 
 
 def test_read_image_prints_no_warnings(tmp_path):
@@ -183,13 +167,6 @@ def test_read_image_uses_the_rows_of_a_truncated_jpeg(tmp_path, noise, mode, cap
         read_image(path)
 
 
-def test_read_image_turns_truncated_images_upright(tmp_path, noise):
-    content = encode(noise, "JPEG", exif=exif_bytes(0x0112, 3, 1, b"\x00\x06\x00\x00"))
-    (tmp_path / "x.jpg").write_bytes(content[: len(content) * 4 // 5])
-    width, height = read_image(tmp_path / "x.jpg").size
-    assert height == 48 and 200 < width < 400
-
-
 def test_read_image_uses_truncated_progressive_jpegs_after_their_first_scan(tmp_path, capsys):
     content, path = encode(ramp(size=(400, 300)), "JPEG", progressive=True), tmp_path / "x.jpg"
     first_scan = content.index(b"\xff\xda")
@@ -217,22 +194,6 @@ def test_read_image_refuses_other_truncated_formats(tmp_path, noise):
         (tmp_path / "x").write_bytes(content[: len(content) * 4 // 5])
         with pytest.raises(InputError, match="not an image that can be read"):
             read_image(tmp_path / "x")
-
-
-def test_read_image_reads_truncated_and_whole_images_at_once(tmp_path, noise):
-    content = encode(noise, "JPEG")
-    paths = [tmp_path / f"{number}.jpg" for number in range(40)]
-    for number, path in enumerate(paths):
-        path.write_bytes(content[: int(len(content) * (0.2 if number % 2 else 0.8))])
-
-    def height(path):
-        try:
-            return read_image(path).height
-        except InputError:
-            return 0
-
-    heights = [height for _, height in map_threads(height, paths, 8)]
-    assert len(set(heights[::2])) == 1 and heights[0] > 200 and set(heights[1::2]) == {0}
 
 
 # Huge images.
@@ -266,7 +227,7 @@ def test_read_image_reads_heic(tmp_path):
         np.testing.assert_allclose(pixels, np.asarray(ramp(size=(64, 48))), atol=8)
 
 
-@pytest.mark.parametrize("brand", [b"heic", b"heix", b"hevc", b"mif1", b"msf1"])
+@pytest.mark.parametrize("brand", [b"heic", b"mif1"])
 def test_read_image_says_what_heic_needs(tmp_path, monkeypatch, brand):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     (tmp_path / "a.heic").write_bytes(b"\x00\x00\x00\x18ftyp" + brand + bytes(100))
@@ -276,9 +237,11 @@ def test_read_image_says_what_heic_needs(tmp_path, monkeypatch, brand):
 
 def test_read_image_refuses_other_files_in_one_line(tmp_path):
     (tmp_path / "text.jpg").write_text("no image")
+    (tmp_path / "empty.png").touch()
     (tmp_path / "a.heic").write_bytes(b"\x00\x00\x00\x18ftypheic" + bytes(100))
     for name, message in (
         ("text.jpg", "no format that Pillow knows"),
+        ("empty.png", "no format that Pillow knows"),
         ("a.heic", "not an image"),
         ("none.jpg", "no such image"),
     ):
@@ -293,19 +256,12 @@ def test_read_image_refuses_other_files_in_one_line(tmp_path):
 def all_forms(path):
     """The image of a file, in all the forms that can be read."""
     content = path.read_bytes()
-    yield from (
-        path,
-        str(path),
-        content,
-        bytearray(content),
-        memoryview(content),
-        io.BytesIO(content),
-        Image.open(path),
-    )
+    yield from (path, str(path), content, bytearray(content), memoryview(content), io.BytesIO(content))
+    yield Image.open(path)
     yield open(path, "rb")
 
 
-@pytest.mark.parametrize("name", ["photo.png", "photo.jpg", "rotated.jpg", "deep.png", "clear.png", "cut.jpg"])
+@pytest.mark.parametrize("name", ["rotated.jpg", "deep.png", "clear.png", "cut.jpg"])
 def test_read_image_reads_the_same_from_any_form(tmp_path, noise, name, capsys):
     path = tmp_path / name
     if name == "rotated.jpg":
@@ -344,20 +300,15 @@ def test_read_image_takes_pixels(rng):
     ("source", "message"),
     [
         (b"", "the image: not an image that can be read (no format that Pillow knows)"),
-        (b"text", "the image: not an image that can be read (no format that Pillow knows)"),
         (b"\0\0\0\x18ftypheic", "the image: not an image that can be read"),
         (io.BytesIO(b"text"), "the image: not an image that can be read (no format that Pillow knows)"),
-        (io.StringIO("text"), "expected a file that is open in binary mode, found one that gives str"),
         (7, "expected an image as a path, bytes, an open file, an array or a Pillow image, found int"),
-        (None, "expected an image as a path, bytes, an open file, an array or a Pillow image, found NoneType"),
         ("https://example.com/a.jpg", "https://example.com/a.jpg: no such image"),
         (np.zeros((0, 5, 3), np.uint8), "found (0, 5, 3) uint8"),
         (np.zeros((1, 5, 5, 3), np.uint8), "found (1, 5, 5, 3) uint8"),
         (np.zeros((5, 5, 2), np.uint8), "found (5, 5, 2) uint8"),
-        (np.zeros((5, 5), np.int64), "found (5, 5) int64"),
         (np.full((5, 5), "a"), "found (5, 5) <U1"),
         (np.linspace(0, 255, 25).reshape(5, 5), "found (5, 5) float64 with values from 0 to 255"),
-        (np.full((5, 5), np.nan), "found (5, 5) float64 with values from nan to nan"),
     ],
     ids=lambda value: "" if isinstance(value, str) else type(value).__name__,
 )

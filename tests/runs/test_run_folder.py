@@ -32,6 +32,7 @@ CONFIG = RunConfig(
         "cnn": "InceptionV3",
         "weights": "imagenet",
         "image_size": 299,
+        "shape": [64, 2048],
         "dtype": "float16",
         "images": "../images",
         "folder": "features/coco",
