@@ -217,7 +217,7 @@ def test_caption_of_a_file_equals_that_of_its_cached_features(trained_run):
     captioner = inference.Captioner.load("runs/shapes")
     from_file = captioner.caption("shapes/images/shapes_00001.png")
     cached = np.load("features/shapes/images/shapes_00001.png.npy")[np.newaxis]
-    from_cache = inference.decode_captions(captioner.model, captioner.tokenizer, cached)[0]
+    from_cache = inference.decode_captions(captioner.model, captioner.tokenizer, cached, captioner.decode_config)[0]
     assert from_file.text == from_cache.text
     np.testing.assert_allclose(from_file.attention, from_cache.attention, atol=1e-4)
 
