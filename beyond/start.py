@@ -5,13 +5,12 @@ settings of the training.
 """
 
 import argparse
-import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from captioning.base.cli import InputError, add_quiet_option
-from captioning.config.options import Settings, add_options
+from captioning.config.options import add_options
 from captioning.config.run_config import RunConfig
 from captioning.config.settings import DATA_PATHS, DataConfig, FeatureConfig, ModelConfig, TrainConfig
 from captioning.images.feature_cache import find_cnn_weights
@@ -40,48 +39,29 @@ def parse_start(
     Raises:
         InputError: the folder is not a run, or has no weights.
     """
+    run_parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    run_parser.add_argument("--run", type=Path)  # not required, for --help
+    start = run_parser.parse_known_args(argv)[0].run
+    defaults = {**(_read_settings(start, kept) if start else {}), **recipe}
     text = "folder of the run to start from, which is not changed"
     parser.add_argument("--run", type=Path, metavar="DIR", required=True, help=text)
-    run_parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    run_parser.add_argument("--run", type=Path)
-    start = run_parser.parse_known_args(argv)[0].run
-    defaults = {**(read_settings(start, kept) if start else {}), **recipe}
-    _add_part(parser, "the data of the run, if they were moved", DataConfig, DATA_PATHS, defaults)
-    _add_part(parser, "features", FeatureConfig, FEATURE_OPTIONS, defaults)
-    _add_part(parser, "model", ModelConfig, DROPOUT_OPTIONS, defaults)
-    names = (field.name for field in dataclasses.fields(TrainConfig))
-    _add_part(parser, "training", TrainConfig, tuple(name for name in names if name not in without), defaults)
+    data = parser.add_argument_group("the data of the run, if they were moved")
+    add_options(data, DataConfig, defaults, only=DATA_PATHS)
+    add_options(parser.add_argument_group("features"), FeatureConfig, defaults, only=FEATURE_OPTIONS)
+    add_options(parser.add_argument_group("model"), ModelConfig, defaults, only=DROPOUT_OPTIONS)
+    add_options(parser.add_argument_group("training"), TrainConfig, defaults, skip=without)
     add_quiet_option(parser)
+    # All other settings have the values of the run, too.
+    for settings in (DataConfig(), FeatureConfig(), ModelConfig(), TrainConfig()):
+        parser.set_defaults(**{name: defaults.get(name, value) for name, value in settings.to_json().items()})
     return parser.parse_args(argv)
 
 
-def _add_part(
-    parser: argparse.ArgumentParser,
-    title: str,
-    settings: type[Settings],
-    names: tuple[str, ...],
-    defaults: Mapping[str, Any],
-) -> None:
-    """Adds the options of some settings, and sets the others to the values of the run, or else to their defaults."""
-    add_options(parser.add_argument_group(title), settings, defaults, only=names)
-    others = {name: value for name, value in settings().to_json().items() if name not in names}
-    parser.set_defaults(**{name: defaults.get(name, value) for name, value in others.items()})
-
-
-def read_settings(run: Path, kept: tuple[str, ...] = ()) -> dict[str, Any]:
-    """Returns the settings, by name, that a training takes over from the run that it starts from.
-
-    Args:
-        run: the run.
-        kept: names of further settings of `TrainConfig`.
-
-    Raises:
-        InputError: the folder is not a run, or has no weights.
-    """
-    best_checkpoint(run)
+def _read_settings(run: Path, kept: tuple[str, ...]) -> dict[str, Any]:
+    """Returns the settings, by name, that a training takes over from the run that it starts from."""
+    best_checkpoint(run)  # raises an error if there is none
     config = read_config(run)
-    manifest = config.features
-    weights = manifest["weights"]
+    weights = config.features["weights"]
     if weights not in ("imagenet", "random") and not Path(weights).exists():
         weights = find_cnn_weights(run) or weights
     return {
@@ -90,18 +70,14 @@ def read_settings(run: Path, kept: tuple[str, ...] = ()) -> dict[str, Any]:
         "cnn_weights": weights,
         "cnn": config.cnn.option,
         "image_size": config.cnn.image_size,
-        "features_dir": manifest["folder"],
-        "dtype": manifest["dtype"],
+        "features_dir": config.features["folder"],
+        "dtype": config.features["dtype"],
         **{name: getattr(config.train, name) for name in ("max_length", "max_val_images", *kept)},
     }
 
 
 def check_start(start: Path, config: RunConfig) -> None:
-    """Checks that a training with some settings can start from the weights of a run.
-
-    Raises:
-        InputError: the run has hard attention, or was trained on other images or captions.
-    """
+    """Raises InputError if a run has hard attention, or was trained on other images or captions than `config`'s."""
     if config.model.attention != "soft":
         raise InputError(f"{start}: expected a run with soft attention, found {config.model.attention} attention")
     if read_config(start).data_fingerprint != config.data_fingerprint:

@@ -7,7 +7,6 @@
 The learning rate is small, since the model has converged. A run is resumed by the same command.
 """
 
-import argparse
 import dataclasses
 import functools
 from typing import Any
@@ -33,16 +32,11 @@ RECIPE: dict[str, Any] = {
 WITHOUT = ("recipe", "label_smoothing", "jit")  # XLA cannot compile the rewards, which are computed on the CPU
 
 
-def parse(argv: list[str] | None = None) -> argparse.Namespace:
-    """Parses the command line; the run that it names changes the defaults."""
-    parser = make_parser(__doc__)
-    add_options(parser.add_argument_group("samples and rewards"), CiderConfig)
-    return parse_start(parser, argv, RECIPE, without=WITHOUT)
-
-
 def main(argv: list[str] | None = None, on_step: train.OnStep | None = None) -> None:
     """Trains; calls `on_step` after every step."""
-    args = parse(argv)
+    parser = make_parser(__doc__)
+    add_options(parser.add_argument_group("samples and rewards"), CiderConfig)
+    args = parse_start(parser, argv, RECIPE, without=WITHOUT)
     cider = CiderConfig.from_args(args)
     strategy = train.start_devices(TrainConfig.from_args(args))
     data, config = train.prepare(args)

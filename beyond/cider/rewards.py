@@ -5,7 +5,6 @@ words, a caption at a time, and CIDEr-D with the document frequencies of the tra
 word like the others, so that a caption that stops in mid-sentence loses the n-grams with it.
 """
 
-import itertools
 import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
@@ -35,12 +34,13 @@ def words_of(tokens: Iterable[int]) -> list[int]:
     return [int(token) for token in tokens if token not in (PAD_ID, START_ID)]
 
 
-class Vector(NamedTuple):
-    """The n-grams of a caption as CIDEr-D compares them."""
+class NGrams(NamedTuple):
+    """The n-grams of a caption, as BLEU and CIDEr-D compare them."""
 
+    length: int  # number of words
+    counts: Counter[NGram]
     weights: dict[NGram, float]  # of each n-gram its count times its inverse document frequency
     norms: list[float]  # of the weights of each order
-    length: int  # number of words
 
 
 class CaptionReward:
@@ -67,58 +67,52 @@ class CaptionReward:
         A caption like the references has a CIDEr-D of about 1, and a BLEU-4 of at most 1.
         """
         rewards = np.zeros(len(tokens), np.float32)
-        rows = sorted(range(len(tokens)), key=lambda row: image_numbers[row])
-        for number, group in itertools.groupby(rows, key=lambda row: int(image_numbers[row])):
-            references = [(words, count_ngrams(words)) for words in self.references[number]]
-            vectors = [self.vector(words, counts) for words, counts in references]
-            for row in group:
-                words = words_of(tokens[row])
-                counts = count_ngrams(words)
-                rewards[row] = self.cider_d(self.vector(words, counts), vectors)
-                if self.bleu_weight:
-                    rewards[row] += self.bleu_weight * bleu4((words, counts), references)
+        references = {number: list(map(self.weigh, self.references[number])) for number in set(image_numbers)}
+        for row, number in enumerate(image_numbers):
+            caption = self.weigh(words_of(tokens[row]))
+            rewards[row] = cider_d(caption, references[number])
+            if self.bleu_weight:
+                rewards[row] += self.bleu_weight * bleu4(caption, references[number])
         return rewards
 
-    def vector(self, words: list[int], counts: Counter[NGram]) -> Vector:
+    def weigh(self, words: list[int]) -> NGrams:
         """Weighs the n-grams of a caption: frequent ones of few images are worth most."""
+        counts = count_ngrams(words)
         weights = {
             ngram: count * (self.log_num_images - self.log_frequency.get(ngram, 0.0)) for ngram, count in counts.items()
         }
         squares = [0.0] * MAX_ORDER
         for ngram, weight in weights.items():
             squares[len(ngram) - 1] += weight * weight
-        return Vector(weights, [math.sqrt(square) for square in squares], len(words))
-
-    @staticmethod
-    def cider_d(caption: Vector, references: list[Vector]) -> float:
-        """Returns the mean over the references and orders of the clipped cosine of two captions, times 10.
-
-        pycocoevalcap reports it in these units too.
-        """
-        total = 0.0
-        for reference in references:
-            products = [0.0] * MAX_ORDER
-            for ngram, weight in caption.weights.items():
-                if other := reference.weights.get(ngram):
-                    products[len(ngram) - 1] += min(weight, other) * other
-            norms = zip(products, caption.norms, reference.norms, strict=True)
-            cosines = sum(product / (x * y) for product, x, y in norms if x and y)
-            total += cosines * math.exp(-((caption.length - reference.length) ** 2) / (2 * SIGMA**2))
-        return 10 * total / (MAX_ORDER * len(references))
+        return NGrams(len(words), counts, weights, [math.sqrt(square) for square in squares])
 
 
-def bleu4(caption: tuple[list[int], Counter[NGram]], references: list[tuple[list[int], Counter[NGram]]]) -> float:
-    """Returns the BLEU-4 of one caption, given as words and n-grams (Papineni et al. 2002; the closest length)."""
-    words, counts = caption
+def cider_d(caption: NGrams, references: list[NGrams]) -> float:
+    """Returns the mean over the references and orders of the clipped cosine of two captions, times 10."""
+    total = 0.0
+    for reference in references:
+        products = [0.0] * MAX_ORDER
+        for ngram, weight in caption.weights.items():
+            if other := reference.weights.get(ngram):
+                products[len(ngram) - 1] += min(weight, other) * other
+        norms = zip(products, caption.norms, reference.norms, strict=True)
+        cosines = sum(product / (x * y) for product, x, y in norms if x and y)
+        total += cosines * math.exp(-((caption.length - reference.length) ** 2) / (2 * SIGMA**2))
+    return 10 * total / (MAX_ORDER * len(references))
+
+
+def bleu4(caption: NGrams, references: list[NGrams]) -> float:
+    """Returns the BLEU-4 of one caption (Papineni et al. 2002), with the length of the closest reference."""
     largest: Counter[NGram] = Counter()
-    for _, reference_counts in references:
-        largest |= reference_counts
+    for reference in references:
+        largest |= reference.counts
     common = [0] * MAX_ORDER
-    for ngram, count in counts.items():
+    for ngram, count in caption.counts.items():
         common[len(ngram) - 1] += min(count, largest[ngram])
     precision = 1.0
     for n, num_common in enumerate(common):
-        precision *= (num_common + TINY) / (max(0, len(words) - n) + SMALL)
-    closest = min((len(reference) for reference, _ in references), key=lambda size: (abs(size - len(words)), size))
-    ratio = (len(words) + TINY) / (closest + SMALL)
+        precision *= (num_common + TINY) / (max(0, caption.length - n) + SMALL)
+    lengths = sorted(reference.length for reference in references)
+    closest = min(lengths, key=lambda length: abs(length - caption.length))
+    ratio = (caption.length + TINY) / (closest + SMALL)
     return precision ** (1 / MAX_ORDER) * (math.exp(1 - 1 / ratio) if ratio < 1 else 1.0)

@@ -51,14 +51,10 @@ class Samples(NamedTuple):
 def sample_captions(
     model: StepModel, features: tf.Tensor, num_samples: int, max_words: int, seed: tf.Tensor
 ) -> tf.Tensor:
-    """Draws captions of each image by their probability, word by word: (R, T) int32, the captions of an image in turn.
+    """Draws captions of each image, of features (I, L, 2048), by their probability, word by word.
 
-    Args:
-        model: see `StepModel`.
-        features: (I, L, 2048).
-        num_samples: S.
-        max_words: captions that have not ended by then are cut.
-        seed: (2,), of the random numbers.
+    Returns:
+        (R, T) int32, the captions of an image in turn. Those that have not ended by `max_words` are cut.
     """
     num_rows = num_samples * tf.shape(features)[0]
     images = repeat_images(model.encode(features), num_samples)
@@ -72,27 +68,8 @@ def sample_captions(
     return generate(model, images, random_word, max_words).tokens
 
 
-def advantages(rewards: tf.Tensor, num_samples: int, greedy_rewards: tf.Tensor | None = None) -> tf.Tensor:
-    """Subtracts from each reward (R,) its baseline.
-
-    It is the reward of the image's greedy caption, (I,), if given (Rennie et al. 2017, section 3.2); otherwise the mean
-    reward of the image's other samples (Luo 2020, equation 6).
-    """
-    by_image = tf.reshape(rewards, (-1, num_samples))  # (I, S)
-    if greedy_rewards is not None:
-        return tf.reshape(by_image - greedy_rewards[:, tf.newaxis], [-1])
-    others = (tf.reduce_sum(by_image, axis=1, keepdims=True) - by_image) / (num_samples - 1)
-    return tf.reshape(by_image - others, [-1])
-
-
 class SelfCritical(CrossEntropy):
-    """Minimises the negative reward of sampled captions.
-
-    Args:
-        config: the settings of the training.
-        cider: how captions are sampled and rewarded.
-        reward: scores captions by the numbers of their images.
-    """
+    """Minimises the negative reward of sampled captions."""
 
     column = "train_reward"
     starts_trained = True
@@ -106,31 +83,28 @@ class SelfCritical(CrossEntropy):
         return round(-100 * mean_loss, 2)
 
     def prepare(self, model: StepModel, batch: Batch, step: tf.Tensor) -> tuple[Batch, Samples]:
-        """Samples captions of the images of a batch, without dropout, and scores them.
-
-        Every replica draws other captions in every step.
-        """
+        """Samples captions of the images of a batch, without dropout, and scores them."""
         max_words = self.config.max_length - 1
-        replica = tf.distribute.get_replica_context()
+        replica = tf.distribute.get_replica_context()  # each draws other captions in every step
         draw = tf.cast(step, tf.int64) * replica.num_replicas_in_sync
         draw += tf.cast(replica.replica_id_in_sync_group, tf.int64)
         seed = tf.stack([tf.constant(self.config.seed, tf.int64), draw])
         tokens = sample_captions(model, batch.features, self.cider.samples, max_words, seed)  # (R, T)
         numbers = tf.repeat(batch.images, self.cider.samples)  # (R,)
         rewards = tf.ensure_shape(tf.numpy_function(self.reward, [tokens, numbers], tf.float32), [None])
-        greedy_rewards = None
-        if self.cider.baseline == "greedy":
+        by_image = tf.reshape(rewards, (-1, self.cider.samples))  # (I, S)
+        if self.cider.baseline == "greedy":  # Rennie et al. 2017, section 3.2
             greedy = greedy_search(model, batch.features, max_words).tokens
-            greedy_rewards = tf.numpy_function(self.reward, [greedy, batch.images], tf.float32)
-        return batch, Samples(tokens, rewards, advantages(rewards, self.cider.samples, greedy_rewards))
+            baseline = tf.numpy_function(self.reward, [greedy, batch.images], tf.float32)[:, tf.newaxis]  # (I, 1)
+        else:  # the mean of the image's other samples (Luo 2020, equation 6)
+            baseline = (tf.reduce_sum(by_image, axis=1, keepdims=True) - by_image) / (self.cider.samples - 1)  # (I, S)
+        return batch, Samples(tokens, rewards, advantages=tf.reshape(by_image - baseline, [-1]))
 
     def loss(self, model: tf.keras.Model, prepared: Any) -> tuple[tf.Tensor, StepSums]:
         """Computes a loss whose gradient makes the better samples more probable; its value has no meaning.
 
         A share of the cross-entropy of the batch's true captions can be kept, which holds the model to their language.
-
-        Returns:
-            The loss; and sums: the negative rewards of the samples, and their number.
+        The sums are the negative rewards of the samples, and their number.
         """
         batch, samples = prepared
         tokens = tf.pad(samples.tokens, [[0, 0], [1, 0]], constant_values=START_ID)  # (R, T + 1)
@@ -141,7 +115,8 @@ class SelfCritical(CrossEntropy):
             weight = self.cider.cross_entropy_weight / tf.math.count_nonzero(batch.tokens[:, 1:], dtype=tf.float32)
             weights = tf.concat([weights, tf.fill(tf.shape(batch.image_index), weight)], 0)  # (R + B,)
             longest = tf.maximum(tf.shape(tokens)[1], tf.shape(batch.tokens)[1])
-            tokens = tf.concat([_pad_to(tokens, longest), _pad_to(batch.tokens, longest)], 0)  # (R + B, longest)
+            padded = [tf.pad(rows, [[0, 0], [0, longest - tf.shape(rows)[1]]]) for rows in (tokens, batch.tokens)]
+            tokens = tf.concat(padded, 0)  # (R + B, longest)
             image_index = tf.concat([image_index, batch.image_index], 0)  # (R + B,)
         outputs = model(batch.features, tokens, image_index, training=True)
         row = outputs.positions[:, 0]  # (N,), the caption of each word
@@ -159,8 +134,3 @@ def make_reward(data: TrainData, bleu_weight: float) -> Reward:
     """Makes what scores captions of the training images by their reference captions."""
     references: Iterable = (map(data.tokenizer.encode, example.captions) for example in data.dataset.split("train"))
     return CaptionReward(references, bleu_weight)
-
-
-def _pad_to(tokens: tf.Tensor, length: tf.Tensor) -> tf.Tensor:
-    """Pads captions with <pad> to a length."""
-    return tf.pad(tokens, [[0, 0], [0, length - tf.shape(tokens)[1]]])

@@ -9,7 +9,6 @@ Captioning Challenge", train it once the decoder has converged, since the gradie
 A run is resumed by the same command.
 """
 
-import argparse
 import dataclasses
 import functools
 import os
@@ -66,13 +65,7 @@ class AugmentedCrossEntropy(CrossEntropy):
     starts_trained = True
 
     def prepare(self, model: tf.keras.Model, batch: Batch, step: tf.Tensor) -> Batch:
-        """Augments the images of a batch; seed and step decide how, so that a resumed run draws the same.
-
-        Args:
-            model: the caption model.
-            batch: its `features` are pixels (I, size, size, 3) uint8.
-            step: the number of the training step.
-        """
+        """Augments the images of a batch, whose `features` are pixels (I, size, size, 3) uint8."""
         seeds = tf.stack([tf.constant(self.config.seed, tf.int64), tf.cast(step, tf.int64)])  # (2,)
         return batch._replace(features=augment(batch.features, seeds))
 
@@ -104,14 +97,8 @@ def open_images(
 ) -> tuple[ImageReader, CaptionDataset]:
     """Opens the images of a dataset in place of a cache of their features.
 
-    Args:
-        run: the new run's folder; what is in config.json there, if it is resumed, is taken over.
-        start: the run that it starts from.
-        dataset: the images and their captions.
-        config: how pixels are read and features are made, with the CNN of `start`.
-
     Returns:
-        The images, and the dataset without those that `start` could not read.
+        The images, and the dataset without those that the run at the start could not read.
 
     Raises:
         InputError: a folder of features is given.
@@ -121,12 +108,9 @@ def open_images(
     if config.features_dir != saved.features["folder"]:
         raise InputError("--features-dir: not for the training of the CNN, which reads the images")
     folder = run / "features"
-    manifest = {
-        **saved.features,
-        "folder": str(folder),
-        "images": Path(os.path.relpath(dataset.image_dir.resolve(), folder.resolve())).as_posix(),
-    }
-    if (run / CONFIG_FILE).exists():
+    image_dir = Path(os.path.relpath(dataset.image_dir.resolve(), folder.resolve())).as_posix()
+    manifest = saved.features | {"folder": str(folder), "images": image_dir}
+    if (run / CONFIG_FILE).exists():  # it is resumed
         manifest = read_config(run).features
     reader = ImageReader(dataset.image_dir, manifest | {"dtype": config.dtype})
     return reader, dataset.exclude(set(saved.unreadable_images))
@@ -164,16 +148,11 @@ def build(
     return state, CNNCheckpoints(run, state)
 
 
-def parse(argv: list[str] | None = None) -> argparse.Namespace:
-    """Parses the command line; the run that it names changes the defaults."""
-    parser = make_parser(__doc__)
-    add_options(parser.add_argument_group("CNN"), FinetuneConfig)
-    return parse_start(parser, argv, RECIPE, KEPT, WITHOUT)
-
-
 def main(argv: list[str] | None = None, on_step: train.OnStep | None = None) -> None:
     """Trains; calls `on_step` after every step."""
-    args = parse(argv)
+    parser = make_parser(__doc__)
+    add_options(parser.add_argument_group("CNN"), FinetuneConfig)
+    args = parse_start(parser, argv, RECIPE, KEPT, WITHOUT)
     finetune, feature_config = FinetuneConfig.from_args(args), FeatureConfig.from_args(args)
     strategy = train.start_devices(TrainConfig.from_args(args))
     start, run = args.run, args.run.with_name(f"{args.run.name}_cnn")

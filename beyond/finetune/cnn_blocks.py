@@ -16,12 +16,7 @@ def find_blocks(cnn: tf.keras.Model) -> list[list[tf.keras.layers.Layer]]:
 
     They are the blocks 1 to 5 of VGG19 and of ResNet50 (`block5_conv1`, `conv5_block1_out`). Those of InceptionV3 begin
     with its first layers and with `mixed0` (block 3), the strided layers of `mixed3` (4), and those of `mixed8` (5).
-
-    Args:
-        cnn: a model of `captioning.images.cnn_loader.load_cnn`.
-
-    Returns:
-        The layers of each block that has weights, in the order in which an image passes the blocks.
+    Only blocks with weights are returned, in the order in which an image passes them.
     """
     levels = {id(x): 0 for x in tf.nest.flatten(cnn.inputs)}  # strided layers before a tensor
     blocks: dict[int, list[tf.keras.layers.Layer]] = {}
@@ -30,20 +25,16 @@ def find_blocks(cnn: tf.keras.Model) -> list[list[tf.keras.layers.Layer]]:
         if id(outputs[0]) in levels:  # the input
             continue
         layers = getattr(operation, "layers", [operation])  # a layer of ConvNeXt holds others
-        level = max(levels[id(x)] for x in tf.nest.flatten(operation.input)) + any(map(_is_strided, layers))
+        has_strides = any(max(tf.nest.flatten(getattr(layer, "strides", 1))) > 1 for layer in layers)
+        level = max(levels[id(x)] for x in tf.nest.flatten(operation.input)) + has_strides
         levels |= {id(x): level for x in outputs}
         blocks.setdefault(level, []).extend(layers)
     has_weights = {level for level, layers in blocks.items() if any(map(_has_weights, layers))}
     return [blocks[level] for level in sorted(has_weights)]
 
 
-def _is_strided(layer: Any) -> bool:
-    """Returns whether a layer makes the grid smaller."""
-    return max(tf.nest.flatten(getattr(layer, "strides", 1))) > 1
-
-
 def _has_weights(layer: Any) -> bool:
-    """Returns whether a layer has weights (Normalization excluded)."""
+    # Those of Normalization are constants, the mean and variance of images.
     return bool(getattr(layer, "weights", ())) and not isinstance(layer, tf.keras.layers.Normalization)
 
 
@@ -52,12 +43,8 @@ def trainable_from(cnn: tf.keras.Model, block: int) -> None:
 
     Batch normalisation stays as it is, its scale and offset too: a batch of captioning has few images.
 
-    Args:
-        cnn: a model of `captioning.images.cnn_loader.load_cnn`, all of whose layers are trainable.
-        block: the number of the first block that is trained, from 1.
-
     Raises:
-        InputError: the CNN has no such block.
+        InputError: the CNN has no such block; they are counted from 1.
     """
     blocks = find_blocks(cnn)
     if not 1 <= block <= len(blocks):
@@ -70,9 +57,7 @@ def trainable_from(cnn: tf.keras.Model, block: int) -> None:
 class TrainedCNN(tf.keras.layers.Layer):
     """The CNN in front of a caption model, which then takes pixels where it otherwise takes features.
 
-    Args:
-        extractor: a model of `features.build_feature_extractor`.
-        stored_dtype: float16 or float32, to which captioning rounds features.
+    The features are rounded to `stored_dtype`, as those that captioning reads.
     """
 
     def __init__(self, extractor: tf.keras.Model, stored_dtype: np.dtype | str):

@@ -1,7 +1,4 @@
-"""Images instead of cached features, and their augmentation.
-
-In the comments I is the number of images of a batch.
-"""
+"""Images instead of cached features, and their augmentation. I is the number of images of a batch."""
 
 import contextlib
 import os
@@ -23,22 +20,13 @@ MAX_CONTRAST = 0.1  # of 1, more or less
 
 
 class ImageReader:
-    """Reads images where a training with a fixed CNN reads their cached features.
-
-    Args:
-        image_dir: the folder of the images.
-        manifest: the manifest of the features, with their `folder`.
-    """
+    """Reads images where a training with a fixed CNN reads their cached features, whose manifest is given."""
 
     def __init__(self, image_dir: Path, manifest: dict[str, Any]):
         self.image_dir, self.manifest = image_dir, manifest
         self.folder = Path(manifest["folder"])
+        self.cnn_weights = str(self.folder.with_name(CNN_FILE))  # in the run folder, after the first best epoch
         self.failure: InputError | None = None  # an image that could not be read
-
-    @property
-    def cnn_weights(self) -> str:
-        """Path of the CNN's weights in the run folder; it exists after the first best epoch."""
-        return str(self.folder.with_name(CNN_FILE))
 
     def path(self, image_path: str) -> Path:
         """Returns the file of an image."""
@@ -53,8 +41,7 @@ class ImageReader:
 
         def load(paths: np.ndarray) -> np.ndarray:
             try:
-                images = [load_image(os.fsdecode(path), size) for path in paths]
-                return np.stack(images)  # (I, size, size, 3)
+                return np.stack([load_image(os.fsdecode(path), size) for path in paths])
             except InputError as error:
                 self.failure = error
                 raise
@@ -74,15 +61,7 @@ def explain_failure(source: FeatureSource) -> Iterator[None]:
 
 
 def augment(pixels: tf.Tensor, seed: tf.Tensor) -> tf.Tensor:
-    """Crops images at random, by at most a tenth of each side, and changes their brightness and contrast a little.
-
-    Args:
-        pixels: (I, size, size, 3) uint8.
-        seed: (2,), of the random numbers.
-
-    Returns:
-        (I, size, size, 3) uint8.
-    """
+    """Crops images (I, size, size, 3) uint8 at random, and changes their brightness and contrast a little."""
     num_images, size = tf.shape(pixels)[0], pixels.shape[1]
     numbers = tf.random.stateless_uniform((6, num_images), seed)  # (6, I)
     height, width = (1 - (1 - MIN_CROP) * number for number in (numbers[0], numbers[1]))  # (I,)
@@ -90,13 +69,9 @@ def augment(pixels: tf.Tensor, seed: tf.Tensor) -> tf.Tensor:
     boxes = tf.stack([top, left, top + height, left + width], axis=1)  # (I, 4)
     # (I, size, size, 3), bilinear
     images = tf.image.crop_and_resize(tf.cast(pixels, tf.float32), boxes, tf.range(num_images), (size, size))
-    contrast = 1 + MAX_CONTRAST * (2 * numbers[4] - 1)
+    numbers = numbers[:, :, tf.newaxis, tf.newaxis, tf.newaxis]  # (6, I, 1, 1, 1)
+    contrast = 1 + MAX_CONTRAST * (2 * numbers[4] - 1)  # (I, 1, 1, 1)
     brightness = MAX_BRIGHTNESS * (2 * numbers[5] - 1)
     mean = tf.reduce_mean(images, axis=(1, 2, 3), keepdims=True)  # (I, 1, 1, 1)
-    images = (images - mean) * _per_image(contrast) + mean + _per_image(brightness)
+    images = (images - mean) * contrast + mean + brightness
     return tf.cast(tf.clip_by_value(tf.round(images), 0, 255), tf.uint8)
-
-
-def _per_image(values: tf.Tensor) -> tf.Tensor:
-    """Returns values (I,) so that they apply to images: (I, 1, 1, 1)."""
-    return values[:, tf.newaxis, tf.newaxis, tf.newaxis]  # (I, 1, 1, 1)

@@ -9,43 +9,31 @@ All options of train.py work here, too. `python train.py --decoder paper --atten
 default weights. A run is resumed by the same command.
 """
 
-import argparse
 import dataclasses
+import functools
 from pathlib import Path
 
 import train
 from beyond.paper.objective import PaperConfig, PaperObjective
 from captioning.base.cli import make_parser, run_main
-from captioning.base.quiet_tensorflow import tf
 from captioning.config.options import add_options
-from captioning.config.run_config import RunConfig
 from captioning.config.settings import RECIPES, TrainConfig
-from captioning.training.checkpoints import Checkpoints, TrainState
-
-
-def parse(argv: list[str] | None = None) -> argparse.Namespace:
-    """Parses the command line; a recipe changes the defaults of its settings, also in --help."""
-    parser = make_parser(__doc__)
-    parser.add_argument("--run", type=Path, metavar="DIR", help="run folder (default: runs/<name of the dataset>)")
-    add_options(parser.add_argument_group("the paper's objective"), PaperConfig)
-    train.add_train_options(parser, RECIPES[train.find_recipe(argv)] | {"decoder": "paper"})
-    return parser.parse_args(argv)
-
-
-def build(run: Path, config: RunConfig, strategy: tf.distribute.Strategy) -> tuple[TrainState, Checkpoints]:
-    """Builds what is trained, as `train.build_train_state`, also with the tutorial's decoder and soft attention."""
-    return train.build_train_state(run, config, strategy, PaperObjective)
 
 
 def main(argv: list[str] | None = None, on_step: train.OnStep | None = None) -> None:
     """Prepares data, features and vocabulary, and trains; calls `on_step` after every step."""
-    args = parse(argv)
+    parser = make_parser(__doc__)
+    parser.add_argument("--run", type=Path, metavar="DIR", help="run folder (default: runs/<name of the dataset>)")
+    add_options(parser.add_argument_group("the paper's objective"), PaperConfig)
+    train.add_train_options(parser, RECIPES[train.find_recipe(argv)] | {"decoder": "paper"})
+    args = parser.parse_args(argv)
     strategy = train.start_devices(TrainConfig.from_args(args))
     data, config = train.prepare(args)
     defaults = PaperConfig().to_json()  # they are left out, as train.py knows nothing of them
     settings = {name: value for name, value in PaperConfig.from_args(args).to_json().items() if value != defaults[name]}
     config = dataclasses.replace(config, objective=settings)
     run = args.run or train.default_run(data.dataset)
+    build = functools.partial(train.build_train_state, objective=PaperObjective)
     with train.open_run_folder(run, data, config, strategy):
         train.train(run, data, config, strategy, build, on_step)
 

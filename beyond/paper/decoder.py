@@ -15,28 +15,24 @@ layers = tf.keras.layers
 class PaperDecoder(RNNDecoder):
     """The paper's decoder with a GRU; its sizes here are the defaults."""
 
+    cell_class = layers.GRUCell
+
     def __init__(self, config: ModelConfig):
         tf.keras.Model.__init__(self)  # without the layers of the tutorial's decoder
         self.units = config.units
         self.embedding = layers.Embedding(config.vocab_size, config.embedding_dim)
-        self.add_first_state(config.units)
+        self.f_init_h = layers.Dense(config.units, activation="tanh")
+        if self.cell_class is layers.LSTMCell:
+            self.f_init_c = layers.Dense(config.units, activation="tanh")
         self.attention = self.attention_class(config.units)
         self.f_beta = layers.Dense(1, activation="sigmoid")
-        self.cell = self.make_cell(config.units)
+        self.cell = self.cell_class(config.units, recurrent_initializer="glorot_uniform")
         self.L_h = layers.Dense(config.embedding_dim)
         self.L_z = layers.Dense(config.embedding_dim, use_bias=False)  # L_h has one
         self.L_o = layers.Dense(config.vocab_size)
         self.dropout = layers.Dropout(config.dropout)
         self.fused = False
         self.output_sizes = [config.units, config.embedding_dim, config.embedding_dim]
-
-    def add_first_state(self, units: int) -> None:
-        """Adds the layers that make the first state."""
-        self.f_init_h = layers.Dense(units, activation="tanh")
-
-    def make_cell(self, units: int) -> tf.keras.layers.Layer:
-        """Makes the recurrent cell."""
-        return layers.GRUCell(units, recurrent_initializer="glorot_uniform")
 
     def initial_state(self, images: EncodedImages) -> tf.Tensor:
         """Returns h before the first word, (B, 512)."""
@@ -71,14 +67,7 @@ class PaperDecoder(RNNDecoder):
 class PaperLSTMDecoder(PaperDecoder):
     """The same with the paper's LSTM, whose state is h beside its memory c, (B, 1024)."""
 
-    def add_first_state(self, units: int) -> None:
-        """Adds the layers that make h and c."""
-        super().add_first_state(units)
-        self.f_init_c = layers.Dense(units, activation="tanh")
-
-    def make_cell(self, units: int) -> tf.keras.layers.Layer:
-        """Makes the recurrent cell."""
-        return layers.LSTMCell(units, recurrent_initializer="glorot_uniform")
+    cell_class = layers.LSTMCell
 
     def initial_state(self, images: EncodedImages) -> tf.Tensor:
         """Returns h and c before the first word, (B, 1024)."""

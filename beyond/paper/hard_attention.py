@@ -34,7 +34,7 @@ class HardOutput(NamedTuple):
     positions: tf.Tensor  # (N, 2) int32
     targets: tf.Tensor  # (N,) int32, the true next words
     location_weights: tf.Tensor  # (N, L), the weights of the context vector
-    is_sampled: tf.Tensor  # (N, 1) bool, whether the location was sampled
+    is_sampled: tf.Tensor  # (N, 1) bool, whether that is one location, which in training is sampled
 
 
 class HardAttention(BahdanauAttention):
@@ -48,29 +48,19 @@ class HardAttention(BahdanauAttention):
     def call(self, images: EncodedImages | SampledImages, state: tf.Tensor) -> tuple[tf.Tensor, Any]:
         """Computes the context vector (B, 256) of one step; and its one-hot rows (B, L), or in training `HardWeights`.
 
-        Args:
-            images: encoded images; in training with the noise of the step.
-            state: (B, 512), the state before this step.
+        In training the images come with the noise of the step.
         """
         scores = self.score(images.keys, state)  # (B, L)
         attention_weights = tf.nn.softmax(scores)
-        location_weights = self.select_location(scores, attention_weights, images)
-        context_vector = tf.squeeze(tf.matmul(location_weights[:, tf.newaxis], images.features), axis=1)  # (B, 256)
-        if isinstance(images, SampledImages):
-            return context_vector, HardWeights(attention_weights, location_weights)
-        return context_vector, location_weights
-
-    def select_location(
-        self, scores: tf.Tensor, attention_weights: tf.Tensor, images: EncodedImages | SampledImages
-    ) -> tf.Tensor:
-        """Returns one-hot rows (B, L), of the best location or of a sampled one; or the weights, as `images` asks."""
         scores = tf.cast(scores, tf.float32)
-        if isinstance(images, SampledImages):
-            scores += images.gumbel  # the largest of scores + Gumbel noise is a sample of their softmax (Gumbel 1954)
-        one_hot = tf.one_hot(tf.argmax(scores, axis=1), tf.shape(scores)[1], dtype=attention_weights.dtype)
-        if isinstance(images, SampledImages):
-            return tf.where(images.is_sampled, one_hot, attention_weights)
-        return one_hot
+        sampled = images if isinstance(images, SampledImages) else None
+        if sampled:
+            scores += sampled.gumbel  # the largest of scores + Gumbel noise is a sample of their softmax (Gumbel 1954)
+        location_weights = tf.one_hot(tf.argmax(scores, axis=1), tf.shape(scores)[1], dtype=attention_weights.dtype)
+        if sampled:
+            location_weights = tf.where(sampled.is_sampled, location_weights, attention_weights)
+        context_vector = tf.squeeze(tf.matmul(location_weights[:, tf.newaxis], images.features), axis=1)  # (B, 256)
+        return context_vector, HardWeights(attention_weights, location_weights) if sampled else location_weights
 
     def sample_noise(self, images: EncodedImages, num_steps: tf.Tensor) -> SampledImages:
         """Adds the noise of all steps to images; half of the captions get the expectation."""
@@ -106,17 +96,11 @@ class HardTeacherForcing(RNNDecoder):
             location_weights = location_weights.write(t, weights.location)
 
         row = tf.range(num_steps * num_captions)  # step after step, as `concat` packs them
-        is_sampled = noise.is_sampled if training else tf.zeros((num_captions, 1), tf.bool)
         return HardOutput(
             logits=self.to_logits(outputs.concat(), training),
             attention_weights=attention_weights.concat(),
             positions=tf.stack([row % num_captions, row // num_captions], axis=1),
             targets=tf.reshape(tf.transpose(tokens[:, 1:]), [-1]),
             location_weights=location_weights.concat(),
-            is_sampled=tf.tile(is_sampled, [num_steps, 1]),
+            is_sampled=tf.tile(noise.is_sampled, [num_steps, 1]),
         )
-
-
-def with_hard_attention(decoder: type[RNNDecoder]) -> type[RNNDecoder]:
-    """Returns a decoder class with hard attention in place of the soft one."""
-    return type(f"Hard{decoder.__name__}", (HardTeacherForcing, decoder), {})

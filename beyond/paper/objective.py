@@ -21,7 +21,7 @@ BASELINE_DECAY = 0.9  # of the baseline of REINFORCE
 
 @dataclasses.dataclass(frozen=True)
 class PaperConfig(Settings):
-    """What is added to the cross-entropy."""
+    """The weights of what is added to the cross-entropy."""
 
     doubly_stochastic: float = option(
         0.0, "weight of the penalty on uneven attention (Xu et al. 2015, section 4.2.1)", bounds="[0, inf)"
@@ -63,10 +63,8 @@ class PaperObjective(CrossEntropy):
         return total / tf.maximum(sums.num_tokens, 1), sums
 
     def update(self, sums: StepSums) -> None:
-        """Moves the baseline towards the mean log p of the sampled words of a step (section 4.1).
-
-        This is done after the gradient, since a baseline must not depend on its samples. Without any it stays.
-        """
+        """Moves the baseline towards the mean log p of the sampled words of a step (section 4.1)."""
+        # After the gradient, since a baseline must not depend on its samples. Without any it stays.
         log_prob, num_words = sums.others
         change = (1 - BASELINE_DECAY) * (log_prob / tf.maximum(num_words, 1) - self.baseline)
         self.baseline.assign_add(tf.where(num_words > 0, change, 0.0))
@@ -77,13 +75,7 @@ def doubly_stochastic_term(
 ) -> tf.Tensor:
     """Computes the sum over captions and locations of (1 - sum over steps of weight)^2 (section 4.2.1).
 
-    The weights of a step sum to 1 over the locations; this asks that the weights of a location sum to 1 over the steps.
-
-    Args:
-        attention_weights: (N, L).
-        mask: (N,), 1 for words and 0 for padding.
-        positions: (N, 2), (caption, step) of each row.
-        tokens: (B, T + 1), the captions.
+    Attention weights (N, L) sum to 1 over the locations; this asks that those of a location sum to 1 over the steps.
     """
     weights = tf.cast(attention_weights, tf.float32) * mask[:, tf.newaxis]  # (N, L)
     sums = tf.math.unsorted_segment_sum(weights, positions[:, 0], tf.shape(tokens)[0])  # (B, L)
@@ -111,7 +103,7 @@ def reinforce_terms(
         outputs: the `HardOutput`.
         returns: (N,), log p of each word and those after it, less a baseline that does not depend on the samples.
         sample_mask: (N,), 1 for words whose location was sampled; the others need no estimate.
-        mask: (N,), 1 for words.
+        mask: (N,), 1 for words and 0 for padding.
 
     Returns:
         The REINFORCE term, of which only the gradient has a meaning; and the entropy of the attention weights.

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from beyond.cider.rewards import CaptionReward
+from captioning.base.quiet_tensorflow import tf
 from captioning.base.special_tokens import END_ID, PAD_ID, START_ID
 
 WORDS = 4 + np.arange(6)
@@ -31,10 +32,7 @@ def captions(rng, references):
 
 
 def pad(captions):
-    tokens = np.full((len(captions), max(map(len, captions))), PAD_ID, np.int32)
-    for row, caption in zip(tokens, captions, strict=True):
-        row[: len(caption)] = caption
-    return tokens
+    return tf.keras.utils.pad_sequences(captions, padding="post", value=PAD_ID)
 
 
 def as_text(caption):

@@ -14,7 +14,6 @@ from helpers.runs import (
     stop_after,
 )
 
-import inference
 import train
 from beyond.cider import __main__ as cider
 from beyond.cider.self_critical import CiderConfig, SelfCritical, make_reward
@@ -59,12 +58,8 @@ def test_self_critical_training_raises_the_reward(start, trained):
     rows = read_history(trained)
     assert list(rows[0])[:2] == ["epoch", "train_reward"]
     assert float(rows[1]["train_reward"]) > 1.1 * float(rows[0]["train_reward"]) > 0
-    assert (trained / "loss.png").stat().st_size > 5000
-    _, _, config = inference.load_run(trained)
-    assert config.objective == CIDER.to_json()
-    # The run that it started from is as it was.
-    assert len(read_history(start)) == 8
-    assert inference.load_run(start)[2].objective == {}
+    assert read_config(trained).objective == CIDER.to_json()
+    assert len(read_history(start)) == 8 and read_config(start).objective == {}, "the start is as it was"
 
 
 @pytest.mark.slow

@@ -257,14 +257,13 @@ def test_self_critical_training_continues_with_the_trained_cnn(inside, trained, 
     np.testing.assert_array_equal(captioner.extract_features(pixels), of_start)
 
 
-def copy_run(source, target, **model_settings):
+def copy_run(source, target):
     """Copies what a training starts from into another folder, so that its new run lies there, too."""
     config = read_json(Path(source) / "config.json")
     for section, names in (("data", ("annotations", "images", "data_dir")), ("features", ("folder",))):
         for name in names:
             path = config[section].get(name)
             config[section][name] = path and str((Path(source) / path).resolve())
-    config["model"] |= model_settings
     shutil.copytree(source, target)
     (target / "config.json").write_text(json.dumps(config))
     return target
@@ -278,17 +277,11 @@ def copy_run(source, target, **model_settings):
     ("argv", "message"),
     [
         (["--features-dir", "other"], "--features-dir: not for the training of the CNN"),
-        (["--block", "6"], "--block 6: expected 1 to 5"),
-        (["--strategy", "mirrored"], "unrecognized arguments: --strategy"),
         (["--cnn-weights", "shapes/dataset_shapes.json"], "not the weights of the CNN that computed the features"),
-        (["--annotations", "some.csv"], "runs/shapes was trained on other images or captions"),
     ],
 )
-def test_what_does_not_fit_the_start_is_refused(inside, argv, message, capsys):
-    images = [f"images/shapes_{number:05}.png,a shape" for number in range(8)]
-    Path("some.csv").write_text("\n".join(["image,caption", *images]))
+def test_what_does_not_fit_the_start_is_refused(inside, argv, message):
     before = sorted(Path("runs").iterdir())
-    with pytest.raises((InputError, SystemExit)) as error:
+    with pytest.raises(InputError, match=message):
         train_cnn(*argv)
-    assert message in str(error.value) + capsys.readouterr().err
     assert sorted(Path("runs").iterdir()) == before
