@@ -25,17 +25,10 @@ def forbidden_tokens(vocab_size: int) -> tf.Tensor:
 
 
 def constrain(log_probs: tf.Tensor, history: tf.Tensor, constraints: Constraints) -> tf.Tensor:
-    """Sets log p of the words that may not come next to -inf.
+    """Sets log p (R, V) of the words that may not come after a history (R, t) of words to -inf.
 
-    A caption that could go on with no word at all may end, whatever `min_words` is.
-
-    Args:
-        log_probs: (R, V), log p of the next words.
-        history: (R, t) int32 or int64, the words so far.
-        constraints: the rules.
-
-    Returns:
-        (R, V). What remains keeps its log p: probabilities stay the model's own.
+    What remains keeps its log p: probabilities stay the model's own. A caption that could go on with no word at all may
+    end, whatever `min_words` is.
     """
     if not (constraints.no_repeat or constraints.min_words):
         return log_probs
@@ -51,11 +44,7 @@ def constrain(log_probs: tf.Tensor, history: tf.Tensor, constraints: Constraints
 
 
 def _ends_of_trigrams(history: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
-    """Finds the words that would repeat three words in a row: those that followed the last two words before.
-
-    Returns:
-        The third words of all trigrams, (R, max(0, t - 2)), and which of them followed the last two words.
-    """
+    """Returns the third words of all trigrams, (R, max(0, t - 2)), and which of them followed the last two words."""
     first, second, third = history[:, :-2], history[:, 1:-1], history[:, 2:]
     return third, (first == history[:, -2:-1]) & (second == history[:, -1:])
 

@@ -1,9 +1,8 @@
 """Turns image features into token ids with a trained model: greedy search, beam search and sampling, in the graph.
 
-The model is any object that has the attributes of `StepModel`. Within the loops ids are int64: a GPU keeps int32 in the
-host's memory, and would wait at every word. It waits only once, to see whether all captions have ended. In the comments
-B is the number of images, K the beam size, T the number of steps, L the number of image locations and V the vocabulary
-size.
+Within the loops ids are int64: a GPU keeps int32 in the host's memory, and would wait at every word. It waits only
+once, to see whether all captions have ended. In the comments B is the number of images, K the beam size, T the number
+of steps, L the number of image locations and V the vocabulary size.
 """
 
 from collections.abc import Callable
@@ -33,17 +32,11 @@ class StepModel(Protocol):
         """Returns the state before the first word of every encoded image, (B, units), of the dtype `step` returns."""
 
     def step(self, token: tf.Tensor, images: Any, state: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
-        """Returns the next word's logits (B, V), the new state (B, units) and the attention weights (B, L).
-
-        `token` is (B,) int32.
-        """
+        """Returns the logits (B, V) after a token (B,), the new state (B, units) and the attention weights (B, L)."""
 
 
 class DecodedBatch(NamedTuple):
-    """Captions as token ids; T is the number of steps of the longest one.
-
-    There are R = B * N rows: N captions of each of B images, which are consecutive, best first.
-    """
+    """N captions of each of B images, best first, in R = B * N rows; T is the number of steps of the longest one."""
 
     tokens: tf.Tensor  # (R, T) int32, <end> included, then padded with <pad>; only <pad>: there was no further caption
     probabilities: tf.Tensor  # (R, T), of each token, given those before it
@@ -55,11 +48,7 @@ def decode(
 ) -> DecodedBatch:
     """Captions features (B, L, 2048) as the settings ask, `config.captions` times each.
 
-    Args:
-        model: see `StepModel`.
-        features: (B, L, 2048).
-        config: greedy search; a beam of more than one; or words drawn at random.
-        pixels: the images themselves, if known. Only random words need them: with the seed they decide the numbers.
+    `pixels` are the images themselves, if known. With the seed they decide the numbers by which random words are drawn.
     """
     max_words = config.max_words or MAX_WORDS
     constraints = Constraints(config.min_words, config.no_repeat)
@@ -82,14 +71,7 @@ def decode(
 def greedy_search(
     model: StepModel, features: tf.Tensor, max_words: int = MAX_WORDS, constraints: Constraints = NO_CONSTRAINTS
 ) -> DecodedBatch:
-    """Takes the most probable word at every step, until <end>; never <pad>, <unk> or <start>.
-
-    Args:
-        model: see `StepModel`.
-        features: (B, L, 2048).
-        max_words: the number of steps after which a caption is cut.
-        constraints: which words may not come next.
-    """
+    """Takes the most probable word at every step, until <end>; never <pad>, <unk> or <start>."""
 
     def most_probable(log_probs: tf.Tensor, _: tf.Tensor) -> tf.Tensor:
         return tf.argmax(log_probs, axis=1)
@@ -108,14 +90,8 @@ def sample_words(
 ) -> DecodedBatch:
     """Draws a word at every step, until <end>; never <pad>, <unk> or <start>.
 
-    Args:
-        model: see `StepModel`.
-        features: (B, L, 2048).
-        numbers: (B * N, T), the random numbers of N captions of each image, see `sampling`. A caption is
-            cut after T words.
-        temperature: see `captioning.decoder.sampling.draw`.
-        top_p: see `captioning.decoder.sampling.draw`.
-        constraints: which words may not come next.
+    `numbers` (B * N, T) are the random numbers of N captions of each image, of at most T words; for them, `temperature`
+    and `top_p` see `sampling`.
     """
     num_captions = tf.shape(numbers)[0] // tf.maximum(1, tf.shape(features)[0])
     images = repeat_images(model.encode(features), num_captions)
@@ -138,7 +114,7 @@ def generate(
     max_words: int | tf.Tensor,
     constraints: Constraints = NO_CONSTRAINTS,
 ) -> DecodedBatch:
-    """Generates a caption of each of B encoded images, one word after the other.
+    """Generates a caption of each of B encoded images.
 
     `choose` returns the next words (B,) int64 for log p of all words (B, V) and the step's number.
     """
@@ -179,8 +155,7 @@ def generate(
 class BeamState(NamedTuple):
     """The K captions of each image that a beam search follows, t words long.
 
-    At the beginning, and when only a few words are possible, some of the K places hold no caption. Their score is
-    -inf.
+    At the beginning, and when only a few words are possible, some of the K places hold no caption: their score is -inf.
     """
 
     token: tf.Tensor  # (B * K,) int64, the last word; the captions of an image are consecutive rows
@@ -214,18 +189,9 @@ def beam_search(
     """Follows the `beam_size` most probable captions of each image at the same time, and returns the best of them.
 
     At every step each unfinished caption is continued by every word, and the most probable continuations are kept. A
-    finished caption keeps its place, so that fewer are continued. In the end the captions with the largest
+    finished caption keeps its place, so that fewer are continued. In the end the `num_captions` with the largest
     log p(caption) / length ** length_penalty are returned. The length includes <end>. A penalty of 0 prefers short
     captions, and 1 compares the means over the words. Unfinished captions come after all finished ones.
-
-    Args:
-        model: see `StepModel`.
-        features: (B, L, 2048).
-        beam_size: K; 1 gives the greedy caption.
-        length_penalty: the exponent of the length.
-        max_words: the number of steps after which captions are cut.
-        constraints: which words may not come next.
-        num_captions: N, the captions of each image to return; at most K.
     """
     # The captions of an image are consecutive rows of one batch.
     images = repeat_images(model.encode(features), beam_size)  # (B * K, ...)
@@ -245,17 +211,11 @@ def beam_search(
         expansion = expand_beams(beams.scores, log_probs, beams.finished)
         beams = reorder_beams(beams, expansion, state, attention_weights)
         t, is_done = t + 1, tf.reduce_all(beams.finished | (beams.scores == -np.inf))
-    return DecodedBatch(*rank_beams(beams, length_penalty, num_captions))
+    return rank_beams(beams, length_penalty, num_captions)
 
 
 def init_beams(state: tf.Tensor, beam_size: int, num_locations: int) -> BeamState:
-    """Returns the beams before the first step: one empty caption, and K - 1 places without one.
-
-    Args:
-        state: (B * K, units), the decoder's state.
-        beam_size: K.
-        num_locations: L.
-    """
+    """Returns the beams before the first step: one empty caption, and K - 1 places without one."""
     batch_size = tf.shape(state)[0] // beam_size
     first_only = tf.one_hot(0, beam_size, on_value=0.0, off_value=-np.inf)  # (K,)
     return BeamState(
@@ -279,10 +239,12 @@ def loop_shapes(beams: BeamState) -> BeamState:
 def expand_beams(scores: tf.Tensor, log_probs: tf.Tensor, finished: tf.Tensor) -> Expansion:
     """Finds the K most probable captions that continue the K present ones by one word.
 
+    A finished caption has one continuation, <pad>, whose log p is 0 and which is always kept.
+
     Args:
         scores: (B, K), log p of the captions.
         log_probs: (B, K, V), log p of their next words.
-        finished: (B, K) bool. Such a caption has one continuation, <pad>, whose log p is 0 and which is always kept.
+        finished: (B, K) bool.
     """
     batch_size, (beam_size, vocab_size) = tf.shape(log_probs)[0], log_probs.shape[1:]
     pad_only = tf.one_hot(PAD_ID, vocab_size, on_value=0.0, off_value=-np.inf)  # (V,)
@@ -299,22 +261,13 @@ def expand_beams(scores: tf.Tensor, log_probs: tf.Tensor, finished: tf.Tensor) -
     def gather_best(tensor: tf.Tensor) -> tf.Tensor:
         return tf.gather(tf.reshape(tensor, [batch_size, -1]), best, batch_dims=1)  # (B, K, V) -> (B, K)
 
-    return Expansion(
-        parent=parent,
-        token=token,
-        scores=gather_best(totals),
-        probabilities=tf.exp(gather_best(log_probs)),
-    )
+    return Expansion(parent, token, scores=gather_best(totals), probabilities=tf.exp(gather_best(log_probs)))
 
 
 def reorder_beams(beams: BeamState, expansion: Expansion, state: tf.Tensor, attention_weights: tf.Tensor) -> BeamState:
     """Moves everything that belongs to a caption to its new place, and appends its new word.
 
-    Args:
-        beams: the beams before the step.
-        expansion: the captions that are kept.
-        state: (B * K, units), the decoder's state after the step.
-        attention_weights: (B * K, L), of the step.
+    `state` (B * K, units) and `attention_weights` (B * K, L) are those of the step, in the old order.
     """
     batch_size, beam_size = tf.shape(expansion.parent)[0], beams.scores.shape[1]
 
@@ -341,8 +294,8 @@ def reorder_beams(beams: BeamState, expansion: Expansion, state: tf.Tensor, atte
     )
 
 
-def rank_beams(beams: BeamState, length_penalty: float, num_captions: int) -> tuple[tf.Tensor, ...]:
-    """Returns tokens, probabilities and attention of the N best captions of each image, finished ones first."""
+def rank_beams(beams: BeamState, length_penalty: float, num_captions: int) -> DecodedBatch:
+    """Returns the N best captions of each image, finished ones first."""
     lengths = tf.reduce_sum(tf.cast(beams.tokens != PAD_ID, tf.float32), axis=2)  # (B, K)
     final_scores = beams.scores / lengths**length_penalty  # (B, K)
     by_score = tf.argsort(final_scores, direction="DESCENDING", stable=True)  # (B, K)
@@ -355,5 +308,6 @@ def rank_beams(beams: BeamState, length_penalty: float, num_captions: int) -> tu
     def to_rows(tensor: tf.Tensor) -> tf.Tensor:
         return tf.reshape(tensor, tf.concat([[-1], tf.shape(tensor)[2:]], axis=0))  # (B, N, ...) -> (B * N, ...)
 
-    values = (tf.gather(tensor, order, batch_dims=1) for tensor in (beams.probabilities, beams.attention))
-    return to_rows(tokens), *map(to_rows, values)
+    probabilities = tf.gather(beams.probabilities, order, batch_dims=1)  # (B, N, T)
+    attention = tf.gather(beams.attention, order, batch_dims=1)  # (B, N, T, L)
+    return DecodedBatch(to_rows(tokens), to_rows(probabilities), to_rows(attention))

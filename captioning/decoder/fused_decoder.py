@@ -103,15 +103,7 @@ class Residuals(NamedTuple):
 def forward_step(
     state: tf.Tensor, token_input: tf.Tensor, features: tf.Tensor, keys: tf.Tensor, weights: StackedWeights
 ) -> tuple[tf.Tensor, tf.Tensor, Residuals]:
-    """Computes h' (n, U), e (n, L, U) and the rest.
-
-    Args:
-        state: (n, U), h.
-        token_input: (3, n, U), the words' part of x.
-        features: (n, L, C), f.
-        keys: (n, L, U).
-        weights: the kernels.
-    """
+    """Computes h', e and the rest from h, the words' part of x (3, n, U), f (n, L, C) and the keys (n, L, U)."""
     num_locations, units = keys.shape[1:]
     recurrent = tf.matmul(state[tf.newaxis], weights.state)  # (4, n, U): u_z, u_r, u_g, q
     hidden = tf.tanh(keys + recurrent[3, :, tf.newaxis])  # (n, L, U): e
@@ -175,14 +167,8 @@ def backward_step(
 ) -> tuple[Sums, StepGradients]:
     """Applies the chain rule to `forward_step`, from the bottom to the top.
 
-    Args:
-        d_state: (n, U), the gradient of h'.
-        d_attention: (n, L), the gradient of a from outside, such as that of a penalty on it.
-        partials: (n, 5, U), see `partial_derivatives`.
-        attention_weights: (n, L), a.
-        hidden: (n, L, U), e.
-        features: (n, L, C), f.
-        kernels: the transposed kernels.
+    `d_state` (n, U) is the gradient of h', `d_attention` (n, L) that of a from outside, such as that of a penalty on
+    it, and `hidden` is e. For `partials` (n, 5, U) see `partial_derivatives`.
     """
     units = hidden.shape[2]
     d_gates = tf.reshape(d_state[:, tf.newaxis] * partials, (-1, 5 * units))  # (n, 5U): of x_z, x_r, x_g, u_g, h
@@ -264,14 +250,8 @@ def backward_loop(
 ) -> tuple[Sums, StepGradients]:
     """Runs `backward_step` from the last step to the first.
 
-    Args:
-        d_states: (N, U), the gradients of the new states.
-        d_attention: (N, L), the gradients of the attention weights.
-        hidden: e of every step.
-        res: what the forward loop has kept, (N, ...).
-        features: (B, L, C), longest caption first.
-        order: the order of the words.
-        kernels: the transposed kernels.
+    `d_states` (N, U) and `d_attention` (N, L) are the gradients of what `run` returns; `hidden` and `res` (N, ...) are
+    what the forward loop has kept.
 
     Returns:
         The sums over the steps, of B captions, and the gradients of all steps, (N, ...).
@@ -323,16 +303,7 @@ def unroll(
 ) -> tuple[tuple[tf.Tensor, tf.Tensor], Any]:
     """Runs all steps; its gradient has one product for each kernel.
 
-    Args:
-        token_inputs: (N, 3U), the words' part of x.
-        features: (B, L, C), longest caption first.
-        keys: (B, L, U), with b2.
-        initial_state: (B, U), h before the first word.
-        order: the order of the words.
-        weights: the kernels.
-
-    Returns:
-        The new states (N, U) and the attention weights (N, L); and the function of their gradient.
+    `token_inputs` (N, 3U) are the words' part of x, and the keys have b2 added; the rest is as in `run`.
     """
     units = keys.shape[2]
     stacked = StackedWeights(

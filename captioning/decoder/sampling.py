@@ -18,16 +18,11 @@ def image_keys(images: Iterable[np.ndarray]) -> list[int]:
 
 
 def random_numbers(seed: int, keys: Sequence[int], num_captions: int, num_words: int) -> np.ndarray:
-    """Draws a number from 0 to 1 for every word of the captions of images.
-
-    Args:
-        seed: the user's.
-        keys: a number for each of B images, see `image_keys`.
-        num_captions: N, for each image. The first ones are the same for any N.
-        num_words: T, of a caption.
+    """Draws a number for every word of N captions, of T words, of B images, whose `image_keys` are given.
 
     Returns:
-        (B * N, T) float32, from 0 inclusive to 1 exclusive; the captions of an image are consecutive rows.
+        (B * N, T) float32, from 0 inclusive to 1 exclusive; the captions of an image are consecutive rows, of which the
+        first ones are the same for any N.
     """
     rows = [np.random.default_rng([seed, key]).random((num_captions, num_words), np.float32) for key in keys]
     return np.concatenate(rows) if rows else np.zeros((0, num_words), np.float32)

@@ -15,7 +15,7 @@ MIN_LOSS_SCALE = 1.0  # in mixed precision it begins at 32768, and is halved whe
 
 
 class TrainProgress(tf.Module):
-    """The position in the training, and its running sums. Saved with the weights, so that a run resumes exactly."""
+    """The position in the training, and its running sums, which are saved with the weights."""
 
     def __init__(self):
         super().__init__()
@@ -28,7 +28,7 @@ class TrainProgress(tf.Module):
         self.best_epoch = tf.Variable(0, dtype=tf.int64)
 
     def get(self, name: str) -> Any:
-        """Returns the value of a variable as a Python number; that of a vector as a list."""
+        """Returns the value of a variable as a Python number or list."""
         return getattr(self, name).numpy().tolist()
 
     def mean_loss(self) -> float:
@@ -36,7 +36,7 @@ class TrainProgress(tf.Module):
         return self.get("loss_sum") / (self.get("token_count") or math.nan)
 
     def best(self) -> EpochScore:
-        """Returns the score of the best epoch so far."""
+        """Returns `best_score`."""
         return EpochScore(*self.get("best_score"))
 
     def add(self, sums: StepSums) -> None:
@@ -65,12 +65,7 @@ class Checkpoints:
     """A run's checkpoints: `last` holds everything needed to resume, `best` the weights with the best score."""
 
     def __init__(self, run: Path, state: TrainState, is_writer: bool = True):
-        """Opens the checkpoints of a run folder.
-
-        Args:
-            run: the folder.
-            state: what is saved and restored.
-            is_writer: whether this process saves: of several machines one does.
+        """Opens the checkpoints of a run folder; of several machines only the `is_writer` saves.
 
         Raises:
             InputError: a checkpoint that is there is damaged.
@@ -99,10 +94,9 @@ class Checkpoints:
         try:
             self.last.checkpoint.restore(self.last.latest_checkpoint).assert_consumed()
         except (tf.errors.OpError, ValueError, IndexError, AssertionError) as error:
-            reason = str(error).strip().split("\n")[0][:200]
             raise InputError(
-                f"{self.last.latest_checkpoint}: damaged, or of another model ({reason}); delete the run folder to "
-                "start again"
+                f"{self.last.latest_checkpoint}: damaged, or of another model ({_first_line(error)}); delete the run "
+                "folder to start again"
             ) from None
         return True
 
@@ -114,7 +108,6 @@ class Checkpoints:
             raise self._divergence("the gradients are too large for float16")
 
     def _divergence(self, problem: str) -> InputError:
-        """Returns an error that says where the training has a problem."""
         step, epoch = self.state.progress.get("step"), self.state.progress.get("epoch") + 1
         return InputError(
             f"{problem} by step {step} of epoch {epoch}; the last checkpoint is from before it: run again with a "
@@ -138,15 +131,18 @@ class Checkpoints:
         self._write(self.best)
 
     def _write(self, manager: tf.train.CheckpointManager) -> None:
-        """Saves under the number after the newest one; raises InputError if the disk is full."""
         if not self.is_writer:
             return
-        number = int(manager.latest_checkpoint.rsplit("-", 1)[1]) + 1 if manager.latest_checkpoint else 1
+        newest = manager.latest_checkpoint
+        number = int(newest.rsplit("-", 1)[1]) + 1 if newest else 1
         try:
             manager.save(checkpoint_number=number)
         except tf.errors.OpError as error:  # TensorFlow does not report a full disk as an OSError
-            reason = str(error).strip().split("\n")[0][:200]
             raise InputError(
-                f"cannot save a checkpoint into {manager.directory} ({reason}); the previous one is kept: free some "
-                "space and run the same command again"
+                f"cannot save a checkpoint into {manager.directory} ({_first_line(error)}); the previous one is kept: "
+                "free some space and run the same command again"
             ) from None
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().split("\n")[0][:200]

@@ -58,43 +58,32 @@ def encode_captions(
 ) -> EncodedCaptions:
     """Turns the captions of a split into arrays, padded to the longest of them (the tutorial's `pad_sequences`).
 
-    Args:
-        examples: the images and their captions.
-        encode: maps a caption to its token ids.
-        feature_path: maps an image's path to the file of its features.
-        max_length: captions of more tokens are cut, and then have no <end>; None to cut none.
+    `encode` maps a caption to its token ids, and `feature_path` an image's path to the file of its features. Captions
+    of more than `max_length` tokens are cut, and then have no <end>.
     """
-    sequences = [(i, encode(caption)) for i, example in enumerate(examples) for caption in example.captions]
-    full_lengths = np.array([len(ids) for _, ids in sequences], np.int32)
+    sequences = [encode(caption) for example in examples for caption in example.captions]
+    full_lengths = np.array([len(ids) for ids in sequences], np.int32)
     lengths = full_lengths if max_length is None else np.minimum(full_lengths, max_length).astype(np.int32)
     tokens = np.zeros((len(sequences), lengths.max()), np.int32)  # <pad> is 0
-    for row, length, (_, ids) in zip(tokens, lengths, sequences, strict=True):
+    for row, length, ids in zip(tokens, lengths, sequences, strict=True):
         row[:length] = ids[:length]
-    return EncodedCaptions(
-        feature_paths=np.array([str(feature_path(example.image_path)) for example in examples]),
-        image_index=np.array([i for i, _ in sequences], np.int32),
-        tokens=tokens,
-        lengths=lengths,
-        full_lengths=full_lengths,
-    )
+    paths = np.array([str(feature_path(example.image_path)) for example in examples])
+    image_index = np.repeat(np.arange(len(examples), dtype=np.int32), [len(example.captions) for example in examples])
+    return EncodedCaptions(paths, image_index, tokens, lengths, full_lengths)
 
 
 def describe_cut(captions: EncodedCaptions) -> str | None:
     """Describes in one line how many captions are cut, and what the model cannot learn from them; None if none is."""
-    num_captions, longest = len(captions.lengths), captions.full_lengths.max()
+    num_captions = len(captions.lengths)
     num_cut = np.count_nonzero(captions.lengths < captions.full_lengths)
     if not num_cut:
         return None
-    limit = f"more than {captions.lengths.max()} tokens (--max-length)"
+    lesson = "a cut caption does not teach <end>"
     if num_cut == num_captions:
-        return (
-            f"all {num_captions:,} captions have {limit} and are cut: none teaches <end>, so that no caption of the "
-            f"model will end; raise --max-length, the longest has {longest} tokens"
-        )
-    have, are = ("has", "is") if num_cut == 1 else ("have", "are")
+        lesson = "none teaches <end>, so that no caption of the model will end; raise --max-length"
     return (
-        f"{num_cut:,} of {num_captions:,} captions {have} {limit} and {are} cut: a cut caption does not teach <end>; "
-        f"the longest has {longest} tokens"
+        f"{num_cut:,} of {num_captions:,} captions have more than {captions.lengths.max()} tokens (--max-length) and "
+        f"are cut: {lesson}; the longest has {captions.full_lengths.max()} tokens"
     )
 
 
@@ -106,13 +95,11 @@ def make_epoch_batches(
     min_last_batch: int = 1,
     group_by_image: bool = True,
 ) -> list[np.ndarray]:
-    """Makes the batches of an epoch, each an array of caption indices.
+    """Makes the batches of an epoch, each an array of caption indices; a stopped epoch can be resumed at any of them.
 
     Images are shuffled, sorted by their longest caption within windows of 50 batches, and their captions are cut into
     batches, which are shuffled. With `group_by_image=False` the same is done with captions one by one. The incomplete
     last batch comes last, or is merged into the one before if it has fewer than `min_last_batch` captions.
-
-    The order depends on nothing but the arguments, so that a stopped epoch can be resumed at any batch.
     """
     rng = np.random.default_rng((seed, epoch))
     if group_by_image:
@@ -144,14 +131,11 @@ def make_dataset(
     read_features: Callable[[tf.Tensor], tf.Tensor],
     static_shapes: bool = False,
 ) -> tf.data.Dataset:
-    """Makes a dataset that yields the batches as `Batch`, read in parallel and ahead of the model.
+    """Makes a dataset that yields batches of caption indices as `Batch`, read in parallel and ahead of the model.
 
-    Args:
-        captions: those of the split.
-        batches: caption indices, see `make_epoch_batches`.
-        read_features: maps the paths (images,) of feature files to their content, (images, L, C).
-        static_shapes: whether to pad captions to the largest batch, and images and tokens to multiples of 8, so that
-            there are few shapes: XLA compiles anew for each.
+    `read_features` maps the paths (images,) of feature files to their content, (images, L, C). With `static_shapes`
+    captions are padded to the largest batch, and images and tokens to multiples of 8, so that there are few shapes: XLA
+    compiles anew for each.
     """
     largest = max(map(len, batches), default=0)
     feature_paths = tf.constant(captions.feature_paths)
@@ -208,43 +192,18 @@ def copy_ahead(batches: Iterable[Batch], strategy: tf.distribute.Strategy) -> It
             yield batch
 
 
-def make_distributed_dataset(
-    strategy: tf.distribute.Strategy,
-    captions: EncodedCaptions,
-    batches: list[np.ndarray],
-    read_features: Callable[[tf.Tensor], tf.Tensor],
-    static_shapes: bool = False,
-) -> tf.data.Dataset:
-    """Makes the same dataset for the devices of a strategy, each of which gets its part of every batch."""
+class TrainBatches(NamedTuple):
+    """The batches of a training, made for the devices of a strategy, each of which gets its part of every batch."""
 
-    def make_input(context: tf.distribute.InputContext) -> tf.data.Dataset:
-        num_replicas = context.num_replicas_in_sync
-        num_local = num_replicas // context.num_input_pipelines
-        first = context.input_pipeline_id * num_local
-        parts = [part for rows in batches for part in np.array_split(rows, num_replicas)[first : first + num_local]]
-        return make_dataset(captions, parts, read_features, static_shapes)
-
-    # To the replicas' devices only the step copies, what it needs there: see copy_ahead.
-    options = tf.distribute.InputOptions(experimental_fetch_to_device=False)
-    return strategy.distribute_datasets_from_function(make_input, options)
-
-
-class TrainBatches:
-    """The batches of a training, made for the devices of a strategy."""
-
-    def __init__(
-        self,
-        captions: EncodedCaptions,
-        read_features: Callable[[tf.Tensor], tf.Tensor],
-        config: TrainConfig,
-        strategy: tf.distribute.Strategy,
-    ):
-        self.captions, self.read_features, self.config, self.strategy = captions, read_features, config, strategy
+    captions: EncodedCaptions
+    read_features: Callable[[tf.Tensor], tf.Tensor]
+    config: TrainConfig
+    strategy: tf.distribute.Strategy
 
     @property
     def spec(self) -> Any:
         """The shapes and types of a batch, for `tf.function`."""
-        return make_distributed_dataset(self.strategy, self.captions, [], self.read_features).element_spec
+        return self._make_dataset([]).element_spec
 
     def order(self, epoch: int) -> list[np.ndarray]:
         """Returns the batches of an epoch as arrays of caption indices; see `make_epoch_batches`."""
@@ -259,6 +218,16 @@ class TrainBatches:
 
     def load(self, order: list[np.ndarray]) -> Iterator[Batch]:
         """Yields batches, given as arrays of caption indices, read ahead of the model."""
-        static_shapes = self.config.jit == "on"  # XLA compiles anew for each shape
-        dataset = make_distributed_dataset(self.strategy, self.captions, order, self.read_features, static_shapes)
-        return copy_ahead(dataset, self.strategy)
+        return copy_ahead(self._make_dataset(order), self.strategy)
+
+    def _make_dataset(self, order: list[np.ndarray]) -> tf.data.Dataset:
+        def make_input(context: tf.distribute.InputContext) -> tf.data.Dataset:
+            num_replicas = context.num_replicas_in_sync
+            num_local = num_replicas // context.num_input_pipelines
+            first = context.input_pipeline_id * num_local
+            parts = [part for rows in order for part in np.array_split(rows, num_replicas)[first : first + num_local]]
+            return make_dataset(self.captions, parts, self.read_features, static_shapes=self.config.jit == "on")
+
+        # To the replicas' devices only the step copies, what it needs there: see copy_ahead.
+        options = tf.distribute.InputOptions(experimental_fetch_to_device=False)
+        return self.strategy.distribute_datasets_from_function(make_input, options)

@@ -32,20 +32,12 @@ class CrossEntropy(tf.Module):
     def prepare(self, model: tf.keras.Model, batch: Batch, step: tf.Tensor) -> Any:
         """Makes what the loss needs of a batch outside the gradient, such as samples; here the batch itself.
 
-        Args:
-            model: the caption model.
-            batch: captions and their images.
-            step: the number of the training step, int64: random numbers follow from it, so that a resumed run draws
-                the same.
+        Random numbers follow from the training `step`, int64, so that a resumed run draws the same.
         """
         return batch
 
     def loss(self, model: tf.keras.Model, prepared: Any) -> tuple[tf.Tensor, StepSums]:
-        """Computes the loss of what `prepare` returned.
-
-        Returns:
-            What is minimised, a mean over the words of the batch; and the sums that are reported.
-        """
+        """Returns what is minimised, a mean over the words of the batch, and the sums that are reported."""
         batch: Batch = prepared
         outputs = model(batch.features, batch.tokens, batch.image_index, training=True, order=batch.order)
         word_losses, mask = loss_function(outputs.logits, outputs.targets)  # (N,)

@@ -15,13 +15,13 @@ class FusedAdam(tf.keras.optimizers.Adam):
     slow_factor = 1.0  # theirs is `learning_rate` times this
 
     def _backend_update_step(self, gradients: list[tf.Tensor], variables: list[Any], learning_rate: tf.Tensor) -> None:
-        """Updates all variables; computes what depends only on the step once, and not for each of them."""
+        """Computes what depends only on the step once, and not for each variable."""
         step = tf.cast(self.iterations + 1, tf.float32)
         rates = tf.cast(learning_rate, tf.float32), self.beta_1**step, self.beta_2**step
         super()._backend_update_step(gradients, variables, rates)
 
     def update_step(self, gradient: tf.Tensor, variable: Any, rates: tuple[tf.Tensor, tf.Tensor, tf.Tensor]) -> None:
-        """Updates one variable and its two moments; `rates` are the learning rate and the powers of both betas."""
+        """Updates a variable and its moments; `rates` are the learning rate and the powers of both betas."""
         index = self._get_variable_index(variable)
         learning_rate, beta1_power, beta2_power = rates
         if index in self.slow:
@@ -62,13 +62,7 @@ def make_optimizer(learning_rate: float, clip_norm: float, mixed_precision: bool
 
 
 def slow_down(optimizer: tf.keras.optimizers.Optimizer, variables: list[Any], factor: float) -> None:
-    """Multiplies the learning rate of some variables by a factor.
-
-    Args:
-        optimizer: made by `make_optimizer`, and built.
-        variables: some of those that it was built with.
-        factor: the learning rate that is reported and that decays stays that of the others.
-    """
+    """Multiplies the learning rate of some of the variables with which an optimizer was built by a factor."""
     adam = getattr(optimizer, "inner_optimizer", optimizer)
     adam.slow, adam.slow_factor = frozenset(map(adam._get_variable_index, variables)), factor
 
@@ -89,8 +83,7 @@ class WeightEMA(tf.Module):
     def update(self, is_applied: tf.Tensor | float = 1.0) -> None:
         """Moves the average towards the weights; quickly at first, so that the random start is soon forgotten.
 
-        Args:
-            is_applied: 1, or 0 after a step that the optimizer has skipped, which changes nothing here.
+        `is_applied` is 0 after a step that the optimizer has skipped, which changes nothing here.
         """
         self.num_updates.assign_add(is_applied)
         decay = tf.minimum(self.decay, (1.0 + self.num_updates) / (10.0 + self.num_updates))

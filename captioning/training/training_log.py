@@ -24,11 +24,9 @@ def read_history(path: Path) -> list[dict[str, str]]:
         with open(path, newline="", encoding="utf-8") as file:
             rows = list(csv.DictReader(file))
         for row in rows:
-            names = list(row)
-            is_objective = len(names) > 1 and names[1].startswith("train_")  # another objective has another name
-            if not is_objective or [*names[:1], *names[2:]] != [name for name in COLUMNS if name != "train_loss"]:
+            # Another objective has another column instead of train_loss.
+            if len(row) != len(COLUMNS) or not row.keys() >= set(COLUMNS) - {"train_loss"}:
                 raise ValueError(f"its columns are {list(row)}")
-            int(row["epoch"])
             for name, value in row.items():
                 if value or name not in SCORES:
                     float(value)
@@ -57,10 +55,7 @@ class TrainingLog:
     def add(self, row: dict[str, Any], best_epoch: int, best_by: str) -> None:
         """Adds an epoch and writes the files again; a score of None is left empty.
 
-        Args:
-            row: the epoch, with the values of `COLUMNS`, or with another objective instead of `train_loss`.
-            best_epoch: the best epoch so far, this one included.
-            best_by: the column by which it is the best, `cider` or `val_loss`.
+        `best_epoch` is the best so far, this one included, by the column `best_by`, `cider` or `val_loss`.
         """
         self.rows.append(row)
         with atomic_write(self.run / "history.csv") as file:

@@ -20,10 +20,7 @@ MIN_CIDER_IMAGES = 20
 class EpochScore(NamedTuple):
     """How good an epoch is. Of two epochs the one with the larger tuple is better; the default is worse than any.
 
-    CIDEr decides. Where two have the same, fewer empty captions are better, and then the lower validation loss. CIDEr
-    is 0 for all epochs where it cannot be computed or the images are fewer than `MIN_CIDER_IMAGES`, so that the others
-    decide. An epoch whose CIDEr is above 0 is therefore better than one without, if a run is resumed where
-    pycocoevalcap was installed, or removed, in between.
+    CIDEr is 0 where it cannot be computed or the images are fewer than `MIN_CIDER_IMAGES`, so that the others decide.
     """
 
     cider: float = -math.inf
@@ -51,20 +48,20 @@ class Validator:
     """Validates a model on the images of the val split, at most `max_val_images` of them."""
 
     def __init__(self, model: tf.keras.Model, data: TrainData, config: TrainConfig):
-        """Prepares the validation.
-
-        Args:
-            model: the caption model.
-            data: the dataset with its features, and the tokenizer.
-            config: the settings of the training.
-        """
         self.model, self.data, self.config = model, data, config
         self.examples = data.dataset.split("val")[: config.max_val_images]
         self.references = [list(example.captions) for example in self.examples]
         self.captions = encode_captions(self.examples, data.tokenizer.encode, data.cache.path, config.max_length)
         self.has_scores = metrics.has_pycocoevalcap()
         self.cider_decides = self.has_scores and len(self.references) >= MIN_CIDER_IMAGES
-        self._log_what_decides()
+        if len(self.references) < MIN_CIDER_IMAGES:
+            log(
+                f"too few validation images for CIDEr to choose the best epoch (found {len(self.references)}, expected "
+                f"at least {MIN_CIDER_IMAGES}): the validation loss chooses it"
+            )
+        if not self.has_scores:
+            chooser = "the best epoch is chosen by the validation loss"
+            log(f"BLEU-4 and CIDEr are left out, and {chooser}: they need `pip install pycocoevalcap`")
 
         @tf.function(input_signature=[make_dataset(self.captions, [], data.cache.read).element_spec])
         def val_step(batch: Batch) -> tuple[tf.Tensor, tf.Tensor]:
@@ -112,17 +109,3 @@ class Validator:
             log("the best epoch so far was chosen by CIDEr, which cannot be computed now: it stays the best")
         if best.cider == 0 and self.cider_decides:
             log("the best epoch so far was chosen without CIDEr: the next one with a CIDEr above 0 is taken as better")
-
-    def _log_what_decides(self) -> None:
-        """Logs what is left out, and what chooses the best epoch if not CIDEr."""
-        num_images, chooser = len(self.references), ""
-        if num_images < MIN_CIDER_IMAGES:
-            images = "1 validation image is" if num_images == 1 else f"{num_images} validation images are"
-            log(
-                f"{images} too few for CIDEr to choose the best epoch (expected at least {MIN_CIDER_IMAGES}): the "
-                "validation loss chooses it"
-            )
-        else:
-            chooser = ", and the best epoch is chosen by the validation loss"
-        if not self.has_scores:
-            log(f"BLEU-4 and CIDEr are left out{chooser}: they need `pip install pycocoevalcap`")

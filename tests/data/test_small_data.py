@@ -72,8 +72,8 @@ def test_epoch_without_a_caption_is_not_chosen_for_its_loss(data, tmp_path, monk
     run_training(tmp_path / "run", data, epochs=5)
     lines = capsys.readouterr().err.splitlines()
     assert lines[0] == (
-        "1 validation image is too few for CIDEr to choose the best epoch (expected at least 20): the validation loss "
-        "chooses it"
+        "too few validation images for CIDEr to choose the best epoch (found 1, expected at least 20): the validation "
+        "loss chooses it"
     )
     assert lines[-1].startswith("best: epoch 4, validation loss 2.00; see ")
     assert lines.count("  (no words)") == 3

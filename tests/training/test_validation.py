@@ -96,7 +96,7 @@ def test_validator_splits_words_as_published_scores_do(make_validator, monkeypat
             False,
             "BLEU-4 and CIDEr are left out, and the best epoch is chosen by the validation loss: they need `pip",
         ),
-        (1, True, r"1 validation image is too few for CIDEr to choose the best epoch \(expected at least 20\)"),
+        (1, True, r"too few validation images for CIDEr to choose the best epoch \(found 1, expected at least 20\)"),
     ],
 )
 def test_validator_says_what_decides(make_validator, monkeypatch, capsys, num_images, installed, message):
