@@ -349,7 +349,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     """Parses the command line; a recipe changes the defaults of its settings, also in --help."""
     parser = make_parser(__doc__)
     parser.add_argument("--run", type=Path, metavar="DIR", help="run folder (default: runs/<name of the dataset>)")
-    # The recipe is looked up first, as a default may only take effect where the option itself is not given.
+    # The recipe is read before all else: it changes defaults, which options that are given then override.
     add_train_options(parser, RECIPES[find_recipe(argv)])
     return parser.parse_args(argv)
 
