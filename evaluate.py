@@ -222,8 +222,8 @@ def other_data_from_args(args: argparse.Namespace) -> DataConfig | None:
     names = [name for name in data_config.to_json() if name not in DATA_PATHS]
     if any(getattr(data_config, name) != getattr(NO_DATA, name) for name in names):
         raise InputError(
-            "a run is scored on its own data; only where they are can be named, and other data for --results FILE "
-            "without --run"
+            "a run is scored on its own data, of which only where they are can be named; other data need --results "
+            "FILE, without --run"
         )
     return None
 

@@ -97,7 +97,9 @@ def make_train_step(
         state.optimizer.apply(gradients, state.model.trainable_variables)
         return sums
 
-    @tf.function(input_signature=None if with_xla else [batch_spec])  # XLA compiles anew for every shape
+    # A graph, built at the first call: in eager mode each operation of each word would go through Python. One signature
+    # for batches of all sizes, or a graph would be built for each; XLA compiles anew for every shape in any case.
+    @tf.function(input_signature=None if with_xla else [batch_spec])
     def train_step(batch: Batch) -> None:
         steps_before = tf.identity(state.optimizer.iterations)
         sums = strategy.run(replica_step, (batch,))
@@ -229,7 +231,7 @@ def build_train_state(
         objective: makes what is minimised.
         start: another run, with whose best weights the model begins.
     """
-    tf.keras.utils.set_random_seed(config.train.seed)
+    tf.keras.utils.set_random_seed(config.train.seed)  # before the model is built, which draws the first weights
     with strategy.scope():
         caption_model = model.build(config.model, config.cnn.features_shape, config.train.mixed_precision)
         if start:
@@ -264,7 +266,7 @@ def train(
     if checkpoints.restore():
         done = f"{progress.get('epoch')} epochs and {progress.get('step')} batches"
         log(f"resuming {run} after {done}; best so far: epoch {progress.get('best_epoch')}")
-    devices.separate_random_states(state.model, strategy)
+    devices.separate_random_states(state.model, strategy)  # after restoring, which would undo it
     training_log = TrainingLog(run, progress.get("epoch")) if checkpoints.is_writer else None
 
     # The captions as arrays of token ids; their images' features stay on the disk.
@@ -281,14 +283,14 @@ def train(
     validator.log_best_so_far(progress.best())
     if state.objective.starts_trained and progress.best() == EpochScore():
         progress.best_score.assign(score_start(validator, checkpoints, strategy))
-    # The loop over epochs: train, validate, keep the weights if they are the best so far.
+    # The loop over epochs. The learning rate follows from the epoch's number, so that a resumed run has the same one.
     batches = TrainBatches(captions, data.cache.read, settings, strategy)
     train_step = make_train_step(state, settings, strategy, batches.spec)
     try:
         while (epoch := progress.get("epoch")) < settings.epochs:
             if settings.patience and epoch - progress.get("best_epoch") >= settings.patience:
                 log(f"stopped early: {settings.patience} epochs without a better score")
-                break
+                break  # from here on the model would only learn the training captions by heart
             state.optimizer.learning_rate.assign(settings.learning_rate * settings.learning_rate_decay**epoch)
             train_epoch(train_step, batches, state, checkpoints, settings, on_step)
             score = validate_and_log(validator, state, checkpoints, training_log) if training_log else EpochScore()
@@ -347,6 +349,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     """Parses the command line; a recipe changes the defaults of its settings, also in --help."""
     parser = make_parser(__doc__)
     parser.add_argument("--run", type=Path, metavar="DIR", help="run folder (default: runs/<name of the dataset>)")
+    # The recipe is read before all else: it changes defaults, which options that are given then override.
     add_train_options(parser, RECIPES[find_recipe(argv)])
     return parser.parse_args(argv)
 
@@ -393,7 +396,7 @@ def prepare(
     tokenizer = Tokenizer.fit(train_captions, model_config.vocab_size, data_config.words)
     # 4. All settings, which the run folder keeps beside the weights.
     config = RunConfig(
-        model=dataclasses.replace(model_config, vocab_size=len(tokenizer)),
+        model=dataclasses.replace(model_config, vocab_size=len(tokenizer)),  # a small dataset has fewer words
         train=train_config,
         data=data_config,
         objective={},
@@ -422,7 +425,7 @@ def open_run_folder(run: Path, data: TrainData, config: RunConfig, strategy: tf.
     if not devices.is_chief(strategy):
         yield
         return
-    with lock_folder(run):
+    with lock_folder(run):  # two trainings in one folder would overwrite each other's checkpoints
         init_run_dir(run, config, data.tokenizer.save, data.cache.cnn_weights)
         yield
 

@@ -86,7 +86,7 @@ class FeatureConfig(Settings):
     )
     features_dir: str | None = option(
         None,
-        "folder of the cached features (default: features/<dataset>, and _<CNN>_<image size> if they are others)",
+        "folder of the cached features (default: features/<dataset>, with _<CNN> and _<size> unless they are defaults)",
         metavar="DIR",
     )
     dtype: str = option(
@@ -220,7 +220,7 @@ class DecodeConfig(Settings):
         bounds=f"[1, {MAX_TOKENS}]",
     )
     min_words: int = option(0, "number of words before which a caption may not end", bounds=f"[0, {MAX_TOKENS}]")
-    no_repeat: bool = option(False, "never repeat a word at once, nor any three words in a row")
+    no_repeat: bool = option(False, "allow no word twice in a row, and no three words twice")
     captions: int = option(
         1,
         "number of captions per image (the beam is widened if needed; with --sample, that many samples)",
