@@ -23,7 +23,7 @@ import data_utils
 import features
 import model
 from captioning.base import devices
-from captioning.base.cli import add_quiet_option, defer_interrupts, log, make_parser, progress_bar, run_main
+from captioning.base.cli import InputError, add_quiet_option, defer_interrupts, log, make_parser, progress_bar, run_main
 from captioning.base.files import lock_folder
 from captioning.base.quiet_tensorflow import tf
 from captioning.config.guests import find_model_guest
@@ -381,6 +381,8 @@ def prepare(
     Raises:
         InputError: something of it is missing or wrong.
     """
+    if args.run and args.run.is_file():
+        raise InputError(f"--run {args.run}: expected a run folder, or a new one, found a file")
     train_config, model_config = TrainConfig.from_args(args), ModelConfig.from_args(args)
     # 1. The images and captions, downloaded if necessary, and split into train, val and test.
     data_config, feature_config = fill_locations(args.run, DataConfig.from_args(args), FeatureConfig.from_args(args))

@@ -54,7 +54,9 @@ def parse_start(
     # All other settings have the values of the run, too.
     for settings in (DataConfig(), FeatureConfig(), ModelConfig(), TrainConfig()):
         parser.set_defaults(**{name: defaults.get(name, value) for name, value in settings.to_json().items()})
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    args.run = args.run if args.run.name else args.run.resolve()  # "." has no name, of which the new run's is made
+    return args
 
 
 def _read_settings(run: Path, kept: tuple[str, ...]) -> dict[str, Any]:

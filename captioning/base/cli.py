@@ -64,11 +64,11 @@ def advise(text: str) -> str:
 
 
 def command_name() -> str:
-    """Returns what help and messages call the command: a script's file name, or a package run by `python -m`."""
-    path = Path(sys.argv[0])
-    if path.name != "__main__.py":
-        return path.name
-    return f"{path.parent.parent.name}.{path.parent.name}"
+    """Returns what help and messages call the command: a script's file name, or the module of `python -m`."""
+    spec = getattr(sys.modules["__main__"], "__spec__", None)  # None for a script
+    if spec and spec.origin == sys.argv[0]:
+        return spec.name.removesuffix(".__main__")
+    return Path(sys.argv[0]).name
 
 
 def make_parser(description: str | None, usage: str = "[option ...]") -> argparse.ArgumentParser:
