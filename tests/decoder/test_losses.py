@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 
 from captioning.base.quiet_tensorflow import tf
-from captioning.decoder import losses as losses_module
+from captioning.decoder import fused_loss
 from captioning.decoder.losses import cross_entropy, label_smoothing_term, loss_function
 
 TARGETS = tf.constant([4, 5, 0, 6, 3])  # the third is padding
@@ -29,7 +29,7 @@ def test_loss_function_computes_in_float32(logits):
 @pytest.mark.parametrize("has_gpu", [False, True], ids=["cpu", "gpu"])
 @pytest.mark.parametrize("scale", [1.0, 100.0, 1e4])
 def test_cross_entropy_and_its_gradient_match_tensorflow(logits, scale, has_gpu, monkeypatch):
-    monkeypatch.setattr(losses_module, "has_gpu", lambda: has_gpu)
+    monkeypatch.setattr(fused_loss, "has_gpu", lambda: has_gpu)
     logits, d_losses = tf.Variable(logits * scale), tf.constant([1.0, 0.5, 2.0, 0.0, -3.0])
 
     def reference(logits, targets):
