@@ -1,6 +1,7 @@
 """The layout that CONTRIBUTING.md describes: what lies where, what may import what, and what is explained."""
 
 import ast
+import functools
 import re
 from pathlib import Path
 
@@ -23,6 +24,7 @@ def relative(path):
     return path.relative_to(ROOT).as_posix()
 
 
+@functools.cache
 def parse(path):
     return ast.parse(path.read_text(encoding="utf-8"), relative(path))
 

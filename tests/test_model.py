@@ -147,6 +147,7 @@ def test_step_matches_teacher_force(caption_model, rng):
         np.testing.assert_allclose(tf.reduce_sum(attention_weights, 1), 1, rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_gradients_reach_all_weights_and_match_finite_differences(caption_model, rng):
     features, tokens = make_features(rng, 2), make_tokens(rng, 2, 4)
     variables = caption_model.trainable_variables

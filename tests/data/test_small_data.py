@@ -64,6 +64,7 @@ def _without_plots(monkeypatch):
     monkeypatch.setattr(training_log, "plot_history", lambda *_: None)
 
 
+@pytest.mark.slow
 def test_epoch_without_a_caption_is_not_chosen_for_its_loss(data, tmp_path, monkeypatch, capsys):
     texts, losses = iter(("", "", "a dog", "a cat", "")), iter((1.0, 0.5, 2.5, 2.0, 0.25))
     monkeypatch.setattr(evaluate, "generate_captions", lambda *_: [inference.Caption(next(texts), (), (), None, 1.0)])

@@ -115,6 +115,7 @@ BIGRAM_PROBS = bigram_table(start=[0.0, 0.6, 0.0, 0.4, 0.0], a=[0.1, 0.0, 0.5, 0
 BIGRAM_PROBS += bigram_table(cat=[0.9, 0, 0, 0, 0.1], runs=[1.0, 0, 0, 0, 0])
 
 
+@pytest.mark.slow
 def test_beam_search_finds_more_probable_caption_than_greedy_search():
     """Greedy search returns "a dog" (0.6 * 0.5 * 0.5 = 0.15); "cat" (0.4 * 0.9 = 0.36) is more probable."""
     model, features = BigramModel(BIGRAM_PROBS), make_features(0, 0)
@@ -343,6 +344,7 @@ def test_beam_search_of_one_beam_equals_greedy_search(diverse_model_and_features
     np.testing.assert_allclose(greedy.attention[mask], beam.attention[mask], rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_beam_search_does_not_depend_on_the_rest_of_the_batch(diverse_model_and_features):
     model, features = diverse_model_and_features
     batch, alone = beam_search(model, features, 5, 0.0), beam_search(model, features[3:4], 5, 0.0)
@@ -351,6 +353,7 @@ def test_beam_search_does_not_depend_on_the_rest_of_the_batch(diverse_model_and_
     assert not batch.tokens.numpy()[3, length:].any()
 
 
+@pytest.mark.slow
 def test_beam_search_probabilities_and_attention_match_teacher_forcing(diverse_model_and_features):
     model, features = diverse_model_and_features
     tokens, probabilities, attention = beam_search(model, features, 5, 0.7)

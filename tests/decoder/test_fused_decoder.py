@@ -90,6 +90,7 @@ def test_fused_decoder_matches_autodiff_of_the_plain_loop(captions, compute_loss
     assert_gradients_match(fused_gradients, plain_gradients)
 
 
+@pytest.mark.slow
 def test_fused_decoder_matches_the_plain_loop_in_mixed_precision(captions, compute_loss):
     _, expected = run_decoder(make_model(), captions, compute_loss, fused=False)
     outputs, gradients = run_decoder(make_model(mixed_precision=True), captions, compute_loss, fused=True)

@@ -44,6 +44,7 @@ def test_validator_loss_is_the_mean_over_words(make_validator, dataset, tokenize
         assert make_validator([], batch_size).loss() == pytest.approx(np.mean(losses), rel=1e-5)
 
 
+@pytest.mark.slow
 def test_validator_evaluate_scores_captions(make_validator, dataset):
     references = [example.captions[1] for example in dataset.split("val")[:2]]
     row, score, sample = make_validator(references).evaluate()

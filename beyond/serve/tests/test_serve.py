@@ -87,6 +87,7 @@ def test_server_is_for_this_machine_by_default():
     assert ServerConfig.from_args(serve.parse([])) == ServerConfig("127.0.0.1", 8000, None, 20, 8, 50, 30)
 
 
+@pytest.mark.slow
 def test_main_warns_if_other_machines_are_let_in(small_run, monkeypatch, capsys):
     monkeypatch.setattr(server, "run", lambda app, server: server.close())  # as if Ctrl-C came at once
     limits = []

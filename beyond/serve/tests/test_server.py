@@ -229,6 +229,7 @@ def test_few_images_are_read_at_the_same_time(captioner, monkeypatch):
     assert [reply.status_code for reply in replies] == [200] * 5 and max(counts) == MAX_DECODERS
 
 
+@pytest.mark.slow
 def test_image_that_waits_too_long_is_told_to_come_again(captioner):
     client, replies = make_client(captioner, timeout=1), []
     captioner.may_end.clear()
@@ -286,6 +287,7 @@ def send_raw(server, data):
         return b"".join(iter(lambda: connection.recv(1 << 16), b""))
 
 
+@pytest.mark.slow
 def test_clients_that_send_slowly_keep_no_others_waiting(captioner):
     with run_server(captioner, max_requests=1, timeout=1) as server, contextlib.ExitStack() as stack:
         connections = []

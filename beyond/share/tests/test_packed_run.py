@@ -182,6 +182,7 @@ def test_names_of_runs_and_paths(tmp_path):
 # The command.
 
 
+@pytest.mark.slow
 def test_share_packs_and_unpacks(small_run, packed, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     for arguments in ([str(small_run)], ["--run", str(small_run)]):
@@ -217,6 +218,7 @@ def test_share_refuses_in_one_line(small_run, packed, tmp_path, monkeypatch):
 # What --run takes.
 
 
+@pytest.mark.slow
 def test_open_run_restores_the_same_weights(small_run, packed, cache_dir):
     unpacked = open_run(packed)
     assert unpacked == cache_dir / file_sha256(packed) / "small"
@@ -229,6 +231,7 @@ def test_open_run_restores_the_same_weights(small_run, packed, cache_dir):
         assert caption.text == expected.text and caption.probabilities == expected.probabilities
 
 
+@pytest.mark.slow
 def test_open_run_unpacks_once(packed, cache_dir, capsys):
     with ThreadPoolExecutor(6) as pool:
         folders = set(pool.map(lambda _: open_run(packed), range(6)))
