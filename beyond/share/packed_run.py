@@ -24,13 +24,12 @@ import struct
 import tempfile
 import urllib.parse
 import zipfile
-import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from captioning.base.cli import InputError, log
-from captioning.base.downloads import BLOCK_BYTES, MAX_COMPRESSION_RATIO, download, redact_url
+from captioning.base.downloads import BLOCK_BYTES, DAMAGES, MAX_COMPRESSION_RATIO, download, redact_url
 from captioning.base.files import check_disk_space, file_sha256, read_json
 from captioning.config.settings import DATA_PATHS
 from captioning.images.feature_cache import check_cnn_weights, find_cnn_weights
@@ -50,8 +49,6 @@ FILE_NAMES = re.compile(
 MAX_BYTES = 8_000_000_000  # of a .zip, and of what it unpacks to
 RUN_NAME = re.compile(r"\w[\w.-]{0,79}")
 SHA256_FRAGMENT = re.compile(r"(sha256=([\da-f]{64}))?", re.IGNORECASE)
-
-_DAMAGES = (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError, ValueError, struct.error)
 
 
 def open_run(run: str | Path) -> Path:
@@ -215,7 +212,7 @@ def _refuse_damages(path: Path, hidden: str = "\0") -> Iterator[None]:
     """Turns whatever is wrong with a .zip into one line, without the name of a folder that nobody knows."""
     try:
         yield
-    except (InputError, *_DAMAGES) as error:
+    except (InputError, *DAMAGES, RuntimeError, ValueError, struct.error) as error:
         reason = str(error).strip().split("\n")[0].replace(hidden, "")[:300]
         raise InputError(
             f"{path}: damaged, or not a run that `python -m beyond.share` packed ({reason or type(error).__name__})"

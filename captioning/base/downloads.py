@@ -31,6 +31,7 @@ MAX_CONNECTIONS = 16  # kept open to a server
 BLOCK_BYTES = 1 << 20
 RECEIVED_BYTES = 1 << 14  # written at a time, and lost at most when a connection is
 MAX_COMPRESSION_RATIO = 100  # an archive that unpacks to more than so many times its size is refused
+DAMAGES = (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError)  # what zipfile raises for a damaged archive
 
 
 class Archive(NamedTuple):
@@ -205,7 +206,7 @@ def unpack(archive: Path, folder: Path, suffixes: tuple[str, ...]) -> None:
                     continue
                 with content.open(member) as source, atomic_write(target, "wb") as file:
                     shutil.copyfileobj(source, file, BLOCK_BYTES)
-    except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError) as error:
+    except DAMAGES as error:
         raise InputError(f"{archive}: damaged ({error}); delete it and run the same command again") from None
 
 

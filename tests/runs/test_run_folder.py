@@ -4,6 +4,7 @@ import os
 import re
 
 import pytest
+from helpers.fixtures import MANIFEST
 
 from captioning.base.cli import InputError
 from captioning.base.files import file_sha256, read_json, write_json
@@ -28,15 +29,7 @@ CONFIG = RunConfig(
     train=TrainConfig(),
     data=DataConfig(),
     objective={},
-    features={
-        "cnn": "InceptionV3",
-        "weights": "imagenet",
-        "image_size": 299,
-        "shape": [64, 2048],
-        "dtype": "float16",
-        "images": "../images",
-        "folder": "features/coco",
-    },
+    features=MANIFEST | {"folder": "features/coco"},
     unreadable_images=("bad.jpg",),
     data_fingerprint="0123",
     vocabulary_sha256="4567",
