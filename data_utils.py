@@ -21,7 +21,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from captioning.base.cli import InputError, add_quiet_option, advise, log, make_parser, run_main
+from captioning.base.cli import InputError, add_quiet_option, advise, log, make_parser, print_results, run_main
 from captioning.base.text import describe_unspaced
 from captioning.config.options import add_options
 from captioning.config.run_config import RunConfig
@@ -329,9 +329,9 @@ def main(argv: list[str] | None = None) -> None:
     # A look at the result: are the sizes right, and does the caption belong to the image?
     for split in SPLITS:
         examples = [example for example in dataset.examples if example.split == split]
-        print(f"{split:5} {len(examples):7,} images {sum(len(e.captions) for e in examples):8,} captions")
+        print_results(f"{split:5} {len(examples):7,} images {sum(len(e.captions) for e in examples):8,} captions")
     example = random.Random(0).choice(dataset.examples)
-    print(f"{dataset.image_dir / example.image_path}:", *example.captions, sep="\n  ")
+    print_results(f"{dataset.image_dir / example.image_path}:", *example.captions, sep="\n  ")
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 
 import data_utils
 import inference
-from captioning.base.cli import InputError, add_quiet_option, log, make_parser, progress_bar, run_main
+from captioning.base.cli import InputError, add_quiet_option, log, make_parser, print_results, progress_bar, run_main
 from captioning.base.files import write_json
 from captioning.base.quiet_tensorflow import tf
 from captioning.config.options import add_options
@@ -201,7 +201,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     if args.results and DecodeConfig.from_args(args) != DecodeConfig():
         raise InputError("--results holds captions already; --beam-size and the like are for a run")
     if args.per_image:
-        check_table_path(args.per_image)
+        inputs = (args.results, args.annotations, args.val_annotations, args.test_annotations)
+        check_table_path(args.per_image, filter(None, inputs))
     if not has_pycocoevalcap():
         raise InputError("scoring needs pycocoevalcap, which is not installed; run `pip install pycocoevalcap`")
     if args.spice:
@@ -300,10 +301,10 @@ def evaluate_run(args: argparse.Namespace) -> Evaluation:
 
 def print_metrics(source: Path, metrics: dict[str, Any]) -> None:
     """Prints what was scored, and the scores below it, one a line."""
-    print(f"{source}, {metrics['split']}: {metrics['images']:,} images")
+    print_results(f"{source}, {metrics['split']}: {metrics['images']:,} images")
     ratios = {name: metrics[name] for name in RATIOS if name in metrics}
     for name, value in {**metrics["scores"], **ratios}.items():
-        print(f"{name:19} {value:6.1f}", flush=True)
+        print_results(f"{name:19} {value:6.1f}")
 
 
 def main(argv: list[str] | None = None) -> None:

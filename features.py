@@ -27,7 +27,16 @@ import numpy as np
 from PIL import Image
 
 import data_utils
-from captioning.base.cli import InputError, add_quiet_option, format_bytes, log, make_parser, progress_bar, run_main
+from captioning.base.cli import (
+    InputError,
+    add_quiet_option,
+    format_bytes,
+    log,
+    make_parser,
+    print_results,
+    progress_bar,
+    run_main,
+)
 from captioning.base.files import check_disk_space, write_json
 from captioning.base.quiet_tensorflow import tf
 from captioning.config.cnns import CNN, INCEPTION_V3
@@ -297,7 +306,7 @@ def main(argv: list[str] | None = None) -> None:
         raise InputError("--shard needs weights that all processes have; --cnn-weights random draws its own")
     cache, readable = extract_features(dataset, FeatureConfig.from_args(args), args.shard)
     num_cached = len(set(dataset.examples[args.shard]).intersection(readable.examples))
-    print(f"{num_cached:,} images have their features in {cache.folder}/")
+    print_results(f"{num_cached:,} images have their features in {cache.folder}/")
 
 
 if __name__ == "__main__":

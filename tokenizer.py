@@ -14,8 +14,8 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from captioning.base.cli import InputError, int_at_least, make_parser, run_main
-from captioning.base.files import read_json, write_json
+from captioning.base.cli import InputError, int_at_least, make_parser, print_results, run_main
+from captioning.base.files import check_output, read_json, write_json
 from captioning.base.special_tokens import END_ID, PAD_ID, SPECIAL_TOKENS, START_ID, UNK_ID
 from captioning.base.text import join_words, normalize_text, punctuation_to_spaces, split_characters
 from captioning.config.options import add_options
@@ -121,6 +121,15 @@ class Tokenizer:
         return cls(index_word, words)
 
 
+def is_vocabulary(path: Path) -> bool:
+    """Tells whether a file is a vocabulary."""
+    try:
+        Tokenizer.load(path)
+    except InputError:
+        return False
+    return True
+
+
 def main(argv: list[str] | None = None) -> None:
     """Prints the vocabulary of a text file, one word a line, most frequent first."""
     parser = make_parser(__doc__, "[option ...] captions.txt")
@@ -135,6 +144,8 @@ def main(argv: list[str] | None = None) -> None:
     add_options(parser, DataConfig, only=("words",))
     parser.add_argument("--output", metavar="FILE", help="save the vocabulary as JSON instead of printing it")
     args = parser.parse_args(argv)
+    if args.output:
+        check_output("--output", Path(args.output), is_vocabulary)
     # The vocabulary of a run is made by train.py in the same way, from the training captions alone: words that occur
     # only in the validation or test captions must stay unknown.
     try:
@@ -145,7 +156,7 @@ def main(argv: list[str] | None = None) -> None:
     if args.output:
         tokenizer.save(args.output)
     else:
-        print("\n".join(tokenizer.index_word))
+        print_results(*tokenizer.index_word, sep="\n")
 
 
 if __name__ == "__main__":

@@ -118,6 +118,16 @@ def test_load_refuses_damaged_vocabularies(tmp_path, content):
         Tokenizer.load(tmp_path / "v.json")
 
 
+def test_main_replaces_only_a_vocabulary(tmp_path):
+    captions, path = tmp_path / "captions.txt", tmp_path / "vocabulary.json"
+    captions.write_text("a dog")
+    tokenizer_script.main([str(captions), "--output", str(path)])
+    tokenizer_script.main([str(captions), "--output", str(path)])
+    with pytest.raises(InputError, match=r"--output \S+captions\.txt: expected a new file, or an earlier one"):
+        tokenizer_script.main([str(captions), "--output", str(captions)])
+    assert captions.read_text() == "a dog"
+
+
 def test_main_prints_or_saves_the_vocabulary(tmp_path, capsys):
     (tmp_path / "captions.txt").write_text("a dog\na cat\na dog\n")
     arguments = [str(tmp_path / "captions.txt"), "--vocab-size", "6"]

@@ -14,10 +14,10 @@ differ from those of inference.py.
 import argparse
 from pathlib import Path
 
-from beyond.export.litert import convert
+from beyond.export.litert import convert, is_litert
 from beyond.export.saved_model import ExportedModel, save
-from captioning.base.cli import InputError, add_quiet_option, format_bytes, log, make_parser, run_main
-from captioning.base.files import atomic_write
+from captioning.base.cli import InputError, add_quiet_option, format_bytes, log, make_parser, print_results, run_main
+from captioning.base.files import atomic_write, check_output
 from captioning.config.settings import DecodeConfig
 from inference import Captioner, add_model_options
 
@@ -55,8 +55,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if args.weights and not args.litert:
         raise InputError("--weights is only for --litert; a SavedModel keeps the weights as they are")
-    if args.litert and args.output and args.output.is_dir():
-        raise InputError(f"--output {args.output}: expected a file that ends in .tflite, found a folder")
+    if args.litert and args.output:
+        check_output("--output", args.output, is_litert)
     if args.sample:
         raise InputError("--sample cannot be exported; expected greedy search or a beam search")
     if args.litert and args.no_repeat:
@@ -77,7 +77,7 @@ def main(argv: list[str] | None = None) -> None:
         save(ExportedModel(captioner, args.with_decoder), output)
     files = [path for path in output.rglob("*") if path.is_file()] if output.is_dir() else [output]
     log(f"size: {format_bytes(sum(path.stat().st_size for path in files))}")
-    print(output)
+    print_results(output)
 
 
 if __name__ == "__main__":

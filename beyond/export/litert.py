@@ -6,6 +6,7 @@ ids. Greedy search is exported as a beam of 1, since LiteRT cannot convert the a
 """
 
 import tempfile
+from pathlib import Path
 
 from beyond.export.saved_model import list_variables
 from captioning.base.cli import InputError, suppress_stderr
@@ -35,6 +36,12 @@ class LiteRTModel(tf.Module):
         size = captioner.image_size
         spec = tf.TensorSpec([1, size, size, 3], tf.uint8, "pixels")
         self.caption = tf.function(caption, input_signature=[spec])
+
+
+def is_litert(path: Path) -> bool:
+    """Tells whether a file is a LiteRT model."""
+    with open(path, "rb") as file:
+        return file.read(8)[4:] == b"TFL3"
 
 
 def convert(captioner: Captioner, weights: str) -> bytes:

@@ -10,7 +10,7 @@ from it, word by word.
 import numpy as np
 
 from beyond.paper.decoder import PaperDecoder
-from captioning.base.cli import InputError, make_parser, run_main
+from captioning.base.cli import InputError, make_parser, print_results, run_main
 from captioning.base.quiet_tensorflow import tf
 from captioning.base.special_tokens import START_ID
 from captioning.config.settings import DecodeConfig
@@ -43,9 +43,9 @@ def main(argv: list[str] | None = None) -> None:
     features = captioner.extract_features(captioner.load_image(args.image)[np.newaxis])
     tokens = [captioner.tokenizer.word_index[word] for word in caption.words]
     gates = compute_gates(captioner.model, features, tokens)
-    print(caption.text)
+    print_results(caption.text)
     for word, gate in zip(caption.words, gates, strict=True):
-        print(f"{gate:.2f} {word}")
+        print_results(f"{gate:.2f} {word}")
 
 
 if __name__ == "__main__":

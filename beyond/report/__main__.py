@@ -13,8 +13,9 @@ from PIL import Image
 
 import evaluate
 import inference
-from beyond.report.report import open_report
+from beyond.report.report import is_report, open_report
 from captioning.base.cli import InputError, log, make_parser, run_main
+from captioning.base.files import check_output
 from captioning.config.settings import DecodeConfig
 from captioning.data.annotations import SPLITS
 from captioning.images.reading import map_threads, read_image
@@ -72,8 +73,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--html", type=Path, metavar="FILE", required=True, help="write the page into this file")
     parser.add_argument("--split", choices=(*SPLITS, "all"), help="caption and score this split of the run's dataset")
     args, others = parser.parse_known_args(argv)
-    if args.html.is_dir():
-        raise InputError(f"--html {args.html}: expected a file for the page, found a folder; add the name of a file")
+    check_output("--html", args.html, is_report)
     if args.split:
         evaluate_split(args.html, ["--split", args.split, *others])
     else:

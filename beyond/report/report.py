@@ -59,6 +59,12 @@ def _script_json(result: dict[str, Any]) -> str:
     return json.dumps(finite, ensure_ascii=False, separators=(",", ":")).replace("<", "\\u003c")
 
 
+def is_report(path: Path) -> bool:
+    """Tells whether `open_report` wrote a file."""
+    with open(path, "rb") as file:
+        return b"<title>Captions: " in file.read(500)
+
+
 @contextlib.contextmanager
 def open_report(path: Path, subtitle: str) -> Iterator["ReportWriter"]:
     """Opens a page, and writes it as captions come: the memory does not grow with their number.

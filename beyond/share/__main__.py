@@ -12,9 +12,10 @@ Tutorial section: none.
 import argparse
 from pathlib import Path
 
-from beyond.share.packed_run import fetch_zip, read_members, unpack_run
+from beyond.share.packed_run import fetch_zip, is_packed_run, read_members, unpack_run
 from beyond.share.run_packer import pack_run, run_name
-from captioning.base.cli import InputError, add_quiet_option, format_bytes, log, make_parser, run_main
+from captioning.base.cli import add_quiet_option, format_bytes, log, make_parser, print_results, run_main
+from captioning.base.files import check_output
 from captioning.runs.run_folder import latest_run
 
 
@@ -41,12 +42,11 @@ def main(argv: list[str] | None = None) -> None:
         unpack_run(packed, output)
     else:
         output = args.output or Path(f"{run_name(run)}.zip")
-        if output.is_dir():
-            raise InputError(f"--output {output}: expected a file that ends in .zip, found a folder")
+        check_output("--output", output, is_packed_run)
         log(f"run: {run}")
         pack_run(run, output)
         log(f"size: {format_bytes(output.stat().st_size)}")
-    print(output)
+    print_results(output)
 
 
 if __name__ == "__main__":

@@ -29,7 +29,7 @@ from pathlib import Path
 from typing import Any
 
 from captioning.base.cli import InputError, log
-from captioning.base.downloads import BLOCK_BYTES, DAMAGES, MAX_COMPRESSION_RATIO, download, redact_url
+from captioning.base.downloads import BLOCK_BYTES, DAMAGES, MAX_COMPRESSION_RATIO, download, is_web_page, redact_url
 from captioning.base.files import check_disk_space, file_sha256, read_json
 from captioning.config.settings import DATA_PATHS
 from captioning.images.feature_cache import check_cnn_weights, find_cnn_weights
@@ -184,6 +184,15 @@ def read_members(path: Path) -> tuple[str, dict[str, zipfile.ZipInfo]]:
     return run_name, members
 
 
+def is_packed_run(path: Path) -> bool:
+    """Tells whether a file is a packed run."""
+    try:
+        read_members(path)
+    except InputError:
+        return False
+    return True
+
+
 def _check_run(run: Path) -> None:
     """Raises InputError if unpacked files do not belong together."""
     import inference  # which may import this module
@@ -213,6 +222,9 @@ def _refuse_damages(path: Path, hidden: str = "\0") -> Iterator[None]:
     try:
         yield
     except (InputError, *DAMAGES, RuntimeError, ValueError, struct.error) as error:
+        with open(path, "rb") as file:
+            if is_web_page(file):
+                raise InputError(f"{path}: a web page, expected a packed run") from None
         reason = str(error).strip().split("\n")[0].replace(hidden, "")[:300]
         raise InputError(
             f"{path}: damaged, or not a run that `python -m beyond.share` packed ({reason or type(error).__name__})"

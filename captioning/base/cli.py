@@ -12,7 +12,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from tqdm import tqdm
 
@@ -22,6 +22,7 @@ FULL_MEMORY = re.compile(
     "|STATUS_ALLOC_FAILED|STATUS_NOT_INITIALIZED"
 )
 OF_GPU = re.compile("GPU|CUDA|CUDNN|CUBLAS|Dst tensor")
+CONTROLS = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029]")  # those of a terminal, and what ends a line or a column
 
 
 class InputError(Exception):
@@ -34,11 +35,33 @@ class Verbosity:
     quiet = False
 
 
+def escape_controls(text: object) -> str:
+    r"""Returns a text with control characters as `\x1b`: the name of a file could steer a terminal, or add a line."""
+    return CONTROLS.sub(lambda match: match[0].encode("unicode_escape").decode(), str(text))
+
+
 def log(message: str, error: bool = False) -> None:
     """Prints a message to standard error, so that standard output holds only results; `--quiet` leaves only errors."""
     if error or not Verbosity.quiet:
-        tqdm.write(message, file=sys.stderr)  # above a progress bar, if there is one
+        tqdm.write(escape_controls(message), file=sys.stderr)  # above a progress bar, if there is one
         sys.stderr.flush()
+
+
+def print_results(*fields: object, sep: str = " ") -> None:
+    """Prints a result to standard output, above a progress bar if there is one, as `print` does."""
+    with name_in_errors("standard output"):
+        tqdm.write(sep.join(map(escape_controls, fields)), file=sys.stdout)
+        sys.stdout.flush()
+
+
+@contextlib.contextmanager
+def name_in_errors(path: Path | str) -> Iterator[None]:
+    """Adds the name of a file to an error that has none, as that of a full disk while the file is written."""
+    try:
+        yield
+    except OSError as error:
+        error.filename = error.filename or str(path)
+        raise
 
 
 # The command line.
@@ -56,6 +79,9 @@ class _Parser(argparse.ArgumentParser):
     def parse_known_args(self, *args: Any, **kwargs: Any) -> Any:
         Command.options = frozenset(self._option_string_actions)
         return super().parse_known_args(*args, **kwargs)
+
+    def error(self, message: str) -> NoReturn:
+        super().error(escape_controls(message))
 
 
 def advise(text: str) -> str:
@@ -126,7 +152,8 @@ def run_main(main: Callable[[], None]) -> None:
         log(f"{name}: {where}{error.strerror or error}{hint}", error=True)
         sys.exit(2)
     except KeyboardInterrupt:
-        log(f"\n{name}: stopped; run the same command again to continue", error=True)
+        log("", error=True)  # the terminal has shown ^C
+        log(f"{name}: stopped; run the same command again to continue", error=True)
         sys.exit(130)
     except Exception as error:  # TensorFlow's, by their text, since this module does not import it
         message = explain_full_memory(error)

@@ -7,11 +7,11 @@ import os
 import shutil
 import sys
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import IO, Any
 
-from captioning.base.cli import InputError, format_bytes, log
+from captioning.base.cli import InputError, format_bytes, log, name_in_errors
 
 
 def check_disk_space(folder: Path, num_bytes: float, purpose: str, hint: str) -> None:
@@ -43,6 +43,28 @@ def try_lock(file: IO[Any], wait: bool = False) -> bool:
     return True
 
 
+def check_output(
+    option: str, path: Path, is_earlier: Callable[[Path], bool], inputs: Iterable[Path | str] = ()
+) -> None:
+    """Checks a file that will be written, before hours of work: no photo or table of the user is replaced.
+
+    Args:
+        option: the option that names it.
+        path: the file.
+        is_earlier: tells whether a file is an earlier output of this kind, which is replaced.
+        inputs: what the command reads.
+
+    Raises:
+        InputError: it is a folder, an input, or something else that is there.
+    """
+    if path.is_dir():
+        raise InputError(f"{option} {path}: expected a file, found a folder")
+    if path.exists() and any(os.path.exists(name) and path.samefile(name) for name in inputs):
+        raise InputError(f"{option} {path}: is read by this command, and would be replaced; choose another file")
+    if path.exists() and path.stat().st_size and not is_earlier(path):
+        raise InputError(f"{option} {path}: expected a new file, or an earlier one of its kind, found something else")
+
+
 @contextlib.contextmanager
 def lock_folder(folder: Path) -> Iterator[None]:
     """Makes a folder and locks it while the block runs; raises InputError if another process has it."""
@@ -66,7 +88,7 @@ def atomic_write(path: Path | str, mode: str = "w") -> Iterator[IO[Any]]:
     partial = path.with_name(f".{uuid.uuid4().hex}.part")
     encoding, newline = (None, None) if "b" in mode else ("utf-8", "")
     try:
-        with open(partial, mode, encoding=encoding, newline=newline) as file:
+        with name_in_errors(path), open(partial, mode, encoding=encoding, newline=newline) as file:
             yield file
         os.replace(partial, path)
     except OSError as error:

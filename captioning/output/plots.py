@@ -118,6 +118,11 @@ class NotebookFigure(Figure):
             self.savefig(file, format=Path(path).suffix[1:].lower())
 
 
+def is_plot(path: Path) -> bool:
+    """Tells whether Matplotlib wrote a file, which has its name in all formats."""
+    return b"atplotlib" in path.read_bytes()
+
+
 def best_grid(num_cells: int, aspect: float) -> tuple[int, int]:
     """Returns the rows and columns for cells of this width / height whose shape is nearest to `TARGET_ASPECT`."""
 

@@ -2,23 +2,28 @@
 
 import csv
 import io
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from captioning.base.cli import InputError
-from captioning.base.files import atomic_write
+from captioning.base.files import atomic_write, check_output
 from captioning.data.annotations import Example
 
 SCORES = ("CIDEr", "BLEU-4", "ROUGE-L", "METEOR", "SPICE")  # in this order, those that there are
 
 
-def check_table_path(path: Path) -> None:
-    """Checks the name of a file that a table will be written into, before hours of work, and makes its folder."""
+def check_table_path(path: Path, inputs: Iterable[str | Path]) -> None:
+    """Checks a file that a table will be written into, see `check_output`, and makes its folder."""
     if path.suffix.lower() != ".csv":
         raise InputError(f"--per-image {path}: expected a name that ends in .csv")
-    if path.is_dir():
-        raise InputError(f"--per-image {path}: is a folder, expected a file")
+    check_output("--per-image", path, is_score_table, inputs)
     path.parent.mkdir(parents=True, exist_ok=True)
+
+
+def is_score_table(path: Path) -> bool:
+    """Tells whether `write_score_table` wrote a file."""
+    with open(path, "rb") as file:
+        return file.readline().startswith(b"image,caption,CIDEr,")
 
 
 def write_score_table(

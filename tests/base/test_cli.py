@@ -76,6 +76,16 @@ def test_log_goes_to_standard_error_and_quiet_leaves_errors(capsys):
     assert capsys.readouterr() == ("", "failure\n")
 
 
+def test_control_characters_are_escaped_wherever_text_is_printed(capsys):
+    hostile, shown = "ü\x1b[2J\tb\nc\x9b\u2028d\r", r"ü\x1b[2J\tb\nc\x9b\u2028d\r"
+    cli.log(hostile)
+    cli.print_results(hostile, 1, sep="\t")
+    assert capsys.readouterr() == (f"{shown}\t1\n", f"{shown}\n")
+    with pytest.raises(SystemExit):
+        cli.make_parser("Does something.").parse_args([f"--{hostile}"])
+    assert f"unrecognized arguments: --{shown}\n" in capsys.readouterr().err
+
+
 # Exit codes.
 
 

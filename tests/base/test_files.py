@@ -12,7 +12,7 @@ import pytest
 
 from captioning.base import files
 from captioning.base.cli import InputError
-from captioning.base.files import atomic_write, check_schema, lock_folder, read_json, try_lock, write_json
+from captioning.base.files import atomic_write, check_output, check_schema, lock_folder, read_json, try_lock, write_json
 
 ROOT = Path(__file__).parents[2]
 
@@ -42,6 +42,7 @@ def test_atomic_write_keeps_the_old_file_on_failure(tmp_path, error):
         raise error
     assert path.read_text() == "old"
     assert list(tmp_path.iterdir()) == [path], "nothing is left behind"
+    assert getattr(error, "filename", str(path)) == str(path), "a full disk says which"
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows counts characters, and the whole path")
@@ -52,6 +53,28 @@ def test_atomic_write_allows_the_longest_names(tmp_path):
         pass
     assert error.value.filename == str(tmp_path / ("x" * 256))
     assert len(list(tmp_path.iterdir())) == 1, "nothing is left behind"
+
+
+def test_check_output_refuses_to_replace_what_it_did_not_write(tmp_path):
+    path = tmp_path / "page.html"
+
+    def check(*inputs):
+        check_output("--html", path, lambda path: path.read_text() == "page", inputs)
+
+    check()
+    path.write_text("page")
+    check(tmp_path / "none.jpg")
+    with pytest.raises(InputError, match=r"--html \S+page\.html: is read by this command"):
+        check(tmp_path / "." / "page.html")
+    path.write_text("photo")
+    with pytest.raises(InputError, match=r"expected a new file, or an earlier one of its kind, found something else"):
+        check()
+    path.write_text("")  # as mktemp makes it
+    check()
+    path.unlink()
+    path.mkdir()
+    with pytest.raises(InputError, match="expected a file, found a folder"):
+        check()
 
 
 # JSON.

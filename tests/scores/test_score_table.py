@@ -35,12 +35,17 @@ def test_write_score_table_begins_with_the_worst(tmp_path):
 
 
 def test_check_table_path(tmp_path):
-    check_table_path(tmp_path / "new/scores.CSV")
+    path = tmp_path / "new/scores.CSV"
+    check_table_path(path, [])
     (tmp_path / "file").touch()
     with pytest.raises(OSError, match="file"):
-        check_table_path(tmp_path / "file/scores.csv")
+        check_table_path(tmp_path / "file/scores.csv", [])
     with pytest.raises(InputError, match=r"scores\.json: expected a name that ends in \.csv"):
-        check_table_path(tmp_path / "scores.json")
-    (tmp_path / "a.csv").mkdir()
-    with pytest.raises(InputError, match=r"a\.csv: is a folder, expected a file"):
-        check_table_path(tmp_path / "a.csv")
+        check_table_path(tmp_path / "scores.json", [])
+    write_score_table(path, EXAMPLES, CAPTIONS, BY_IMAGE)
+    check_table_path(path, ["captions.csv"])  # it is replaced
+    with pytest.raises(InputError, match="is read by this command"):
+        check_table_path(path, [str(path)])
+    path.write_text("image,caption\na.jpg,a dog\n")
+    with pytest.raises(InputError, match="found something else"):
+        check_table_path(path, [])

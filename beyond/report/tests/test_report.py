@@ -205,7 +205,8 @@ def test_main_writes_a_page_of_a_split_with_the_worst_caption_first(
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--html", "."], "--html .: expected a file for the page, found a folder"),
+        (["--html", "."], "--html .: expected a file, found a folder"),
+        (["--html", __file__], "expected a new file, or an earlier one of its kind"),
         (["--html", "a.html", "--split", "val", "--results", "r.json"], "--results has no attention"),
         (["--html", "a.html", "none.jpg"], "none.jpg: no such image"),
     ],

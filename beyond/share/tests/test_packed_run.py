@@ -203,10 +203,13 @@ def test_share_refuses_in_one_line(small_run, packed, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     share.main(["small.zip"])
     (tmp_path / "runs/small/history.csv").write_text("of another training")
+    (tmp_path / "page.zip").write_text("\n<!DOCTYPE html><p>log in")
     for arguments, message in (
         (["small.zip"], r"runs/small: expected a new folder, .*history\.csv differs"),
         (["small.zip", "--output", "small.zip"], "small.zip: expected a new folder"),
-        ([str(small_run), "--output", "runs"], r"--output runs: expected a file that ends in \.zip, found a folder"),
+        ([str(small_run), "--output", "runs"], "--output runs: expected a file, found a folder"),
+        ([str(small_run), "--output", "runs/small/history.csv"], "an earlier one of its kind, found something else"),
+        (["page.zip"], r"page\.zip: a web page, expected a packed run"),
         (["none.zip"], r"none\.zip: no such file; expected a run folder, or a \.zip of one"),
         (["none"], "none: no such file; expected a run folder"),
     ):
@@ -372,7 +375,7 @@ def test_open_run_checks_the_sha256_of_an_address(server, packed, cache_dir):
 
 def test_open_run_forgets_what_is_no_packed_run(server, packed, cache_dir):
     content = packed.read_bytes()
-    packed.write_bytes(b"<html>not found</html>")
+    packed.write_bytes(b"not found")
     with pytest.raises(InputError, match=r"^http://127\.0\.0\.1:\d+/small\.zip: damaged, or not a run"):
         open_run(server.url)
     packed.write_bytes(content)
