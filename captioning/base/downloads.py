@@ -7,20 +7,21 @@ What has been received of a file is kept as `<path>.part`, and the server is ask
 import functools
 import hashlib
 import os
+import re
 import shutil
 import urllib.parse
 import zipfile
 import zlib
 from io import BufferedRandom
 from pathlib import Path
-from typing import NamedTuple
+from typing import BinaryIO, NamedTuple
 
 import requests
 from requests.adapters import HTTPAdapter
 from tqdm import tqdm
 from urllib3.util import Retry
 
-from captioning.base.cli import InputError, format_bytes, log, progress_bar
+from captioning.base.cli import InputError, format_bytes, log, name_in_errors, progress_bar
 from captioning.base.files import atomic_write, try_lock
 
 MAX_RETRIES = 5  # requests in a row that fail
@@ -79,7 +80,7 @@ def download(
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f"{path.name}.part")
     version = path.with_name(f"{path.name}.part.version")  # what the server calls the version that it sent
-    with open(part, "ab+") as file:
+    with name_in_errors(part), open(part, "ab+") as file:
         if not try_lock(file):
             raise InputError(f"{path} is being downloaded by another process; wait until it has ended")
         if path.exists():  # that process has just ended
@@ -172,6 +173,8 @@ def _describe(error: Exception) -> str:
 def _check_content(file: BufferedRandom, num_bytes: int | None, md5: str | None) -> None:
     """Raises _WrongFileError if a complete file has another length or MD5."""
     received = file.seek(0, os.SEEK_END)
+    if is_web_page(file):
+        raise _WrongFileError("received a web page, of an error or a login perhaps")
     if num_bytes and received != num_bytes:
         raise _WrongFileError(f"expected {num_bytes:,} bytes, received {received:,}")
     if md5:
@@ -179,6 +182,12 @@ def _check_content(file: BufferedRandom, num_bytes: int | None, md5: str | None)
         found = hashlib.file_digest(file, "md5").hexdigest()
         if found != md5:
             raise _WrongFileError(f"expected MD5 {md5}, found {found}")
+
+
+def is_web_page(file: BinaryIO) -> bool:
+    """Tells whether an open file is HTML, which servers send instead of a file, and browsers save."""
+    file.seek(0)
+    return bool(re.match(rb"\s*<(!doctype html|html|head)\b", file.read(200), re.IGNORECASE))
 
 
 def unpack(archive: Path, folder: Path, suffixes: tuple[str, ...]) -> None:
@@ -207,7 +216,9 @@ def unpack(archive: Path, folder: Path, suffixes: tuple[str, ...]) -> None:
                 with content.open(member) as source, atomic_write(target, "wb") as file:
                     shutil.copyfileobj(source, file, BLOCK_BYTES)
     except DAMAGES as error:
-        raise InputError(f"{archive}: damaged ({error}); delete it and run the same command again") from None
+        with open(archive, "rb") as file:
+            damage = "a web page, expected an archive" if is_web_page(file) else f"damaged ({error})"
+        raise InputError(f"{archive}: {damage}; delete it and run the same command again") from None
 
 
 def fetch_archive(archive: Archive, folder: Path, suffixes: tuple[str, ...]) -> None:

@@ -1,12 +1,15 @@
 """The images of a command line: files, folders, http(s) addresses, and lists of them."""
 
+import codecs
 import os
+import re
 import sys
 import tempfile
 import urllib.parse
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path, PurePosixPath
+from urllib.request import url2pathname
 
 from PIL import Image
 
@@ -40,18 +43,37 @@ def open_image(image: str, min_jpeg_side: int | None = None) -> Image.Image:
 
 
 def read_list(path: str) -> list[str]:
-    """Reads a list: a path or an address on each line; `-` is standard input. Raises InputError if it is not one."""
+    """Reads a list: a path or an address on each line; `-` is standard input. Raises InputError if it is not one.
+
+    Lines may have quotes around them; those that begin with # are comments. NUL separates names that `find -print0`
+    wrote, which are taken as they are.
+    """
     expected = f"--from {path}: expected a text file with an image on each line"
     try:
         content = sys.stdin.buffer.read() if path == "-" else Path(path).read_bytes()
     except (FileNotFoundError, IsADirectoryError) as error:
         raise InputError(f"{expected} ({error})") from None
     # A name on the disk need not be Unicode; a list that `find` wrote has it as it is.
-    lines = content.decode("utf-8-sig", errors="surrogateescape").splitlines()
-    images = [line.strip() for line in lines if line.strip()]
-    if not images or b"\0" in content:
-        raise InputError(f"{expected}, found {'a binary file' if images else 'none'}")
+    is_utf16 = content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
+    text = content.decode(*(("utf-16", "replace") if is_utf16 else ("utf-8-sig", "surrogateescape")))
+    if re.search("[\x01-\x08\x0e-\x1f]|\0.\0", text):  # the latter in UTF-16 that does not say so
+        raise InputError(f"{expected}, found a binary file")
+    if "\0" in text:
+        images = [name for name in text.split("\0") if name]
+    else:
+        lines = [line.strip() for line in re.split("[\r\n]+", text) if line.strip()]
+        images = [_unquote(line) for line in lines if line[0] != "#" or os.path.exists(line)]
+        if num_comments := len(lines) - len(images):
+            log(f"--from {path}: {num_comments:,} lines that begin with # are left out")
+    if not images:
+        raise InputError(f"{expected}, found none")
     return images
+
+
+def _unquote(line: str) -> str:
+    """Returns a line without the quotes around it, unless they are part of a file's name."""
+    is_quoted = re.fullmatch(r"""(["']).+\1""", line) and not os.path.exists(line)
+    return line[1:-1] if is_quoted else line
 
 
 def find_images(args: Sequence[str], image_list: str | None) -> list[str]:
@@ -59,9 +81,17 @@ def find_images(args: Sequence[str], image_list: str | None) -> list[str]:
     images = expand_image_args(args)
     if image_list:  # one that is missing does not keep the others from their captions
         images += expand_image_args(read_list(image_list), missing_ok=True)
-    if num_repeated := len(images) - len(set(images)):
+    first_of: dict[str, str] = {}
+    for image in images:
+        first_of.setdefault(image_key(image), image)
+    if num_repeated := len(images) - len(first_of):
         log(f"{num_repeated:,} images are given more than once, and captioned once")
-    return list(dict.fromkeys(images))
+    return list(first_of.values())
+
+
+def image_key(image: str) -> str:
+    """Returns what the names of an image have in common: `./photos/a.jpg` and its absolute path are one file."""
+    return image if is_url(image) else os.path.abspath(image)
 
 
 def expand_image_args(args: Sequence[str], missing_ok: bool = False) -> list[str]:
@@ -72,6 +102,8 @@ def expand_image_args(args: Sequence[str], missing_ok: bool = False) -> list[str
     """
     images: list[str] = []
     for arg in args:
+        if arg.startswith("file://"):
+            arg = url2pathname(urllib.parse.urlsplit(arg).path)
         if not is_url(arg) and Path(arg).is_dir():
             images_in_folder = _walk_images(arg)
             if not images_in_folder:

@@ -93,6 +93,13 @@ def test_download_of_wrong_length_or_md5_leaves_nothing(flaky_server, tmp_path, 
     assert names_in(tmp_path / "out") == []
 
 
+def test_download_refuses_a_web_page_in_place_of_a_file(flaky_server, tmp_path):
+    flaky_server.content = b"\n<!doctype HTML><title>Log in"
+    with pytest.raises(InputError, match=r"a\.zip cannot be downloaded .*received a web page"):
+        download(flaky_server.url, tmp_path / "a.zip")
+    assert names_in(tmp_path) == []
+
+
 def test_download_failure_names_address_and_folder(flaky_server, tmp_path):
     flaky_server.answers[:] = [{"code": 404}]
     for url, reason in ((flaky_server.url, "answered 404 Not Found"), ("http://127.0.0.1:1/a.bin", "refused")):
@@ -222,6 +229,9 @@ def test_unpack_refuses_paths_outside_the_folder(tmp_path, name):
 def test_unpack_refuses_damaged_archives(tmp_path):
     (tmp_path / "bad.zip").write_bytes(b"PK nonsense")
     with pytest.raises(InputError, match="damaged"):
+        unpack(tmp_path / "bad.zip", tmp_path / "out", (".jpg",))
+    (tmp_path / "bad.zip").write_bytes(b" <HTML lang=en><p>Log in")
+    with pytest.raises(InputError, match=r"bad\.zip: a web page, expected an archive; delete it"):
         unpack(tmp_path / "bad.zip", tmp_path / "out", (".jpg",))
 
 

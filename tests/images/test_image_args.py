@@ -60,8 +60,33 @@ def test_read_list_reads_lines(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        ("a.jpg\r\nü b.png\n".encode("utf-16"), ["a.jpg", "ü b.png"]),
+        (b"# photos\n'a b.jpg'\n \"c.jpg\" \n'd.jpg\n", ["a b.jpg", "c.jpg", "'d.jpg"]),
+        (b"./a b.jpg\0./c\nd.jpg\0# e.jpg\0", ["./a b.jpg", "./c\nd.jpg", "# e.jpg"]),
+    ],
+)
+def test_read_list_takes_what_other_programs_write(tmp_path, monkeypatch, content, expected, capsys):
+    monkeypatch.chdir(tmp_path)
+    Path("list").write_bytes(content)
+    assert read_list("list") == expected
+    has_comment = content.startswith(b"#")
+    assert ("--from list: 1 lines that begin with # are left out" in capsys.readouterr().err) == has_comment
+    for name in ("# photos", '"c.jpg"'):
+        Path(name).touch()
+    assert ({"# photos", '"c.jpg"'} <= set(read_list("list"))) == has_comment, "files of these names"
+
+
+@pytest.mark.parametrize(
     ("content", "message"),
-    [(b"", "found none"), (b" \n\n", "found none"), (b"a.jpg\n\0\1\2", "found a binary file"), (None, "No such file")],
+    [
+        (b"", "found none"),
+        (b" \n#\n", "found none"),
+        (b"a.jpg\n\0\1\2", "found a binary file"),
+        ("a.jpg".encode("utf-16-le"), "found a binary file"),
+        (None, "No such file"),
+    ],
 )
 def test_read_list_refuses_what_is_no_list(tmp_path, content, message):
     path = tmp_path / "list.txt"
@@ -79,6 +104,14 @@ def test_find_images_takes_each_image_once(photos, tmp_path, capsys):
     assert found == [str(photos / "b.JPG"), str(photos / "a.png"), "none.jpg", str(photos / "c/d/e.jpg")]
     assert capsys.readouterr().err == "2 images are given more than once, and captioned once\n"
     assert find_images([], None) == [] and capsys.readouterr().err == ""
+
+
+def test_find_images_knows_a_file_by_its_path(photos, monkeypatch, capsys):
+    monkeypatch.chdir(photos)
+    Path("a%b ü.png").touch()
+    found = find_images(["a.png", str(photos / "a.png"), "c/../a.png", (photos / "a%b ü.png").as_uri()], None)
+    assert found == ["a.png", str(photos / "a%b ü.png")]
+    assert capsys.readouterr().err == "2 images are given more than once, and captioned once\n"
 
 
 # Addresses.
