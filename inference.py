@@ -30,17 +30,17 @@ import features
 import model
 from captioning.base.cli import InputError, add_quiet_option, int_at_least, log, make_parser, progress_bar, run_main
 from captioning.base.downloads import redact_url
-from captioning.base.files import file_sha256
+from captioning.base.files import check_output, file_sha256
 from captioning.base.quiet_tensorflow import tf
 from captioning.config.options import add_options
 from captioning.config.run_config import RunConfig
 from captioning.config.settings import DecodeConfig, FeatureConfig
 from captioning.decoder.decoding import StepModel, decode
 from captioning.images.feature_cache import check_cnn_weights, find_cnn_weights
-from captioning.images.image_args import find_images, is_url, open_image, plot_paths
+from captioning.images.image_args import find_images, image_key, is_url, open_image, plot_paths
 from captioning.images.reading import ImageSource, map_threads, read_image, set_max_megapixels
 from captioning.output.captions import Caption, to_captions
-from captioning.output.plots import FORMATS, MAX_GRID_IMAGES, thumbnail
+from captioning.output.plots import FORMATS, MAX_GRID_IMAGES, is_plot, thumbnail
 from captioning.output.results import CaptionedImage, CsvWriter, GridWriter, JsonWriter, TextWriter, Writer, write_plot
 from captioning.runs.run_folder import VOCABULARY_FILE, best_checkpoint, open_run, read_config, restore_model
 from tokenizer import Tokenizer
@@ -334,6 +334,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     if args.csv and not (args.image or args.image_list):
         raise InputError("--csv is for the images of the command line; evaluate.py captions those of a split")
     args.inputs = find_images(args.image, args.image_list)
+    if args.grid:
+        check_output("--grid", args.grid, is_plot, args.inputs)
     return args
 
 
@@ -375,7 +377,7 @@ def caption_from_args(args: argparse.Namespace, captioner: Captioner, writers: I
         if args.csv:
             table = stack.enter_context(contextlib.closing(CsvWriter(args.csv, captioner.run, captioner.decode_config)))
             outputs.append(table)
-            images = [image for image in args.inputs if image not in table.done]
+            images = [image for image in args.inputs if image_key(image) not in table.done]
             if num_done := len(args.inputs) - len(images):
                 log(f"{args.csv}: {num_done:,} of {len(args.inputs):,} images are in it already; all outputs skip them")
         if args.json:

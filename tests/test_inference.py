@@ -18,6 +18,7 @@ from captioning.config.settings import DecodeConfig
 from captioning.decoder.decoding import DecodedBatch, decode
 from captioning.images.reading import read_image
 from captioning.output.captions import to_captions
+from captioning.output.plots import NotebookFigure
 from captioning.output.results import JsonWriter, TextWriter
 from inference import Captioner
 
@@ -323,9 +324,14 @@ def test_main_refuses_decoding_options_that_contradict(fast_run, photo, argument
     [
         (["--csv", "captions.csv"], "--csv is for the images of the command line"),
         (["--grid", "all.gif"], r"--grid all\.gif: expected a file that ends in \.png, \.svg, \.pdf"),
+        (["--grid", "photo.png"], r"--grid photo\.png: expected a new file, or an earlier one of its kind"),
+        (["--grid", "plot.png", "plot.png"], r"--grid plot\.png: is read by this command"),
     ],
 )
-def test_parse_refuses_outputs_that_cannot_be(arguments, message):
+def test_parse_refuses_outputs_that_cannot_be(arguments, message, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Image.new("RGB", (8, 8)).save("photo.png")
+    NotebookFigure().save("plot.png")
     with pytest.raises(InputError, match=message):
         inference.parse(arguments)
 

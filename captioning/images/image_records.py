@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
-from captioning.base.cli import log, progress_bar
+from captioning.base.cli import log, name_in_errors, progress_bar
 from captioning.base.files import file_sha256
 from captioning.images.reading import map_threads
 
@@ -34,10 +34,11 @@ class ImageRecords:
     Args:
         folder: the cache's folder.
         image_dir: the folder of the images.
+        name: of the file of records.
     """
 
-    def __init__(self, folder: Path, image_dir: Path):
-        self.path = folder / RECORDS_FILE
+    def __init__(self, folder: Path, image_dir: Path, name: str = RECORDS_FILE):
+        self.path = folder / name
         self.image_dir = image_dir
         self._noted: dict[str, ImageRecord] = {}
         self._records: dict[str, ImageRecord] = {}
@@ -84,10 +85,14 @@ class ImageRecords:
             log(f"{self.path} cannot be written ({error.strerror}): the images will be compared again")
         return changed
 
-    def note(self, image_path: str) -> None:
-        """Notes an image's file as it is before it is read, so that what replaces it meanwhile is found next time."""
+    def note(self, image_path: str) -> bool:
+        """Notes an image's file as it is before it is read, so that what replaces it meanwhile is found next time.
+
+        Returns False if it cannot be read.
+        """
         if record := self._describe(image_path):
             self._noted[image_path] = record
+        return record is not None
 
     def add(self, image_path: str) -> None:
         """Records the file of an image that was noted, after its features have been written."""
@@ -106,6 +111,7 @@ class ImageRecords:
     def _append(self, records: dict[str, ImageRecord]) -> None:
         """Appends records to the file, each after a line end: the last line may have been cut off."""
         if lines := "".join(f"\n{json.dumps([image_path, *record])}" for image_path, record in records.items()):
-            with open(self.path, "ab", buffering=0) as file:  # one write, which other processes cannot come between
+            # One write, which other processes cannot come between.
+            with name_in_errors(self.path), open(self.path, "ab", buffering=0) as file:
                 file.write(lines.encode())
             self._records.update(records)

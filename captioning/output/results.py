@@ -4,17 +4,17 @@ import csv
 import errno
 import io
 import json
-import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import IO, Any, NamedTuple, Protocol
 
 from PIL import Image
-from tqdm import tqdm
 
-from captioning.base.cli import InputError, log
-from captioning.base.files import file_sha256, read_json, try_lock, write_json
+from captioning.base.cli import InputError, log, name_in_errors, print_results
+from captioning.base.files import atomic_write, file_sha256, read_json, try_lock, write_json
 from captioning.config.settings import DecodeConfig
+from captioning.images.image_args import image_key, is_url
+from captioning.images.image_records import ImageRecords
 from captioning.output.captions import Caption
 from captioning.output.plots import MAX_GRID_IMAGES, plot_attention, plot_caption_grid
 from captioning.runs.run_folder import best_checkpoint
@@ -57,12 +57,6 @@ def write_plot(image: Image.Image, caption: Caption, path: Path) -> bool:
     return True
 
 
-def _print(text: str) -> None:
-    """Prints to standard output, above a progress bar if there is one."""
-    tqdm.write(text, file=sys.stdout)
-    sys.stdout.flush()
-
-
 class TextWriter:
     """Prints captions as text, one a line.
 
@@ -85,12 +79,12 @@ class TextWriter:
             lines = [f"reference: {text}" for text in result.references]
             lines += [f"predicted: {caption.text}" for caption in captions]
             lines += [f"attention: {plot}"] if plot else []
-            _print("\n  ".join([result.name, *lines]))
+            print_results(result.name, *(f"  {line}" for line in lines), sep="\n")
             return
-        prefix = f"{result.name}\t" if self.show_names else ""
         for caption in captions:
-            scores = f"\t{caption.log_prob:.2f}\t{caption.confidence:.3f}" if len(captions) > 1 else ""
-            _print(prefix + caption.text + scores)
+            name = [result.name] if self.show_names else []
+            scores = [f"{caption.log_prob:.2f}", f"{caption.confidence:.3f}"] if len(captions) > 1 else []
+            print_results(*name, caption.text, *scores, sep="\t")
 
 
 class JsonWriter:
@@ -103,7 +97,7 @@ class JsonWriter:
         fields = {"image": result.name, **result.caption.to_json(), "plot": str(plot) if plot else None}
         if result.references is not None:
             fields["references"] = list(result.references)
-        _print(json.dumps(fields))
+        print_results(json.dumps(fields))
 
 
 class GridWriter:
@@ -131,7 +125,7 @@ class CsvWriter:
     """A CSV table that grows while images are captioned, with a row for every caption; an interrupted command resumes.
 
     `<file>.settings.json` records which weights and which search made the captions, so that others are never mixed
-    with them.
+    with them; `<file>.images.jsonl`, of which files they are, so that an image that was replaced is captioned again.
 
     Args:
         path: the file; the rows that are in it already are kept.
@@ -139,7 +133,7 @@ class CsvWriter:
         config: how captions are searched for.
 
     Attributes:
-        done: the images that were in the file already.
+        done: the images that were in the file already, by `image_key`.
 
     Raises:
         InputError: the file was made with other settings or by another program, or another process writes into it.
@@ -149,12 +143,11 @@ class CsvWriter:
 
     def __init__(self, path: Path, run: Path, config: DecodeConfig):
         self.path = path
+        self._records = ImageRecords(path.parent, Path(), f"{path.name}.images.jsonl")
         weights_sha256 = file_sha256(f"{best_checkpoint(run)}.index")  # the index holds a checksum of every weight
         path.parent.mkdir(parents=True, exist_ok=True)
-        self._file = open(path, "ab+")
+        self._file = self._open()
         try:
-            if not try_lock(self._file):
-                raise InputError(f"--csv {path}: another process writes into it; choose another file")
             self.done = self._resume({"weights_sha256": weights_sha256, **config.to_json()})
         except BaseException:
             self._file.close()
@@ -166,12 +159,23 @@ class CsvWriter:
         for rank, caption in enumerate((result.caption, *result.caption.alternatives), start=1):
             confidence, log_prob = f"{caption.confidence:.4f}", f"{caption.log_prob:.3f}"
             rows.append((result.name, rank, caption.text, confidence, log_prob, str(caption.finished).lower()))
-        self._file.write(_csv_bytes(rows))
-        self._file.flush()
+        with name_in_errors(self.path):
+            if not is_url(result.name) and self._records.note(result.name):
+                self._records.add(result.name)
+            self._file.write(_csv_bytes(rows))
+            self._file.flush()
 
     def close(self) -> None:
         """Closes the file. All rows are on the disk already."""
         self._file.close()
+
+    def _open(self) -> IO[bytes]:
+        """Opens the file and locks it."""
+        file = open(self.path, "ab+")
+        if not try_lock(file):
+            file.close()
+            raise InputError(f"--csv {self.path}: another process writes into it; choose another file")
+        return file
 
     def _resume(self, settings: dict[str, Any]) -> set[str]:
         """Checks the rows of the file, cuts off an unfinished end, and returns the images before it."""
@@ -206,8 +210,17 @@ class CsvWriter:
         num_last = sum(row[0] == rows[-1][0] for row in rows[-settings["captions"] :])
         if num_last < settings["captions"]:  # not all were written, or a small vocabulary has no more: captioned again
             rows = rows[: len(rows) - num_last]
+        names = dict.fromkeys(row[0] for row in rows)
+        changed = set(self._records.find_changed(name for name in names if not is_url(name)))
+        if changed:
+            log(f"{self.path}: {len(changed):,} images have changed, and are captioned again, such as {min(changed)!r}")
+            rows = [row for row in rows if row[0] not in changed]
+            self._file.close()  # Windows replaces no open file
+            with atomic_write(self.path, "wb") as file:
+                file.write(header + _csv_bytes(rows))
+            self._file = self._open()
         self._file.truncate(len(header + _csv_bytes(rows)))
-        return {row[0] for row in rows}
+        return {image_key(row[0]) for row in rows}
 
 
 def _csv_bytes(rows: Iterable[Iterable[Any]]) -> bytes:

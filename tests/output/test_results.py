@@ -141,9 +141,29 @@ def test_csv_writer_has_a_row_for_every_caption(tmp_path, write):
 def test_csv_writer_continues(tmp_path, write):
     names = ["a.jpg", 'quote".jpg', "new\nline.jpg", os.fsdecode(b"caf\xe9.png"), "ünï.jpg"]
     assert write(*names[:2]) == set()
-    assert write(*names[2:]) == set(names[:2])
-    assert write() == set(names)
+    assert write(*names[2:]) == set(map(os.path.abspath, names[:2]))
+    assert write() == set(map(os.path.abspath, names))
     assert [row["image"] for row in read(tmp_path)] == names
+
+
+def test_csv_writer_captions_an_image_that_was_replaced_again(tmp_path, write, capsys):
+    names = [str(tmp_path / name) for name in ("a.jpg", "b.jpg")]
+    url = "https://example.com/c.jpg"
+    for name in names:
+        Path(name).write_bytes(b"first")
+    write(*names, url)
+    os.utime(names[0])  # touched, not changed
+    assert write() == {*names, url}
+    Path(names[1]).write_bytes(b"second")
+    assert write() == {names[0], url}
+    assert f"1 images have changed, and are captioned again, such as {names[1]!r}" in capsys.readouterr().err
+    write(names[1], captions=("a cat",))
+    assert [(row["image"], row["caption"]) for row in read(tmp_path)] == [
+        (names[0], "a dog"),
+        (url, "a dog"),
+        (names[1], "a cat"),
+    ]
+    assert write() == {*names, url}
 
 
 @pytest.mark.parametrize("captions", [("a dog",), ("a dog", "a cat", "a bird")])
@@ -155,7 +175,7 @@ def test_csv_writer_cut_off_anywhere_continues_with_whole_images(tmp_path, write
     for length in range(len(content)):
         path.write_bytes(content[:length])
         done = write(captions=captions)
-        assert done == set(images[: len(done)]) and content.startswith(path.read_bytes())
+        assert done == set(map(os.path.abspath, images[: len(done)])) and content.startswith(path.read_bytes())
         write(*images[len(done) :], captions=captions)
         assert path.read_bytes() == content
 
