@@ -55,10 +55,10 @@ def check_output(
         inputs: what the command reads.
 
     Raises:
-        InputError: it is a folder, an input, or something else that is there.
+        InputError: it is a folder or a device, an input, or something else that is there.
     """
-    if path.is_dir():
-        raise InputError(f"{option} {path}: expected a file, found a folder")
+    if path.exists() and not path.is_file():
+        raise InputError(f"{option} {path}: expected a file, found a folder or a device")
     if path.exists() and any(os.path.exists(name) and path.samefile(name) for name in inputs):
         raise InputError(f"{option} {path}: is read by this command, and would be replaced; choose another file")
     if path.exists() and path.stat().st_size and not is_earlier(path):

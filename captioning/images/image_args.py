@@ -45,8 +45,8 @@ def open_image(image: str, min_jpeg_side: int | None = None) -> Image.Image:
 def read_list(path: str) -> list[str]:
     """Reads a list: a path or an address on each line; `-` is standard input. Raises InputError if it is not one.
 
-    Lines may have quotes around them; those that begin with # are comments. NUL separates names that `find -print0`
-    wrote, which are taken as they are.
+    A name may have quotes around it and a comment after it; lines that begin with # are comments. NUL separates names
+    that `find -print0` wrote, which are taken as they are.
     """
     expected = f"--from {path}: expected a text file with an image on each line"
     try:
@@ -56,13 +56,13 @@ def read_list(path: str) -> list[str]:
     # A name on the disk need not be Unicode; a list that `find` wrote has it as it is.
     is_utf16 = content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
     text = content.decode(*(("utf-16", "replace") if is_utf16 else ("utf-8-sig", "surrogateescape")))
-    if re.search("[\x01-\x08\x0e-\x1f]|\0.\0", text):  # the latter in UTF-16 that does not say so
+    if re.search("[\x01-\x08\x0e-\x1a\x1c-\x1f]|\0.\0", text):  # the latter in UTF-16 that does not say so
         raise InputError(f"{expected}, found a binary file")
     if "\0" in text:
         images = [name for name in text.split("\0") if name]
     else:
         lines = [line.strip() for line in re.split("[\r\n]+", text) if line.strip()]
-        images = [_unquote(line) for line in lines if line[0] != "#" or os.path.exists(line)]
+        images = [_parse_line(line) for line in lines if line[0] != "#" or os.path.exists(line)]
         if num_comments := len(lines) - len(images):
             log(f"--from {path}: {num_comments:,} lines that begin with # are left out")
     if not images:
@@ -70,10 +70,10 @@ def read_list(path: str) -> list[str]:
     return images
 
 
-def _unquote(line: str) -> str:
-    """Returns a line without the quotes around it, unless they are part of a file's name."""
-    is_quoted = re.fullmatch(r"""(["']).+\1""", line) and not os.path.exists(line)
-    return line[1:-1] if is_quoted else line
+def _parse_line(line: str) -> str:
+    """Returns a line without a comment and quotes, unless they are part of a file's name."""
+    match = re.fullmatch(r"""(["']?)(.+?)\1(\s+#.*)?""", line)
+    return match[2] if match and not os.path.exists(line) else line
 
 
 def find_images(args: Sequence[str], image_list: str | None) -> list[str]:

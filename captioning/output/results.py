@@ -171,6 +171,8 @@ class CsvWriter:
 
     def _open(self) -> IO[bytes]:
         """Opens the file and locks it."""
+        if self.path.exists() and not self.path.is_file():  # a device could be read without an end
+            raise InputError(f"--csv {self.path}: expected a file, found a folder or a device")
         file = open(self.path, "ab+")
         if not try_lock(file):
             file.close()

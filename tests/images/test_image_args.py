@@ -63,7 +63,7 @@ def test_read_list_reads_lines(tmp_path, monkeypatch):
     ("content", "expected"),
     [
         ("a.jpg\r\nü b.png\n".encode("utf-16"), ["a.jpg", "ü b.png"]),
-        (b"# photos\n'a b.jpg'\n \"c.jpg\" \n'd.jpg\n", ["a b.jpg", "c.jpg", "'d.jpg"]),
+        (b"# photos\n'a b.jpg'\n \"c.jpg\" # c\n'd.jpg\ne#1.jpg # e\n", ["a b.jpg", "c.jpg", "'d.jpg", "e#1.jpg"]),
         (b"./a b.jpg\0./c\nd.jpg\0# e.jpg\0", ["./a b.jpg", "./c\nd.jpg", "# e.jpg"]),
     ],
 )
@@ -73,9 +73,9 @@ def test_read_list_takes_what_other_programs_write(tmp_path, monkeypatch, conten
     assert read_list("list") == expected
     has_comment = content.startswith(b"#")
     assert ("--from list: 1 lines that begin with # are left out" in capsys.readouterr().err) == has_comment
-    for name in ("# photos", '"c.jpg"'):
+    for name in ("# photos", "'a b.jpg'", "e#1.jpg # e"):
         Path(name).touch()
-    assert ({"# photos", '"c.jpg"'} <= set(read_list("list"))) == has_comment, "files of these names"
+    assert ({"# photos", "'a b.jpg'", "e#1.jpg # e"} <= set(read_list("list"))) == has_comment, "files of these names"
 
 
 @pytest.mark.parametrize(
