@@ -210,7 +210,8 @@ def test_the_new_run_captions_with_its_trained_cnn(inside, trained, monkeypatch,
     images = train.data_utils.load_run_dataset(captioner.config).split("test")
     texts = [result["caption"] for result in json.loads((RUN / "captions_test.json").read_text())]
     assert texts == [captioner.caption(Path("shapes") / example.image_path).text for example in images]
-    assert not (RUN / "features").exists()
+    evaluate.main(["--run", str(RUN), "--split", "test", "--beam-size", "2"])
+    assert (RUN / "metrics_test_beam2.json").exists() and not (RUN / "features").exists()
 
 
 @pytest.mark.slow
