@@ -185,6 +185,10 @@ class RNNDecoder(tf.keras.Model):
         """Maps the outputs (N, 512) of N steps to logits (N, vocab_size)."""
         return self.fc2(self.fc1(self.dropout(outputs, training=training)))
 
+    def variables_by_word(self) -> list[tuple[tf.Variable, int]]:
+        """Returns the weights that each word of the vocabulary has a part of, each with its axis of words."""
+        return [(self.embedding.embeddings, 0), (self.fc2.kernel, 1), (self.fc2.bias, 0)]
+
     def call(self, token: tf.Tensor, images: EncodedImages | tf.Tensor, state: tf.Tensor) -> StepOutput:
         """Predicts the next word, as in the tutorial.
 

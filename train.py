@@ -4,6 +4,7 @@
     python train.py --num-captions all             # all of its training images
     python train.py --annotations captions.csv --images photos/
     python train.py --recipe best                  # the settings that scored best on Flickr8k
+    python train.py --annotations captions.csv --start runs/coco   # from the weights of another run
 
 A run folder, runs/<dataset>/, holds everything that captioning needs (config.json, vocabulary.json, checkpoints/)
 and the record of the training (history.csv, loss.png, tensorboard/).
@@ -12,6 +13,7 @@ and the record of the training (history.csv, loss.png, tensorboard/).
 import argparse
 import contextlib
 import dataclasses
+import functools
 import signal
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -30,7 +32,7 @@ from captioning.config.guests import find_model_guest
 from captioning.config.options import add_options
 from captioning.config.run_config import RunConfig
 from captioning.config.settings import RECIPES, DataConfig, FeatureConfig, ModelConfig, TrainConfig
-from captioning.runs.run_folder import best_checkpoint, check_run_cnn, fill_locations, init_run_dir, restore_weights
+from captioning.runs.run_folder import check_run_cnn, fill_locations, init_run_dir, open_run
 from captioning.training.checkpoints import Checkpoints, TrainProgress, TrainState
 from captioning.training.input_pipeline import (
     Batch,
@@ -41,6 +43,7 @@ from captioning.training.input_pipeline import (
 )
 from captioning.training.objective import CrossEntropy, StepSums
 from captioning.training.optimizer import WeightEMA, make_optimizer
+from captioning.training.start import check_start, copy_weights, keep_words, start_settings
 from captioning.training.training_log import TrainingLog
 from captioning.training.validation import EpochScore, Validator
 from tokenizer import Tokenizer
@@ -220,7 +223,7 @@ def build_train_state(
     config: RunConfig,
     strategy: tf.distribute.Strategy,
     objective: Callable[[RunConfig], CrossEntropy] = make_objective,
-    start: Path | None = None,
+    start: Callable[[model.CaptionModel], None] | None = None,
 ) -> tuple[TrainState, Checkpoints]:
     """Builds what is trained, on the devices of a strategy, and opens the run's checkpoints.
 
@@ -229,14 +232,15 @@ def build_train_state(
         config: the settings of the run.
         strategy: distributes each batch over its replicas.
         objective: makes what is minimised.
-        start: another run, with whose best weights the model begins.
+        start: sets the weights that the model begins with, where they are those of another run.
     """
     tf.keras.utils.set_random_seed(config.train.seed)  # before the model is built, which draws the first weights
     with strategy.scope():
         caption_model = model.build(config.model, config.cnn.features_shape, config.train.mixed_precision)
         if start:
-            restore_weights(best_checkpoint(start), caption_model)
+            start(caption_model)
         state = make_train_state(caption_model, objective(config), config.train)
+        state.objective.starts_trained = start is not None
     choose_decoder_loop(caption_model, config.train)  # not in the scope: it tries a small model, on one device
     return state, Checkpoints(run, state, devices.is_chief(strategy))
 
@@ -338,20 +342,29 @@ def add_train_options(parser: argparse.ArgumentParser, defaults: Mapping[str, An
     add_options(parser.add_argument_group("speed and devices"), TrainConfig, defaults, only=SPEED_SETTINGS)
 
 
-def find_recipe(argv: list[str] | None) -> str:
-    """Returns the recipe of a command line, by default the tutorial's."""
+def find_defaults(argv: list[str] | None) -> dict[str, Any]:
+    """Returns the defaults that a command line changes by its recipe, and by the run that it starts from."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     add_options(parser, TrainConfig, only=("recipe",))
-    return parser.parse_known_args(argv)[0].recipe
+    parser.add_argument("--start")
+    args, _ = parser.parse_known_args(argv)
+    return RECIPES[args.recipe] | (start_settings(open_run(args.start)) if args.start else {})
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
-    """Parses the command line; a recipe changes the defaults of its settings, also in --help."""
+    """Parses the command line; a recipe and --start change the defaults of their settings, also in --help."""
     parser = make_parser(__doc__)
     parser.add_argument("--run", type=Path, metavar="DIR", help="run folder (default: runs/<name of the dataset>)")
-    # The recipe is read before all else: it changes defaults, which options that are given then override.
-    add_train_options(parser, RECIPES[find_recipe(argv)])
-    return parser.parse_args(argv)
+    text = "begin with the weights of another run, whose CNN and sizes of the model are taken over"
+    parser.add_argument("--start", metavar="DIR|ZIP|URL", help=text)
+    text = "with --start: keep the words of that run beside those of the new captions"
+    parser.add_argument("--keep-words", action="store_true", help=text)
+    # These are read before all else: they change defaults, which options that are given then override.
+    add_train_options(parser, find_defaults(argv))
+    args = parser.parse_args(argv)
+    if args.keep_words and not args.start:
+        raise InputError("--keep-words is for --start, which names the run with these words")
+    return args
 
 
 def start_devices(config: TrainConfig) -> tf.distribute.Strategy:
@@ -436,10 +449,18 @@ def main(argv: list[str] | None = None, on_step: OnStep | None = None) -> None:
     """Prepares data, features and vocabulary, and trains; calls `on_step` after every step."""
     args = parse(argv)
     strategy = start_devices(TrainConfig.from_args(args))
+    start = open_run(args.start) if args.start else None
+    if start:
+        check_start(start, FeatureConfig.from_args(args), ModelConfig.from_args(args))
     data, config = prepare(args)
     run = args.run or default_run(data.dataset)
+    build: Callable[..., tuple[TrainState, Checkpoints]] = build_train_state
+    if start:
+        if args.keep_words:
+            data, config = keep_words(start, data, config)
+        build = functools.partial(build, start=functools.partial(copy_weights, start, data.tokenizer))
     with open_run_folder(run, data, config, strategy):
-        train(run, data, config, strategy, on_step=on_step)
+        train(run, data, config, strategy, build, on_step)
 
 
 if __name__ == "__main__":

@@ -13,8 +13,8 @@ from captioning.base.cli import InputError, add_quiet_option
 from captioning.config.options import add_options
 from captioning.config.run_config import RunConfig
 from captioning.config.settings import DATA_PATHS, DataConfig, FeatureConfig, ModelConfig, TrainConfig
-from captioning.images.feature_cache import find_cnn_weights
 from captioning.runs.run_folder import best_checkpoint, read_config
+from captioning.training.start import cnn_settings
 
 FEATURE_OPTIONS = ("cnn_weights", "features_dir", "cnn_batch_size", "max_megapixels")
 DROPOUT_OPTIONS = ("dropout", "feature_dropout")
@@ -63,15 +63,10 @@ def _read_settings(run: Path, kept: tuple[str, ...]) -> dict[str, Any]:
     """Returns the settings, by name, that a training takes over from the run that it starts from."""
     best_checkpoint(run)  # raises an error if there is none
     config = read_config(run)
-    weights = config.features["weights"]
-    if weights not in ("imagenet", "random") and not Path(weights).exists():
-        weights = find_cnn_weights(run) or weights
     return {
         **config.data.to_json(),
         **config.model.to_json(),
-        "cnn_weights": weights,
-        "cnn": config.cnn.option,
-        "image_size": config.cnn.image_size,
+        **cnn_settings(run, config),
         "features_dir": config.features["folder"],
         "dtype": config.features["dtype"],
         **{name: getattr(config.train, name) for name in ("max_length", "max_val_images", *kept)},

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from helpers.runs import read_history
 from helpers.train_and_kill import build_small_cnn
 from PIL import Image
 
@@ -78,6 +79,22 @@ def inside(tmp_path, monkeypatch):
 
 def settings_of(inside):
     return ["--cnn-weights", str(inside.parent / "cnn.h5"), *SIZES]
+
+
+def test_a_run_that_starts_from_another_needs_fewer_epochs(inside, monkeypatch):
+    monkeypatch.setattr(model, "build", model.build.__wrapped__)  # which would share the weights, too
+    for name, num_images, seed in (("start", 60, 0), ("new", 16, 1)):
+        shapes.draw_dataset(name, num_images=num_images, seed=seed)
+
+    def train_on(name, *options):
+        arguments = ["--annotations", f"{name}/dataset_shapes.json", *settings_of(inside), "--batch-size", "8"]
+        train.main([*arguments, "--patience", "0", *options])
+        return [float(row["val_loss"]) for row in read_history(Path(options[-1]))]
+
+    train_on("start", "--epochs", "5", "--learning-rate", "1e-2", "--run", "runs/start")
+    started = train_on("new", "--epochs", "1", "--start", "runs/start", "--run", "runs/started")
+    alone = train_on("new", "--epochs", "2", "--learning-rate", "1e-2", "--run", "runs/alone")
+    assert started[0] < min(alone)
 
 
 def test_pipeline_leaves_features_and_a_complete_run(trained_run, capsys):

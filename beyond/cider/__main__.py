@@ -18,6 +18,7 @@ from captioning.base.cli import make_parser, run_main
 from captioning.config.options import add_options
 from captioning.config.run_config import RunConfig
 from captioning.config.settings import TrainConfig
+from captioning.runs.run_folder import best_checkpoint, restore_weights
 from captioning.training.objective import CrossEntropy
 
 # What scored best on Flickr8k, after `--recipe best`.
@@ -47,7 +48,8 @@ def main(argv: list[str] | None = None, on_step: train.OnStep | None = None) -> 
     def make_objective(config: RunConfig) -> CrossEntropy:
         return SelfCritical(config.train, cider, make_reward(data, cider.bleu_weight))
 
-    build = functools.partial(train.build_train_state, objective=make_objective, start=args.run)
+    start = functools.partial(restore_weights, best_checkpoint(args.run))
+    build = functools.partial(train.build_train_state, objective=make_objective, start=start)
     with train.open_run_folder(run, data, config, strategy):
         train.train(run, data, config, strategy, build, on_step)
 

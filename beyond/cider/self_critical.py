@@ -72,7 +72,6 @@ class SelfCritical(CrossEntropy):
     """Minimises the negative reward of sampled captions."""
 
     column = "train_reward"
-    starts_trained = True
 
     def __init__(self, config: TrainConfig, cider: CiderConfig, reward: Reward):
         super().__init__(config)

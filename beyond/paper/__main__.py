@@ -17,7 +17,7 @@ import train
 from beyond.paper.objective import PaperConfig, PaperObjective
 from captioning.base.cli import make_parser, run_main
 from captioning.config.options import add_options
-from captioning.config.settings import RECIPES, TrainConfig
+from captioning.config.settings import TrainConfig
 
 
 def main(argv: list[str] | None = None, on_step: train.OnStep | None = None) -> None:
@@ -25,7 +25,7 @@ def main(argv: list[str] | None = None, on_step: train.OnStep | None = None) -> 
     parser = make_parser(__doc__)
     parser.add_argument("--run", type=Path, metavar="DIR", help="run folder (default: runs/<name of the dataset>)")
     add_options(parser.add_argument_group("the paper's objective"), PaperConfig)
-    train.add_train_options(parser, RECIPES[train.find_recipe(argv)] | {"decoder": "paper"})
+    train.add_train_options(parser, train.find_defaults(argv) | {"decoder": "paper"})
     args = parser.parse_args(argv)
     strategy = train.start_devices(TrainConfig.from_args(args))
     data, config = train.prepare(args)

@@ -56,6 +56,10 @@ class PaperDecoder(RNNDecoder):
         h, _ = self.cell(cell_input, [state])
         return h, h
 
+    def variables_by_word(self) -> list[tuple[tf.Variable, int]]:
+        """Returns the weights that each word of the vocabulary has a part of, each with its axis of words."""
+        return [(self.embedding.embeddings, 0), (self.L_o.kernel, 1), (self.L_o.bias, 0)]
+
     def to_logits(self, outputs: tf.Tensor, training: bool = False) -> tf.Tensor:
         """Maps the outputs (N, 1024) of N steps to logits (N, vocab_size), by equation 7."""
         h, context_vector, dec_input = tf.split(outputs, self.output_sizes, axis=1)  # (N, 512), (N, 256), (N, 256)

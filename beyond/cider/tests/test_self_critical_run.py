@@ -18,7 +18,7 @@ import train
 from beyond.cider import __main__ as cider
 from beyond.cider.self_critical import CiderConfig, SelfCritical, make_reward
 from captioning.base.cli import InputError
-from captioning.runs.run_folder import read_config, write_config
+from captioning.runs.run_folder import best_checkpoint, read_config, restore_weights, write_config
 from captioning.training import training_log
 from captioning.training.input_pipeline import TrainData
 from data_utils import CaptionDataset
@@ -35,7 +35,8 @@ def train_further(run, data, start, on_step=None, **settings):
     def make_objective(config):
         return SelfCritical(config.train, CIDER, make_reward(TrainData(*data), CIDER.bleu_weight))
 
-    build = functools.partial(train.build_train_state, objective=make_objective, start=start)
+    restore = functools.partial(restore_weights, best_checkpoint(start))
+    build = functools.partial(train.build_train_state, objective=make_objective, start=restore)
     return run_training(run, data, on_step, build, CIDER.to_json(), **SETTINGS | settings)
 
 
@@ -104,7 +105,7 @@ def command(dataset, cache, monkeypatch):
 
 def test_command_takes_the_settings_of_the_start(command, run):
     new_run, _, config, _, build, _ = command("--run", run, "--samples", "4")
-    assert (new_run, build.keywords["start"]) == (run.with_name("small_cider"), run)
+    assert (new_run, build.keywords["start"].args) == (run.with_name("small_cider"), (best_checkpoint(run),))
     expected = json.loads((run / "config.json").read_text())
     rates = {name: cider.RECIPE[name] for name in ("dropout", "feature_dropout")}
     assert config.model.to_json() == expected["model"] | rates
