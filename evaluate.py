@@ -13,6 +13,7 @@ challenge; captions are split into words as for published scores. METEOR and SPI
 """
 
 import argparse
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -85,7 +86,7 @@ def generate_captions(
         batch_size: captions that are decoded at the same time; those of a beam count each.
         config: how captions are searched for.
     """
-    paths = [str(cache.path(example.image_path)) for example in examples]
+    paths = [os.fsencode(cache.path(example.image_path)) for example in examples]
     # The decoder follows several captions of each image: batches get smaller, so that its memory does not grow.
     num_rows = config.captions if config.sample else config.num_beams
     batches = tf.data.Dataset.from_tensor_slices(paths).batch(max(1, batch_size // num_rows))

@@ -264,7 +264,7 @@ def train(
         on_step: is called after every step.
     """
     settings = config.train
-    # The model and the optimizer, from the last checkpoint if there is one (the tutorial's CheckpointManager).
+    # The model and the optimizer, from the last checkpoint if there is one (the tutorial's ckpt_manager).
     state, checkpoints = build(run, config, strategy)
     progress = state.progress
     if checkpoints.restore():
@@ -285,8 +285,10 @@ def train(
         f"{len(validator.references):,} images; at most {settings.epochs} epochs"
     )
     validator.log_best_so_far(progress.best())
-    if state.objective.starts_trained and progress.best() == EpochScore():
-        progress.best_score.assign(score_start(validator, checkpoints, strategy))
+    # Weights of another run, or those of a resumed one whose best weights were lost.
+    if progress.best() == EpochScore() and (state.objective.starts_trained or progress.get("epoch")):
+        progress.best_score.assign(score_start(validator, state, checkpoints, strategy))
+        progress.best_epoch.assign(progress.epoch)
     # The loop over epochs. The learning rate follows from the epoch's number, so that a resumed run has the same one.
     batches = TrainBatches(captions, data.cache.read, settings, strategy)
     train_step = make_train_step(state, settings, strategy, batches.spec)
@@ -307,13 +309,16 @@ def train(
     log(f"best: epoch {progress.get('best_epoch')}, {progress.best()}; see {run / 'loss.png'}")
 
 
-def score_start(validator: Validator, checkpoints: Checkpoints, strategy: tf.distribute.Strategy) -> EpochScore:
-    """Scores weights that come from another run. They are saved as the best, until an epoch is better."""
+def score_start(
+    validator: Validator, state: TrainState, checkpoints: Checkpoints, strategy: tf.distribute.Strategy
+) -> EpochScore:
+    """Scores the weights before the first step. They are saved as the best, until an epoch is better."""
     score = EpochScore()
     if checkpoints.is_writer:
-        score = validator.evaluate().score
+        with state.ema.applied():
+            score = validator.evaluate().score
+            checkpoints.save_best()
         log(f"score of the initial weights: {score}")
-        checkpoints.save_best()
     return EpochScore(*devices.broadcast_from_chief(strategy, score))
 
 

@@ -10,6 +10,7 @@ import functools
 import json
 import os
 import re
+import shutil
 import sys
 from pathlib import Path
 
@@ -234,10 +235,19 @@ def test_vocabulary_damaged(check_damages, run_dir, script):
     check_damages(path, damages, script, is_repaired=script is train)
 
 
-@pytest.mark.parametrize(("name", "script"), [("best", evaluate), ("last", train)])
-def test_checkpoints_damaged(check_damages, run_dir, name, script):
-    for path in sorted((run_dir / "checkpoints" / name).iterdir()):
-        check_damages(path, cut_and_flip(path.read_bytes(), 2), script)
+def test_best_checkpoint_damaged(check_damages, run_dir):
+    for path in sorted((run_dir / "checkpoints/best").iterdir()):
+        check_damages(path, cut_and_flip(path.read_bytes(), 2), evaluate)
+
+
+def test_last_checkpoint_damaged(run_command, run_dir, tmp_path):
+    """The training goes on with the one before it."""
+    for path in sorted((run_dir / "checkpoints/last").iterdir()):
+        for number, (_, damaged) in enumerate(cut_and_flip(path.read_bytes(), 2)):
+            run = shutil.copytree(run_dir, tmp_path / path.name / str(number))
+            (run / "checkpoints/last" / path.name).write_bytes(damaged)
+            arguments = [*USUAL_ARGUMENTS[train], "--features-dir", "features/shapes", "--run", run]
+            assert run_command(train, *arguments)[0] == 0
 
 
 def test_cnn_weights_damaged(check_damages, run_dir):

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from captioning.base.cli import InputError
+from captioning.base.files import plain_path
 from captioning.base.quiet_tensorflow import tf
 from captioning.base.special_tokens import END_ID, PAD_ID
 from captioning.decoder.decoding import DecodedBatch, decode
@@ -137,7 +138,7 @@ def save(model: ExportedModel, folder: Path) -> None:
         if model.caption_files:
             signatures["caption_files"] = model.caption_files
         try:
-            tf.saved_model.save(model, new, signatures=signatures)
+            tf.saved_model.save(model, str(plain_path(new)), signatures=signatures)
         except tf.errors.OpError as error:  # TensorFlow raises it for a full disk, too
             raise OSError(f"cannot write {folder} ({str(error).strip().splitlines()[0][:200]})") from None
         if folder.exists():

@@ -51,7 +51,7 @@ def pack_run(run: Path, path: Path) -> None:
     metrics = {path.name: read_json(path) for path in paths}
     scores = [_score_row(path, metrics[path.name]) for path in paths]
     files = {
-        CARD_FILE: _make_card(name, config, scores, model.count_params()).encode(),
+        CARD_FILE: _make_card(name, config, scores, model.count_params()).encode(errors="backslashreplace"),
         CONFIG_FILE: json.dumps(values, indent=2).encode(),
         VOCABULARY_FILE: (run / VOCABULARY_FILE).read_bytes(),
         STATE_FILE: STATE,

@@ -1,11 +1,15 @@
 """Files that are never half written, locks, JSON, and room on the disk."""
 
+import atexit
 import contextlib
+import functools
 import hashlib
 import json
 import os
+import re
 import shutil
 import sys
+import tempfile
 import uuid
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -97,6 +101,34 @@ def atomic_write(path: Path | str, mode: str = "w") -> Iterator[IO[Any]]:
         raise
     finally:
         partial.unlink(missing_ok=True)
+
+
+def plain_path(path: Path | str) -> Path:
+    r"""Returns a path to the same file for TensorFlow, which takes the paths of checkpoints for patterns.
+
+    It finds none whose path has a `[` or a backslash, and takes no path that is not Unicode. The folder of such a path,
+    which exists, is linked elsewhere.
+    """
+    path = Path(path)
+    if sys.platform == "win32" or not _is_special(str(path)):
+        return path
+    return _link(os.path.abspath(path.parent)) / path.name
+
+
+def _is_special(path: str) -> bool:
+    return bool(re.search(r"[\[\\\udc80-\udcff]", path))
+
+
+@functools.cache
+def _link(folder: str) -> Path:
+    """Makes a symbolic link to a folder, which is deleted when the program ends."""
+    place = tempfile.mkdtemp()
+    atexit.register(shutil.rmtree, place, ignore_errors=True)
+    if _is_special(place):
+        raise InputError(f"TMPDIR: expected a path without [ and \\, to link {folder} there, found {place}")
+    link = Path(place, "link")
+    link.symlink_to(folder)
+    return link
 
 
 def write_json(path: Path | str, value: Any) -> None:

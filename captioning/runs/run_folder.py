@@ -10,14 +10,16 @@ together with its data.
 """
 
 import dataclasses
+import functools
 import os
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from captioning.base.cli import InputError, log
-from captioning.base.files import atomic_write, check_schema, file_sha256, read_json, write_json
+from captioning.base.files import atomic_write, check_schema, file_sha256, plain_path, read_json, write_json
 from captioning.base.quiet_tensorflow import tf
 from captioning.config.cnns import CNN
 from captioning.config.guests import load_guest
@@ -67,39 +69,84 @@ def latest_run(folder: Path | str = "runs") -> Path:
 
 
 def best_checkpoint(run: Path) -> str:
-    """Returns the prefix of a run's best checkpoint, or of its last one if there is no best."""
+    """Returns the prefix of a run's best checkpoint, or of its last one if there is no best, or a damaged one."""
     if not (run / CONFIG_FILE).exists():
         raise InputError(f"{run}: not a run folder (it has no {CONFIG_FILE}); expected one that train.py made")
+    problem = None
     for name in ("best", "last"):
-        if prefix := latest_checkpoint(run / "checkpoints" / name):
+        try:
+            prefix = latest_checkpoint(run / "checkpoints" / name)
+        except InputError as error:
+            problem = problem or error
+            continue
+        if prefix:
+            if problem:
+                _log_once(f"{problem}: {prefix} is taken instead")
             return prefix
+    if problem:
+        raise InputError(f"{problem}, and there is no other; put a copy back, or train it again") from None
     raise InputError(f"{run}: no checkpoint in {run / 'checkpoints'}/; train it with `python train.py`")
 
 
 def latest_checkpoint(folder: Path) -> str | None:
-    """Returns the prefix of the checkpoint in a folder, or None if there is none.
+    """Returns the prefix of the latest checkpoint in a folder that is whole, or None if there is none at all.
 
-    A damaged file is refused: TensorFlow would find no checkpoint, and training would start again.
+    Raises:
+        InputError: all are damaged.
     """
-    state_file = folder / "checkpoint"
-    if not state_file.exists():
-        return None
-    try:
-        prefix = tf.train.get_checkpoint_state(folder).model_checkpoint_path
-    except (ValueError, AttributeError):  # it is not UTF-8, or has no name in it (TensorFlow returns None)
-        prefix = ""
+    damages = []
+    for prefix in list_checkpoints(folder):
+        if damage := _find_damage(prefix):
+            damages.append(f"{prefix} is damaged ({damage})")
+            continue
+        if damages:
+            _log_once(f"{damages[0]}: {prefix} is taken instead")
+        return prefix
+    if damages:
+        raise InputError(damages[0])
+    return None
+
+
+def list_checkpoints(folder: Path) -> list[str]:
+    """Returns the prefixes of the checkpoints in a folder, the latest first.
+
+    It is the one that the file `checkpoint` names. Others follow by their numbers, also where that file is damaged.
+    """
+    state = folder / "checkpoint"
+    named = re.match(rb'model_checkpoint_path: "(ckpt-\d+)"\s', state.read_bytes()) if state.is_file() else None
+    names = [path.stem for path in folder.glob("ckpt-*.index") if path.stem[5:].isdecimal()]
+    names.sort(key=lambda name: int(name[5:]), reverse=True)
+    latest = [named[1].decode()] if named else names[:1] or ["ckpt-1"] * state.is_file()
+    return [str(folder / name) for name in dict.fromkeys(latest + names)]
+
+
+_log_once = functools.cache(log)  # a command may look for a checkpoint several times
+
+
+def _find_damage(prefix: str) -> str | None:
+    """Returns why a checkpoint cannot be read, in a few words; None if all of it can. It holds checksums."""
+    files = ((path, path.stat()) for path in sorted(Path(prefix).parent.glob(f"{Path(prefix).name}.*")))
+    return _try_to_read(prefix, tuple((str(path), stat.st_mtime_ns, stat.st_size) for path, stat in files))
+
+
+@functools.cache  # as long as the files stay as they are
+def _try_to_read(prefix: str, files: tuple[tuple[str, int, int], ...]) -> str | None:
     if not os.path.exists(f"{prefix}.index"):
-        raise InputError(
-            f"{state_file}: damaged, or the checkpoint it names is gone; put both back, or delete {folder}"
-        )
-    return prefix
+        return "its .index is missing"
+    try:
+        reader = tf.train.load_checkpoint(str(plain_path(prefix)))
+        for name in reader.get_variable_to_shape_map():
+            reader.get_tensor(name)
+    except (tf.errors.OpError, ValueError, IndexError) as error:
+        return first_line(error)
+    return None
 
 
 def restore_model(prefix: str, config: ModelConfig, build: Callable[[ModelConfig], tf.keras.Model]) -> tf.keras.Model:
     """Builds a model and restores its weights from a checkpoint, which is refused if it is another model's."""
     sizes = {config.vocab_size, config.embedding_dim, config.units}
     try:
-        shapes = tf.train.load_checkpoint(prefix).get_variable_to_shape_map().values()
+        shapes = tf.train.load_checkpoint(str(plain_path(prefix))).get_variable_to_shape_map().values()
         # Checked before the model is built: a damaged size could ask for more memory than there is.
         if missing := sizes - {size for shape in shapes for size in shape}:
             raise ValueError(f"no weights of size {min(missing)} in it")
@@ -113,14 +160,19 @@ def restore_model(prefix: str, config: ModelConfig, build: Callable[[ModelConfig
 def restore_weights(prefix: str, model: tf.keras.Model) -> None:
     """Restores the weights of a model from a checkpoint, which is refused if it is damaged or another model's."""
     try:
-        tf.train.Checkpoint(model=model).restore(prefix).expect_partial().assert_existing_objects_matched()
+        checkpoint = tf.train.Checkpoint(model=model)
+        checkpoint.restore(str(plain_path(prefix))).expect_partial().assert_existing_objects_matched()
     except (tf.errors.OpError, ValueError, IndexError, AssertionError) as error:
         raise _not_weights(prefix, error) from None
 
 
 def _not_weights(prefix: str, error: Exception) -> InputError:
-    reason = str(error).strip().split("\n")[0][:200]
-    return InputError(f"{prefix}: damaged, or not the weights of this config.json ({reason})")
+    return InputError(f"{prefix}: damaged, or not the weights of this config.json ({first_line(error)})")
+
+
+def first_line(error: Exception) -> str:
+    """Returns the first line of an error of TensorFlow, which may have many."""
+    return str(error).strip().split("\n")[0][:200]
 
 
 # config.json.

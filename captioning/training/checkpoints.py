@@ -4,11 +4,13 @@ import math
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from captioning.base.cli import InputError
+from captioning.base.cli import InputError, log
+from captioning.base.files import atomic_write, plain_path
 from captioning.base.quiet_tensorflow import tf
-from captioning.runs.run_folder import latest_checkpoint
+from captioning.runs.run_folder import first_line, latest_checkpoint, list_checkpoints, restore_weights
 from captioning.training.objective import CrossEntropy, StepSums
 from captioning.training.optimizer import WeightEMA
+from captioning.training.training_log import read_history
 from captioning.training.validation import EpochScore
 
 MIN_LOSS_SCALE = 1.0  # in mixed precision it begins at 32768, and is halved when gradients overflow
@@ -65,40 +67,52 @@ class Checkpoints:
     """A run's checkpoints: `last` holds everything needed to resume, `best` the weights with the best score."""
 
     def __init__(self, run: Path, state: TrainState, is_writer: bool = True):
-        """Opens the checkpoints of a run folder; of several machines only the `is_writer` saves.
-
-        Raises:
-            InputError: a checkpoint that is there is damaged.
-        """
-        train_state = tf.train.Checkpoint(
+        """Opens the checkpoints of a run folder; of several machines only the `is_writer` saves."""
+        self.last = tf.train.Checkpoint(
             **state._asdict(),
             # Keras keeps the random state of dropout where tf.train.Checkpoint does not look for it.
             rng_state=list(state.model.non_trainable_variables),
         )
-        weights = tf.train.Checkpoint(model=state.model)
-        for name in ("last", "best"):
-            latest_checkpoint(run / "checkpoints" / name)  # raises an InputError if it is damaged
-        # One of each is kept. The old one is deleted when the new one is complete.
-        self.last = tf.train.CheckpointManager(train_state, str(run / "checkpoints/last"), max_to_keep=1)
-        self.best = tf.train.CheckpointManager(weights, str(run / "checkpoints/best"), max_to_keep=1)
-        self.state, self.is_writer = state, is_writer
+        self.best = tf.train.Checkpoint(model=state.model)
+        _ = self.last.save_counter, self.best.save_counter  # which makes them: TensorFlow's checkpoints hold one
+        self.run, self.state, self.is_writer = run, state, is_writer
 
     def restore(self) -> bool:
-        """Restores the last checkpoint; returns False if there is none.
+        """Restores the last checkpoint that is whole, or else the best weights; returns False if there is none.
 
         Raises:
-            InputError: it is damaged, or of another model.
+            InputError: all are damaged, or of another model.
         """
-        if not self.last.latest_checkpoint:
+        try:
+            prefix = latest_checkpoint(self.run / "checkpoints/last")
+        except InputError as error:
+            self._restore_best(error)
+            return True
+        if prefix is None:
             return False
         try:
-            self.last.checkpoint.restore(self.last.latest_checkpoint).assert_consumed()
+            self.last.restore(str(plain_path(prefix))).assert_consumed()
         except (tf.errors.OpError, ValueError, IndexError, AssertionError) as error:
             raise InputError(
-                f"{self.last.latest_checkpoint}: damaged, or of another model ({_first_line(error)}); delete the run "
-                "folder to start again"
+                f"{prefix}: damaged, or of another model ({first_line(error)}); delete the run folder to start again"
             ) from None
+        try:
+            latest_checkpoint(self.run / "checkpoints/best")
+        except InputError as error:
+            log(f"{error}: the weights of the last checkpoint take its place")
+            self.state.progress.best_score.assign(EpochScore())
         return True
+
+    def _restore_best(self, damage: InputError) -> None:
+        """Restores the best weights, after the epochs of history.csv, where no checkpoint can be read to resume."""
+        prefix = latest_checkpoint(self.run / "checkpoints/best")
+        if prefix is None:
+            raise InputError(f"{damage}, and no best weights are saved: delete the run folder to start again")
+        restore_weights(prefix, self.state.model)
+        self.state.ema.restart()
+        history = self.run / "history.csv"
+        self.state.progress.epoch.assign(len(read_history(history)) if history.exists() else 0)
+        log(f"{damage}: the best weights are trained further, and Adam begins anew")
 
     def check_loss(self) -> None:
         """Raises InputError if the loss is not finite, or if in float16 hardly any gradient is."""
@@ -124,25 +138,29 @@ class Checkpoints:
         for variable in self.state.model.trainable_variables:  # of the next step the loss would not be finite either
             if not tf.reduce_all(tf.math.is_finite(variable)):
                 raise self._divergence(f"{variable.path} is not finite")
-        self._write(self.last)
+        self._write("last", self.last, num_kept=2)  # if the later one is damaged, minutes are lost and not the run
 
     def save_best(self) -> None:
         """Saves the current weights as the best."""
-        self._write(self.best)
+        self._write("best", self.best, num_kept=1)
 
-    def _write(self, manager: tf.train.CheckpointManager) -> None:
+    def _write(self, name: str, checkpoint: tf.train.Checkpoint, num_kept: int) -> None:
+        """Writes a checkpoint, and deletes old ones when it is complete, as CheckpointManager does with other paths."""
         if not self.is_writer:
             return
-        newest = manager.latest_checkpoint
-        number = int(newest.rsplit("-", 1)[1]) + 1 if newest else 1
+        folder = self.run / "checkpoints" / name
+        folder.mkdir(parents=True, exist_ok=True)
+        number = 1 + max((int(prefix.rpartition("-")[2]) for prefix in list_checkpoints(folder)), default=0)
         try:
-            manager.save(checkpoint_number=number)
-        except tf.errors.OpError as error:  # TensorFlow does not report a full disk as an OSError
+            checkpoint.write(str(plain_path(folder / f"ckpt-{number}")))
+            with atomic_write(folder / "checkpoint") as file:
+                file.write(f'model_checkpoint_path: "ckpt-{number}"\nall_model_checkpoint_paths: "ckpt-{number}"\n')
+        except (tf.errors.OpError, OSError) as error:  # TensorFlow does not report a full disk as an OSError
             raise InputError(
-                f"cannot save a checkpoint into {manager.directory} ({_first_line(error)}); the previous one is kept: "
+                f"cannot save a checkpoint into {folder} ({first_line(error)}); the previous one is kept: "
                 "free some space and run the same command again"
             ) from None
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().split("\n")[0][:200]
+        for path in folder.glob("ckpt-*.*"):
+            old = path.name[5:].partition(".")[0]
+            if old.isdecimal() and int(old) <= number - num_kept:
+                path.unlink()

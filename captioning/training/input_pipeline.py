@@ -4,6 +4,7 @@ Unless captions are shuffled one by one, those of an image are neighbours, so th
 once for all of them.
 """
 
+import os
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
@@ -138,7 +139,7 @@ def make_dataset(
     compiles anew for each.
     """
     largest = max(map(len, batches), default=0)
-    feature_paths = tf.constant(captions.feature_paths)
+    feature_paths = tf.constant([os.fsencode(path) for path in captions.feature_paths])  # which may be no Unicode
 
     def round_up(count):
         return -(-count // 8) * 8 if static_shapes else count

@@ -90,6 +90,12 @@ class WeightEMA(tf.Module):
         for shadow, variable in zip(self.shadow, self.variables_to_average, strict=True):
             shadow.assign_add(is_applied * (1.0 - decay) * (variable - shadow))
 
+    def restart(self) -> None:
+        """Begins anew with the weights as they are."""
+        for shadow, variable in zip(self.shadow, self.variables_to_average, strict=True):
+            shadow.assign(variable)
+        self.num_updates.assign(0)
+
     @contextlib.contextmanager
     def applied(self) -> Iterator[None]:
         """Replaces the weights by their average while the block runs."""

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from captioning.base.cli import InputError, log
-from captioning.base.files import atomic_write
+from captioning.base.files import atomic_write, plain_path
 from captioning.base.quiet_tensorflow import tf
 from captioning.output.plots import plot_history
 
@@ -48,7 +48,7 @@ class TrainingLog:
             self.rows = list(read_history(run / "history.csv")[:epochs_done])
         self.events = None
         if importlib.util.find_spec("tensorboard"):
-            self.events = tf.summary.create_file_writer(str(run / "tensorboard"))
+            self.events = tf.summary.create_file_writer(str(plain_path(run / "tensorboard")))
         else:
             log("no TensorBoard events are written: `pip install tensorboard` adds them")
 

@@ -2,6 +2,7 @@ import dataclasses
 import json
 import os
 import re
+import shutil
 
 import pytest
 from helpers.fixtures import MANIFEST
@@ -85,24 +86,45 @@ def test_latest_run_has_the_newest_checkpoint(run):
 
 def test_best_checkpoint_falls_back_to_last(run):
     assert best_checkpoint(run) == latest_checkpoint(run / "checkpoints/best")
-    (run / "checkpoints/best/checkpoint").unlink()
+    shutil.rmtree(run / "checkpoints/best")
     assert best_checkpoint(run) == latest_checkpoint(run / "checkpoints/last")
+
+
+def damage_checkpoint(folder):
+    data = next(folder.glob("*.data-*"))
+    data.write_bytes(data.read_bytes()[:-1])
+
+
+def test_best_checkpoint_falls_back_from_a_damaged_one_in_one_line(run, capsys):
+    best, last = run / "checkpoints/best/ckpt-1", run / "checkpoints/last/ckpt-1"
+    damage_checkpoint(best.parent)
+    for _ in range(2):
+        assert best_checkpoint(run) == str(last)
+    (line,) = capsys.readouterr().err.splitlines()
+    assert re.fullmatch(rf"{best} is damaged \(.+\): {last} is taken instead", line)
+    damage_checkpoint(last.parent)
+    with pytest.raises(
+        InputError, match=rf"^{best} is damaged \(.+\), and there is no other; put a copy back, or train"
+    ):
+        best_checkpoint(run)
 
 
 def test_best_checkpoint_refuses_other_folders(tmp_path, run):
     with pytest.raises(InputError, match="not a run folder"):
         best_checkpoint(tmp_path)
-    for path in (run / "checkpoints").rglob("checkpoint"):
-        path.unlink()
+    shutil.rmtree(run / "checkpoints")
     with pytest.raises(InputError, match="no checkpoint"):
         best_checkpoint(run)
 
 
-@pytest.mark.parametrize("content", [b"\xff\xfe", b"", b'model_checkpoint_path: "ckpt-99"'])
-def test_latest_checkpoint_refuses_damaged_state_file(run, content):
-    (run / "checkpoints/last/checkpoint").write_bytes(content)
-    with pytest.raises(InputError, match="damaged, or the checkpoint it names is gone"):
-        latest_checkpoint(run / "checkpoints/last")
+@pytest.mark.parametrize("content", [b"\xff\xfe", b"", b'model_checkpoint_path: "ckpt-99"\n'])
+def test_latest_checkpoint_is_found_without_its_state_file(run, content):
+    folder = run / "checkpoints/last"
+    (folder / "checkpoint").write_bytes(content)
+    assert latest_checkpoint(folder) == str(folder / "ckpt-1")
+    (folder / "ckpt-1.index").unlink()
+    with pytest.raises(InputError, match=r"ckpt-\d+ is damaged \(its \.index is missing\)$"):
+        latest_checkpoint(folder)
 
 
 def test_restore_model_has_the_saved_weights(run):

@@ -1,3 +1,6 @@
+import os
+import re
+import shutil
 import sys
 
 import numpy as np
@@ -6,9 +9,12 @@ import pytest
 from captioning.base.cli import InputError
 from captioning.base.quiet_tensorflow import tf
 from captioning.config.settings import TrainConfig
+from captioning.runs.run_folder import latest_checkpoint
+from captioning.training import training_log
 from captioning.training.checkpoints import Checkpoints, TrainProgress, TrainState
 from captioning.training.objective import CrossEntropy
 from captioning.training.optimizer import WeightEMA, make_optimizer
+from captioning.training.validation import EpochScore
 
 
 class TrainedModel:
@@ -72,13 +78,22 @@ def test_checkpoints_restore_everything_that_training_changes(tmp_path, trained)
     assert_same_values(resumed.values(), continued)
 
 
-def test_checkpoints_keep_one_of_each(tmp_path, trained):
-    checkpoints = trained.checkpoints(tmp_path)
+@pytest.mark.parametrize("run", ["run", "a [1]", r"b\c", "*"])
+def test_checkpoints_keep_two_of_last_and_the_best(tmp_path, trained, run):
+    others = trained.checkpoints(tmp_path / "other")
+    others.save()
+    checkpoints = trained.checkpoints(tmp_path / run)
     for _ in range(3):
         checkpoints.save()
         checkpoints.save_best()
-    for name in ("last", "best"):
-        assert list_files(tmp_path / "checkpoints" / name) == ["ckpt-3.data-00000-of-00001", "ckpt-3.index"]
+    last, best = ["ckpt-2", "ckpt-3"], ["ckpt-3"]
+    for name, prefixes in (("last", last), ("best", best)):
+        files = [f"{prefix}.{part}" for prefix in prefixes for part in ("data-00000-of-00001", "index")]
+        assert list_files(tmp_path / run / "checkpoints" / name) == files
+    if run == "run":
+        assert tf.train.latest_checkpoint(tmp_path / "run/checkpoints/last").endswith("ckpt-3"), "as TensorFlow does"
+    assert TrainedModel(seed=1).checkpoints(tmp_path / run).restore()
+    assert others.restore(), "patterns match other folders"
 
 
 def test_checkpoints_are_not_saved_once_loss_or_weights_are_not_finite(tmp_path, trained):
@@ -92,7 +107,7 @@ def test_checkpoints_are_not_saved_once_loss_or_weights_are_not_finite(tmp_path,
         variable.assign(value)
         with pytest.raises(InputError, match=f"{problem} by step 1 of epoch 1; the last checkpoint is from before it"):
             checkpoints.save()
-    assert checkpoints.last.latest_checkpoint.endswith("ckpt-1")
+    assert latest_checkpoint(tmp_path / "checkpoints/last").endswith("ckpt-1")
 
 
 def test_checkpoints_are_not_saved_once_float16_holds_no_gradient(tmp_path, trained):
@@ -111,16 +126,61 @@ def test_checkpoints_are_written_by_one_machine_only(tmp_path, trained):
     assert not list(tmp_path.rglob("*.index"))
 
 
-@pytest.mark.parametrize("damage", ["cut", "gone"])
-def test_checkpoints_refuse_damaged_files(tmp_path, trained, damage):
-    trained.checkpoints(tmp_path).save()
-    if damage == "gone":
-        next(tmp_path.rglob("*.index")).unlink()
-    else:
-        data = next(tmp_path.rglob("*.data-*"))
-        data.write_bytes(data.read_bytes()[:1000])
-    with pytest.raises(InputError, match="damaged"):
-        trained.checkpoints(tmp_path).restore()
+DAMAGES = {
+    "cut": lambda folder, name: os.truncate(folder / f"{name}.data-00000-of-00001", 1000),
+    "changed": lambda folder, name: (folder / f"{name}.data-00000-of-00001").write_bytes(bytes(10**6)),
+    "gone": lambda folder, name: (folder / f"{name}.index").unlink(),
+    "state": lambda folder, name: (folder / "checkpoint").write_bytes(b"\xff"),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_checkpoints_fall_back_to_the_one_before(tmp_path, trained, damage, capsys):
+    checkpoints, folder = trained.checkpoints(tmp_path), tmp_path / "checkpoints/last"
+    checkpoints.save()
+    before = trained.values()
+    trained.train_step()
+    checkpoints.save()
+    newest = trained.values()
+    DAMAGES[damage](folder, "ckpt-2")
+    resumed = TrainedModel(seed=1)
+    checkpoints = resumed.checkpoints(tmp_path)
+    assert checkpoints.restore()
+    assert_same_values(resumed.values(), newest if damage == "state" else before)
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == (damage != "state")
+    assert not lines or re.fullmatch(rf"{folder}/ckpt-2 is damaged \(.+\): {folder}/ckpt-1 is taken instead", lines[0])
+    checkpoints.save()
+    assert latest_checkpoint(folder) == str(folder / "ckpt-3")
+
+
+def test_checkpoints_fall_back_to_the_best_weights(tmp_path, trained, capsys):
+    checkpoints = trained.checkpoints(tmp_path)
+    checkpoints.save_best()
+    best = trained.values()[: len(trained.model.variables)]
+    trained.train_step()
+    checkpoints.save()
+    DAMAGES["cut"](tmp_path / "checkpoints/last", "ckpt-1")
+    names = [*training_log.COLUMNS]
+    (tmp_path / "history.csv").write_text("\n".join(map(",".join, [names, ["1"] * len(names), ["2"] * len(names)])))
+    resumed = TrainedModel(seed=1)
+    assert resumed.checkpoints(tmp_path).restore()
+    assert_same_values([np.array(variable) for variable in resumed.variables], [best[0], best[1], best[-2], best[-1]])
+    assert_same_values(resumed.ema.shadow, resumed.variables)
+    assert (resumed.progress.get("epoch"), resumed.progress.best()) == (2, EpochScore())
+    assert capsys.readouterr().err.endswith("): the best weights are trained further, and Adam begins anew\n")
+    shutil.rmtree(tmp_path / "checkpoints/best")
+    with pytest.raises(InputError, match=r"ckpt-1 is damaged .*, and no best weights are saved: delete the run folder"):
+        resumed.checkpoints(tmp_path).restore()
+
+
+def test_checkpoints_forget_the_best_score_of_damaged_weights(tmp_path, trained, capsys):
+    checkpoints = trained.checkpoints(tmp_path)
+    checkpoints.save()
+    checkpoints.save_best()
+    DAMAGES["cut"](tmp_path / "checkpoints/best", "ckpt-1")
+    assert checkpoints.restore() and trained.progress.best() == EpochScore()
+    assert "best/ckpt-1 is damaged" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -159,6 +219,6 @@ def test_full_disk_keeps_previous_checkpoint(tmp_path, trained):
     assert_same_values(resumed.values(), saved)
     restored.save()
     restored.save_best()
-    for name in ("last", "best"):
+    for name, num_files in (("last", 4), ("best", 2)):
         files = list_files(tmp_path / "checkpoints" / name)
-        assert len(files) == 2, f"what could not be written is left behind: {files}"
+        assert len(files) == num_files, f"what could not be written is left behind: {files}"

@@ -307,7 +307,7 @@ DAMAGES = {
         put("checkpoints/best/checkpoint", b'model_checkpoint_path: "/home/me/ckpt-1"'),
         "expected the name ckpt-1",
     ),
-    "weights are cut": (put("checkpoints/best/ckpt-1.data-00000-of-00001", b"cut"), "damaged, or not the weights"),
+    "weights are cut": (put("checkpoints/best/ckpt-1.data-00000-of-00001", b"cut"), "best.ckpt-1 is damaged"),
 }
 
 
