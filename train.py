@@ -25,7 +25,16 @@ import data_utils
 import features
 import model
 from captioning.base import devices
-from captioning.base.cli import InputError, add_quiet_option, defer_interrupts, log, make_parser, progress_bar, run_main
+from captioning.base.cli import (
+    InputError,
+    add_quiet_option,
+    defer_interrupts,
+    end_signals,
+    log,
+    make_parser,
+    progress_bar,
+    run_main,
+)
 from captioning.base.files import lock_folder
 from captioning.base.quiet_tensorflow import tf
 from captioning.config.guests import find_model_guest
@@ -303,7 +312,7 @@ def train(
             score = EpochScore(*devices.broadcast_from_chief(strategy, score))  # all machines stop at the same epoch
             with defer_interrupts():  # Ctrl-C waits until all of it is saved
                 finish_epoch(progress, score, checkpoints)
-    except KeyboardInterrupt:  # also of SIGTERM
+    except KeyboardInterrupt:  # also of the other signals
         checkpoints.save()
         raise
     log(f"best: epoch {progress.get('best_epoch')}, {progress.best()}; see {run / 'loss.png'}")
@@ -373,12 +382,13 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def start_devices(config: TrainConfig) -> tf.distribute.Strategy:
-    """Chooses the devices that train; SIGTERM, by which a cluster asks to stop, saves as Ctrl-C does.
+    """Chooses the devices that train; SIGTERM of a cluster and SIGHUP of a closed terminal save as Ctrl-C does.
 
     Raises:
         InputError: the devices cannot be used as the settings ask.
     """
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    for number in end_signals():
+        signal.signal(number, signal.default_int_handler)
     devices.check_gpus()
     strategy = devices.make_strategy(config.strategy)
     devices.check_batch_size(config.batch_size, strategy)

@@ -1,5 +1,6 @@
 import dataclasses
 import shutil
+import signal
 
 import numpy as np
 import pytest
@@ -16,7 +17,7 @@ from helpers.runs import (
 import inference
 import train
 from captioning.base import devices
-from captioning.base.cli import InputError
+from captioning.base.cli import InputError, defer_interrupts, end_signals
 from captioning.base.quiet_tensorflow import tf
 from captioning.config.settings import RECIPES, ModelConfig, TrainConfig
 from captioning.scores import metrics
@@ -245,3 +246,26 @@ def test_batch_size_below_the_number_of_devices_is_refused(monkeypatch):
     monkeypatch.setattr(devices, "make_strategy", lambda name: FourDevices())
     with pytest.raises(InputError, match=r"^--batch-size: expected at least 4, the number of devices, found 3$"):
         train.main(["--strategy", "mirrored", "--batch-size", "3"])
+
+
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGHUP"])
+def test_signals_that_ask_to_stop_save_as_ctrl_c_does(name):
+    if not (number := getattr(signal, name, None)):
+        pytest.skip("Windows has no such signal")
+    handlers = {other: signal.getsignal(other) for other in end_signals()}
+    ended = []
+    try:
+        train.start_devices(TrainConfig())
+        with pytest.raises(KeyboardInterrupt):  # at which `train` saves
+            signal.raise_signal(number)
+        with pytest.raises(KeyboardInterrupt), defer_interrupts():
+            signal.raise_signal(number)
+            ended.append("the block ends first")
+        signal.signal(number, signal.SIG_IGN)  # as nohup does with SIGHUP
+        train.start_devices(TrainConfig())
+        with defer_interrupts():
+            signal.raise_signal(number)
+    finally:
+        for other, handler in handlers.items():
+            signal.signal(other, handler)
+    assert ended

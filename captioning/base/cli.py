@@ -179,12 +179,20 @@ def explain_full_memory(error: Exception) -> str | None:
     )
 
 
+def end_signals() -> list[int]:
+    """Returns the signals that ask to stop: Ctrl-C, SIGTERM of a cluster, SIGHUP of a closed terminal.
+
+    One that is ignored stays so, as SIGHUP under nohup. Windows has no SIGHUP.
+    """
+    numbers = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
+    return [number for number in numbers if signal.getsignal(number) != signal.SIG_IGN]
+
+
 @contextlib.contextmanager
 def defer_interrupts() -> Iterator[None]:
-    """Delays Ctrl-C and SIGTERM to the end of the block, so that what belongs together is saved together."""
+    """Delays `end_signals` to the end of the block, so that what belongs together is saved together."""
     received: list[int] = []
-    signals = (signal.SIGINT, signal.SIGTERM)
-    handlers = {number: signal.signal(number, lambda number, _: received.append(number)) for number in signals}
+    handlers = {number: signal.signal(number, lambda number, _: received.append(number)) for number in end_signals()}
     try:
         yield
     finally:
