@@ -287,7 +287,7 @@ def train(
     captions = encode_captions(examples, data.tokenizer.encode, data.cache.path, settings.max_length)
     if cut := describe_cut(captions):
         log(cut)
-    validator = Validator(state.model, data, settings)
+    validator = Validator(state.model, data, settings, state.objective.own_cider)
     log(
         f"{run}: {len(captions.lengths):,} captions of {len(captions.feature_paths):,} images, "
         f"{len(data.tokenizer):,} words, {state.model.count_params():,} weights; validation on "

@@ -75,6 +75,12 @@ class CaptionReward:
                 rewards[row] += self.bleu_weight * bleu4(caption, references[number])
         return rewards
 
+    def cider(self, captions: list[list[int]], references: list[list[list[int]]]) -> float:
+        """Returns the mean CIDEr-D, in percent, of captions of other images, with the reference captions of each."""
+        weighed = [[self.weigh(words_of(caption)) for caption in others] for others in references]
+        scores = [cider_d(self.weigh(words_of(caption)), own) for caption, own in zip(captions, weighed, strict=True)]
+        return 100 * sum(scores) / len(scores)
+
     def weigh(self, words: list[int]) -> NGrams:
         """Weighs the n-grams of a caption: frequent ones of few images are worth most."""
         counts = count_ngrams(words)

@@ -76,6 +76,7 @@ class SelfCritical(CrossEntropy):
     def __init__(self, config: TrainConfig, cider: CiderConfig, reward: Reward):
         super().__init__(config)
         self.cider, self.reward = cider, reward
+        self.own_cider = getattr(reward, "cider", None)
 
     def result(self, mean_loss: float) -> float:
         """Returns the mean reward, in percent as CIDEr."""
@@ -129,7 +130,7 @@ class SelfCritical(CrossEntropy):
         return tf.reduce_sum(tf.gather(weights, row) * word_losses), sums
 
 
-def make_reward(data: TrainData, bleu_weight: float) -> Reward:
+def make_reward(data: TrainData, bleu_weight: float) -> CaptionReward:
     """Makes what scores captions of the training images by their reference captions."""
     references: Iterable = (map(data.tokenizer.encode, example.captions) for example in data.dataset.split("train"))
     return CaptionReward(references, bleu_weight)

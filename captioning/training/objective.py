@@ -1,5 +1,6 @@
 """What a training minimises: cross-entropy, unless train.py is given another objective, which is a subclass of it."""
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from captioning.base.quiet_tensorflow import tf
@@ -24,6 +25,7 @@ class CrossEntropy(tf.Module):
 
     column = "train_loss"  # of history.csv
     starts_trained = False  # whether the first weights are those of another run, which are scored before the training
+    own_cider: Callable | None = None  # the CIDEr that it raises, see `Validator`
 
     def __init__(self, config: TrainConfig):
         super().__init__()

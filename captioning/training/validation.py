@@ -1,6 +1,7 @@
 """Validation: the loss with teacher forcing, the scores of generated captions, and which epoch is the best."""
 
 import math
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import evaluate
@@ -16,11 +17,15 @@ from captioning.training.input_pipeline import Batch, TrainData, encode_captions
 # captions that one of them decides; of 20, a caption is 5 % of the mean.
 MIN_CIDER_IMAGES = 20
 
+# Maps the token ids of captions, and of the reference captions of each, to their CIDEr in percent.
+OwnCider = Callable[[list[list[int]], list[list[list[int]]]], float]
+
 
 class EpochScore(NamedTuple):
     """How good an epoch is. Of two epochs the one with the larger tuple is better; the default is worse than any.
 
     CIDEr is 0 where it cannot be computed or the images are fewer than `MIN_CIDER_IMAGES`, so that the others decide.
+    An objective that raises CIDEr brings one of its own for them: the loss, which rises with it, would decide falsely.
     """
 
     cider: float = -math.inf
@@ -45,22 +50,29 @@ class Validation(NamedTuple):
 
 
 class Validator:
-    """Validates a model on the images of the val split, at most `max_val_images` of them."""
+    """Validates a model on the images of the val split, at most `max_val_images` of them.
 
-    def __init__(self, model: tf.keras.Model, data: TrainData, config: TrainConfig):
+    `own_cider` is the objective's, see `CrossEntropy`; it counts where the images are too few.
+    """
+
+    def __init__(self, model: tf.keras.Model, data: TrainData, config: TrainConfig, own_cider: OwnCider | None = None):
         self.model, self.data, self.config = model, data, config
         self.examples = data.dataset.split("val")[: config.max_val_images]
         self.references = [list(example.captions) for example in self.examples]
         self.captions = encode_captions(self.examples, data.tokenizer.encode, data.cache.path, config.max_length)
         self.has_scores = metrics.has_pycocoevalcap()
-        self.cider_decides = self.has_scores and len(self.references) >= MIN_CIDER_IMAGES
+        has_cider = self.has_scores and len(self.references) >= MIN_CIDER_IMAGES
+        self.own_cider = None if has_cider else own_cider
+        self.cider_decides = has_cider or own_cider is not None
+        own = "CIDEr with the document frequencies of the training captions"
+        chooser = own if self.own_cider else "the validation loss"
         if len(self.references) < MIN_CIDER_IMAGES:
             log(
                 f"too few validation images for CIDEr to choose the best epoch (found {len(self.references)}, expected "
-                f"at least {MIN_CIDER_IMAGES}): the validation loss chooses it"
+                f"at least {MIN_CIDER_IMAGES}): {chooser} chooses it"
             )
         if not self.has_scores:
-            chooser = "the best epoch is chosen by the validation loss"
+            chooser = f"the best epoch is chosen by {chooser}"
             log(f"BLEU-4 and CIDEr are left out, and {chooser}: they need `pip install pycocoevalcap`")
 
         @tf.function(input_signature=[make_dataset(self.captions, [], data.cache.read).element_spec])
@@ -92,6 +104,10 @@ class Validator:
         if self.has_scores:
             # Without Java, so that a run chooses the same epoch on every machine.
             scores = metrics.score(self.references, texts, self.data.tokenizer.words).total
+        if self.own_cider:
+            encode = self.data.tokenizer.encode
+            references = [list(map(encode, captions)) for captions in self.references]
+            scores |= {"CIDEr": round(self.own_cider(list(map(encode, texts)), references), 2)}
         val_loss = round(self.loss(), 4)
         row = {
             "val_loss": val_loss,

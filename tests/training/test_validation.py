@@ -19,12 +19,12 @@ def make_validator(dataset, tokenizer, cache, small_model, monkeypatch):
     """Returns a function that makes a validator of the small dataset, which generates these captions."""
     first, second, *_ = dataset.split("val")
 
-    def make(texts, batch_size=3, num_images=2):
+    def make(texts, batch_size=3, num_images=2, own_cider=None):
         pair = (first, dataclasses.replace(second, split="val"))
         examples = tuple(pair[number % 2] for number in range(num_images))
         data = TrainData(dataclasses.replace(dataset, examples=examples), cache, tokenizer)
         monkeypatch.setattr(Validator, "generate_captions", lambda _: texts)
-        return Validator(small_model, data, TrainConfig(batch_size=batch_size))
+        return Validator(small_model, data, TrainConfig(batch_size=batch_size), own_cider)
 
     return make
 
@@ -71,6 +71,25 @@ def test_validator_lets_cider_decide_of_enough_images(make_validator, dataset, m
     monkeypatch.setattr(validation, "MIN_CIDER_IMAGES", 2)
     row, score, _ = make_validator([dataset.split("val")[0].captions[1], ""]).evaluate()
     assert score == (row["cider"], -1, -row["val_loss"]) and row["cider"] > 0
+
+
+@pytest.mark.parametrize("installed", [True, False])
+def test_validator_takes_the_objectives_cider_for_few_images(make_validator, monkeypatch, capsys, tokenizer, installed):
+    monkeypatch.setattr(metrics, "has_pycocoevalcap", lambda: installed)
+    given = []
+    validator = make_validator(["a red dog", ""], own_cider=lambda *captions: given.append(captions) or 12.345)
+    row, score, _ = validator.evaluate()
+    assert row["cider"] == score.cider == 12.35 and score.column == "cider"
+    assert (row["bleu4"] is not None) == installed
+    ((texts, references),) = given
+    assert [tokenizer.decode(ids) for ids in texts] == ["a red dog", ""]
+    assert [[tokenizer.decode(ids) for ids in captions] for captions in references] == validator.references
+    assert "CIDEr with the document frequencies of the training captions" in capsys.readouterr().err
+
+
+def test_validator_keeps_cider_of_enough_images(make_validator, monkeypatch):
+    monkeypatch.setattr(validation, "MIN_CIDER_IMAGES", 2)
+    assert make_validator(["a", "b"], own_cider=lambda *_: 99.0).evaluate().row["cider"] < 99
 
 
 def test_validator_splits_words_as_published_scores_do(make_validator, monkeypatch):

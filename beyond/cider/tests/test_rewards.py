@@ -57,6 +57,12 @@ def test_cider_d_equals_pycocoevalcap(references, captions, texts):
     assert rewards[2] < 1 < len(set(rewards))
 
 
+def test_cider_of_other_images_has_the_frequencies_of_these(references, captions):
+    reward = CaptionReward(references, bleu_weight=2.0)
+    expected = CaptionReward(references)(pad(captions), np.arange(len(captions)))
+    assert reward.cider(captions, references) == pytest.approx(100 * expected.mean(), rel=1e-5)
+
+
 def test_bleu4_equals_pycocoevalcap(references, captions, texts):
     from pycocoevalcap.bleu.bleu import Bleu
 
