@@ -14,6 +14,7 @@ import argparse
 import contextlib
 import dataclasses
 import functools
+import math
 import signal
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -47,6 +48,7 @@ from captioning.training.input_pipeline import (
     Batch,
     TrainBatches,
     TrainData,
+    describe_captions,
     describe_cut,
     encode_captions,
 )
@@ -194,6 +196,11 @@ def validate_and_log(
     training_log.add(row, best_epoch, best_score.column)
     log("  ".join(f"{name} {value}" for name, value in row.items() if value is not None))
     log(f"  {validation.sample or '(no words)'}")
+    if (loss := validation.row["val_loss"]) > (of_guessing := math.log(state.model.config.vocab_size)):
+        log(
+            f"  the validation loss {loss:.2f} is above {of_guessing:.2f}, that of guessing all words alike: the "
+            "learning rate may be too large, or the training images too few"
+        )
     return validation.score
 
 
@@ -277,8 +284,7 @@ def train(
     state, checkpoints = build(run, config, strategy)
     progress = state.progress
     if checkpoints.restore():
-        done = f"{progress.get('epoch')} epochs and {progress.get('step')} batches"
-        log(f"resuming {run} after {done}; best so far: epoch {progress.get('best_epoch')}")
+        log(f"resuming {run} after {progress.describe()}")
     devices.separate_random_states(state.model, strategy)  # after restoring, which would undo it
     training_log = TrainingLog(run, progress.get("epoch")) if checkpoints.is_writer else None
 
@@ -289,15 +295,13 @@ def train(
         log(cut)
     validator = Validator(state.model, data, settings, state.objective.own_cider)
     log(
-        f"{run}: {len(captions.lengths):,} captions of {len(captions.feature_paths):,} images, "
-        f"{len(data.tokenizer):,} words, {state.model.count_params():,} weights; validation on "
-        f"{len(validator.references):,} images; at most {settings.epochs} epochs"
+        f"{run}: {describe_captions(captions, len(data.tokenizer))}, {state.model.count_params():,} weights; "
+        f"validation on {len(validator.references):,} images; at most {settings.epochs} epochs"
     )
     validator.log_best_so_far(progress.best())
     # Weights of another run, or those of a resumed one whose best weights were lost.
     if progress.best() == EpochScore() and (state.objective.starts_trained or progress.get("epoch")):
-        progress.best_score.assign(score_start(validator, state, checkpoints, strategy))
-        progress.best_epoch.assign(progress.epoch)
+        score_start(validator, state, checkpoints, strategy)
     # The loop over epochs. The learning rate follows from the epoch's number, so that a resumed run has the same one.
     batches = TrainBatches(captions, data.cache.read, settings, strategy)
     train_step = make_train_step(state, settings, strategy, batches.spec)
@@ -320,7 +324,7 @@ def train(
 
 def score_start(
     validator: Validator, state: TrainState, checkpoints: Checkpoints, strategy: tf.distribute.Strategy
-) -> EpochScore:
+) -> None:
     """Scores the weights before the first step. They are saved as the best, until an epoch is better."""
     score = EpochScore()
     if checkpoints.is_writer:
@@ -328,7 +332,8 @@ def score_start(
             score = validator.evaluate().score
             checkpoints.save_best()
         log(f"score of the initial weights: {score}")
-    return EpochScore(*devices.broadcast_from_chief(strategy, score))
+    state.progress.best_score.assign(devices.broadcast_from_chief(strategy, score))
+    state.progress.best_epoch.assign(state.progress.epoch)
 
 
 def finish_epoch(progress: TrainProgress, score: EpochScore, checkpoints: Checkpoints) -> None:

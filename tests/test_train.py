@@ -132,6 +132,16 @@ def test_train_keeps_the_best_epoch_and_stops_early(data, tmp_path, monkeypatch,
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(("learning_rate", "is_bad"), [(1e-2, False), (100.0, True)])
+def test_train_says_that_the_loss_is_worse_than_guessing(data, tmp_path, capsys, learning_rate, is_bad):
+    run_training(tmp_path / "run", data, epochs=1, learning_rate=learning_rate, max_length=4)
+    lines = capsys.readouterr().err
+    assert f"{len(data[2])} words (0.0 % of those" in lines
+    bad = f"is above {np.log(len(data[2])):.2f}, that of guessing all words alike: the learning rate may be too large"
+    assert (bad in lines) == is_bad
+
+
+@pytest.mark.slow
 def test_train_stops_at_a_loss_that_is_not_finite(run, data, monkeypatch):
     before = read_checkpoint(run)
 

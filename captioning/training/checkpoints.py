@@ -37,6 +37,10 @@ class TrainProgress(tf.Module):
         """Returns the mean loss of the current epoch so far, in nats per word; nan before the first word."""
         return self.get("loss_sum") / (self.get("token_count") or math.nan)
 
+    def describe(self) -> str:
+        """Describes the position in a few words."""
+        return f"{self.get('epoch')} epochs and {self.get('step')} batches; best so far: epoch {self.get('best_epoch')}"
+
     def best(self) -> EpochScore:
         """Returns `best_score`."""
         return EpochScore(*self.get("best_score"))

@@ -13,6 +13,7 @@ import numpy as np
 
 from captioning.base.devices import has_gpu
 from captioning.base.quiet_tensorflow import tf
+from captioning.base.special_tokens import END_ID, UNK_ID
 from captioning.config.settings import TrainConfig
 from captioning.data.annotations import Example
 from captioning.decoder.fused_decoder import ORDER_SHAPES, WordOrder, order_words
@@ -85,6 +86,17 @@ def describe_cut(captions: EncodedCaptions) -> str | None:
     return (
         f"{num_cut:,} of {num_captions:,} captions have more than {captions.lengths.max()} tokens (--max-length) and "
         f"are cut: {lesson}; the longest has {captions.full_lengths.max()} tokens"
+    )
+
+
+def describe_captions(captions: EncodedCaptions, vocab_size: int) -> str:
+    """Describes how much there is to learn from, and what share of the words the vocabulary lacks."""
+    num_known = int(np.count_nonzero(captions.tokens > END_ID))
+    num_unknown = int(np.count_nonzero(captions.tokens == UNK_ID))
+    unknown = 100 * num_unknown / max(num_known + num_unknown, 1)
+    return (
+        f"{len(captions.lengths):,} captions of {len(captions.feature_paths):,} images, {vocab_size:,} words "
+        f"({unknown:.1f} % of those in the captions are unknown)"
     )
 
 

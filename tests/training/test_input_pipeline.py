@@ -11,11 +11,13 @@ from captioning.training import input_pipeline
 from captioning.training.input_pipeline import (
     EncodedCaptions,
     copy_ahead,
+    describe_captions,
     describe_cut,
     encode_captions,
     make_dataset,
     make_epoch_batches,
 )
+from tokenizer import Tokenizer
 
 COLOURS = ("red", "green", "blue")
 NOUNS = ("dog", "cat", "bird", "horse")
@@ -74,6 +76,15 @@ def test_describe_cut_says_what_cannot_be_learned():
         "2 of 2 captions have more than 3 tokens (--max-length) and are cut: none teaches <end>, so that no caption of "
         "the model will end; raise --max-length; the longest has 7 tokens"
     )
+
+
+def test_describe_captions_says_what_share_of_the_words_is_unknown(captions):
+    assert describe_captions(captions, 12).endswith("12 words (0.0 % of those in the captions are unknown)")
+    examples = [Example("a.jpg", ("a red dog", "a"), 0)]
+    tokenizer = Tokenizer.fit(["a a red"], vocab_size=6)
+    encoded = encode_captions(examples, tokenizer.encode, str)
+    expected = "2 captions of 1 images, 6 words (25.0 % of those in the captions are unknown)"
+    assert describe_captions(encoded, 6) == expected
 
 
 # The batches of an epoch.
