@@ -219,6 +219,21 @@ def test_resumed_run_is_identical(trained_run, data, tmp_path, capsys, error, ba
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("name", ["best", "last"])
+def test_resumed_run_goes_on_with_the_checkpoints_that_are_whole(run, data, capsys, name):
+    for path in (run / "checkpoints" / name).glob("*.data-*"):
+        path.write_bytes(path.read_bytes()[:1000])
+    before = read_history(run)
+    run_training(run, data, **RUN_SETTINGS | {"epochs": 3})
+    lines = capsys.readouterr().err
+    assert f"{name}/ckpt-" in lines and "is damaged" in lines and "resuming" in lines
+    assert "after 2 epochs and 0 batches" in lines and "score of the initial weights: " in lines
+    assert read_history(run)[:2] == before and len(read_history(run)) == 3
+    inference.load_run(run)
+    assert "damaged" not in capsys.readouterr().err
+
+
+@pytest.mark.slow
 def test_complete_run_is_left_as_it_is(run, data):
     before, recorder = read_checkpoint(run), LossRecorder()
     run_training(run, data, recorder, **RUN_SETTINGS)
