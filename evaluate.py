@@ -30,6 +30,7 @@ from captioning.decoder.decoding import StepModel
 from captioning.images.feature_cache import FeatureCache, FeatureSource, map_prefetch, open_run_cache
 from captioning.images.image_records import ImageRecords
 from captioning.runs.run_folder import open_run, read_config
+from captioning.scores.baselines import compare_with_baselines
 from captioning.scores.coco_results import read_results
 from captioning.scores.java_scores import check_spice
 from captioning.scores.metrics import (
@@ -97,22 +98,29 @@ def generate_captions(
     return captions
 
 
-def caption_examples(
-    captioner: inference.Captioner, image_dir: Path, examples: list[Example], features_dir: str | None = None
-) -> list[inference.Caption]:
-    """Captions images of a run's dataset from their cached features, or else from the images themselves.
+def open_features(captioner: inference.Captioner, features_dir: str | None = None) -> FeatureCache | None:
+    """Opens the cached features of a run's dataset: those in `features_dir`, by default those of its training.
 
-    The features are those in `features_dir`, by default in the folder that the run was trained with. They must be
-    complete and up to date, and all images readable; otherwise it raises InputError.
+    Returns None if there are none: of a run that came from another machine, or whose CNN was trained with the decoder.
     """
     manifest = captioner.config.features
     folder = Path(features_dir or manifest["folder"])
     if features_dir or folder.exists():
-        cache = open_run_cache(manifest | {"folder": str(folder)})
+        return open_run_cache(manifest | {"folder": str(folder)})
+    log(f"no cached features in {folder}: computing them from the images")
+    return None
+
+
+def caption_examples(
+    captioner: inference.Captioner, image_dir: Path, examples: list[Example], cache: FeatureCache | None
+) -> list[inference.Caption]:
+    """Captions images of a run's dataset from their cached features, or from the images themselves if it is None.
+
+    The features must be complete and up to date, and all images readable; otherwise it raises InputError.
+    """
+    if cache:
         check_features(cache, image_dir, examples)
         return generate_captions(captioner.model, captioner.tokenizer, cache, examples, config=captioner.decode_config)
-    # A run that came from another machine has no features here, nor has one whose CNN was trained with the decoder.
-    log(f"no cached features in {folder}: computing them from the images")
     paths = [str(image_dir / example.image_path) for example in examples]
     captions = []
     with progress_bar(total=len(paths), unit="image", desc="captions") as progress:
@@ -275,7 +283,8 @@ def evaluate_run(args: argparse.Namespace) -> Evaluation:
 
     # The model writes each caption alone, as for a new image. In training it is given the true word before each word;
     # scored like that, it would look better than it is.
-    captions = caption_examples(captioner, dataset.image_dir, examples, args.features_dir)
+    cache = open_features(captioner, args.features_dir)
+    captions = caption_examples(captioner, dataset.image_dir, examples, cache)
     texts = [caption.text for caption in captions]
     num_unfinished = sum(not caption.finished for caption in captions)  # without <end>
     scored, scores = score_texts(examples, texts, captioner.tokenizer.words, args.spice)
@@ -288,6 +297,11 @@ def evaluate_run(args: argparse.Namespace) -> Evaluation:
         "images": len(examples),
     }
     print_metrics(captioner.run, metrics)
+    # A model may write well and know nothing of the image. Then its captions score no more than one caption for all.
+    train_examples, num_distinct = dataset.split("train"), len(set(texts))
+    metrics["baselines"] = compare_with_baselines(
+        examples, train_examples, cache, captioner.tokenizer.words, scored["scores"]["CIDEr"], num_distinct
+    )
 
     # COCO's format for results, which other programs can score. The names of the files say how captions were searched
     # for, so that greedy search and a beam search of the same run can be compared.

@@ -320,6 +320,8 @@ def train(
         checkpoints.save()
         raise
     log(f"best: epoch {progress.get('best_epoch')}, {progress.best()}; see {run / 'loss.png'}")
+    if training_log and (best_epoch := progress.get("best_epoch")):
+        validator.log_baselines(training_log.rows[best_epoch - 1])
 
 
 def score_start(

@@ -61,7 +61,8 @@ def test_generate_captions_divides_the_batch_by_the_beam(small_model, tokenizer,
 def test_caption_examples_uses_the_cache(captioner, dataset, cache, monkeypatch):
     monkeypatch.setattr(captioner, "caption_batch", None)  # no image is read
     examples = dataset.split("val")
-    texts = [caption.text for caption in evaluate.caption_examples(captioner, dataset.image_dir, examples)]
+    opened = evaluate.open_features(captioner)
+    texts = [caption.text for caption in evaluate.caption_examples(captioner, dataset.image_dir, examples, opened)]
     features = cache.read(tf.constant([str(cache.path(example.image_path)) for example in examples]))
     assert texts == [
         caption.text
@@ -75,15 +76,16 @@ def test_caption_examples_without_a_cache_reads_the_images(captioner, saved_data
     examples, folder = saved_dataset.split("val"), tmp_path / "none"
     captioner.config.features["folder"] = str(folder)
     captioner.extractor = lambda pixels, training: tf.ones((tf.shape(pixels)[0], 64, 2048))
-    captions = evaluate.caption_examples(captioner, saved_dataset.image_dir, examples)
+    assert evaluate.open_features(captioner) is None
+    captions = evaluate.caption_examples(captioner, saved_dataset.image_dir, examples, None)
     expected = inference.decode_captions(captioner.model, captioner.tokenizer, tf.ones((1, 64, 2048)))[0]
     assert [caption.text for caption in captions] == [expected.text] * 4
     assert f"no cached features in {folder}: computing them from the images" in capsys.readouterr().err.splitlines()
     with pytest.raises(InputError, match=r"features\.json"):  # the user expects it there
-        evaluate.caption_examples(captioner, saved_dataset.image_dir, examples, str(folder))
+        evaluate.open_features(captioner, str(folder))
     (saved_dataset.image_dir / examples[2].image_path).write_text("not an image")
     with pytest.raises(InputError, match=f"{examples[2].image_path}: not an image"):
-        evaluate.caption_examples(captioner, saved_dataset.image_dir, examples)
+        evaluate.caption_examples(captioner, saved_dataset.image_dir, examples, None)
 
 
 def test_check_features_refuses_missing_ones(dataset, cache):

@@ -15,6 +15,11 @@ from captioning.scores import ptb_tokenizer
 from captioning.scores.java_scores import NEED_JAVA, compute_java_score, has_java
 from tokenizer import split_words
 
+# Images that CIDEr needs to compare models. It weighs an n-gram by log(images / images that have it): of one image all
+# weights are log 1, and CIDEr is 0 whatever the caption is. With a few, it is the mean of so few captions that one of
+# them decides; of 20, a caption is 5 % of the mean.
+MIN_CIDER_IMAGES = 20
+
 # How captions are split for their scores, by what a word is: `words` of `DataConfig`.
 TOKENIZERS = {"spaces": "PTB", "characters": "characters"}
 

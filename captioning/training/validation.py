@@ -9,13 +9,11 @@ from captioning.base.cli import log
 from captioning.base.quiet_tensorflow import tf
 from captioning.config.settings import DecodeConfig, TrainConfig
 from captioning.decoder.losses import loss_function
+from captioning.images.feature_cache import FeatureCache
 from captioning.scores import metrics
+from captioning.scores.baselines import compare_with_baselines
+from captioning.scores.metrics import MIN_CIDER_IMAGES
 from captioning.training.input_pipeline import Batch, TrainData, encode_captions, make_dataset, make_epoch_batches
-
-# Validation images from which CIDEr chooses the best epoch. CIDEr weighs an n-gram by log(images / images that have
-# it): of one image all weights are log 1, and CIDEr is 0 whatever the caption is. With a few, it is the mean of so few
-# captions that one of them decides; of 20, a caption is 5 % of the mean.
-MIN_CIDER_IMAGES = 20
 
 # Maps the token ids of captions, and of the reference captions of each, to their CIDEr in percent.
 OwnCider = Callable[[list[list[int]], list[list[list[int]]]], float]
@@ -118,6 +116,16 @@ class Validator:
         num_empty = sum(not text.strip() for text in texts)
         cider = scores["CIDEr"] if self.cider_decides else 0.0
         return Validation(row, EpochScore(cider, -num_empty, -val_loss), texts[0])
+
+    def log_baselines(self, row: dict[str, Any]) -> None:
+        """Logs what captions without a model score on the images, and what it means if those of an epoch are no better.
+
+        `row` has the epoch's scores, see `Validation`.
+        """
+        cache = self.data.cache if isinstance(self.data.cache, FeatureCache) else None
+        train_examples, words = self.data.dataset.split("train"), self.data.tokenizer.words
+        num_distinct = round(float(row["distinct_ratio"]) * len(self.examples) / 100)
+        compare_with_baselines(self.examples, train_examples, cache, words, float(row["cider"] or 0), num_distinct)
 
     def log_best_so_far(self, best: EpochScore) -> None:
         """Logs where a resumed run compares epochs by another score than before it stopped."""

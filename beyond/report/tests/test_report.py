@@ -186,6 +186,7 @@ def test_main_writes_a_page_of_a_split_with_the_worst_caption_first(
     captioner, saved_dataset, tmp_path, monkeypatch, capsys
 ):
     monkeypatch.setattr(evaluate.data_utils, "load_run_dataset", lambda config, locations: saved_dataset)
+    monkeypatch.setattr(evaluate, "open_features", lambda *_: None)
     monkeypatch.setattr(evaluate, "caption_examples", lambda *_: [make_caption(text) for text in texts])
     monkeypatch.setattr(metrics, "has_java", lambda: False)
     examples = saved_dataset.split("val")
