@@ -66,7 +66,7 @@ MAX_NAME_BYTES = 255 - len(".npy")  # a file system allows 255
 
 
 def load_image(image: ImageSource, image_size: int = INCEPTION_V3.image_size) -> np.ndarray:
-    """Reads an image of any format that Pillow knows as the pixels that the CNN takes.
+    """Reads an image as the pixels that the CNN takes.
 
     Args:
         image: a path, a file's content, an open file, pixels or a Pillow image.

@@ -1,5 +1,6 @@
 """Reads the images that Pillow can open as plain RGB, and many of them with several threads."""
 
+import contextlib
 import functools
 import importlib.util
 import io
@@ -37,21 +38,33 @@ TRANSPOSITIONS = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
+# The formats of Pillow that are opened, by the content of a file whatever its name, in the order in which they are
+# tried. The others stay closed: EPS is a program that Ghostscript runs, and IPTC can hold one; BUFR, GRIB, HDF5, MPEG
+# and WMF need other programs, too; the picture in an icon or a BLP can be larger than the file declares, which is what
+# `count_pixels` sees; QOI is decoded in Python, in a second per megapixel. Hardly anybody keeps photos in what is left.
+FORMATS = (
+    *("JPEG", "PNG", "GIF", "BMP", "WEBP", "TIFF", "PPM", "AVIF", "JPEG2000", "PSD", "SGI", "SUN", "PCX"),
+    "TGA",  # has no mark at its beginning
+)
+MAX_SCANS = 500  # of a progressive JPEG, which has a dozen; a file of 20 MB can have 200,000, which take an hour
+START_OF_SCAN = b"\xff\xda"
+MAX_PAGES = 1000  # that are counted: the time grows with their square, to minutes for a TIFF of some MB
+OUTLIERS = 200  # one of so many values, at each end, may be a hot or a dead pixel
+SLICE = 1 << 20  # values that are scaled at a time
 MIN_ROWS_SHARE = 0.5  # of a truncated JPEG's rows, of which more must be there
 END_OF_IMAGE = b"\xff\xd9"  # the last bytes of a JPEG
 HEIC_BRANDS = (b"heic", b"heix", b"hevc", b"heim", b"heis", b"heif", b"mif1", b"msf1")
 HEIC_SUFFIXES = (".heic", ".heif")
-# What Pillow has a name for, but opens only with other programs, or is no image.
-NO_IMAGES = {".pdf", ".mpg", ".mpeg", ".h5", ".hdf", ".grib", ".bufr", ".wmf", ".emf"}
 
 
 # Reading.
 
 
 def read_image(source: ImageSource, min_jpeg_side: int | None = None) -> Image.Image:
-    """Reads an image of any format that Pillow knows as upright RGB, see `to_rgb`.
+    """Reads an image of one of `FORMATS`, or HEIC, as upright RGB, see `to_rgb`.
 
-    A JPEG that is cut off is used without the rows that it lacks, if they are less than half, and that is logged.
+    A JPEG that is cut off is used without the rows that it lacks, if they are less than half. Of an animation, or of a
+    file with several pages, the first is used. Both are logged.
 
     Args:
         source: a path; the content of a file, as bytes or as a file that is open in binary mode; pixels, (height,
@@ -64,7 +77,7 @@ def read_image(source: ImageSource, min_jpeg_side: int | None = None) -> Image.I
         InputError: the file does not exist, or is not an image that can be read.
     """
     name = str(source) if isinstance(source, Path | str) else "the image"
-    try:
+    with _mistakes_in(name):
         file = _open_source(source)
         if isinstance(file, Image.Image):
             return to_rgb(file)
@@ -72,11 +85,27 @@ def read_image(source: ImageSource, min_jpeg_side: int | None = None) -> Image.I
             try:
                 if min_jpeg_side:
                     image.draft(None, (min_jpeg_side, min_jpeg_side))  # after the check of its megapixels
-                return to_rgb(image)
+                rgb = to_rgb(image)
             except OSError:
                 if image.format not in ("JPEG", "MPO"):
                     raise
                 return to_rgb(_read_truncated(file, name))
+            _log_frames(image, name)
+            return rgb
+
+
+def count_pixels(content: bytes) -> int:
+    """Returns how many pixels the header of an image file declares; raises InputError as `read_image` does."""
+    name = "the image"
+    with _mistakes_in(name), io.BytesIO(content) as file, _open(file, name) as image:
+        return image.width * image.height
+
+
+@contextlib.contextmanager
+def _mistakes_in(name: str) -> Iterator[None]:
+    """Turns whatever is raised about an image into InputError, with its name."""
+    try:
+        yield
     except InputError:
         raise
     except FileNotFoundError:
@@ -90,7 +119,7 @@ def read_image(source: ImageSource, min_jpeg_side: int | None = None) -> Image.I
         ) from None
     except Exception as error:  # Pillow raises many types for a damaged file, struct.error and TypeError among them
         is_unknown = isinstance(error, Image.UnidentifiedImageError)
-        reason = "no format that Pillow knows" if is_unknown else repr(error)
+        reason = "not of a format that is read, such as JPEG, PNG or WebP" if is_unknown else repr(error)
         raise InputError(f"{name}: not an image that can be read ({reason})") from None
 
 
@@ -131,20 +160,33 @@ def set_max_megapixels(limit: int) -> None:
     Image.MAX_IMAGE_PIXELS = math.ceil(limit * 1e6 / 2)  # Pillow refuses images of more than twice as many pixels
 
 
+@functools.cache
+def _formats() -> tuple[str, ...]:
+    """Returns those of `FORMATS` that this Pillow has; AVIF came late."""
+    Image.init()
+    return tuple(name for name in FORMATS if name in Image.OPEN)
+
+
 def _open(file: BinaryIO, name: str) -> Image.Image:
     """Opens an image with Pillow; HEIC, as iPhones write it, too, if the package for it is installed."""
     try:
-        return Image.open(file)
+        image: Image.Image = Image.open(file, formats=_formats())
     except Image.UnidentifiedImageError:
         file.seek(4)
         if file.read(4) != b"ftyp" or file.read(4) not in HEIC_BRANDS:
             raise
+    else:
+        if image.info.get("progressive"):
+            file.seek(0)
+            if (scans := file.read().count(START_OF_SCAN)) > MAX_SCANS:
+                raise InputError(f"{name}: a JPEG with {scans:,} scans, expected at most {MAX_SCANS}")
+        return image
     if importlib.util.find_spec("pillow_heif") is None:
         raise InputError(f"{name}: not an image that can be read (HEIC, which needs `pip install pillow-heif`)")
     import pillow_heif
 
     pillow_heif.register_heif_opener()
-    return Image.open(file)
+    return Image.open(file, formats=["HEIF"])
 
 
 def _read_truncated(file: BinaryIO, name: str) -> Image.Image:
@@ -153,7 +195,7 @@ def _read_truncated(file: BinaryIO, name: str) -> Image.Image:
     A progressive JPEG has all rows after its first scan, and lacks only details.
     """
     file.seek(0)
-    image = Image.open(io.BytesIO(file.read() + END_OF_IMAGE))  # the decoder makes the rest grey
+    image = Image.open(io.BytesIO(file.read() + END_OF_IMAGE), formats=["JPEG"])  # the decoder makes the rest grey
     pixels = np.asarray(image).reshape(image.height, image.width, -1)
     is_decoded = (pixels[:, -8:] != pixels[-1, -1]).any(axis=(1, 2))  # of each row: its last block is not grey
     num_rows = int(np.flatnonzero(is_decoded).max(initial=-1)) + 1
@@ -167,6 +209,28 @@ def _read_truncated(file: BinaryIO, name: str) -> Image.Image:
     return image.crop((0, 0, image.width, num_rows))
 
 
+def _log_frames(image: Image.Image, name: str) -> None:
+    """Logs which frame of an animation, or page of a file, was read, if there are others."""
+    number = image.tell() + 1  # HEIC says which of its images is the main one
+    count = _count_frames(image)
+    if count > 1:
+        at_least = "at least " if count == MAX_PAGES else ""
+        _log_once(f"{name}: frame {number} of {at_least}{count:,} is used")
+
+
+def _count_frames(image: Image.Image) -> int:
+    """Returns the number of frames or pages, of a TIFF at most `MAX_PAGES`; 1 if the others are damaged."""
+    count = 1
+    with contextlib.suppress(Exception):  # EOFError at the end, and the many types of damaged files
+        if image.format == "TIFF":
+            while count < MAX_PAGES:
+                image.seek(count)
+                count += 1
+        elif image.format not in ("MPO", "PSD"):  # a photo with a preview or of two views; one picture in layers
+            count = getattr(image, "n_frames", 1)
+    return count
+
+
 _log_once = functools.cache(log)  # an image may be read for its features and for its plot
 
 
@@ -176,17 +240,19 @@ _log_once = functools.cache(log)  # an image may be read for its features and fo
 def to_rgb(image: Image.Image) -> Image.Image:
     """Converts any image to RGB, upright as its camera was held (EXIF), without metadata.
 
-    Images of 16 bits and more, and of floats, are scaled so that their smallest and largest values become black and
-    white. Transparent pixels become white.
+    Images of 16 bits and more, and of floats, are scaled from black to white, see `_find_range`. Transparent pixels
+    become white.
     """
     image.load()  # before the EXIF is read: errors there are ignored, and Pillow turns a TIFF upright while it loads
     image = _turn_upright(image)
     if image.mode.startswith(("I", "F")):  # 16 bits and more: Pillow would clip them to white
-        image = Image.fromarray(_scale_to_bytes(np.asarray(image, np.float64)))
+        image = Image.fromarray(_scale_to_bytes(np.asarray(image)))
     if image.has_transparency_data:
-        image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    image = image.convert("RGB")
+        image = image if image.mode == "RGBA" else image.convert("RGBA")
+        white = Image.new("RGB", image.size, "white")
+        white.paste(image, mask=image)
+        return white
+    image = image.convert("RGB")  # a copy
     image.info = {}  # or the orientation would be applied again
     return image
 
@@ -202,11 +268,30 @@ def _turn_upright(image: Image.Image) -> Image.Image:
 
 
 def _scale_to_bytes(values: np.ndarray) -> np.ndarray:
-    """Scales values (height, width) by the range of those that are finite to uint8; what is no number becomes 0."""
-    finite = values[np.isfinite(values)]
-    low, high = (finite.min(), finite.max()) if finite.size else (0.0, 0.0)
-    values = np.nan_to_num(values, nan=low, posinf=high, neginf=low)
-    return np.rint(255 * (values - low) / max(high - low, 1e-300)).clip(0, 255).astype(np.uint8)
+    """Scales values (height, width) from their range, see `_find_range`, to uint8; what is no number becomes 0."""
+    low, high = _find_range(values[np.isfinite(values)])
+    flat = values.reshape(-1)
+    scaled = np.empty(flat.shape, np.uint8)
+    for start in range(0, len(flat), SLICE):  # as float64 the whole would take four times the memory of the image
+        part = np.nan_to_num(flat[start : start + SLICE].astype(np.float64), nan=low, posinf=high, neginf=low)
+        scaled[start : start + SLICE] = np.rint(255 * (part - low) / max(high - low, 1e-300)).clip(0, 255)
+    return scaled.reshape(values.shape)
+
+
+def _find_range(values: np.ndarray) -> tuple[float, float]:
+    """Returns the values that become black and white: the smallest and the largest without hot and dead pixels.
+
+    Those are the outermost values, one of `OUTLIERS` at each end, that are farther from the others than these are
+    from one another. An image that is otherwise of one value has none. Changes the order of `values`, (n,).
+    """
+    if not values.size:
+        return 0.0, 0.0
+    skip = len(values) // OUTLIERS
+    values.partition((skip, len(values) - 1 - skip))
+    low, high = float(values[skip]), float(values[-1 - skip])
+    reach = high - low or math.inf
+    smallest, largest = values[: skip + 1].astype(np.float64), values[len(values) - 1 - skip :].astype(np.float64)
+    return float(smallest[smallest >= low - reach].min()), float(largest[largest <= high + reach].max())
 
 
 # Files and threads.
@@ -221,9 +306,9 @@ def is_image_file(path: Path | str) -> bool:
 
 @functools.cache
 def _image_suffixes() -> frozenset[str]:
-    """Returns the endings of the formats that Pillow reads."""
-    readable = (suffix for suffix, name in Image.registered_extensions().items() if name in Image.OPEN)
-    return frozenset([*readable, *HEIC_SUFFIXES]) - NO_IMAGES
+    """Returns the endings of the formats that are read."""
+    readable = (suffix for suffix, name in Image.registered_extensions().items() if name in _formats())
+    return frozenset([*readable, *HEIC_SUFFIXES])
 
 
 def count_cores() -> int:

@@ -11,11 +11,11 @@ from pathlib import Path
 import numpy as np
 import pillow_heif
 import pytest
-from PIL import Image, ImageOps
+from PIL import EpsImagePlugin, Image, ImageOps
 
 from captioning.base.cli import InputError
 from captioning.images import reading as images
-from captioning.images.reading import is_image_file, map_threads, read_image, set_max_megapixels, to_rgb
+from captioning.images.reading import count_pixels, is_image_file, map_threads, read_image, set_max_megapixels, to_rgb
 from captioning.output.plots import thumbnail
 
 ROOT = Path(__file__).parents[2]
@@ -42,7 +42,8 @@ def test_to_rgb_converts_every_mode(mode):
 
 
 def test_to_rgb_makes_transparency_white():
-    assert (np.asarray(to_rgb(Image.new("RGBA", (10, 10), (0, 0, 0, 0)))) == 255).all()
+    for alpha, expected in ((0, 255), (100, 155), (255, 0)):
+        assert (np.asarray(to_rgb(Image.new("RGBA", (10, 10), (0, 0, 0, alpha)))) == expected).all()
 
 
 NAN, INF = np.nan, np.inf
@@ -62,6 +63,27 @@ def test_to_rgb_scales_images_of_many_bits_by_their_range(values, expected, dtyp
     for dtype in dtypes:
         image = Image.fromarray(np.array(values, dtype))
         np.testing.assert_array_equal(np.asarray(to_rgb(image))[..., 0], expected)
+
+
+@pytest.mark.parametrize("dtype", [np.uint16, np.int32, np.float32])
+@pytest.mark.parametrize("scale", [1, 16])
+def test_to_rgb_scales_images_of_many_bits_without_hot_and_dead_pixels(rng, dtype, scale):
+    pixels = rng.integers(0, 256, (30, 40))
+    pixels[:2, :2] = (0, 255)
+    expected = pixels.copy()
+    pixels = 30_000 + scale * pixels
+    pixels[5, 5:8], expected[5, 5:8] = 65_535, 255
+    pixels[6, 5:8], expected[6, 5:8] = 0, 0
+    np.testing.assert_array_equal(to_rgb(Image.fromarray(pixels.astype(dtype))).getchannel(0), expected)
+
+
+@pytest.mark.parametrize("dtype", [np.uint16, np.float32])
+def test_to_rgb_keeps_the_rare_value_of_a_mask(dtype):
+    for rare, other in ((2, 3), (3, 2)):
+        values = np.full((30, 40), other, dtype)
+        values[7, 7] = rare
+        expected = np.where(values == 3, 255, 0)
+        np.testing.assert_array_equal(to_rgb(Image.fromarray(values)).getchannel(0), expected)
 
 
 # Metadata.
@@ -196,6 +218,72 @@ def test_read_image_refuses_other_truncated_formats(tmp_path, noise):
             read_image(tmp_path / "x")
 
 
+# Formats.
+
+EPS = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\nshowpage\n"
+
+
+def iptc_field(record, number, content):
+    return bytes([0x1C, record, number]) + len(content).to_bytes(2) + content
+
+
+IPTC_FIELDS = ((60, b"\1\0"), (20, b"\0\0\0\x09"), (30, b"\0\0\0\x09"), (120, b"\5"))
+IPTC = b"".join(iptc_field(3, *field) for field in IPTC_FIELDS) + iptc_field(8, 10, EPS)  # which holds the EPS
+
+
+@pytest.mark.parametrize("content", [EPS, IPTC], ids=["EPS", "IPTC"])
+@pytest.mark.parametrize("name", ["a.jpg", "a.eps"])
+def test_read_image_starts_no_program(tmp_path, monkeypatch, content, name):
+    monkeypatch.setattr(EpsImagePlugin, "Ghostscript", lambda *_: pytest.fail("Ghostscript was called"))
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(InputError, match=rf"{name}: .*\(not of a format that is read, such as JPEG, PNG or WebP\)"):
+        read_image(tmp_path / name)
+
+
+def test_read_image_refuses_jpegs_of_many_scans():
+    content = encode(ramp(size=(64, 64)), "JPEG", progressive=True)
+    last_scan = content[content.rindex(b"\xff\xda") : -2]
+    with pytest.raises(InputError, match="the image: a JPEG with 1,010 scans, expected at most 500"):
+        read_image(content[:-2] + 1000 * last_scan + content[-2:])
+
+
+ANIMATIONS = {"GIF": {}, "WEBP": {"lossless": True}, "PNG": {}, "TIFF": {}, "HEIF": {}, "AVIF": {}}
+
+
+@pytest.mark.parametrize(("image_format", "settings"), ANIMATIONS.items(), ids=ANIMATIONS)
+def test_read_image_says_that_it_uses_the_first_frame(tmp_path, image_format, settings, capsys):
+    frames = [ramp(size=(64, 48)).rotate(angle) for angle in (0, 90, 180)]
+    if image_format == "HEIF":
+        pillow_heif.register_heif_opener()
+    content = encode(frames[0], image_format, save_all=True, append_images=frames[1:], **settings)
+    (tmp_path / "a").write_bytes(content)
+    for _ in range(2):
+        np.testing.assert_allclose(np.asarray(read_image(tmp_path / "a"), int), np.asarray(frames[0]), atol=8)
+    assert capsys.readouterr().err == f"{tmp_path / 'a'}: frame 1 of 3 is used\n", "logged once"
+    read_image(encode(frames[0], image_format, **settings))
+    assert capsys.readouterr().err == ""
+
+
+def test_read_image_takes_two_views_for_one_photo(capsys):
+    read_image(encode(ramp(), "MPO", save_all=True, append_images=[ramp()]))
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")  # pytest undoes the project's own filter
+@pytest.mark.parametrize("image_format", ["GIF", "TIFF"])
+def test_read_image_does_not_mind_damage_behind_the_first_frame(image_format, noise):
+    content = encode(noise, image_format, save_all=True, append_images=[ramp()])
+    start = content.rindex(b"\x2c\0\0\0\0") if image_format == "GIF" else len(content) - 200  # of the second frame
+    for size in range(start, min(start + 100, len(content)), 5):
+        np.testing.assert_array_equal(read_image(content[:size]), read_image(content))
+
+
+def test_read_image_counts_the_pages_of_a_file_up_to_a_limit(monkeypatch, capsys):
+    monkeypatch.setattr(images, "MAX_PAGES", 3)
+    read_image(encode(ramp(), "TIFF", save_all=True, append_images=[ramp()] * 5))
+    assert capsys.readouterr().err == "the image: frame 1 of at least 3 is used\n"
+
+
 # Huge images.
 
 
@@ -213,6 +301,13 @@ def test_set_max_megapixels_refuses_larger_images(tmp_path, monkeypatch):
     assert str(error.value) == (f"{path}: 3 megapixels, expected at most 2; if you trust it, use --max-megapixels 3")
     set_max_megapixels(3)
     assert read_image(path).size == (2001, 1000)
+
+
+def test_count_pixels_needs_no_pixels(noise):
+    content = encode(noise, "PNG")
+    assert count_pixels(content[:100]) == 400 * 48
+    with pytest.raises(InputError, match="the image: not an image that can be read"):
+        count_pixels(content[:10])
 
 
 # HEIC.
@@ -240,8 +335,8 @@ def test_read_image_refuses_other_files_in_one_line(tmp_path):
     (tmp_path / "empty.png").touch()
     (tmp_path / "a.heic").write_bytes(b"\x00\x00\x00\x18ftypheic" + bytes(100))
     for name, message in (
-        ("text.jpg", "no format that Pillow knows"),
-        ("empty.png", "no format that Pillow knows"),
+        ("text.jpg", "not of a format that is read, such as JPEG, PNG or WebP"),
+        ("empty.png", "not of a format that is read, such as JPEG, PNG or WebP"),
         ("a.heic", "not an image"),
         ("none.jpg", "no such image"),
     ):
@@ -299,9 +394,12 @@ def test_read_image_takes_pixels(rng):
 @pytest.mark.parametrize(
     ("source", "message"),
     [
-        (b"", "the image: not an image that can be read (no format that Pillow knows)"),
+        (b"", "the image: not an image that can be read (not of a format that is read, such as JPEG, PNG or WebP)"),
         (b"\0\0\0\x18ftypheic", "the image: not an image that can be read"),
-        (io.BytesIO(b"text"), "the image: not an image that can be read (no format that Pillow knows)"),
+        (
+            io.BytesIO(b"text"),
+            "the image: not an image that can be read (not of a format that is read, such as JPEG, PNG or WebP)",
+        ),
         (7, "expected an image as a path, bytes, an open file, an array or a Pillow image, found int"),
         ("https://example.com/a.jpg", "https://example.com/a.jpg: no such image"),
         (np.zeros((0, 5, 3), np.uint8), "found (0, 5, 3) uint8"),
@@ -321,13 +419,19 @@ def test_read_image_refuses_other_sources_in_one_line(source, message):
 # Files and threads.
 
 
-@pytest.mark.parametrize("name", ["a.jpg", "a.JPEG", "a/b.png", "a.webp", "a.heic", "a.HEIF", "a.b.tif", "a.jp2"])
+@pytest.mark.parametrize(
+    "name", ["a.jpg", "a.JPEG", "a/b.png", "a.webp", "a.heic", "a.HEIF", "a.b.tif", "a.jp2", "a.ppm"]
+)
 def test_is_image_file_knows_the_endings_of_images(name):
     assert is_image_file(name) and is_image_file(Path(name))
 
 
 @pytest.mark.parametrize(
-    "name", ["a.txt", "a", "jpg", "._a.jpg", ".jpg", "__MACOSX/a.jpg", "Thumbs.db", "a.jpg.part", "a.pdf", "a.mpg"]
+    "name",
+    [
+        *("a.txt", "a", "jpg", "._a.jpg", ".jpg", "__MACOSX/a.jpg", "Thumbs.db", "a.jpg.part"),
+        *("a.pdf", "a.mpg", "a.eps", "a.ps", "a.h5", "a.ico"),
+    ],
 )
 def test_is_image_file_refuses_other_files(name):
     assert not is_image_file(name)

@@ -163,7 +163,9 @@ def test_file_that_is_no_image_and_a_server_that_has_ended_are_named(page):
     page.set_input_files("#file", RED)
     wait_for_caption(page, "a red image")
     page.set_input_files("#file", TEXT)
-    wait_for_error(page, "the image: not an image that can be read (no format that Pillow knows)")
+    wait_for_error(
+        page, "the image: not an image that can be read (not of a format that is read, such as JPEG, PNG or WebP)"
+    )
     assert page.locator(".caption-viewer").count() == 0
     page.route("**/caption?*", lambda route: route.abort("connectionrefused"))
     page.set_input_files("#file", RED)
