@@ -54,8 +54,9 @@ import os, sys
 os.environ["TF_CPP_MIN_LOG_LEVEL"] = "3"
 import numpy as np
 import tensorflow as tf
+from PIL import Image
 cnn = tf.keras.applications.InceptionV3(include_top=False, weights=sys.argv[1])
-pixels = np.asarray(Image.open(sys.argv[2]).convert("RGB").resize((299, 299)), np.float32)
+pixels = np.asarray(Image.open(sys.argv[2], formats=["PNG"]).convert("RGB").resize((299, 299)), np.float32)
 print(cnn(tf.keras.applications.inception_v3.preprocess_input(pixels[None])).shape)
 """
 
