@@ -36,11 +36,11 @@ class Batcher:
         self._searches: set[DecodeConfig] = set()
 
     def caption(self, pixels: np.ndarray, config: DecodeConfig, timeout: float | None = None) -> Caption:
-        """Captions an image that `Captioner.load_image` has read; the work on it must begin in `timeout` seconds.
+        """Captions an image that `Captioner.load_image` has read, in `timeout` seconds.
 
         Raises:
             InputError: the search is new, and there were `MAX_SEARCHES` others.
-            TimeoutError: the work has not begun in time.
+            TimeoutError: it has no caption in time. Work that has begun goes on.
         """
         job = _Job(pixels, config)
         search = dataclasses.replace(config, decode_seed=0)  # a seed compiles nothing
@@ -55,10 +55,8 @@ class Batcher:
         self._worker.submit(self._caption_waiting)
         try:
             return job.caption.result(timeout)
-        except TimeoutError:
-            if job.caption.cancel():
-                raise
-            return job.caption.result()  # it is in work
+        finally:
+            job.caption.cancel()  # if it still waits
 
     def _caption_waiting(self) -> None:
         """Captions the image that has waited longest, and with it others that wait for the same search."""

@@ -14,12 +14,15 @@ import re
 import socket
 import threading
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
 import waitress
 import waitress.wasyncore
+from waitress.channel import HTTPChannel
+from waitress.parser import HTTPRequestParser
 from waitress.server import BaseWSGIServer
 from werkzeug.exceptions import (
     BadRequest,
@@ -38,6 +41,9 @@ from beyond.report.report import WEB as VIEWER_DIR
 from beyond.serve.caption_batcher import Batcher
 from beyond.serve.settings import ServerConfig, parse_decoding
 from captioning.base.cli import InputError, log
+from captioning.config.settings import DecodeConfig
+from captioning.images.reading import count_pixels
+from captioning.output.captions import Caption
 from inference import Captioner
 
 WEB_DIR = Path(__file__).parent / "web"
@@ -60,10 +66,10 @@ SAFE_HEADERS = {  # of every answer: a page that loads only what this server has
     "Referrer-Policy": "no-referrer",
 }
 IMAGE_PART = "image"  # the part of a form that holds the image
-MAX_DECODERS = 2  # images that are read at the same time, since a large one takes a GB until it is resized
 RETRY_SECONDS = 1  # after which a client that came too early is asked to come again
 SPARE_THREADS = 4  # for the page, and to refuse requests while all images that may be in work are
-SPARE_CONNECTIONS = 64  # of browsers, which keep theirs open, and of clients that send slowly
+SPARE_CONNECTIONS = 128  # of browsers, which keep theirs open, and of clients that send slowly
+MIN_RATE = 10_000  # bytes/s, after the timeout, with which a request has to arrive; a phone sends ten times as many
 
 
 def read_request(request: Request) -> tuple[bytes, list[tuple[str, str]]]:
@@ -97,6 +103,28 @@ def busy(reason: str) -> ServiceUnavailable:
     return ServiceUnavailable(f"{reason}; try again in a moment", retry_after=RETRY_SECONDS)
 
 
+class PixelBudget:
+    """The number of pixels that are read at the same time, by any threads: memory goes with it."""
+
+    def __init__(self, num_pixels: int):
+        self._free = num_pixels
+        self._changed = threading.Condition()
+
+    @contextlib.contextmanager
+    def take(self, num_pixels: int, timeout: float) -> Iterator[None]:
+        """Waits until there is room for an image, and keeps it; raises TimeoutError if there is none in time."""
+        with self._changed:
+            if not self._changed.wait_for(lambda: num_pixels <= self._free, timeout):
+                raise TimeoutError
+            self._free -= num_pixels
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._free += num_pixels
+                self._changed.notify_all()
+
+
 class CaptionApp:
     """The WSGI application; `captioner` has the search of requests that do not name one."""
 
@@ -105,7 +133,7 @@ class CaptionApp:
         self.config = config
         self.batcher = Batcher(captioner)
         self._places = threading.BoundedSemaphore(config.max_requests)
-        self._decoders = threading.BoundedSemaphore(MAX_DECODERS)
+        self._budget = PixelBudget(1_000_000 * config.max_megapixels)  # which no image exceeds: others are refused
 
     def __call__(self, environ: Any, start_response: Any) -> Iterable[bytes]:
         """Answers a request, and logs a line about it."""
@@ -135,7 +163,7 @@ class CaptionApp:
         if isinstance(error, InputError):
             return BadRequest(str(error))
         if isinstance(error, TimeoutError):
-            return busy(f"the image has waited {self.config.timeout} s for others")
+            return busy(f"the image has no caption after {self.config.timeout} s")
         log(f"captioning failed: {' '.join(repr(error).split())[:300]}", error=True)
         return InternalServerError("captioning failed; the server's log says why")
 
@@ -174,14 +202,25 @@ class CaptionApp:
         config = parse_decoding(pairs, self.captioner.decode_config)
         if not self._places.acquire(blocking=False):
             raise busy("too many images at the same time")
-        try:
-            with self._decoders:
-                pixels = self.captioner.load_image(content)
-            caption = self.batcher.caption(pixels, config, self.config.timeout)
-        finally:
-            self._places.release()
+        result: Future[Caption] = Future()
+        # In a thread of its own, since nothing can stop Pillow in an image that takes too long.
+        threading.Thread(target=self._work, args=[content, config, result], daemon=True).start()
+        caption = result.result(self.config.timeout)
         seconds = round(time.perf_counter() - start, 3)
         return json_response(caption.to_json(with_attention=True) | {"seconds": seconds})
+
+    def _work(self, content: bytes, config: DecodeConfig, result: Future[Caption]) -> None:
+        """Reads and captions an image; the request may have been given up when it ends, and its place is free then."""
+        deadline = time.perf_counter() + self.config.timeout
+        try:
+            with contextlib.ExitStack() as stack:
+                stack.callback(self._places.release)  # before the answer: the client's next image finds it free
+                with self._budget.take(count_pixels(content), self.config.timeout):
+                    pixels = self.captioner.load_image(content)
+                caption = self.batcher.caption(pixels, config, deadline - time.perf_counter())
+            result.set_result(caption)
+        except Exception as error:
+            result.set_exception(error)
 
 
 # Running it.
@@ -206,11 +245,33 @@ def page_url(listener: socket.socket) -> str:
     return f"http://[{host}]:{port}/" if ":" in host else f"http://{host}:{port}/"
 
 
+class TimedParser(HTTPRequestParser):
+    """A request that arrives, and since when."""
+
+    def __init__(self, adj: Any):
+        super().__init__(adj)
+        self.start = time.monotonic()
+
+
+class Channel(HTTPChannel):
+    """A connection, which is closed when a request arrives too slowly; waitress closes those that are silent."""
+
+    parser_class = TimedParser
+
+    def readable(self) -> bool:
+        """Tells whether more is expected; waitress asks every second at least."""
+        request = self.request
+        if request is not None:
+            expected = MIN_RATE * (time.monotonic() - request.start - self.adj.channel_timeout)
+            self.will_close |= request.body_bytes_received < expected
+        return super().readable()
+
+
 def make_server(app: CaptionApp, listener: socket.socket) -> BaseWSGIServer:
     """Makes the server that answers what comes to `listener`, once its `run` is called."""
     logging.getLogger("waitress.queue").setLevel(logging.ERROR)  # that a request waits for a thread is no news
     config = app.config
-    return waitress.create_server(
+    server = waitress.create_server(
         app,
         sockets=[listener],
         threads=config.max_requests + SPARE_THREADS,
@@ -223,6 +284,8 @@ def make_server(app: CaptionApp, listener: socket.socket) -> BaseWSGIServer:
         asyncore_use_poll=True,  # select takes no more than 1024 connections
         log_socket_errors=False,  # of clients that are gone
     )
+    server.channel_class = Channel
+    return server
 
 
 def run(app: CaptionApp, server: BaseWSGIServer) -> None:

@@ -38,11 +38,11 @@ class ServerConfig(Settings):
     max_requests: int = option(8, "maximum number of concurrent requests; others get 503", bounds="[1, 1000]")
     max_megapixels: int = option(
         50,  # phones take photos of 12 to 50
-        "largest image, in millions of pixels; two are read at the same time, with about 20 bytes a pixel",
+        "largest image, and all that are read at the same time, in millions of pixels of 8 to 25 bytes",
         bounds="[1, inf)",
     )
     timeout: int = option(
-        30, "seconds after which a silent connection is closed, and a waiting image is refused", bounds="[1, 3600]"
+        30, "seconds after which a slow connection is closed, and a request is given up", bounds="[1, 3600]"
     )
 
     def __post_init__(self) -> None:

@@ -5,12 +5,14 @@ import io
 import json
 import socket
 import threading
+import time
+import types
 import urllib.request
 
 import pytest
 from helpers.web import FakeCaptioner, caption_pixels, draw_png, load_image, make_client, post, run_server, wait_until
 
-from beyond.serve.server import FILES, MAX_DECODERS, listen
+from beyond.serve.server import FILES, listen
 from beyond.serve.settings import ServerConfig
 from captioning.base.cli import InputError, Verbosity
 from captioning.config.settings import DecodeConfig
@@ -181,9 +183,9 @@ def test_server_of_other_machines_answers_any_name(captioner):
 # Many clients.
 
 
-def start_post(client, replies):
+def start_post(client, replies, image=PNG):
     """Posts an image in a thread, which appends the answer to a list."""
-    thread = threading.Thread(target=lambda: replies.append(client.post("/caption", data=PNG)), daemon=True)
+    thread = threading.Thread(target=lambda: replies.append(client.post("/caption", data=image)), daemon=True)
     thread.start()
     return thread
 
@@ -207,38 +209,56 @@ def test_more_images_than_the_server_takes_are_told_to_come_again(captioner):
     assert post(client, PNG)[0] == 200
 
 
-def test_few_images_are_read_at_the_same_time(captioner, monkeypatch):
-    client, replies = make_client(captioner), []
-    counts, in_work, may_end = [], [], threading.Event()
+@pytest.fixture
+def reading(captioner, monkeypatch):
+    """The sizes of the images that are being read, which ends when `may_end` is set."""
+    sizes, may_end = [], threading.Event()
 
-    def note_reading(content):
-        in_work.append(content)
-        counts.append(len(in_work))
+    def read(content):
+        sizes.append(len(content))
         assert may_end.wait(20)
-        in_work.pop()
+        sizes.remove(len(content))
         return load_image(content)
 
-    monkeypatch.setattr(captioner, "load_image", note_reading)
-    threads = [start_post(client, replies) for _ in range(5)]
-    wait_until(lambda: len(counts) == MAX_DECODERS)
-    threads[-1].join(0.05)
-    assert len(counts) == MAX_DECODERS, "the others wait"
+    monkeypatch.setattr(captioner, "load_image", read)
+    yield types.SimpleNamespace(sizes=sizes, may_end=may_end)
     may_end.set()
+
+
+def test_images_that_are_read_at_the_same_time_have_a_limit_together(captioner, reading):
+    client, replies = make_client(captioner, max_megapixels=1), []
+    large, small = draw_png(size=(600, 1000)), draw_png(size=(390, 1000))
+    threads = [start_post(client, replies, image) for image in (large, large, small)]
+    wait_until(lambda: sorted(reading.sizes) == sorted(map(len, (large, small))))
+    threads[1].join(0.05)
+    assert len(reading.sizes) == 2, "the other large one waits"
+    reading.may_end.set()
     for thread in threads:
         thread.join(20)
-    assert [reply.status_code for reply in replies] == [200] * 5 and max(counts) == MAX_DECODERS
+    assert [reply.status_code for reply in replies] == [200] * 3
 
 
 @pytest.mark.slow
-def test_image_that_waits_too_long_is_told_to_come_again(captioner):
-    client, replies = make_client(captioner, timeout=1), []
+def test_image_that_takes_too_long_is_given_up_but_keeps_its_room_until_it_is_read(captioner, reading):
+    client = make_client(captioner, timeout=1, max_requests=2, max_megapixels=1)
+    image = draw_png(size=(600, 1000))
+    for count in (1, 2):
+        assert_busy(client.post("/caption", data=image), "the image has no caption after 1 s")
+        assert len(reading.sizes) == 1, count
+    reading.may_end.set()
+    wait_until(lambda: client.application._places._value == 2)
+    assert post(client, image)[0] == 200
+
+
+@pytest.mark.slow
+def test_image_that_waits_too_long_for_others_is_told_to_come_again(captioner):
+    client = make_client(captioner, timeout=1)
     captioner.may_end.clear()
-    thread = start_post(client, replies)
-    assert captioner.begun.wait(20)
-    assert_busy(client.post("/caption", data=PNG), "the image has waited 1 s for others")
+    for _ in range(2):  # the one in work, and one that waits for it
+        assert_busy(client.post("/caption", data=PNG), "the image has no caption after 1 s")
     captioner.may_end.set()
-    thread.join(20)
-    assert replies[0].status_code == 200, "an image in work is not given up"
+    assert post(client, PNG)[0] == 200
+    assert len(captioner.batches) == 2, "what has been given up is not captioned"
 
 
 # The log.
@@ -298,6 +318,23 @@ def test_clients_that_send_slowly_keep_no_others_waiting(captioner):
         connections[0].sendall(PNG[-1:])
         assert connections[0].recv(1 << 16).startswith(b"HTTP/1.1 200 OK\r\n")
         assert connections[1].recv(1) == b"", "a silent connection is closed after the time"
+
+
+@pytest.mark.slow
+def test_body_that_drips_is_cut_off_and_one_that_has_sent_enough_is_not(captioner, monkeypatch):
+    monkeypatch.setattr("beyond.serve.server.MIN_RATE", 100)
+    body = PNG + bytes(1500)
+    with run_server(captioner, timeout=1) as server, contextlib.ExitStack() as stack:
+        drip, slow = (stack.enter_context(socket.create_connection(server.address, 20)) for _ in range(2))
+        drip.sendall(raw_head(len(body)))
+        slow.sendall(raw_head(len(body)) + body[:-200])
+        with pytest.raises(ConnectionError):
+            for position in range(-200, -1):
+                time.sleep(0.1)
+                slow.sendall(body[position : position + 1])
+                drip.sendall(b"x")
+        slow.sendall(body[position + 1 :])
+        assert slow.recv(1 << 16).startswith(b"HTTP/1.1 200 OK\r\n")
 
 
 def test_large_body_is_refused_in_json_and_a_huge_one_at_once(captioner):
