@@ -11,7 +11,7 @@ import html
 import itertools
 import re
 import unicodedata
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 SAMPLE_SIZE = 1000  # captions that are looked at to find out how words are written
 MAX_UNSPACED_WORDS = 2  # between the spaces of a caption that is written without spaces between words
@@ -41,6 +41,11 @@ _TO_ASCII = str.maketrans(
 )
 
 
+# What programs write around captions: the tutorial's "<start> a dog <end>", startseq and endseq, [CLS] and [SEP], HTML.
+_START_MARKS = re.compile(r"^(?:\s*(?:[<\[](?:start|bos|sos|s|cls|p)[>\]]|startseq\b))+\s*", re.IGNORECASE)
+_END_MARKS = re.compile(r"(?:\s*(?:[<\[](?:end|eos|/s|sep|/p|br ?/?)[>\]]|\bendseq\b))+\s*$", re.IGNORECASE)
+
+
 # One form for the same text.
 
 
@@ -63,6 +68,22 @@ def normalize_text(text: str) -> str:
 def punctuation_to_spaces(text: str) -> str:
     """Replaces punctuation of any script by spaces. The apostrophe stays, so that "man's" is one word."""
     return "".join(" " if unicodedata.category(char)[0] == "P" and char != "'" else char for char in text)
+
+
+def strip_marks(texts: Sequence[str]) -> tuple[list[str], str]:
+    """Takes the marks of start and end off captions, at either end only if most captions have one there.
+
+    Returns:
+        The captions, and a line that says how many had which marks; empty if nothing was taken off.
+    """
+    stripped, marks = list(texts), []
+    for pattern in (_START_MARKS, _END_MARKS):
+        found = [match[0].strip() for text in stripped if (match := pattern.search(text))]
+        if len(found) > len(stripped) / 2:
+            stripped = [pattern.sub("", text) for text in stripped]
+            marks.append(found[0])
+    num_changed = sum(map(str.__ne__, texts, stripped))
+    return stripped, f"marks around {num_changed:,} captions are taken off: {' and '.join(marks)}" if marks else ""
 
 
 # Scripts without spaces between words.

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from captioning.base.cli import InputError, log
-from captioning.base.text import normalize_text
+from captioning.base.text import normalize_text, strip_marks
 from captioning.data.annotation_formats import CaptionRow, ReadOptions, parse_annotations, parse_split
 from captioning.images.image_names import clean_name
 
@@ -30,7 +30,8 @@ def read_annotations(path: Path | str, options: ReadOptions = AS_FOUND) -> list[
     """Reads annotations, and logs their format and what of them is left out.
 
     Left out are captions that are not text or have no word, and those that the format marks as unusable; and images
-    without any other caption. Captions are brought to one form (`captioning.base.text.normalize_text`).
+    without any other caption. Captions are brought to one form (`captioning.base.text.normalize_text`), without the
+    marks of their start and end that most of them have.
 
     Args:
         path: a file or a folder.
@@ -45,7 +46,7 @@ def read_annotations(path: Path | str, options: ReadOptions = AS_FOUND) -> list[
     """
     path = Path(path)
     format_name, parsed = parse_annotations(path, options)
-    rows = [_clean_row(row) for row in parsed.rows]
+    rows = _strip_marks(path, [_clean_row(row) for row in parsed.rows])
     used = [row for row in rows if not row.problem]
     if not used:
         reason = f"; the first: {_describe_problem(rows[0])}" if rows else ""
@@ -71,11 +72,20 @@ def _clean_row(row: CaptionRow) -> CaptionRow:
         return row._replace(problem="a name or a caption that is not Unicode text")
     if not clean.image_path or "\x00" in clean.image_path:
         return row._replace(problem="an image without a name")
-    if not re.search(r"[^\W_]", clean.caption):
-        return row._replace(problem="a caption without a word")
     if type(row.image_id) not in (int, str, type(None)):
         return row._replace(problem=f"an id that is neither a whole number nor text, {row.image_id!r}")
     return clean
+
+
+def _strip_marks(path: Path, rows: list[CaptionRow]) -> list[CaptionRow]:
+    """Takes off the marks around captions, and notes which captions have no word."""
+    captions, note = strip_marks([row.caption for row in rows if not row.problem])
+    if note:
+        log(f"{path}: {note}")
+    texts = iter(captions)
+    rows = [row if row.problem else row._replace(caption=next(texts)) for row in rows]
+    no_word = "a caption without a word"
+    return [row if row.problem or re.search(r"[^\W_]", row.caption) else row._replace(problem=no_word) for row in rows]
 
 
 def _describe_problem(row: CaptionRow) -> str:

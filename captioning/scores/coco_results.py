@@ -7,7 +7,7 @@ from typing import Any
 
 from captioning.base.cli import InputError, log
 from captioning.base.files import read_json
-from captioning.base.text import normalize_text
+from captioning.base.text import normalize_text, strip_marks
 from captioning.data.annotations import Example
 
 
@@ -66,11 +66,14 @@ def read_results(path: Path, examples: Sequence[Example], all_examples: Sequence
     rows = read_json(path)
     if not isinstance(rows, list) or not all(map(_is_result, rows)):
         raise InputError(f'{path}: not COCO results; expected a list of {{"image_id": ..., "caption": "..."}}')
+    texts, note = strip_marks([normalize_text(row["caption"]) for row in rows])
+    if note:
+        log(f"{path}: {note}")
     index = ImageIndex(all_examples or examples)
     captions: dict[Example, str] = {}
     strangers = []
-    for row in rows:
-        image_id, caption = row["image_id"], normalize_text(row["caption"])
+    for row, caption in zip(rows, texts, strict=True):
+        image_id = row["image_id"]
         try:
             example = index.find(image_id)
         except InputError as error:

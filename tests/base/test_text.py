@@ -5,7 +5,14 @@ import unicodedata
 
 import pytest
 
-from captioning.base.text import describe_unspaced, join_words, normalize_text, punctuation_to_spaces, split_characters
+from captioning.base.text import (
+    describe_unspaced,
+    join_words,
+    normalize_text,
+    punctuation_to_spaces,
+    split_characters,
+    strip_marks,
+)
 
 
 @pytest.mark.parametrize(
@@ -46,6 +53,37 @@ def test_normalize_text_done_twice_changes_nothing():
 def test_punctuation_to_spaces_of_any_script():
     words = punctuation_to_spaces("狗\uff0c猫。「鸟」 ¿que? man's 5€ 🍎").split()
     assert words == [*"狗猫鸟", "que", "man's", "5€", "🍎"]
+
+
+@pytest.mark.parametrize(
+    ("start", "end"),
+    [
+        ("<start> ", " <end>"),
+        ("startseq ", " endseq"),
+        ("[CLS] ", " [SEP]"),
+        ("<s>", "</s>"),
+        ("<bos> ", " <eos>"),
+        ("<p>", "</p><br>"),
+        ("", " <br />"),
+        ("<SOS> ", ""),
+    ],
+)
+def test_marks_around_most_captions_are_taken_off(start, end):
+    captions = ["a dog", "the start of a <p> mark", "a cat endsequence"]
+    marked = [f"{start}{text}{end}" for text in captions]
+    marks = " and ".join(filter(None, (start.strip(), end.strip())))
+    assert strip_marks(marked) == (captions, f"marks around 3 captions are taken off: {marks}")
+    assert strip_marks([*marked[:2], "a hat"]) == (
+        [*captions[:2], "a hat"],
+        f"marks around 2 captions are taken off: {marks}",
+    )
+    half = [*marked[:1], "a hat"]
+    assert strip_marks(half) == (half, ""), "one of two is no rule"
+
+
+def test_marks_of_one_end_stay_if_few_captions_have_them():
+    assert strip_marks(["<start> a", "<start> b", "c <end>"])[0] == ["a", "b", "c <end>"]
+    assert strip_marks([]) == ([], "")
 
 
 @pytest.mark.parametrize(

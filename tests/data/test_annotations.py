@@ -41,6 +41,14 @@ def test_captions_and_names_are_brought_to_one_form(read):
     assert example == Example("photos/a.jpg", ('"A man\'s dog" & a cat...', "the dog"), 0)
 
 
+def test_marks_around_captions_are_taken_off(read, capsys):
+    [example] = read("a.jpg,<start> a dog <end>", "a.jpg,&lt;start&gt; the dog &lt;end&gt;", "a.jpg,<start> <end>")
+    assert example.captions == ("a dog", "the dog")
+    logged = capsys.readouterr().err
+    assert "captions.csv: marks around 3 captions are taken off: <start> and <end>" in logged
+    assert "a caption without a word" in logged
+
+
 def test_what_is_left_out_is_named_and_counted(read, tmp_path, capsys):
     lines = [f"{i}.jpg,?!" for i in range(5)]
     assert len(read("a.jpg,a dog", "b.jpg", *lines, ",nothing", "c.jpg,___")) == 1

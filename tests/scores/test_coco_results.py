@@ -69,6 +69,13 @@ def test_read_results_finds_the_caption_of_each_image(tmp_path, capsys):
     assert f"{path}: {no_image}" in log
 
 
+def test_read_results_takes_off_marks_around_captions(tmp_path, capsys):
+    path = tmp_path / "results.json"
+    path.write_text(json.dumps([{**row, "caption": f"startseq {row['caption']} endseq"} for row in RESULTS]))
+    assert read_results(path, EXAMPLES) == TEXTS
+    assert f"{path}: marks around 3 captions are taken off: startseq and endseq" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [
