@@ -11,6 +11,7 @@ import csv
 import io
 import json
 import re
+from collections import defaultdict
 from collections.abc import Callable, Iterable
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
@@ -20,14 +21,15 @@ from captioning.base.files import parse_json
 from captioning.images.image_names import walk_files
 from captioning.images.reading import is_image_file
 
-# The usual names of columns and fields, in lower case; of several, the first one counts.
+# The usual names of columns and fields, in lower case; of several, the first one counts. Captions may be numbered.
 IMAGE_FIELDS = (
     *("image", "file_name", "filename", "filepath", "image_name", "image_path", "file", "path", "name"),
     "image_id",  # a name without its ending
 )
 CAPTION_FIELDS = (
-    *("caption", "text", "title", "comment", "captions", "sentences", "description", "sentence"),
+    *("caption", "text", "captions", "sentences", "description", "sentence"),
     "caption_str",  # TextCaps
+    *("title", "comment"),  # often of something else than what is seen
 )
 SPLIT_FIELDS = ("split", "set_name")
 SPLIT_NAMES = {
@@ -38,6 +40,8 @@ SPLIT_NAMES = {
 SEPARATORS = {",": "comma", "\t": "tab", ";": "semicolon", "|": "bar"}
 METADATA_FILES = ("metadata.csv", "metadata.jsonl")  # of Hugging Face's ImageFolder
 CAPTION_SUFFIXES = (".txt", ".caption")  # of the text beside an image
+NUMBER = re.compile(r"\s*[\d.:/-]+\s*")
+BARE_NAME = re.compile(r"(?=\S*\d)\S{5,}")  # of an image, without an ending
 # name#0<TAB>caption; Flickr8k-CN has name#zhc#0 and a space.
 TOKEN_LINE = re.compile(r"([^\t\n]+?\.\w+)(?:#[a-z]+)?#\d+[\t ](.*)")
 
@@ -153,23 +157,41 @@ class Fields(NamedTuple):
     """The names of the columns or fields that are used."""
 
     image: str
-    caption: str
+    captions: tuple[str, ...]
     split: str | None
+    unused: tuple[str, ...]
+
+    def describe(self) -> tuple[str, str]:
+        """Returns the names that are used, and a note with the others."""
+        used = ", ".join(filter(None, (self.image, *self.captions, self.split)))
+        return used, f"; not used: {', '.join(self.unused)}" if self.unused else ""
 
 
 def find_fields(names: Iterable[str], options: ReadOptions) -> Fields | None:
-    """Returns which columns or fields hold images, captions and splits; None without one of the first two."""
-    known: dict[str, str] = {}
+    """Returns which columns or fields hold images, captions and splits; None without one of the first two.
+
+    Captions may be in several: caption_1, caption_2 and so on, or columns of the same name.
+    """
+    names = list(dict.fromkeys(names))
+    known: defaultdict[str, list[str]] = defaultdict(list)
+    numbered: defaultdict[str, list[str]] = defaultdict(list)  # by their names without the number
     for name in names:
-        known.setdefault(name.strip().lower(), name)
+        key = name.strip().lower()
+        known[key].append(name)
+        numbered[re.sub(r"[ _.#-]?\d+$", "", key)].append(name)
 
-    def find(usual_names: tuple[str, ...], given: str | None = None) -> str | None:
-        candidates = usual_names if given is None else (given.strip().lower(),)
-        return next((known[name] for name in candidates if name in known), None)
+    def find(among: dict[str, list[str]], usual_names: tuple[str, ...], given: str | None = None) -> list[str]:
+        if given is not None:
+            return known.get(given.strip().lower(), [])
+        return next((among[name] for name in usual_names if name in among), [])
 
-    image = find(IMAGE_FIELDS, options.image_column)
-    caption = find(CAPTION_FIELDS, options.caption_column)
-    return None if image is None or caption is None else Fields(image, caption, find(SPLIT_FIELDS))
+    image = find(known, IMAGE_FIELDS, options.image_column)[:1]
+    captions = find(numbered, CAPTION_FIELDS, options.caption_column)
+    split = find(known, SPLIT_FIELDS)[:1]
+    if not (image and captions):
+        return None
+    unused = [name for name in names if name.strip() and name not in (*image, *captions, *split)]
+    return Fields(image[0], tuple(captions), next(iter(split), None), tuple(unused))
 
 
 # JSON.
@@ -233,23 +255,28 @@ def read_objects(content: Any, options: ReadOptions) -> Parsed | None:
         content = content.get("data", [content])
     if not isinstance(content, list):
         return None
-    first = next((item for item in content if isinstance(item, dict)), {})
-    fields = find_fields(first, options)
+    fields = find_fields((name for item in content if isinstance(item, dict) for name in item), options)
     if fields is None:
         return None
     rows = []
     for item in content:
-        if not isinstance(item, dict) or fields.image not in item or fields.caption not in item:
-            rows.append(CaptionRow(item, "", problem=f"not JSON with {fields.image} and {fields.caption}"))
+        names = [name for name in fields.captions if name in item] if isinstance(item, dict) else []
+        if not names or fields.image not in item:
+            rows.append(CaptionRow(item, "", problem=f"not JSON with {fields.image} and {fields.captions[0]}"))
             continue
-        for caption in _as_list(item[fields.caption]):
-            rows.append(CaptionRow(item[fields.image], caption, split=item.get(fields.split)))
-    return Parsed(rows, f"fields {', '.join(filter(None, fields))}")
+        captions = [caption for value in _drop_empty([item[name] for name in names]) for caption in _as_list(value)]
+        rows += [CaptionRow(item[fields.image], caption, split=item.get(fields.split)) for caption in captions]
+    return Parsed(rows, "fields {}{}".format(*fields.describe()))
 
 
 def _as_list(captions: Any) -> list[Any]:
     """Returns the captions of an image, one or several, as a list; an empty list becomes an empty caption."""
     return captions or [""] if isinstance(captions, list) else [captions]
+
+
+def _drop_empty(values: list[Any]) -> list[Any]:
+    """Returns the values of several columns without those that are empty, of which one stays if there is no other."""
+    return [value for value in values if str(value or "").strip()] or values[:1]
 
 
 def read_mapping(content: Any, options: ReadOptions) -> Parsed | None:
@@ -291,14 +318,15 @@ def read_table(content: Any, options: ReadOptions) -> Parsed | None:
     else:
         return None
     joint = f"{separator} " if f"{separator} " in header else separator
-    lines, repairs = _split_lines(content, joint)
-    image, caption = names.index(columns.image), names.index(columns.caption)
-    rows = []
+    image = names.index(columns.image)
+    in_columns = [i for i, name in enumerate(names) if name in columns.captions]
+    lines, repairs = _split_lines(content, joint, image)
+    rows, num_joined = [], 0
     for line in lines[1:]:
-        num_extra = len(line) - len(names)
-        if num_extra > 0:  # the separator is also in the caption, which has no quotes
-            line[caption : caption + num_extra + 1] = [joint.join(line[caption : caption + num_extra + 1])]
-        elif num_extra == -1 and (match := re.fullmatch(r"\s*(\d+)\s+(\D.*)", line[-1])):
+        if len(line) > len(names) and (joined := _join_caption(line, names, columns, joint)):
+            line = joined
+            num_joined += 1
+        elif len(line) == len(names) - 1 and (match := re.fullmatch(r"\s*(\d+)\s+(\D.*)", line[-1])):
             # Flickr30k's results.csv has one such row: "name| 4   A dog runs ."
             line[-1:] = match.groups()
             repairs += f"; the separator that a row of {line[0]!r} lacks was added"
@@ -306,13 +334,49 @@ def read_table(content: Any, options: ReadOptions) -> Parsed | None:
             rows.append(CaptionRow(line[0], "", problem=f"{len(line)} columns, expected {len(names)}"))
             continue
         split = line[names.index(columns.split)] if columns.split else ""
-        rows += [CaptionRow(line[image], text, split=split) for text in _parse_cell(line[caption])]
-    used = ", ".join(filter(None, columns))
-    if long := [row.caption for row in rows if "\n" in str(row.caption)]:
-        repairs += (
-            f"; {len(long):,} captions run over several lines (is a quote left open?), the first: {long[0][:60]!r}"
-        )
-    return Parsed(rows, f"columns {used}, separated by {SEPARATORS.get(separator, separator)}{repairs}")
+        captions = [text for cell in _drop_empty([line[i] for i in in_columns]) for text in _parse_cell(cell)]
+        rows += [CaptionRow(line[image], text, split=split) for text in captions]
+    used, unused = columns.describe()
+    return Parsed(
+        rows,
+        f"columns {used}, separated by {SEPARATORS.get(separator, separator)}{unused}{repairs}"
+        f"{_describe_joined(num_joined)}{_describe_long(rows)}",
+    )
+
+
+def _join_caption(line: list[str], names: list[str], columns: Fields, joint: str) -> list[str] | None:
+    """Joins the caption of a row with too many columns; None if another column may have the separators in it.
+
+    It has not if nothing else is text: the image is one, the split is known, and the others are numbers.
+    """
+    caption = names.index(columns.captions[0])
+    end = caption + len(line) - len(names) + 1
+    parts = line[caption:end]
+    joined = [*line[:caption], joint.join(parts), *line[end:]]
+    values = dict(zip(names, joined, strict=True))
+    image = values.pop(columns.image)
+    split = values.pop(columns.split) if columns.split else ""
+    others = [value for name, value in values.items() if name != columns.captions[0]]
+    is_clear = (
+        names.count(columns.captions[0]) == len(columns.captions) == 1
+        and not image.startswith(" ")
+        and (is_image_file(image) or not any(map(is_image_file, line)))
+        and (parse_split(split) or not split)
+        and all(map(NUMBER.fullmatch, others))
+        and not (others and any(map(NUMBER.fullmatch, parts)))
+    )
+    return joined if is_clear else None
+
+
+def _describe_joined(num_joined: int) -> str:
+    return f"; {num_joined:,} captions without quotes have the separator in them" if num_joined else ""
+
+
+def _describe_long(rows: list[CaptionRow]) -> str:
+    long = [row.caption for row in rows if "\n" in str(row.caption)]
+    if not long:
+        return ""
+    return f"; {len(long):,} captions run over several lines (is a quote left open?), the first: {long[0][:60]!r}"
 
 
 def read_headerless(content: Any, options: ReadOptions) -> Parsed | None:
@@ -328,8 +392,16 @@ def read_headerless(content: Any, options: ReadOptions) -> Parsed | None:
     if not (found and (is_bare_name or is_image_file(name))):
         return None
     lines, repairs = _split_lines(content, separator)
-    rows = [CaptionRow(name, separator.join(rest)) for name, *rest in lines]
-    return Parsed(rows, f"name and caption, separated by {SEPARATORS[separator]}{repairs}")
+    rows, num_joined = [], 0
+    for name, *parts in lines:
+        in_name = not is_image_file(name) and any(map(is_image_file, parts))
+        problem = "the separator seems to be in the name" if in_name else ""
+        rows.append(CaptionRow(name, separator.join(parts), problem=problem))
+        num_joined += len(parts) > 1 and not problem
+    joined = _describe_joined(num_joined)
+    return Parsed(
+        rows, f"name and caption, separated by {SEPARATORS[separator]}{repairs}{joined}{_describe_long(rows)}"
+    )
 
 
 def parse_separator(text: str) -> str:
@@ -345,8 +417,11 @@ def _first_line(text: str) -> str:
     return text.lstrip("\n").partition("\n")[0]
 
 
-def _split_lines(content: str, separator: str) -> tuple[list[list[str]], str]:
-    """Splits a table, without its empty lines, at a separator that may have a space after it; returns also a note."""
+def _split_lines(content: str, separator: str, image: int = 0) -> tuple[list[list[str]], str]:
+    """Splits a table, without its empty lines, at a separator that may have a space after it; returns also a note.
+
+    `image` is the column of the images' names, by which rows inside of a cell are known.
+    """
 
     def split(quoting: Any) -> list[list[str]]:
         lines = csv.reader(
@@ -358,10 +433,21 @@ def _split_lines(content: str, separator: str) -> tuple[list[list[str]], str]:
         )
         return [fields for fields in lines if "".join(fields).strip()]
 
-    try:
-        return split(csv.QUOTE_MINIMAL), ""
-    except csv.Error:  # a quote that is never closed would swallow all lines after it
-        return split(csv.QUOTE_NONE), "; quotes are part of the captions, since they do not come in pairs"
+    # A quote that is left open swallows the rows after it, up to the next quote or to the end.
+    with contextlib.suppress(csv.Error):
+        lines = split(csv.QUOTE_MINIMAL)
+        if not any(_holds_row(cell, separator[0], image) for fields in lines for cell in fields if "\n" in cell):
+            return lines, ""
+    return split(csv.QUOTE_NONE), "; quotes are part of the captions, since they do not come in pairs"
+
+
+def _holds_row(cell: str, separator: str, image: int) -> bool:
+    """Tells whether a further line of a cell has the name of an image in its column."""
+    for line in cell.split("\n")[1:]:
+        fields = [field.strip(' "') for field in line.split(separator)]
+        if len(fields) > max(image, 1) and (is_image_file(fields[image]) or BARE_NAME.fullmatch(fields[image])):
+            return True
+    return False
 
 
 def _parse_cell(cell: str) -> list[Any]:

@@ -150,6 +150,66 @@ def test_unquoted_separators_belong_to_the_caption(read):
     assert pairs(read("id,caption,image\n1,a dog, running,a.jpg\n")) == [("a.jpg", "a dog, running")]
 
 
+@pytest.mark.parametrize(
+    "table",
+    [
+        "image,license,caption\na.jpg,CC BY, attribution needed,a cat",
+        "image,caption,source\na.jpg,a dog,Smith, John",
+        "image,caption\nmy dog, brown.jpg,a dog",
+        "caption,image\na dog,mine, brown.jpg",
+        "image,caption,split\na.jpg,a dog,my, own",
+        "image,caption,price\na.jpg,a hat,1,50",
+        "image,caption_1,caption_2\na.jpg,a dog, running,the dog",
+        "image,caption,caption\na.jpg,a dog, running,the dog",
+    ],
+)
+def test_a_row_is_left_out_if_another_column_may_have_the_separator(read, table):
+    parsed = read(f"{table}\n{table.splitlines()[0].replace('caption', 'b').replace('image', 'b.jpg')}\n")
+    assert len(problems(parsed)) == 1 and "columns, expected" in problems(parsed)[0]
+    assert {row.image_path for row in parsed.rows if not row.problem} == {"b.jpg"}
+
+
+def test_names_with_the_separator_are_left_out_without_a_header(read):
+    parsed = read("a.jpg,a dog, running\nmy dog, brown.jpg,a dog\n")
+    assert pairs(parsed) == [("a.jpg", "a dog, running")]
+    assert problems(parsed) == ["the separator seems to be in the name"]
+    assert parsed.details.endswith("; 1 captions without quotes have the separator in them")
+
+
+@pytest.mark.parametrize(
+    "header",
+    [
+        "image,caption_1,caption_2,title",
+        "image,caption,caption_2,title",
+        "image,Caption 1,Caption 2,title",
+        "image,text,text.1,title",
+        "image,sentence1,sentence2,title",
+        "image,caption,caption,title",
+        "image,description,description,title",
+    ],
+)
+def test_all_columns_of_captions_are_used(read, header):
+    parsed = read(f"{header}\na.jpg,a dog,the dog,X\nb.jpg,a cat,,Y\nc.jpg,,,Z\n")
+    assert pairs(parsed) == [("a.jpg", "a dog"), ("a.jpg", "the dog"), ("b.jpg", "a cat"), ("c.jpg", "")]
+    assert parsed.details.endswith(", separated by comma; not used: title")
+
+
+def test_all_fields_of_captions_are_used(read):
+    objects = [{"image": "a.jpg", "id": 1, "caption1": "a dog"}]
+    objects.append({"image": "b.jpg", "caption1": "a cat", "caption2": ["the cat", "it"], "caption3": None})
+    parsed = read(objects)
+    assert pairs(parsed) == [("a.jpg", "a dog"), ("b.jpg", "a cat"), ("b.jpg", "the cat"), ("b.jpg", "it")]
+    assert parsed.details == "fields image, caption1, caption2, caption3; not used: id"
+    assert pairs(read(objects, ReadOptions(caption_column="caption2"))) == [("b.jpg", "the cat"), ("b.jpg", "it")]
+
+
+@pytest.mark.parametrize("name", ["caption", "text", "description", "sentence"])
+def test_a_title_or_comment_is_the_caption_only_without_another(read, name):
+    assert pairs(read(f"image,title,comment,{name}\na.jpg,IMG 1,nice,a dog\n")) == [("a.jpg", "a dog")]
+    assert pairs(read([{"image": "a.jpg", "title": "IMG 1", name: "a dog"}])) == [("a.jpg", "a dog")]
+    assert pairs(read("image,title\na.jpg,a dog\n")) == [("a.jpg", "a dog")]
+
+
 def test_quotes_are_undone(read):
     assert pairs(read('image,caption\na.jpg,"a ""big"" dog, running"\n')) == [("a.jpg", 'a "big" dog, running')]
     assert pairs(read('image, caption\na.jpg, "a dog, running"\n')) == [("a.jpg", "a dog, running")]
@@ -170,11 +230,28 @@ def test_open_quotes_are_text(read, separator):
     assert parsed.details.endswith("; quotes are part of the captions, since they do not come in pairs")
 
 
+@pytest.mark.parametrize(
+    "table",
+    [
+        'image,caption\na.jpg,"a dog\nb.jpg,a cat"\nc.jpg,a cow\n',
+        ',image,caption\n0,a.jpg,"a dog\n1,b.jpg,a cat\n2,c.jpg,"a cow"\n',
+        'caption,image\n"a dog,a.jpg\na cat,b.jpg\na cow",c.jpg\n',
+        'caption,image\n"a dog,img_0001\na cat,img_0002\na cow",img_0003\n',
+        'image,caption,source\na.jpg,"a dog,X\nb.jpg,a cat",Y\nc.jpg,a cow,Z\n',
+        'a.jpg,"a dog\nb.jpg,a cat"\nc.jpg,a cow\n',
+    ],
+)
+def test_an_open_quote_swallows_no_rows(read, table):
+    parsed = read(table)
+    assert [text.strip('"') for _, text in pairs(parsed)] == ["a dog", "a cat", "a cow"]
+    assert "; quotes are part of the captions" in parsed.details
+
+
 def test_flickr30k_row_without_a_separator_is_repaired_and_named(read):
     table = "image_name| comment_number| comment\na.jpg| 3| A dog .\na.jpg| 4   A dog runs .\nb.jpg| 0\nc.jpg\n"
     parsed = read(table)
     assert pairs(parsed) == [("a.jpg", "A dog ."), ("a.jpg", "A dog runs .")]
-    assert parsed.details.endswith("separated by bar; the separator that a row of 'a.jpg' lacks was added")
+    assert parsed.details.endswith("; not used: comment_number; the separator that a row of 'a.jpg' lacks was added")
     assert problems(parsed) == ["2 columns, expected 3", "1 columns, expected 3"]
 
 
@@ -319,8 +396,8 @@ def test_an_id_of_two_images_is_refused(tmp_path):
         read_annotations(path)
 
 
-def test_a_quote_that_takes_in_other_rows_is_logged(tmp_path, capsys):
+def test_captions_of_several_lines_are_logged(tmp_path, capsys):
     path = tmp_path / "captions.csv"
-    path.write_text('image,caption\na.jpg,"a dog\nb.jpg,a cat"\nc.jpg,a horse\n')
-    read_annotations(path)
+    path.write_text('image,caption\na.jpg,"a dog\nand a cat, running"\nc.jpg,a horse\n')
+    assert len(read_annotations(path)) == 2
     assert "1 captions run over several lines (is a quote left open?), the first: 'a dog" in capsys.readouterr().err
