@@ -31,7 +31,7 @@ from captioning.images.feature_cache import FeatureCache, FeatureSource, map_pre
 from captioning.images.image_records import ImageRecords
 from captioning.runs.run_folder import open_run, read_config
 from captioning.scores.baselines import compare_with_baselines
-from captioning.scores.coco_results import read_results
+from captioning.scores.coco_results import read_results, result_ids
 from captioning.scores.java_scores import check_spice
 from captioning.scores.metrics import (
     TOKENIZERS,
@@ -190,10 +190,10 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add = parser.add_argument
     add("--split", choices=(*SPLITS, "all"), help="images to score (default: val; of data given below, all)")
     results_help = (
-        "score these captions, COCO results made elsewhere, against the data of the run or those given below; writes "
-        "FILE_metrics_<split>.json"
+        "score these captions, COCO results or a table made elsewhere, against the data of the run or those given "
+        "below; writes FILE_metrics_<split>.json"
     )
-    add("--results", type=Path, metavar="FILE.json", help=results_help)
+    add("--results", type=Path, metavar="FILE", help=results_help)
     table_help = "write a table of the images with their captions, scores and references, the worst first"
     add("--per-image", type=Path, metavar="FILE.csv", help=table_help)
     spice_help = "compute SPICE too: needs Java 8 to 15; the first time downloads Stanford CoreNLP"
@@ -305,7 +305,7 @@ def evaluate_run(args: argparse.Namespace) -> Evaluation:
 
     # COCO's format for results, which other programs can score. The names of the files say how captions were searched
     # for, so that greedy search and a beam search of the same run can be compared.
-    results = [{"image_id": example.image_id, "caption": text} for example, text in zip(examples, texts, strict=True)]
+    results = [{"image_id": i, "caption": text} for i, text in zip(result_ids(examples), texts, strict=True)]
     name = f"{args.split}{captioner.decode_config.suffix}.json"
     write_json(captioner.run / f"captions_{name}", results)
     write_json(captioner.run / f"metrics_{name}", metrics)

@@ -11,6 +11,7 @@ import shutil
 import sys
 import tempfile
 import uuid
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import IO, Any
@@ -149,11 +150,24 @@ def read_json(path: Path | str) -> Any:
 
 
 def parse_json(path: Path | str, text: str) -> Any:
-    """Parses the text of a JSON file; raises InputError if it is not JSON."""
+    """Parses the text of a JSON file; raises InputError if it is not JSON, or an object in it has a key twice."""
     try:
-        return json.loads(text)
+        return json.loads(text, object_pairs_hook=unique_keys(path))
     except (ValueError, RecursionError) as error:  # the latter of thousands of open brackets
         raise InputError(f"{path}: expected JSON, found something else ({error})") from None
+
+
+def unique_keys(path: Path | str) -> Callable[[list[tuple[str, Any]]], dict[str, Any]]:
+    """Returns what makes objects for json.loads; it raises InputError for a key that is twice: the first would go."""
+
+    def make_object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        value = dict(pairs)
+        if len(value) < len(pairs):
+            key = Counter(key for key, _ in pairs).most_common(1)[0][0]
+            raise InputError(f"{path}: the key {key!r} is twice in an object; expected each key once")
+        return value
+
+    return make_object
 
 
 def check_schema(value: Any, schema: dict[str, Any]) -> None:

@@ -17,7 +17,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
 from captioning.base.cli import InputError, advise
-from captioning.base.files import parse_json
+from captioning.base.files import parse_json, unique_keys
 from captioning.images.image_names import walk_files
 from captioning.images.reading import is_image_file
 
@@ -78,7 +78,7 @@ def parse_annotations(path: Path, options: ReadOptions) -> tuple[str, Parsed]:
     Raises:
         InputError: there is nothing at the path, or it has none of the formats.
     """
-    content = _read_content(path, options.encoding)
+    content = read_content(path, options.encoding)
     for name, read in FORMATS.items():
         try:
             parsed = read(content, options)
@@ -95,7 +95,7 @@ def parse_annotations(path: Path, options: ReadOptions) -> tuple[str, Parsed]:
     )
 
 
-def _read_content(path: Path, encoding: str | None) -> Any:
+def read_content(path: Path, encoding: str | None = None) -> Any:
     """Reads JSON, JSON Lines (into a list; a line that is not JSON stays text), or text; a folder stays a path."""
     if path.is_dir():
         return path
@@ -105,15 +105,15 @@ def _read_content(path: Path, encoding: str | None) -> Any:
     if not text.lstrip().startswith(("{", "[")):
         return text
     lines = text.strip().split("\n")
-    if len(lines) > 1 and isinstance(_parse_json_line(lines[0]), dict):
-        return [_parse_json_line(line) for line in lines if line.strip()]
+    if len(lines) > 1 and isinstance(_parse_line(path, lines[0]), dict):
+        return [_parse_line(path, line) for line in lines if line.strip()]
     return parse_json(path, text)
 
 
-def _parse_json_line(line: str) -> Any:
+def _parse_line(path: Path, line: str) -> Any:
     """Returns the object of a line, or the line if it is not JSON."""
     try:
-        return json.loads(line)
+        return json.loads(line, object_pairs_hook=unique_keys(path))
     except (ValueError, RecursionError):
         return line
 

@@ -78,10 +78,17 @@ class DatasetSource:
         """Makes sure that the images of the examples exist."""
 
     def read_examples(self, options: ReadOptions) -> list[Example]:
-        """Reads all parts, which must have different images; numbers the images if their ids are not unique."""
+        """Reads all parts, which must have different images; numbers the images of a part if an id of it is not unique.
+
+        Ids of different parts may be the same: each has the ids of its file, which other programs know.
+        """
         examples: dict[str, Example] = {}
         for part in self.parts:
-            for example in self.find_image_paths(part, read_annotations(part.path, options)):
+            part_examples = self.find_image_paths(part, read_annotations(part.path, options))
+            if len({str(example.image_id) for example in part_examples}) < len(part_examples):
+                log(f"{part.path}: several images have the same id; the images are numbered anew")
+                part_examples = [dataclasses.replace(e, image_id=index) for index, e in enumerate(part_examples)]
+            for example in part_examples:
                 image_path = str(PurePosixPath(part.folder) / example.image_path)
                 if image_path in examples:
                     raise InputError(
@@ -94,10 +101,7 @@ class DatasetSource:
                     )
                 split = part.split or example.split
                 examples[image_path] = dataclasses.replace(example, image_path=image_path, split=split)
-        result = list(examples.values())
-        if len({str(example.image_id) for example in result}) < len(result):
-            result = [dataclasses.replace(example, image_id=index) for index, example in enumerate(result)]
-        return result
+        return list(examples.values())
 
     def find_missing(self, image_paths: Iterable[str]) -> list[str]:
         """Returns the images that are not in the image folder."""

@@ -1,14 +1,17 @@
-"""Reads captions that another program made, in the format of COCO's results."""
+"""Reads captions that another program made, in the format of COCO's results and in others like it."""
 
+import csv
+import io
 from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from captioning.base.cli import InputError, log
-from captioning.base.files import read_json
+from captioning.base.cli import InputError, advise, log
 from captioning.base.text import normalize_text, strip_marks
+from captioning.data.annotation_formats import SEPARATORS, read_content
 from captioning.data.annotations import Example
+from captioning.images.image_names import clean_name, folders_agree
 
 
 class ImageIndex:
@@ -30,15 +33,32 @@ class ImageIndex:
         """Returns the image that an id or a name means, or None; raises InputError if it means several."""
         found = self.images.get(("id", _without_zeros(image_id)), set())
         if isinstance(image_id, str):
-            named = (self.images.get((kind, image_id)) for kind in ("path", "name", "stem"))
-            found = found | next(filter(None, named), set())
+            path = clean_name(image_id)
+            found = found | (self.images.get(("path", path)) or self._find_by_name(path))
         if len(found) > 1:
             first, second = sorted(f"{example.image_path} (id {example.image_id})" for example in found)[:2]
             raise InputError(
                 f"image_id {image_id!r} means {len(found)} images, such as {first} and {second}; expected ids as "
-                "numbers, or paths as the data have them"
+                "numbers, or paths as the data have them" + advise("; ids of one --split, if those of others are equal")
             )
         return next(iter(found), None)
+
+    def _find_by_name(self, path: str) -> set[Example]:
+        """Finds images by the last part of a path, if their folders do not contradict the others."""
+        for kind in ("name", "stem"):
+            images = self.images.get((kind, path.rpartition("/")[2]), set())
+            if found := {example for example in images if folders_agree(path, example.image_path)}:
+                return found
+        return set()
+
+
+def result_ids(examples: Sequence[Example]) -> list[int] | list[str]:
+    """Returns what results call images: their ids, or their paths if some have the same id, as those of two files."""
+    ids = [example.image_id for example in examples]
+    if len({str(image_id) for image_id in ids}) == len(ids):
+        return ids
+    log("images of different splits have the same ids: the captions are written with their paths instead")
+    return [example.image_path for example in examples]
 
 
 def _without_zeros(image_id: int | str) -> str:
@@ -47,7 +67,7 @@ def _without_zeros(image_id: int | str) -> str:
 
 
 def read_results(path: Path, examples: Sequence[Example], all_examples: Sequence[Example] = ()) -> list[str]:
-    """Reads the captions of some images from a COCO results file.
+    """Reads the captions of some images from a file of results.
 
     Captions of other images of the data are left out; so are those of no image at all, which may be a mistake in the
     ids. Both are logged.
@@ -63,19 +83,16 @@ def read_results(path: Path, examples: Sequence[Example], all_examples: Sequence
     Raises:
         InputError: it is not such a file; an image has no caption or two; or an id means several images.
     """
-    rows = read_json(path)
-    if not isinstance(rows, list) or not all(map(_is_result, rows)):
-        raise InputError(f'{path}: not COCO results; expected a list of {{"image_id": ..., "caption": "..."}}')
-    texts, note = strip_marks([normalize_text(row["caption"]) for row in rows])
+    rows = _read_rows(path)
+    texts, note = strip_marks([normalize_text(caption) for _, caption in rows])
     if note:
         log(f"{path}: {note}")
-    index = ImageIndex(all_examples or examples)
+    index, all_index = ImageIndex(examples), ImageIndex(all_examples)
     captions: dict[Example, str] = {}
     strangers = []
-    for row, caption in zip(rows, texts, strict=True):
-        image_id = row["image_id"]
+    for (image_id, _), caption in zip(rows, texts, strict=True):
         try:
-            example = index.find(image_id)
+            example = index.find(image_id) or all_index.find(image_id)
         except InputError as error:
             raise InputError(f"{path}: {error}") from None
         if example is None:
@@ -107,15 +124,47 @@ def read_results(path: Path, examples: Sequence[Example], all_examples: Sequence
     return [captions[example] for example in examples]
 
 
-def _is_result(row: Any) -> bool:
-    """Tells whether a row of JSON is a caption with the number or the name of its image."""
-    if not isinstance(row, dict):
-        return False
-    image_id, caption = row.get("image_id"), row.get("caption")
-    if type(image_id) not in (int, str) or not isinstance(caption, str):  # True and False are ints, too
-        return False
+def _read_rows(path: Path) -> list[tuple[int | str, str]]:
+    """Reads the number or the name of each image, and its caption, in any of the forms that programs write."""
+    content = read_content(path)
+    if isinstance(content, str):
+        content = _read_table(path, content)
+    elif isinstance(content, dict) and "caption" not in content:
+        content = [{"image_id": image_id, "caption": caption} for image_id, caption in content.items()]
+    elif isinstance(content, dict):  # a single line
+        content = [content]
+    rows = [_read_row(row) for row in content]
+    if not (rows and all(rows)):
+        raise InputError(
+            f'{path}: not COCO results; expected {{"image_id": ..., "caption": "..."}} in a list or one a line, a '
+            "mapping of ids or names to captions, or a table with the columns image_id (or image) and caption; found "
+            f"{str(content[rows.index(None)] if rows else content)[:60]!r}"
+        )
+    return [row for row in rows if row]
+
+
+def _read_table(path: Path, text: str) -> list[dict[str, str]]:
+    """Reads a table with a header, such as that of inference.py --csv, of which only the best captions count."""
+    header = text.lstrip().partition("\n")[0]
+    separator = next((char for char in SEPARATORS if char in header), ",")
+    rows = list(csv.DictReader(io.StringIO(text.lstrip()), delimiter=separator))
+    best = [row for row in rows if row.get("rank") in (None, "1")]
+    if len(best) < len(rows):
+        log(f"{path}: {len(rows) - len(best):,} captions that are not the first of their image are left out")
+    return best
+
+
+def _read_row(row: Any) -> tuple[int | str, str] | None:
+    """Returns the number or the name of an image, and its caption; None if it is something else."""
+    if not isinstance(row, dict) or None in row:  # the latter of a table whose row is too long
+        return None
+    image_id, caption = row.get("image_id", row.get("image")), row.get("caption")
+    if isinstance(caption, list) and len(caption) == 1:
+        caption = caption[0]
+    if isinstance(image_id, bool) or not isinstance(image_id, int | str) or not isinstance(caption, str):
+        return None
     try:
         f"{image_id} {caption}".encode()
     except UnicodeEncodeError:  # JSON can hold half of a surrogate pair
-        return False
-    return True
+        return None
+    return image_id, caption

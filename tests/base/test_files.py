@@ -101,6 +101,7 @@ def test_write_json_keeps_names_that_are_not_unicode(tmp_path):
         (b"{", "expected JSON, found something else"),
         (b"[" * 100_000, "expected JSON, found something else"),
         ('"é"'.encode("latin-1"), "expected JSON in UTF-8"),
+        (b'{"a": {"b": 1, "c": 2, "b": 3}}', "the key 'b' is twice in an object"),
     ],
 )
 def test_read_json_refuses_other_files(tmp_path, content, message):

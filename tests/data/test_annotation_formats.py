@@ -396,6 +396,20 @@ def test_an_id_of_two_images_is_refused(tmp_path):
         read_annotations(path)
 
 
+@pytest.mark.parametrize(
+    "text",
+    [
+        '{"a.jpg": "a dog", "b.jpg": "a cat", "a.jpg": "the dog"}',
+        '[{"image": "b.jpg", "a.jpg": 1, "caption": "a cat", "a.jpg": 2}]',
+        '{"image": "b.jpg", "caption": "a cat"}\n{"a.jpg": "a dog", "a.jpg": "the dog"}\n',
+    ],
+)
+def test_a_key_that_is_twice_in_an_object_is_refused(read, tmp_path, text):
+    with pytest.raises(InputError, match=r"annotations: the key 'a\.jpg' is twice in an object") as error:
+        read(text)
+    assert str(error.value).startswith(str(tmp_path))
+
+
 def test_captions_of_several_lines_are_logged(tmp_path, capsys):
     path = tmp_path / "captions.csv"
     path.write_text('image,caption\na.jpg,"a dog\nand a cat, running"\nc.jpg,a horse\n')

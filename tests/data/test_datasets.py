@@ -249,9 +249,20 @@ def test_annotations_of_each_split():
     assert (dataset.name, dataset.image_dir) == ("train_images", Path("data"))
     assert all((dataset.image_dir / example.image_path).exists() for example in dataset.examples)
     assert dataset.split("val")[0].image_path == "val_images/val0.jpg"
-    assert [example.image_id for example in dataset.examples] == list(range(12)), "numbered anew"
+    assert [example.image_id for example in dataset.examples] == [0, 1, 2, 3] * 3, "in each file"
     assert sizes(load_dataset(DataConfig(**TRAIN, **VAL))) == [4, 4, 0]
     assert sizes(load_dataset(DataConfig(**TRAIN, **TEST))) == [3, 1, 4], "val is taken from train"
+
+
+@pytest.mark.usefixtures("user_files")
+def test_ids_are_those_of_the_file_of_their_split(capsys):
+    for split, ids in (("train", [7, 8, 9, 5]), ("val", [8, 7, 5, 6]), ("test", [3, 3, 4, 5])):
+        rows = [{"filename": f"{split}{i}.jpg", "cocoid": image_id} for i, image_id in enumerate(ids)]
+        rows = [row | {"split": split, "sentences": [{"raw": "a dog"}]} for row in rows]
+        Path(f"{split}.csv").write_text(json.dumps({"images": rows}))
+    dataset = load_dataset(DataConfig(**TRAIN, **VAL, **TEST))
+    assert [example.image_id for example in dataset.examples] == [7, 8, 9, 5, 8, 7, 5, 6, 0, 1, 2, 3]
+    assert "test.csv: several images have the same id; the images are numbered anew" in capsys.readouterr().err
 
 
 @pytest.mark.usefixtures("user_files")

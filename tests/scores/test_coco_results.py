@@ -4,7 +4,7 @@ import pytest
 
 from captioning.base.cli import InputError
 from captioning.data.annotations import Example
-from captioning.scores.coco_results import ImageIndex, read_results
+from captioning.scores.coco_results import ImageIndex, read_results, result_ids
 
 EXAMPLES = [Example(f"{i}.jpg", ("a dog",), 100 + i, "val") for i in range(3)]
 RESULTS = [
@@ -33,6 +33,11 @@ FOLDERS = [
         ("COCO_val2014_000000000391", 0),
         ("other/b.jpg", 3),
         ("x7", 2),
+        ("/data/photos/other/b.jpg", 3),
+        ("photos/50.jpg", 5),
+        ("photos\\50", 5),
+        ("photos/other.jpg", None),
+        ("third/b.jpg", None),  # a folder that the data do not have
         ("c.jpg", 4),  # a name comes before a stem
         ("0000", 5),
         (50, 3),  # a number is an id
@@ -69,6 +74,43 @@ def test_read_results_finds_the_caption_of_each_image(tmp_path, capsys):
     assert f"{path}: {no_image}" in log
 
 
+@pytest.mark.parametrize(
+    "text",
+    [
+        json.dumps([{**row, "caption": [row["caption"]]} for row in RESULTS]),
+        "\n".join(json.dumps(row) for row in RESULTS),
+        "\n".join(json.dumps({"image": f"{i}.jpg", "caption": text, "plot": None}) for i, text in enumerate(TEXTS)),
+        json.dumps({str(row["image_id"]): row["caption"] for row in RESULTS}),
+        json.dumps({f"{i}.jpg": [text] for i, text in enumerate(TEXTS)}),
+        "image_id,caption\n" + "".join(f'{row["image_id"]},"{row["caption"]}"\n' for row in RESULTS),
+        "image_id\tcaption\n" + "".join(f"{row['image_id']}\t{row['caption']}\n" for row in RESULTS),
+        "image,rank,caption\n" + "".join(f"in/{i}.jpg,1,{text}\nin/{i}.jpg,2,no\n" for i, text in enumerate(TEXTS)),
+    ],
+    ids=["lists of one", "lines", "lines of inference", "ids", "names", "table", "tabs", "table of inference"],
+)
+def test_read_results_in_other_forms(tmp_path, capsys, text):
+    path = tmp_path / "results"
+    path.write_text(text)
+    assert read_results(path, EXAMPLES) == TEXTS
+    assert ("3 captions that are not the first of their image are left out" in capsys.readouterr().err) == (
+        "rank" in text
+    )
+
+
+def test_ids_of_another_split_may_be_the_same(tmp_path, capsys):
+    others = [Example(f"test/{i}.jpg", ("a hat",), 100 + i, "test") for i in range(3)]
+    path = tmp_path / "results.json"
+    path.write_text(json.dumps(RESULTS))
+    assert read_results(path, EXAMPLES, [*EXAMPLES, *others]) == TEXTS
+    with pytest.raises(InputError, match="image_id 102 means 2 images"):
+        read_results(path, [*EXAMPLES, *others])
+    assert result_ids(EXAMPLES) == [100, 101, 102]
+    rows = [{"image_id": i, "caption": "a dog"} for i in result_ids([*EXAMPLES, *others])]
+    assert "written with their paths instead" in capsys.readouterr().err
+    path.write_text(json.dumps(rows))
+    assert read_results(path, [*EXAMPLES, *others]) == ["a dog"] * 6
+
+
 def test_read_results_takes_off_marks_around_captions(tmp_path, capsys):
     path = tmp_path / "results.json"
     path.write_text(json.dumps([{**row, "caption": f"startseq {row['caption']} endseq"} for row in RESULTS]))
@@ -88,10 +130,15 @@ def test_read_results_takes_off_marks_around_captions(tmp_path, capsys):
         ([{"image_id": 100, "caption": "half a \ud800"}], "not COCO results"),
         ({"annotations": RESULTS}, "not COCO results"),
         ([{"image_id": [1], "caption": "a dog"}], "not COCO results"),
+        ([{"image_id": True, "caption": "a dog"}], "not COCO results"),
+        ([{"image_id": 100, "caption": ["a dog", "the dog"]}], "not COCO results; .* found \"{'image_id': 100"),
+        ("image,caption\n0.jpg,a dog, running\n", "not COCO results"),
+        ("a text", "not COCO results"),
+        ('{"100": "a dog", "100": "a cat"}', "the key '100' is twice in an object"),
     ],
 )
 def test_read_results_refuses_bad_files(tmp_path, content, message):
     path = tmp_path / "results.json"
-    path.write_text(json.dumps(content))
+    path.write_text(content if isinstance(content, str) else json.dumps(content))
     with pytest.raises(InputError, match=message):
         read_results(path, EXAMPLES)
