@@ -2,7 +2,7 @@
 
 import dataclasses
 import re
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
@@ -42,7 +42,8 @@ def read_annotations(path: Path | str, options: ReadOptions = AS_FOUND) -> list[
         Only some formats set `split`.
 
     Raises:
-        InputError: there is nothing at the path; it has none of the formats; or it has no usable caption.
+        InputError: there is nothing at the path; it has none of the formats; it has no usable caption; or a split that
+            is none of the usual names, among others that are.
     """
     path = Path(path)
     format_name, parsed = parse_annotations(path, options)
@@ -51,6 +52,7 @@ def read_annotations(path: Path | str, options: ReadOptions = AS_FOUND) -> list[
     if not used:
         reason = f"; the first: {_describe_problem(rows[0])}" if rows else ""
         raise InputError(f"{path}: no usable caption in {len(rows)} rows ({format_name}){reason}")
+    _check_splits(path, used)
     _log_problems(path, rows)
     examples = _group_by_image(used)
     details = f" ({parsed.details})" if parsed.details else ""
@@ -93,21 +95,30 @@ def _describe_problem(row: CaptionRow) -> str:
 
 
 def _log_problems(path: Path, rows: Iterable[CaptionRow]) -> None:
-    """Logs what cannot be used: for every reason the first rows, and the number of the others; and unknown splits."""
+    """Logs what cannot be used: for every reason the first rows, and the number of the others."""
     rows_of: defaultdict[str, list[CaptionRow]] = defaultdict(list)
-    unknown_splits = set()
     for row in rows:
         if row.problem:
             rows_of[row.problem].append(row)
-        elif row.split and not parse_split(row.split):
-            unknown_splits.add(str(row.split))
     for problem, skipped in rows_of.items():
         for row in skipped[:NUM_NAMED]:
             log(f"skipped {path}: {_describe_problem(row)}")
         if len(skipped) > NUM_NAMED:
             log(f"skipped {path}: {len(skipped) - NUM_NAMED:,} more ({problem})")
-    if unknown_splits:
-        log(f"{path}: the split {min(unknown_splits)!r} is ignored; expected train, val or test")
+
+
+def _check_splits(path: Path, rows: list[CaptionRow]) -> None:
+    """Raises InputError if some splits are known and another is not; logs it if none is known."""
+    unknown = Counter(str(row.split) for row in rows if row.split and not parse_split(row.split))
+    if not unknown:
+        return
+    name, count = unknown.most_common(1)[0]
+    if any(parse_split(row.split) for row in rows):
+        # It may be mistyped. Without these images, or with another split of all, scores would mean something else.
+        raise InputError(
+            f"{path}: expected train, val or test as the split, found {name!r} in {count:,} of {len(rows):,} rows"
+        )
+    log(f"{path}: the split {name!r} is ignored; expected train, val or test")
 
 
 def _group_by_image(rows: Iterable[CaptionRow]) -> list[Example]:

@@ -32,6 +32,10 @@ def test_splits_have_usual_names(read, capsys):
     capsys.readouterr()
     assert [e.split for e in read("a.jpg,1,x", "b.jpg,2,y", header=header)] == ["", ""]
     assert "captions.csv: the split '1' is ignored; expected train, val or test" in capsys.readouterr().err
+    with pytest.raises(
+        InputError, match=r"captions\.csv: expected train, val or test as the split, found 'vall' in 2 of 4 rows"
+    ):
+        read("a.jpg,train,x", "b.jpg,vall,y", "c.jpg,,y", "b.jpg,vall,z", header=header)
     assert [e.split for e in read("a.jpg,val,x", "a.jpg,train,y", header=header)] == ["val"]
     assert "1 images have rows of two splits, and are in the first one, such as 'a.jpg'" in capsys.readouterr().err
 
@@ -73,16 +77,16 @@ def test_half_characters_and_wrong_types_are_left_out(tmp_path, capsys):
     assert reasons == [*["an image or a caption that is not text"] * 3, "a name or a caption that is not Unicode text"]
 
 
-def test_karpathys_ids_and_splits_that_are_unknown(tmp_path, capsys):
+def test_karpathys_ids_and_splits_that_are_missing(tmp_path, capsys):
     path = tmp_path / "captions.json"
     path.write_text(
         '{"images": [{"filename": "a.jpg", "split": "train", "cocoid": 0.5, "sentences": [{"raw": "a dog"}]},'
-        '{"filename": "b.jpg", "split": "other", "sentences": [{"raw": "a cat"}]},'
+        '{"filename": "b.jpg", "split": null, "sentences": [{"raw": "a cat"}]},'
         '{"filename": "d.jpg", "split": "test", "cocoid": 4, "sentences": [{"raw": "a cow"}]}]}'
     )
     assert read_annotations(path) == [Example("b.jpg", ("a cat",), 0), Example("d.jpg", ("a cow",), 4, "test")]
     logged = capsys.readouterr().err
-    assert "neither a whole number nor text, 0.5" in logged and "the split 'other' is ignored" in logged
+    assert "neither a whole number nor text, 0.5" in logged and "None" not in logged
 
 
 @pytest.mark.parametrize("line", ["a.jpg, .", ",a dog", "a.jpg"])
