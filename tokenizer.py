@@ -33,8 +33,11 @@ def split_words(caption: str, words: str = "spaces") -> list[str]:
         words: what a word is. `spaces`: what stands between spaces; `characters`: the same, but of scripts without
             spaces every character.
     """
-    if not caption.isascii() or "&" in caption:  # plain ASCII has this form already, and most captions are that
-        caption = punctuation_to_spaces(normalize_text(caption))
+    # Plain ASCII has this form already, and most captions are that.
+    if not (caption.isascii() and caption.isprintable()) or "&" in caption:
+        # The small letter of the Turkish İ is an i with a second dot to Python, and would make a word of its own. I
+        # becomes i in all languages, not ı: which language a caption has is not known, and most have no ı.
+        caption = punctuation_to_spaces(normalize_text(caption)).lower().replace("i\u0307", "i")
     # As Keras's tokenizer does: lower case, a space for each sign of FILTERS, and what is then between spaces.
     parts = caption.lower().translate(_TO_SPACES).split()
     if words == "spaces":

@@ -64,6 +64,10 @@ def test_split_words_filters_punctuation():
         ),
         ("the dog\u200b runs \u00b7 5\u20ac \U0001f34e", ["the", "dog", "runs", "5€", "🍎"]),
         ("STRASSE Stra\u00dfe", ["strasse", "straße"]),
+        ("\u0130ki KOŞUYOR I\u0307ki ISTANBUL", ["iki", "koşuyor", "iki", "istanbul"]),
+        ("می\u200cرود و\u200c", ["می\u200cرود", "و"]),
+        ("A\u0007 d\u0000og\u001b \u007fru\u0081ns", ["a", "dog", "runs"]),
+        ("plain\u0007 d\u0000og\u001b\u007f\u001fruns\tfast", ["plain", "dog", "runs", "fast"]),
     ],
 )
 def test_split_words_of_typographic_text(caption, words):

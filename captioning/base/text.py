@@ -31,6 +31,9 @@ _UNSPACED = re.compile(
     "]"
 )
 
+# Control characters, without those that are white space.
+_CONTROLS = dict.fromkeys(char for char in map(chr, range(160)) if unicodedata.category(char) == "Cc" and char.strip())
+
 _TO_ASCII = str.maketrans(
     # Quotes from ‘ to ‛, ′ and ‵, the acute accent that some type for an apostrophe, letters like it, ׳ and ＇.
     dict.fromkeys("\u2018\u2019\u201a\u201b\u2032\u2035\u00b4\u02b9\u02bb\u02bc\u02bd\ua78b\ua78c\u05f3\uff07", "'")
@@ -38,6 +41,19 @@ _TO_ASCII = str.maketrans(
     | dict.fromkeys("\u201c\u201d\u201e\u201f\u2033\u2036\u00ab\u00bb\u2039\u203a\u301d\u301e\u301f\u05f4\uff02", '"')
     # Hyphens and dashes from ‐ to ―, ⁃, the minus sign, ﹘, ﹣ and －.
     | dict.fromkeys("\u2010\u2011\u2012\u2013\u2014\u2015\u2043\u2212\ufe58\ufe63\uff0d", "-")
+    | _CONTROLS
+)
+
+# The zero-width non-joiner and joiner (U+200C and U+200D) are part of how Persian and the languages of India are spelt,
+# between letters; the joiner also after a sign that takes the vowel off. Elsewhere they change nothing that is seen.
+_JOINING = (
+    "\u0620-\u065f\u066e-\u06d3\u06d5-\u06dc\u06fa-\u06ff\u0710-\u077f\u08a0-\u08ff"  # Arabic, Syriac
+    "\u0900-\u0963\u0971-\u0dff"  # Devanagari to Sinhala
+)
+_VIRAMAS = "\u094d\u09cd\u0a4d\u0acd\u0b4d\u0bcd\u0c4d\u0ccd\u0d4d\u0dca"
+_STRAY_JOINER = re.compile(
+    rf"(?<![{_JOINING}])[\u200c\u200d]|\u200c(?![{_JOINING}\u200c\u200d])"
+    rf"|(?<![{_VIRAMAS}])\u200d(?![{_JOINING}\u200c\u200d])"
 )
 
 
@@ -53,12 +69,14 @@ def normalize_text(text: str) -> str:
     """Brings text to one form, so that the same words are the same characters however they were typed.
 
     HTML entities are undone, and characters have their compatible, composed form (Unicode's NFKC). Typographic quotes
-    and dashes become those of ASCII, invisible characters go, and one space stands for any white space.
+    and dashes become those of ASCII, invisible characters go (but for joiners between letters that need them), and one
+    space stands for any white space.
     """
+    text = text.translate(_TO_ASCII)
     while not text.isascii() or "&" in text:
         normal = html.unescape(text).translate(_TO_ASCII)  # quotes before NFKC, which takes ″ for two ′
-        normal = "".join(char for char in normal if unicodedata.category(char) != "Cf")
-        normal = unicodedata.normalize("NFKC", normal).translate(_TO_ASCII)
+        normal = "".join(char for char in normal if unicodedata.category(char) != "Cf" or char in "\u200c\u200d")
+        normal = _STRAY_JOINER.sub("", unicodedata.normalize("NFKC", normal).translate(_TO_ASCII))
         if normal == text:
             break
         text = normal  # and again: an entity may hide another one, or a character that has another form

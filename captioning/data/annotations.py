@@ -72,8 +72,10 @@ def _clean_row(row: CaptionRow) -> CaptionRow:
         f"{clean.image_path} {clean.caption}".encode()
     except UnicodeEncodeError:  # JSON can hold half of a surrogate pair
         return row._replace(problem="a name or a caption that is not Unicode text")
-    if not clean.image_path or "\x00" in clean.image_path:
+    if not clean.image_path:
         return row._replace(problem="an image without a name")
+    if re.search(r"[\x00-\x1f\x7f-\x9f]", clean.image_path):
+        return row._replace(problem="a name with control characters")
     if type(row.image_id) not in (int, str, type(None)):
         return row._replace(problem=f"an id that is neither a whole number nor text, {row.image_id!r}")
     return clean

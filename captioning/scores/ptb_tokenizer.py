@@ -14,7 +14,7 @@ look like errors, and are kept: brackets stay, as -lrb- and -rrb-, and the euro 
 
 Known to differ: the full stop of an initial or of "No." at the end of a caption, for which the program looks at the
 caption after it; letters newer than Unicode 6; carriage returns, which are spaces here; addresses with wildcards; rare
-HTML entities.
+HTML entities; the Turkish İ, whose small letter is a plain i here.
 
 Other languages that are written with spaces are split by the same rules as there, which take apostrophes and full stops
 for English ones. Chinese, Japanese and Thai have no spaces: their scores are of characters (`--words characters`).
@@ -213,5 +213,5 @@ def _normalize(token: str) -> str:
         return ""
     if token[0] == "<" and token[-1] == ">":
         return token.lower().replace(" ", "\u00a0")
-    token = token.lower()
+    token = token.lower().replace("i\u0307", "i")  # of İ, as in the model's words
     return _WRITTEN.get(token, token.translate(_INSIDE))

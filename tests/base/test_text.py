@@ -25,6 +25,19 @@ from captioning.base.text import (
         ("the dog\u200b runs\ufeff", "the dog runs"),
         ("in\u00advisi\u200cble\u200d \u202aa\u202c\u2060", "invisible a"),
         ("  a\u00a0 \t\u3000dog\r\n ", "a dog"),
+        ("a\u0007 d\u0000og\u001b[0m\u007f \u0085b\u0081", "a dog[0m b"),
+        ("&am\u0007p; &#x81;x", "& x"),
+        ("می\u200cرود", "می\u200cرود"),
+        (
+            "می\u200c\u200cرود \u200cو\u200c می\u200ca\u200cb \u06f1\u200c\u06f2 ،\u200cو",
+            "می\u200cرود و میab \u06f1\u06f2 ،و",
+        ),
+        ("\ufee3\ufbfe\u200c\ufeae", "\u0645\u06cc\u200c\u0631"),  # forms of the letters by their place
+        (
+            "क\u094d\u200dष क\u094d\u200cष क\u200d अवन\u094d\u200d न\u094d\u200c",
+            "क\u094d\u200dष क\u094d\u200cष क अवन\u094d\u200d न\u094d",
+        ),
+        ("\u1780\u200c\u1780 \U0001f468\u200d\U0001f469", "\u1780\u1780 \U0001f468\U0001f469"),
         ("a &amp; b don&#39;t &#x22;c&quot; d&nbsp;e", 'a & b don\'t "c" d e'),
         ("&amp;amp;quot; &amp;lt;", '" <'),
         ("\uff06amp; &am\u200bp;", "& &"),
@@ -42,12 +55,14 @@ def test_normalize_text(text, expected):
 def test_normalize_text_done_twice_changes_nothing():
     choice = random.Random(0)
     entities = ["&amp;", "&#39;", "&shy;", "&nGt;", "amp;"]
-    pieces = [*entities, *"&;#x3' \"am\u200b\uff06\uff1b\u2032\u0301\u72d7\ufb01"]
+    pieces = [*entities, *"&;#x3' \"am\u200b\uff06\uff1b\u2032\u0301\u72d7\ufb01\u0007\u0081\u06cc\u094d\u200c\u200d"]
     for _ in range(2000):
         text = "".join(choice.choices(pieces, k=choice.randrange(12)))
         normal = normalize_text(text)
         assert normalize_text(normal) == normal, ascii(text)
-        assert not any(unicodedata.category(char) == "Cf" for char in normal), ascii(text)
+        assert not any(unicodedata.category(char) in ("Cf", "Cc") for char in normal if char not in "\u200c\u200d"), (
+            ascii(text)
+        )
 
 
 def test_punctuation_to_spaces_of_any_script():

@@ -55,13 +55,14 @@ def test_marks_around_captions_are_taken_off(read, capsys):
 
 def test_what_is_left_out_is_named_and_counted(read, tmp_path, capsys):
     lines = [f"{i}.jpg,?!" for i in range(5)]
-    assert len(read("a.jpg,a dog", "b.jpg", *lines, ",nothing", "c.jpg,___")) == 1
+    assert len(read("a.jpg,a dog", "b.jpg", *lines, ",nothing", "c.jpg,___", "a\u001b.jpg,x")) == 1
     path = tmp_path / "captions.csv"
     assert capsys.readouterr().err.splitlines() == [
         f"skipped {path}: 1 columns, expected 2: 'b.jpg' ''",
         *(f"skipped {path}: a caption without a word: '{i}.jpg' '?!'" for i in range(3)),
         f"skipped {path}: 3 more (a caption without a word)",
         f"skipped {path}: an image without a name: '' 'nothing'",
+        f"skipped {path}: a name with control characters: 'a\\x1b.jpg' 'x'",
         f"{path}: table with a header (columns image, caption, separated by comma): 1 captions of 1 images",
     ]
 
