@@ -15,6 +15,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
+from urllib.parse import unquote, urlsplit
 
 from captioning.base.cli import InputError, advise
 from captioning.base.files import parse_json, unique_keys
@@ -41,6 +42,7 @@ SEPARATORS = {",": "comma", "\t": "tab", ";": "semicolon", "|": "bar"}
 METADATA_FILES = ("metadata.csv", "metadata.jsonl")  # of Hugging Face's ImageFolder
 CAPTION_SUFFIXES = (".txt", ".caption")  # of the text beside an image
 NUMBER = re.compile(r"\s*[\d.:/-]+\s*")
+CODE_NAME = re.compile(r"(?=\S*\d)[\w.-]+_[\w.-]+")  # of an image, such as 1000268201_693b08cb0e
 BARE_NAME = re.compile(r"(?=\S*\d)\S{5,}")  # of an image, without an ending
 # name#0<TAB>caption; Flickr8k-CN has name#zhc#0 and a space.
 TOKEN_LINE = re.compile(r"([^\t\n]+?\.\w+)(?:#[a-z]+)?#\d+[\t ](.*)")
@@ -207,12 +209,15 @@ def read_coco(content: Any, options: ReadOptions) -> Parsed | None:
     if not (isinstance(content, dict) and "annotations" in content):
         return None
     images: dict[str, Any] = {}
+    details = ""
     for image in content["images"]:
+        if not image.get("file_name"):
+            image = image | {"file_name": _name_in_address(image)}
+            details = "names from the images' addresses"
         # The captions of one would go to the other.
         if images.setdefault(str(image["id"]), image)["file_name"] != image["file_name"]:
             raise ValueError(f"two images have the id {image['id']}")
     rows = []
-    details = ""
     for annotation in content["annotations"]:
         image = images.get(str(annotation["image_id"]))
         caption = annotation["caption"]
@@ -227,6 +232,14 @@ def read_coco(content: Any, options: ReadOptions) -> Parsed | None:
         else:
             rows.append(CaptionRow(image["file_name"], caption, image["id"]))
     return Parsed(rows, details)
+
+
+def _name_in_address(image: dict[str, Any]) -> str:
+    """Returns the name of an image of COCO that has only an address; raises KeyError without one."""
+    for field in ("coco_url", "flickr_url", "url"):
+        if address := image.get(field):
+            return PurePosixPath(unquote(urlsplit(address).path)).name
+    raise KeyError("file_name")
 
 
 def read_karpathy(content: Any, options: ReadOptions) -> Parsed | None:
@@ -404,6 +417,22 @@ def read_headerless(content: Any, options: ReadOptions) -> Parsed | None:
     )
 
 
+def read_spaced_lines(content: Any, options: ReadOptions) -> Parsed | None:
+    """Reads lines of a name, a space and a caption, as the descriptions.txt of many tutorials has them.
+
+    Such captions begin with startseq; else every line must begin with what can only be the name of an image.
+    """
+    if not isinstance(content, str) or any(options[:3]):
+        return None
+    lines = [line.split(None, 1) for line in content.split("\n") if line.strip()]
+    is_marked = lines[0][1:] and lines[0][1].startswith("startseq ")
+    if not is_marked and not all(
+        len(line) == 2 and (is_image_file(line[0]) or CODE_NAME.fullmatch(line[0])) for line in lines
+    ):
+        return None
+    return Parsed([CaptionRow(*line) if len(line) == 2 else CaptionRow(line[0], "") for line in lines])
+
+
 def parse_separator(text: str) -> str:
     """Returns the character that --separator names; raises InputError if it names none."""
     separator = {"tab": "\t", "\\t": "\t", "comma": ",", "semicolon": ";", "bar": "|"}.get(text, text)
@@ -514,6 +543,7 @@ FORMATS: dict[str, Callable[[Any, ReadOptions], Parsed | None]] = {
     "lines of name#0<TAB>caption": read_token_file,
     "table with a header": read_table,
     "table without a header": read_headerless,
+    "lines of a name, a space and a caption": read_spaced_lines,
     "image folder with metadata": read_image_folder,
     "folder of images with .txt files": read_caption_files,
 }

@@ -44,7 +44,7 @@ def test_every_format_is_read_as_it_was_written(description, tmp_path, capsys):
     for number in range(20):
         texts = ["a" + "".join(rng.choices(letters, k=rng.randint(1, 30))) for _ in range(rng.randint(1, 5))]
         captions[f"{number}.jpg"] = [normalize_text(text) for text in texts]
-    if description == "Flickr8k-CN":  # which has no spaces in its names
+    if description in ("Flickr8k-CN", "descriptions.txt"):  # which have no spaces in their names
         captions = {name.replace(" ", ""): texts for name, texts in captions.items()}
     name, path = write(description, captions, tmp_path)
     assert captions_of(read_annotations(path)) == captions
@@ -105,6 +105,17 @@ def test_coco_ids_may_be_text_and_annotations_of_other_images_are_marked(read):
         ("b.jpg", 10, ""),
         ("image_id 99", None, "an annotation of an image that is not listed"),
     ]
+
+
+@pytest.mark.parametrize("field", ["coco_url", "flickr_url", "url"])
+def test_coco_images_without_a_name_have_that_of_their_address(read, field):
+    content = coco({"a.jpg": ["a dog"], "b.jpg": ["a cat"]})
+    content["images"][1] = {"id": 10, field: "http://example.com/val/b%20c.jpg?size=1"}
+    parsed = read(content)
+    assert pairs(parsed) == [("a.jpg", "a dog"), ("b c.jpg", "a cat")]
+    assert parsed.details == "names from the images' addresses"
+    with pytest.raises(InputError, match=r"wrong: KeyError\('file_name'\)"):
+        read(content | {"images": [{"id": 0}]})
 
 
 def test_vizwiz_sentences_that_are_no_captions_are_marked(read):
@@ -283,6 +294,15 @@ def test_parse_separator():
 )
 def test_tables_without_a_header_begin_with_the_name_of_an_image(read, line, expected):
     assert pairs(read(f"{line}\n")) == [expected]
+
+
+def test_lines_of_a_name_and_a_space_begin_with_what_is_no_word(read, tmp_path):
+    expected = [("1000268201_693b08cb0e", "a child"), ("b.jpg", "a dog, running")]
+    assert pairs(read("1000268201_693b08cb0e a child\n\nb.jpg a dog, running\n")) == expected
+    assert pairs(read("dog startseq a dog endseq\n\nstray\n")) == [("dog", "startseq a dog endseq"), ("stray", "")]
+    for line in ("dog a dog runs", "3 dogs run", "img_1,a dog runs", "img_1"):
+        with pytest.raises(InputError, match="not a known annotation format"):
+            read(f"1000268201_693b08cb0e a child\n{line}\n")
 
 
 # Folders.

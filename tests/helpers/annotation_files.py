@@ -126,6 +126,10 @@ WRITERS: dict[str, tuple[str, Callable[[Captions, Path], None]]] = {
         "lines of name#0<TAB>caption",
         to_text(lambda c: "".join(f"{n}#zhc#{i} {text}\n" for n, texts in c.items() for i, text in enumerate(texts))),
     ),
+    "descriptions.txt": (
+        "lines of a name, a space and a caption",
+        to_text(lambda c: "".join(f"{name} startseq {text} endseq\n" for name, text in rows_of(c))),
+    ),
     "CSV of Excel": (
         "table with a header",
         to_text(lambda c: write_table(c, ";", ("Image", "Caption")).replace("\n", "\r\n"), "utf-8-sig"),
