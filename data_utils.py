@@ -16,6 +16,7 @@ import functools
 import hashlib
 import json
 import random
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
@@ -30,6 +31,7 @@ from captioning.data.annotation_formats import ReadOptions, read_text
 from captioning.data.annotations import SPLITS, Example
 from captioning.data.datasets import FLICKR8K_SPLIT_FILES, find_source
 from captioning.images.image_names import NameIndex, clean_name
+from captioning.images.image_records import find_copies
 
 # Options for the format of captions; `python data_utils.py --help` explains them.
 FORMAT_SETTINGS = ("image_column", "caption_column", "separator", "encoding", "words")
@@ -42,6 +44,7 @@ class CaptionDataset:
     name: str  # of the folders for its features and runs
     image_dir: Path  # the folder that `Example.image_path` begins in
     examples: tuple[Example, ...]  # of all splits; an example is one image with all its captions
+    drawn_splits: tuple[str, ...] = ()  # those that chance decided, not lists or annotations
 
     def split(self, name: str) -> list[Example]:
         """Returns the examples of one split; raises InputError if there are none."""
@@ -59,6 +62,11 @@ class CaptionDataset:
         # For images that turn out to be unreadable when their features are computed.
         examples = tuple(example for example in self.examples if example.image_path not in image_paths)
         return dataclasses.replace(self, examples=examples)
+
+    def move(self, split_of: Mapping[str, str]) -> "CaptionDataset":
+        """Returns the same dataset with some images in another split, given by `Example.image_path`."""
+        examples = (dataclasses.replace(e, split=split_of.get(e.image_path, e.split)) for e in self.examples)
+        return dataclasses.replace(self, examples=tuple(examples))
 
     @functools.cached_property
     def fingerprint(self) -> str:
@@ -90,9 +98,11 @@ def load_dataset(config: DataConfig, with_images: bool = True) -> CaptionDataset
     # chosen: a larger subset then only adds images to each split, and a test image never becomes a training image.
     num_captions = source.default_num_captions if config.num_captions is None else config.num_captions
     split_files = find_split_files(config, source.parts[0].path)
+    drawn_splits: tuple[str, ...] = ()
     if config.official_val:
         examples = split_official(examples, config, num_captions)
     else:
+        drawn_splits = find_drawn_splits(examples, config, split_files)
         examples = subsample(assign_splits(examples, config, split_files), num_captions, config.split_seed)
     if not examples:
         raise InputError(f"{source.parts[0].path}: none of its images is in the split lists")
@@ -104,7 +114,7 @@ def load_dataset(config: DataConfig, with_images: bool = True) -> CaptionDataset
     # The tokenizer splits captions at spaces. Chinese or Japanese has none: a whole caption would be a single word.
     if config.words == "spaces" and (hint := describe_unspaced(text for e in examples for text in e.captions)):
         log(hint)
-    return CaptionDataset(source.name, source.image_dir, tuple(examples))
+    return CaptionDataset(source.name, source.image_dir, tuple(examples), drawn_splits)
 
 
 # Optional: limit the size of the training set.
@@ -138,17 +148,14 @@ def assign_splits(examples: Sequence[Example], config: DataConfig, split_files: 
     Raises:
         InputError: an image is in two lists, the fractions are not valid, or the images are too few.
     """
-    # From the most to the least explicit: lists of names, the annotations' own split, chance.
     if split_files:
         return _split_by_lists(examples, split_files)
-    # Karpathy's JSON and tables with a column "split" decide it. One split alone does not split the data: the file is
-    # then only the training part of a dataset, say.
-    splits = {example.split for example in examples if example.split}
-    if len(splits) < 2 and not config.test_annotations:
-        if splits:
+    drawn_splits = find_drawn_splits(examples, config, split_files)
+    if drawn_splits == SPLITS:
+        if splits := {example.split for example in examples if example.split}:
             log(f"split: annotations contain only the {splits.pop()} split; splitting at random")
         return _split_at_random(examples, config)
-    if "val" not in splits:
+    if drawn_splits:
         # The best epoch is chosen by validation images. Test images must not do that: their score would be too good.
         log("split: annotations contain no validation images; taking some of the training images")
         test = [example for example in examples if example.split == "test"]
@@ -159,6 +166,19 @@ def assign_splits(examples: Sequence[Example], config: DataConfig, split_files: 
     if num_undecided := len(examples) - len(decided):
         log(f"split: {num_undecided:,} images without a split, left out")
     return decided
+
+
+def find_drawn_splits(examples: Sequence[Example], config: DataConfig, split_files: dict[str, Path]) -> tuple[str, ...]:
+    """Returns the splits that are drawn at random, since neither lists nor annotations have them."""
+    # From the most to the least explicit: lists of names, the annotations' own split, chance.
+    splits = {example.split for example in examples if example.split}
+    if split_files:
+        return ()
+    # Karpathy's JSON and tables with a column "split" decide it. One split alone does not split the data: the file is
+    # then only the training part of a dataset, say.
+    if len(splits) < 2 and not config.test_annotations:
+        return SPLITS
+    return () if "val" in splits else ("train", "val")
 
 
 def _split_at_random(examples: Sequence[Example], config: DataConfig) -> list[Example]:
@@ -266,6 +286,43 @@ def _split_by_lists(examples: Sequence[Example], split_files: dict[str, Path]) -
     return result
 
 
+# Copies of images.
+
+
+def find_moved_copies(dataset: CaptionDataset) -> dict[str, str]:
+    """Finds images with the content of another one that are to be moved into its split, and logs how many there are.
+
+    Where chance decided the splits, all images of one content go into one of theirs, so that each split keeps about
+    its size. Splits of lists or annotations stay as they are.
+
+    Returns:
+        The new split of each image that is moved, by `Example.image_path`.
+    """
+    # Scrapers save one picture under several names. The model would be scored on images that it was trained on.
+    split_of = {example.image_path: example.split for example in dataset.examples}
+    sizes, gains = Counter(split_of.values()), Counter[str]()
+    moved: dict[str, str] = {}
+    num_copies = num_left = 0
+    for group in find_copies(dataset.image_dir, split_of):
+        drawn = [image_path for image_path in group if split_of[image_path] in dataset.drawn_splits]
+        # A split that has one image left keeps it; else the one that has lost most so far gets them, or the smallest.
+        splits = [split_of[image_path] for image_path in drawn]
+        target = min(splits, key=lambda split: (sizes[split] > 1, gains[split], sizes[split]), default="")
+        for image_path in drawn:
+            if (split := split_of[image_path]) != target:
+                moved[image_path] = target
+                for changed in (sizes, gains):
+                    changed.update({split: -1, target: 1})
+        num_copies += len(group) - 1
+        splits = [moved.get(image_path, split_of[image_path]) for image_path in group]
+        num_left += sum(split != splits[0] for split in splits)
+    changes = [f"{len(moved):,} moved into the split of another"] if moved else []
+    changes += [f"{num_left:,} in another split, as lists or annotations have it"] if num_left else []
+    if changes:
+        log(f"split: of {num_copies:,} images that are copies of others, {' and '.join(changes)}")
+    return moved
+
+
 # The data of a run, and the options of the scripts.
 
 
@@ -281,6 +338,7 @@ def load_run_dataset(
     try:
         data_config = dataclasses.replace(config.data, **locations)
         dataset = load_dataset(data_config, with_images).exclude(set(config.unreadable_images))
+        dataset = dataset.move(config.moved_copies)
     except InputError as error:
         advice = advise("; if the data were moved, name them with --annotations, --images or --data-dir")
         raise InputError(f"the data of the run's config.json: {error}{'' if locations else advice}") from None
@@ -326,6 +384,7 @@ def main(argv: list[str] | None = None) -> None:
     add_data_options(parser, full=True)
     add_quiet_option(parser)
     dataset = load_dataset(DataConfig.from_args(parser.parse_args(argv)))
+    dataset = dataset.move(find_moved_copies(dataset))  # as train.py does
     # A look at the result: are the sizes right, and does the caption belong to the image?
     for split in SPLITS:
         examples = [example for example in dataset.examples if example.split == split]

@@ -255,6 +255,7 @@ def evaluate_results(args: argparse.Namespace) -> None:
     if args.other_data:
         data_config = args.other_data
         dataset = data_utils.load_dataset(data_config, with_images=False)
+        dataset = dataset.move(data_utils.find_moved_copies(dataset))  # as in training, if the images are there
         source = args.annotations or args.dataset
     else:
         run = open_run(args.run)

@@ -42,7 +42,14 @@ from captioning.config.guests import find_model_guest
 from captioning.config.options import add_options
 from captioning.config.run_config import RunConfig
 from captioning.config.settings import RECIPES, DataConfig, FeatureConfig, ModelConfig, TrainConfig
-from captioning.runs.run_folder import check_run_cnn, fill_locations, init_run_dir, open_run
+from captioning.runs.run_folder import (
+    CONFIG_FILE,
+    check_run_cnn,
+    fill_locations,
+    init_run_dir,
+    open_run,
+    read_config,
+)
 from captioning.training.checkpoints import Checkpoints, TrainProgress, TrainState
 from captioning.training.input_pipeline import (
     Batch,
@@ -422,10 +429,15 @@ def prepare(
     # 1. The images and captions, downloaded if necessary, and split into train, val and test.
     data_config, feature_config = fill_locations(args.run, DataConfig.from_args(args), FeatureConfig.from_args(args))
     dataset = data_utils.load_dataset(data_config)
+    run = args.run or default_run(dataset)
+    # Copies of an image belong into one split. A run that is resumed keeps the splits it has.
+    is_resumed = (run / CONFIG_FILE).exists()
+    moved_copies = read_config(run).moved_copies if is_resumed else data_utils.find_moved_copies(dataset)
+    dataset = dataset.move(moved_copies)
     all_images = {example.image_path for example in dataset.examples}
     for split in ("train", "val"):
         dataset.split(split)  # an empty split is an error before hours of features, not after
-    check_run_cnn(args.run or default_run(dataset), feature_config.sized_cnn)
+    check_run_cnn(run, feature_config.sized_cnn)
     # 2. The CNN's features of every image, computed if they are not cached.
     cache, dataset = open_features(dataset, feature_config)
     # 3. The vocabulary. Words that only validation captions have stay unknown, as in use.
@@ -441,6 +453,7 @@ def prepare(
         unreadable_images=tuple(sorted(all_images - {example.image_path for example in dataset.examples})),
         data_fingerprint=dataset.fingerprint,
         vocabulary_sha256="",  # known once the vocabulary is saved
+        moved_copies=moved_copies,
     )
     return TrainData(dataset, cache, tokenizer), config
 

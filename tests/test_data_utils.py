@@ -10,8 +10,8 @@ import pytest
 import data_utils
 from captioning.base.cli import InputError, Verbosity, make_parser
 from captioning.config.settings import DataConfig
-from captioning.data.annotations import Example
-from data_utils import CaptionDataset, assign_splits, load_dataset, subsample
+from captioning.data.annotations import SPLITS, Example
+from data_utils import CaptionDataset, assign_splits, find_moved_copies, load_dataset, subsample
 
 EXAMPLES = [Example(f"{i}.jpg", ("a", "b"), i) for i in range(50)]
 KARPATHY = [
@@ -91,6 +91,50 @@ def test_caption_dataset_exclude_and_fingerprint():
     assert elsewhere.fingerprint == dataset.fingerprint, "where the images are does not matter"
 
 
+# Copies.
+
+
+@pytest.fixture
+def with_copies(tmp_path):
+    """A function that makes a dataset, of given splits, where image 3 is a copy of 0, 4 of 1, and 5 of 2."""
+
+    def with_copies(splits, drawn_splits):
+        for number in range(7):
+            (tmp_path / f"{number}.jpg").write_text(str(number % 3 if number < 6 else number))
+        examples = [Example(f"{i}.jpg", ("a",), i, split) for i, split in enumerate(splits)]
+        return CaptionDataset("small", tmp_path, tuple(examples), drawn_splits)
+
+    return with_copies
+
+
+@pytest.mark.parametrize(
+    ("drawn_splits", "moved", "message"),
+    [
+        (SPLITS, {"3.jpg": "test", "5.jpg": "val"}, "2 moved into the split of another"),
+        (
+            ("train", "val"),
+            {"5.jpg": "val"},
+            "1 moved into the split of another and 1 in another split, as lists or annotations have it",
+        ),
+        ((), {}, "2 in another split, as lists or annotations have it"),
+    ],
+)
+def test_copies_of_images_are_moved_into_one_split_if_chance_decided(with_copies, capsys, drawn_splits, moved, message):
+    splits = ("test", "train", "val", "train", "train", "train", "train")
+    assert find_moved_copies(with_copies(splits, drawn_splits)) == moved
+    assert capsys.readouterr().err == f"split: of 3 images that are copies of others, {message}\n"
+
+
+def test_copies_that_are_moved_leave_the_splits_about_their_size(with_copies):
+    dataset = with_copies(("train", "train", "train", "val", "val", "val", "train"), SPLITS)
+    assert find_moved_copies(dataset) == {"0.jpg": "val", "4.jpg": "train", "2.jpg": "val"}
+
+
+def test_copies_of_one_split_are_not_mentioned(with_copies, capsys):
+    assert find_moved_copies(with_copies(["train"] * 7, SPLITS)) == {}
+    assert capsys.readouterr().err == ""
+
+
 # The user's own data.
 
 
@@ -114,6 +158,7 @@ def test_load_dataset_of_the_user(user_config, tmp_path):
     config = user_config("image,caption\n" + "".join(f"{i}.jpg,a dog\n" for i in range(10)))
     dataset = load_dataset(config)
     assert (dataset.name, len(dataset.split("train")), len(dataset.split("val"))) == ("images", 8, 1)
+    assert dataset.drawn_splits == SPLITS
     without_test = load_dataset(dataclasses.replace(config, test_fraction=0))
     with pytest.raises(InputError, match=r"the test split has no images \(found: train 9, val 1, test 0\)"):
         without_test.split("test")

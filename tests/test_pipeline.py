@@ -23,9 +23,10 @@ import model
 import train
 from captioning.base.cli import InputError, Verbosity, run_main
 from captioning.base.files import lock_folder
-from captioning.config.settings import RECIPES
+from captioning.config.settings import RECIPES, DataConfig
 from captioning.data import shapes
 from captioning.scores import metrics
+from data_utils import load_dataset
 
 ROOT = Path(__file__).parents[1]
 DATA = ["--annotations", "shapes/dataset_shapes.json", "--images", "shapes"]
@@ -228,6 +229,32 @@ def test_run_is_continued_from_another_folder_and_its_data_may_move(inside, monk
     capsys.readouterr()
     inference.main([*run, *moved, "--num-images", "1", "--seed", "0"])
     assert "reference: a picture" in capsys.readouterr().out
+
+
+def test_copies_of_an_image_are_in_one_split_of_the_run(inside, capsys):
+    rows = ["image,caption"]
+    for number in range(10):
+        for name in (f"{number}.png", f"copy_{number}.png"):
+            draw_image(inside / "photos" / name, number)
+            rows.append(f"{name},a picture")
+    (inside / "captions.csv").write_text("\n".join(rows))
+    data = ["--annotations", "captions.csv", "--images", "photos", *settings_of(inside)]
+    train.main([*data, "--epochs", "1"])
+    config = json.loads(Path("runs/photos/config.json").read_text())
+    assert config["moved_copies"]
+    assert f"of 10 images that are copies of others, {len(config['moved_copies'])} moved" in capsys.readouterr().err
+    evaluate.main(["--run", "runs/photos"])
+    results = ["--results", "runs/photos/captions_val.json", "--split", "val"]
+    evaluate.main([*results, "--run", "runs/photos"])
+    evaluate.main([*results, "--annotations", "captions.csv", "--images", "photos"])
+
+    # A run of version 1.0 has its copies where chance put them, and goes on so.
+    loaded = load_dataset(DataConfig(annotations="captions.csv", images="photos"))
+    del config["moved_copies"]
+    Path("runs/photos/config.json").write_text(json.dumps(config | {"data_fingerprint": loaded.fingerprint}))
+    train.main([*data, "--epochs", "2"])
+    assert "are copies of others" not in capsys.readouterr().err
+    assert json.loads(Path("runs/photos/config.json").read_text())["moved_copies"] == {}
 
 
 def test_caption_of_a_file_equals_that_of_its_cached_features(trained_run):

@@ -22,6 +22,7 @@ class RunConfig:
     unreadable_images: tuple[str, ...]  # left out, with their captions
     data_fingerprint: str  # of the images, their splits and their captions
     vocabulary_sha256: str  # of vocabulary.json
+    moved_copies: dict[str, str] = dataclasses.field(default_factory=dict)  # images that are copies, by their new split
 
     @property
     def cnn(self) -> CNN:

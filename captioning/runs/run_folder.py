@@ -25,6 +25,7 @@ from captioning.config.cnns import CNN
 from captioning.config.guests import load_guest
 from captioning.config.run_config import FORMAT, RunConfig
 from captioning.config.settings import DATA_PATHS, DataConfig, FeatureConfig, ModelConfig, TrainConfig
+from captioning.data.annotations import SPLITS
 from captioning.images.feature_cache import check_manifest, find_cnn_weights
 
 CONFIG_FILE = "config.json"
@@ -221,6 +222,9 @@ def read_config(run: Path) -> RunConfig:
         check_schema(values["features"], {"folder": str})
         if not all(isinstance(name, str) for name in values["unreadable_images"]):
             raise InputError(f"unreadable_images: expected names of images, found {values['unreadable_images']}")
+        moved_copies = values.get("moved_copies", {})  # which runs of 1.0 do not have
+        if not isinstance(moved_copies, dict) or not all(split in SPLITS for split in moved_copies.values()):
+            raise InputError(f"moved_copies: expected splits of images, found {moved_copies}")
         return RunConfig(
             model=ModelConfig.from_json(values["model"]),
             train=TrainConfig.from_json(values["train"]),
@@ -230,6 +234,7 @@ def read_config(run: Path) -> RunConfig:
             unreadable_images=tuple(values["unreadable_images"]),
             data_fingerprint=values["data_fingerprint"],
             vocabulary_sha256=values["vocabulary_sha256"],
+            moved_copies=moved_copies,
         )
     except InputError as error:
         raise InputError(f"{path}: not the config.json of a run ({error})") from None

@@ -245,13 +245,14 @@ TEST = {"test_annotations": "test.csv", "test_images": "data/test_images"}
 @pytest.mark.usefixtures("user_files")
 def test_annotations_of_each_split():
     dataset = load_dataset(DataConfig(**TRAIN, **VAL, **TEST))
-    assert sizes(dataset) == [4, 4, 4]
+    assert sizes(dataset) == [4, 4, 4] and dataset.drawn_splits == ()
     assert (dataset.name, dataset.image_dir) == ("train_images", Path("data"))
     assert all((dataset.image_dir / example.image_path).exists() for example in dataset.examples)
     assert dataset.split("val")[0].image_path == "val_images/val0.jpg"
     assert [example.image_id for example in dataset.examples] == [0, 1, 2, 3] * 3, "in each file"
     assert sizes(load_dataset(DataConfig(**TRAIN, **VAL))) == [4, 4, 0]
-    assert sizes(load_dataset(DataConfig(**TRAIN, **TEST))) == [3, 1, 4], "val is taken from train"
+    without_val = load_dataset(DataConfig(**TRAIN, **TEST))
+    assert sizes(without_val) == [3, 1, 4] and without_val.drawn_splits == ("train", "val"), "val is taken from train"
 
 
 @pytest.mark.usefixtures("user_files")

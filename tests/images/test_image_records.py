@@ -11,7 +11,7 @@ import pytest
 
 from captioning.base.files import file_sha256
 from captioning.images import image_records
-from captioning.images.image_records import RECORDS_FILE, ImageRecords
+from captioning.images.image_records import NUM_FIRST_BYTES, RECORDS_FILE, ImageRecords, find_copies
 
 ROOT = Path(__file__).parents[2]
 NAMES = ["a.jpg", "b.jpg", "c.jpg"]
@@ -159,3 +159,14 @@ def test_processes_append_to_the_same_file(folders):
     lines = read_lines(folders)
     expected = {(f"{letter}_{number}.jpg", number, number, letter * 64) for letter in "ab" for number in range(500)}
     assert len(lines) == 1000 and {tuple(line) for line in lines} == expected
+
+
+def test_find_copies_reads_only_what_begins_alike(tmp_path, hashed):
+    begin = "x" * NUM_FIRST_BYTES
+    contents = {"a": "same", "b": "", "c": begin + "1", "d": "other size", "e": "same", "f": "", "g": begin + "2"}
+    contents |= {"h": "same", "i": "else", "j": begin + "1"}
+    for name, content in contents.items():
+        (tmp_path / name).write_text(content)
+    (tmp_path / "folder").mkdir()
+    assert find_copies(tmp_path, [*contents, "none", "folder", "\x00"]) == [["a", "e", "h"], ["c", "j"]]
+    assert sorted(hashed) == ["a", "c", "e", "g", "h", "j"]

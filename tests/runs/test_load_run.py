@@ -71,6 +71,14 @@ def test_load_run_dataset_excludes_unreadable_images(run, saved_dataset):
     assert data_utils.load_run_dataset(config).examples == saved_dataset.examples[1:]
 
 
+def test_load_run_dataset_moves_copies_as_in_training(run, saved_dataset):
+    copies = {example.image_path: "test" for example in saved_dataset.split("val")}
+    moved = saved_dataset.move(copies)
+    assert len(moved.split("test")) == len(saved_dataset.split("test")) + len(copies) and not moved.drawn_splits
+    config = dataclasses.replace(read_config(run), moved_copies=copies, data_fingerprint=moved.fingerprint)
+    assert data_utils.load_run_dataset(config).examples == moved.examples
+
+
 def test_load_run_dataset_refuses_changed_data(run, saved_dataset, monkeypatch):
     config = read_config(run)
     with pytest.raises(InputError, match="the data have changed since this run was trained"):

@@ -34,6 +34,7 @@ CONFIG = RunConfig(
     unreadable_images=("bad.jpg",),
     data_fingerprint="0123",
     vocabulary_sha256="4567",
+    moved_copies={"a.jpg": "val"},
 )
 
 
@@ -218,6 +219,8 @@ def test_read_config_refuses_other_formats(run, value):
         ({"features": {**CONFIG.features, "dtype": "int8"}}, "dtype: expected float16 or float32"),
         ({"features": {k: v for k, v in CONFIG.features.items() if k != "folder"}}, "folder is missing"),
         ({"unreadable_images": [1]}, "unreadable_images: expected names of images"),
+        ({"moved_copies": {"a.jpg": "vall"}}, "moved_copies: expected splits of images"),
+        ({"moved_copies": ["a.jpg"]}, "moved_copies: expected splits of images"),
         ({"data_fingerprint": None}, "data_fingerprint: expected str, found 'None'"),
     ],
 )
