@@ -252,6 +252,7 @@ def test_copies_of_an_image_are_in_one_split_of_the_run(inside, capsys):
     loaded = load_dataset(DataConfig(annotations="captions.csv", images="photos"))
     del config["moved_copies"]
     Path("runs/photos/config.json").write_text(json.dumps(config | {"data_fingerprint": loaded.fingerprint}))
+    capsys.readouterr()
     train.main([*data, "--epochs", "2"])
     assert "are copies of others" not in capsys.readouterr().err
     assert json.loads(Path("runs/photos/config.json").read_text())["moved_copies"] == {}

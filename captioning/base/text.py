@@ -32,15 +32,19 @@ _UNSPACED = re.compile(
 )
 
 # Control characters, without those that are white space.
-_CONTROLS = dict.fromkeys(char for char in map(chr, range(160)) if unicodedata.category(char) == "Cc" and char.strip())
+_CONTROLS = dict.fromkeys(code for code in (*range(32), *range(127, 160)) if not chr(code).isspace())
 
-_TO_ASCII = str.maketrans(
-    # Quotes from ‘ to ‛, ′ and ‵, the acute accent that some type for an apostrophe, letters like it, ׳ and ＇.
-    dict.fromkeys("\u2018\u2019\u201a\u201b\u2032\u2035\u00b4\u02b9\u02bb\u02bc\u02bd\ua78b\ua78c\u05f3\uff07", "'")
-    # Quotes from “ to ‟, ″ and ‶, « and », ‹ and ›, 〝 to 〟, ״ and ＂.
-    | dict.fromkeys("\u201c\u201d\u201e\u201f\u2033\u2036\u00ab\u00bb\u2039\u203a\u301d\u301e\u301f\u05f4\uff02", '"')
-    # Hyphens and dashes from ‐ to ―, ⁃, the minus sign, ﹘, ﹣ and －.
-    | dict.fromkeys("\u2010\u2011\u2012\u2013\u2014\u2015\u2043\u2212\ufe58\ufe63\uff0d", "-")
+_TO_ASCII = (
+    str.maketrans(
+        # Quotes from ‘ to ‛, ′ and ‵, the acute accent that some type for an apostrophe, letters like it, ׳ and ＇.
+        dict.fromkeys("\u2018\u2019\u201a\u201b\u2032\u2035\u00b4\u02b9\u02bb\u02bc\u02bd\ua78b\ua78c\u05f3\uff07", "'")
+        # Quotes from “ to ‟, ″ and ‶, « and », ‹ and ›, 〝 to 〟, ״ and ＂.
+        | dict.fromkeys(
+            "\u201c\u201d\u201e\u201f\u2033\u2036\u00ab\u00bb\u2039\u203a\u301d\u301e\u301f\u05f4\uff02", '"'
+        )
+        # Hyphens and dashes from ‐ to ―, ⁃, the minus sign, ﹘, ﹣ and －.
+        | dict.fromkeys("\u2010\u2011\u2012\u2013\u2014\u2015\u2043\u2212\ufe58\ufe63\uff0d", "-")
+    )
     | _CONTROLS
 )
 
@@ -56,10 +60,9 @@ _STRAY_JOINER = re.compile(
     rf"|(?<![{_VIRAMAS}])\u200d(?![{_JOINING}\u200c\u200d])"
 )
 
-
 # What programs write around captions: the tutorial's "<start> a dog <end>", startseq and endseq, [CLS] and [SEP], HTML.
-_START_MARKS = re.compile(r"^(?:\s*(?:[<\[](?:start|bos|sos|s|cls|p)[>\]]|startseq\b))+\s*", re.IGNORECASE)
-_END_MARKS = re.compile(r"(?:\s*(?:[<\[](?:end|eos|/s|sep|/p|br ?/?)[>\]]|\bendseq\b))+\s*$", re.IGNORECASE)
+_START_MARKS = re.compile(r"^\s*(?:(?:[<\[](?:start|bos|sos|s|cls|p)[>\]]|startseq\b)\s*)+", re.IGNORECASE)
+_END_MARKS = re.compile(r"(?:(?:[<\[](?:end|eos|/s|sep|/p|br ?/?)[>\]]|endseq\b)\s*)+$", re.IGNORECASE)
 
 
 # One form for the same text.
@@ -72,7 +75,8 @@ def normalize_text(text: str) -> str:
     and dashes become those of ASCII, invisible characters go (but for joiners between letters that need them), and one
     space stands for any white space.
     """
-    text = text.translate(_TO_ASCII)
+    if not text.isprintable():
+        text = text.translate(_CONTROLS)
     while not text.isascii() or "&" in text:
         normal = html.unescape(text).translate(_TO_ASCII)  # quotes before NFKC, which takes ″ for two ′
         normal = "".join(char for char in normal if unicodedata.category(char) != "Cf" or char in "\u200c\u200d")
@@ -98,7 +102,7 @@ def strip_marks(texts: Sequence[str]) -> tuple[list[str], str]:
     for pattern in (_START_MARKS, _END_MARKS):
         found = [match[0].strip() for text in stripped if (match := pattern.search(text))]
         if len(found) > len(stripped) / 2:
-            stripped = [pattern.sub("", text) for text in stripped]
+            stripped = [pattern.sub("", text).rstrip() for text in stripped]
             marks.append(found[0])
     num_changed = sum(map(str.__ne__, texts, stripped))
     return stripped, f"marks around {num_changed:,} captions are taken off: {' and '.join(marks)}" if marks else ""
