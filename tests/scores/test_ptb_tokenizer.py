@@ -117,3 +117,7 @@ def test_tokenize_equals_the_java_program():
     rows = {number: [{"caption": caption}, {"caption": "A dog"}] for number, (caption, _) in enumerate(ANSWERS)}
     answers = PTBTokenizer().tokenize(rows)
     assert [answers[number] for number in rows] == [[" ".join(tokenize(caption)), "a dog"] for caption, _ in ANSWERS]
+
+
+def test_the_turkish_capital_with_a_dot_is_a_plain_i():
+    assert tokenize("\u0130ki KÖPEK") == ["iki", "köpek"]
