@@ -296,8 +296,7 @@ def train(
     training_log = TrainingLog(run, progress.get("epoch")) if checkpoints.is_writer else None
 
     # The captions as arrays of token ids; their images' features stay on the disk.
-    examples = data.dataset.split("train")
-    captions = encode_captions(examples, data.tokenizer.encode, data.cache.path, settings.max_length)
+    captions = encode_captions(data.dataset.split("train"), data.tokenizer.encode, data.cache.path, settings.max_length)
     if cut := describe_cut(captions):
         log(cut)
     validator = Validator(state.model, data, settings, state.objective.own_cider)
@@ -327,8 +326,8 @@ def train(
         checkpoints.save()
         raise
     log(f"best: epoch {progress.get('best_epoch')}, {progress.best()}; see {run / 'loss.png'}")
-    if training_log and (best_epoch := progress.get("best_epoch")):
-        validator.log_baselines(training_log.rows[best_epoch - 1])
+    if training_log:
+        validator.log_baselines(training_log.find_row(progress.get("best_epoch")))
 
 
 def score_start(

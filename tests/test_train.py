@@ -277,9 +277,10 @@ def test_batch_size_below_the_number_of_devices_is_refused(monkeypatch):
 def test_signals_that_ask_to_stop_save_as_ctrl_c_does(name):
     if not (number := getattr(signal, name, None)):
         pytest.skip("Windows has no such signal")
-    handlers = {other: signal.getsignal(other) for other in end_signals()}
+    handlers = {other: signal.getsignal(other) for other in {number, *end_signals()}}
     ended = []
     try:
+        signal.signal(number, signal.SIG_DFL)  # a process in the background ignores some
         train.start_devices(TrainConfig())
         with pytest.raises(KeyboardInterrupt):  # at which `train` saves
             signal.raise_signal(number)

@@ -49,9 +49,8 @@ def pack_run(run: Path, path: Path) -> None:
     config = dataclasses.replace(config, data=type(config.data)(**values["data"]), features=values["features"])
     paths = [path for path in sorted(run.glob("metrics_*.json")) if METRICS.fullmatch(path.name)]
     metrics = {path.name: read_json(path) for path in paths}
-    scores = [_score_row(path, metrics[path.name]) for path in paths]
     files = {
-        CARD_FILE: _make_card(name, config, scores, model.count_params()).encode(errors="backslashreplace"),
+        CARD_FILE: _make_card(name, config, metrics, model.count_params()).encode(errors="backslashreplace"),
         CONFIG_FILE: json.dumps(values, indent=2).encode(),
         VOCABULARY_FILE: (run / VOCABULARY_FILE).read_bytes(),
         STATE_FILE: STATE,
@@ -82,12 +81,14 @@ def _read_checkpoint(prefix: str) -> dict[str, bytes]:
 # The model card.
 
 
-def _make_card(name: str, config: RunConfig, scores: list[str], num_weights: int) -> str:
+def _make_card(name: str, config: RunConfig, metrics: dict[str, Any], num_weights: int) -> str:
     """Fills model_card.md in: what a run is, how it was trained and scored, and its limits (Mitchell et al. 2019)."""
     features, data = config.features, config.data
+    scores = [_score_row(file, scored) for file, scored in metrics.items()]
     cnn_weights = {"imagenet": "ImageNet's", "random": "random"}.get(features["weights"], "the author's")
     return CARD_TEMPLATE.read_text(encoding="utf-8").format(
         name=name,
+        model_index=json.dumps(_model_index(name, str(data.annotations or data.dataset), metrics)),
         cnn=config.cnn.name,
         cnn_weights=cnn_weights + (f", SHA-256 `{features['sha256']}`" if "sha256" in features else ""),
         image_size=config.cnn.image_size,
@@ -114,7 +115,23 @@ def _list_changed(settings: Settings) -> str:
     return ", ".join(f"{name} {value}" for name, value in changed.items()) or "none"
 
 
-def _score_row(path: Path, scored: Any) -> str:
+def _model_index(name: str, data: str, metrics: dict[str, Any]) -> list[dict[str, Any]]:
+    """Returns the scores in the form that model hubs read at the head of a card, as `model-index`; its YAML is JSON."""
+    results = [
+        {
+            "task": {"type": "image-to-text", "name": "Image Captioning"},
+            "dataset": {"type": data, "name": data, "split": scored["split"]},
+            "metrics": [
+                {"type": score.split("-")[0].lower(), "name": f"{score}, {file}", "value": value}
+                for score, value in scored["scores"].items()
+            ],
+        }
+        for file, scored in metrics.items()
+    ]
+    return [{"name": name, "results": results}] if results else []
+
+
+def _score_row(file: str, scored: Any) -> str:
     """Returns the row of the table of scores for a file of evaluate.py; raises InputError if it is something else."""
     try:
         names = {field.name for field in dataclasses.fields(DecodeConfig)}
@@ -124,5 +141,5 @@ def _score_row(path: Path, scored: Any) -> str:
         return f"| {scored['split']} | {scored['images']:,} | {how} | {scored['tokenizer']} | {scores} |"
     except (InputError, AttributeError, KeyError, TypeError, ValueError) as error:
         raise InputError(
-            f"{path}: expected the scores that evaluate.py writes ({error}); delete it, or score the run again"
+            f"{file}: expected the scores that evaluate.py writes ({error}); delete it, or score the run again"
         ) from None

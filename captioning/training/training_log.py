@@ -52,6 +52,10 @@ class TrainingLog:
         else:
             log("no TensorBoard events are written: `pip install tensorboard` adds them")
 
+    def find_row(self, epoch: int) -> dict[str, Any] | None:
+        """Returns the row of an epoch, or None if there is none."""
+        return next((row for row in self.rows if int(row["epoch"]) == epoch), None)
+
     def add(self, row: dict[str, Any], best_epoch: int, best_by: str) -> None:
         """Adds an epoch and writes the files again; a score of None is left empty.
 

@@ -117,15 +117,17 @@ class Validator:
         cider = scores["CIDEr"] if self.cider_decides else 0.0
         return Validation(row, EpochScore(cider, -num_empty, -val_loss), texts[0])
 
-    def log_baselines(self, row: dict[str, Any]) -> None:
+    def log_baselines(self, row: dict[str, Any] | None) -> None:
         """Logs what captions without a model score on the images, and what it means if those of an epoch are no better.
 
-        `row` has the epoch's scores, see `Validation`.
+        `row` has the epoch's scores, see `Validation`; None if no epoch was the best.
         """
+        if row is None or row["cider"] in (None, ""):  # it is not scored
+            return
         cache = self.data.cache if isinstance(self.data.cache, FeatureCache) else None
         train_examples, words = self.data.dataset.split("train"), self.data.tokenizer.words
         num_distinct = round(float(row["distinct_ratio"]) * len(self.examples) / 100)
-        compare_with_baselines(self.examples, train_examples, cache, words, float(row["cider"] or 0), num_distinct)
+        compare_with_baselines(self.examples, train_examples, cache, words, float(row["cider"]), num_distinct)
 
     def log_best_so_far(self, best: EpochScore) -> None:
         """Logs where a resumed run compares epochs by another score than before it stopped."""

@@ -9,6 +9,7 @@ import pytest
 from PIL import Image
 
 from captioning.base.cli import InputError
+from captioning.base.quiet_tensorflow import tf
 from captioning.config.settings import DecodeConfig
 from captioning.output import results
 from captioning.output.captions import Caption
@@ -102,13 +103,16 @@ def test_grid_writer_draws_the_first_images(capsys, tmp_path):
 
 @pytest.fixture
 def run(tmp_path):
-    """What is needed of a run: the index of its checkpoint."""
-    folder = tmp_path / "run/checkpoints/best"
-    folder.mkdir(parents=True)
+    """What is needed of a run: its checkpoint."""
+    write_checkpoint(tmp_path / "run", 1.0)
     (tmp_path / "run/config.json").touch()
-    (folder / "checkpoint").write_text('model_checkpoint_path: "ckpt-1"\n')
-    (folder / "ckpt-1.index").write_bytes(b"weights")
     return tmp_path / "run"
+
+
+def write_checkpoint(run, value):
+    """Writes the checkpoint of a run with one weight."""
+    tf.train.Checkpoint(weight=tf.Variable(value)).write(str(run / "checkpoints/best/ckpt-1"))
+    (run / "checkpoints/best/checkpoint").write_text('model_checkpoint_path: "ckpt-1"\n')
 
 
 @pytest.fixture
@@ -195,7 +199,7 @@ def test_csv_writer_never_mixes_settings_or_runs(tmp_path, write, run):
     content = (tmp_path / "captions.csv").read_bytes()
     with pytest.raises(InputError, match=r"captions\.csv: was made with other settings.*choose another file"):
         write("b.jpg", beam_size=3)
-    (run / "checkpoints/best/ckpt-1.index").write_bytes(b"other weights")
+    write_checkpoint(run, 2.0)
     with pytest.raises(InputError, match="was made with other settings"):
         write("b.jpg")
     assert (tmp_path / "captions.csv").read_bytes() == content

@@ -131,6 +131,12 @@ def test_pack_run_gives_the_same_bytes_also_of_the_unpacked_run(small_run, packe
 
 def test_pack_run_fills_the_model_card_in(packed, copied_run, tmp_path):
     text = read_zip(packed)["small/MODEL_CARD.md"].decode()
+    head, text = text.removeprefix("---\n").split("---\n\n")  # YAML, whose values may be JSON
+    values = dict(line.split(": ", 1) for line in head.splitlines())
+    assert values["pipeline_tag"] == "image-to-text" and values["license"].startswith("other  # TO FILL IN")
+    results = json.loads(values["model-index"])[0]["results"]
+    assert results[0]["dataset"] == {"type": "captions.csv", "name": "captions.csv", "split": "test"}
+    assert results[0]["metrics"][0] == {"type": "bleu", "name": "BLEU-4, metrics_test_beam5.json", "value": 12.34}
     assert text.startswith("# small\n") and "a GRU with soft attention" in text
     for part in (
         "annotations `captions.csv`. Settings that are not the defaults: annotations captions.csv, images photos.",
