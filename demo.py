@@ -24,6 +24,7 @@ from captioning.base.cli import log, make_parser, run_main
 from captioning.base.files import read_json
 from captioning.data import shapes
 from captioning.images.feature_cache import open_run_cache
+from captioning.scores.attention_boxes import measure_attention
 
 RUN = Path("runs/demo")
 # Small batches and dropout, since there are only 1,900 images to learn from.
@@ -38,24 +39,15 @@ def attention_on_object(caption: inference.Caption, shapes_in_image: list[dict[s
         shapes_in_image: the image's shapes, each with colour, noun and box (left, top, right, bottom) in pixels.
 
     Returns:
-        For each noun, the share of its attention inside the box, and the share of the image that the box covers, which
-        uniform attention would give. A location that is partly inside counts in part.
+        For each noun, the share of its attention inside the box, and that of uniform attention.
     """
-    # (T, 64): a row for each word, with a weight for each location of the CNN's 8x8 grid; a row adds up to 1.
-    side = int(np.sqrt(caption.attention.shape[1]))
     shares = []
     for position, noun in enumerate(caption.words):
         for shape in shapes_in_image:
-            if (shape["colour"], shape["noun"]) != (caption.words[position - 1], noun):
-                continue
-            # From pixels to locations: a location is a square of 299 / 8 pixels.
-            left, top, right, bottom = (edge * side / shapes.SIZE for edge in shape["box"])
-            cells = np.arange(side)
-            width = (np.minimum(cells + 1, right) - np.maximum(cells, left)).clip(0)  # (8,), of each column
-            height = (np.minimum(cells + 1, bottom) - np.maximum(cells, top)).clip(0)  # (8,), of each row
-            covered = np.outer(height, width)  # (8, 8), the covered share of each location
-            attention = caption.attention[position].reshape(side, side)
-            shares.append((float((attention * covered).sum()), float(covered.sum() / side**2)))
+            if (shape["colour"], shape["noun"]) == (caption.words[position - 1], noun):
+                left, top, right, bottom = (edge / shapes.SIZE for edge in shape["box"])
+                measured = measure_attention(caption.attention[position], [(left, top, right, bottom)])
+                shares.append((measured["inside"], measured["inside, even"]))
     return shares
 
 

@@ -5,6 +5,7 @@ Tutorial section: none. The tutorial compares single captions by eye.
     python evaluate.py                                    # the latest run on its val split
     python evaluate.py --run runs/coco --split test --beam-size 5
     python evaluate.py --per-image scores.csv             # a table of all images, the worst captions first
+    python evaluate.py --boxes instances_val2014.json     # also where the attention lies, see docs/attention.md
     python evaluate.py --results captions.json --annotations captions_val2014.json
 
 The captions are generated without the reference captions. They are written into the run folder as COCO results,
@@ -30,6 +31,7 @@ from captioning.decoder.decoding import StepModel
 from captioning.images.feature_cache import FeatureCache, FeatureSource, map_prefetch, open_run_cache
 from captioning.images.image_records import ImageRecords
 from captioning.runs.run_folder import open_run, read_config
+from captioning.scores.attention_boxes import COLUMNS, measure_captions, read_boxes
 from captioning.scores.baselines import compare_with_baselines
 from captioning.scores.coco_results import read_results, result_ids
 from captioning.scores.java_scores import check_spice
@@ -196,6 +198,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add("--results", type=Path, metavar="FILE", help=results_help)
     table_help = "write a table of the images with their captions, scores and references, the worst first"
     add("--per-image", type=Path, metavar="FILE.csv", help=table_help)
+    boxes_help = "measure how much of the attention lies in boxes: COCO's instances JSON, or a CSV with the columns "
+    add("--boxes", type=Path, metavar="FILE", help=boxes_help + ", ".join(COLUMNS))
     spice_help = "compute SPICE too: needs Java 8 to 15; the first time downloads Stanford CoreNLP"
     add("--spice", action="store_true", help=spice_help)
     group = parser.add_argument_group("features of the run, if they were moved")
@@ -209,6 +213,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     # What is missing is found out now, not after hours of captioning.
     if args.results and DecodeConfig.from_args(args) != DecodeConfig():
         raise InputError("--results holds captions already; --beam-size and the like are for a run")
+    if args.results and args.boxes:
+        raise InputError("--boxes measures the attention of a run, and --results has captions only; omit one of them")
     if args.per_image:
         inputs = (args.results, args.annotations, args.val_annotations, args.test_annotations)
         check_table_path(args.per_image, filter(None, inputs))
@@ -281,6 +287,7 @@ def evaluate_run(args: argparse.Namespace) -> Evaluation:
     check_spice_words(args, captioner.tokenizer.words)
     dataset = data_utils.load_run_dataset(captioner.config, locations=data_utils.locations_from_args(args))
     examples = select_split(dataset, args.split)
+    boxes = read_boxes(args.boxes, examples, dataset.image_dir) if args.boxes else []
 
     # The model writes each caption alone, as for a new image. In training it is given the true word before each word;
     # scored like that, it would look better than it is.
@@ -297,6 +304,8 @@ def evaluate_run(args: argparse.Namespace) -> Evaluation:
         "split": args.split,
         "images": len(examples),
     }
+    if boxes:
+        metrics["attention"] = measure_captions(captions, boxes)
     print_metrics(captioner.run, metrics)
     # A model may write well and know nothing of the image. Then its captions score no more than one caption for all.
     train_examples, num_distinct = dataset.split("train"), len(set(texts))
@@ -321,6 +330,11 @@ def print_metrics(source: Path, metrics: dict[str, Any]) -> None:
     ratios = {name: metrics[name] for name in RATIOS if name in metrics}
     for name, value in {**metrics["scores"], **ratios}.items():
         print_results(f"{name:19} {value:6.1f}")
+    if "attention" in metrics:
+        num_words, *measures = metrics["attention"].items()
+        print_results(f"attention of {num_words[1]:,} words that name a box")
+        for name, value in measures:
+            print_results(f"{name:19} {value:6.1f}")
 
 
 def main(argv: list[str] | None = None) -> None:

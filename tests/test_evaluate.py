@@ -2,6 +2,7 @@ import csv
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 import evaluate
@@ -158,6 +159,28 @@ def test_main_writes_a_table_of_the_images(captioner, dataset, tmp_path, monkeyp
     results = json.loads((captioner.run / "captions_val.json").read_text())
     assert {row["caption"] for row in table} == {row["caption"] for row in results}
     assert json.loads((captioner.run / "metrics_val.json").read_text())["tokenizer"] == "characters"
+
+
+def test_main_measures_the_attention_in_boxes(captioner, dataset, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(Captioner, "load", lambda run, config: captioner)
+    monkeypatch.setattr(evaluate.data_utils, "load_run_dataset", lambda config, locations: dataset)
+    names = [example.image_path for example in dataset.split("val")]
+    attention = np.eye(64)[[10, 10]]  # all of it in the second row and the third column of the 8x8 locations
+    captions = [inference.Caption("a dog", ("a", "dog"), (1.0, 1.0), attention, 1.0) for _ in names]
+    monkeypatch.setattr(evaluate, "caption_examples", lambda *args: captions)
+    boxes = {
+        "images": [{"id": name, "file_name": name, "width": 80, "height": 40} for name in names],
+        "categories": [{"id": 1, "name": "dog"}],
+        "annotations": [{"image_id": name, "category_id": 1, "bbox": [20, 5, 5, 5]} for name in names],
+    }
+    (tmp_path / "boxes.json").write_text(json.dumps(boxes))
+    evaluate.main(["--run", str(captioner.run), "--boxes", str(tmp_path / "boxes.json")])
+    measured = json.loads((captioner.run / "metrics_val.json").read_text())["attention"]
+    assert (measured["words"], measured["inside"], measured["inside, even"], measured["pointing"]) == (4, 50, 0.8, 100)
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[-7:-5] == ["attention of 4 words that name a box", f"inside{50:20.1f}"]
+    with pytest.raises(InputError, match="--boxes measures the attention of a run, and --results has captions only"):
+        evaluate.parse(["--results", "r.json", "--boxes", "boxes.json"])
 
 
 def test_main_scores_results_against_a_run(captioner, dataset, tmp_path, monkeypatch, capsys):

@@ -38,6 +38,7 @@ TRANSPOSITIONS = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
+ON_SIDE = (5, 6, 7, 8)  # of them, those that exchange width and height
 # The formats of Pillow that are opened, by the content of a file whatever its name, in the order in which they are
 # tried. The others stay closed: EPS is a program that Ghostscript runs, and IPTC can hold one; BUFR, GRIB, HDF5, MPEG
 # and WMF need other programs, too; the picture in an icon or a BLP can be larger than the file declares, which is what
@@ -121,6 +122,14 @@ def _mistakes_in(name: str) -> Iterator[None]:
         is_unknown = isinstance(error, Image.UnidentifiedImageError)
         reason = "not of a format that is read, such as JPEG, PNG or WebP" if is_unknown else repr(error)
         raise InputError(f"{name}: not an image that can be read ({reason})") from None
+
+
+def read_size(path: Path) -> tuple[int, int]:
+    """Returns the width and height of an upright image, from its header if possible; raises InputError as above."""
+    with contextlib.suppress(Exception), open(path, "rb") as file, _open(file, str(path)) as image:
+        if image.format != "TIFF":  # which Pillow turns upright itself
+            return image.size[::-1] if image.getexif().get(ORIENTATION_TAG) in ON_SIDE else image.size
+    return read_image(path).size
 
 
 def _open_source(source: Any) -> BinaryIO | Image.Image:

@@ -15,7 +15,15 @@ from PIL import EpsImagePlugin, Image, ImageOps
 
 from captioning.base.cli import InputError
 from captioning.images import reading as images
-from captioning.images.reading import count_pixels, is_image_file, map_threads, read_image, set_max_megapixels, to_rgb
+from captioning.images.reading import (
+    count_pixels,
+    is_image_file,
+    map_threads,
+    read_image,
+    read_size,
+    set_max_megapixels,
+    to_rgb,
+)
 from captioning.output.plots import thumbnail
 
 ROOT = Path(__file__).parents[2]
@@ -101,6 +109,7 @@ def test_read_image_turns_files_upright_once(tmp_path, image_format, orientation
     expected = Image.fromarray(np.asarray(expected))  # without metadata
     assert upright.size == expected.size and upright.tobytes() == expected.tobytes()
     assert thumbnail(upright).tobytes() == thumbnail(expected).tobytes(), "a plot turns it again"
+    assert read_size(tmp_path / "a") == expected.size
 
 
 def exif_bytes(tag, kind, count, value):
@@ -145,6 +154,7 @@ def test_read_image_ignores_odd_exif(tmp_path, image_format, exif):
         content = encode(ramp(), image_format, exif=exif)
     (tmp_path / "odd").write_bytes(content)
     assert read_image(tmp_path / "odd").tobytes() == read_image(tmp_path / "plain").tobytes()
+    assert read_size(tmp_path / "odd") == (40, 30)
 
 
 def test_read_image_prints_no_warnings(tmp_path):
@@ -152,7 +162,7 @@ def test_read_image_prints_no_warnings(tmp_path):
     Image.new("1", (1500, 1000)).save(tmp_path / "large.png")  # more than half of the limit
     code = (
         "import sys\n"
-        "from captioning.images.reading import read_image, set_max_megapixels\n"
+        "from captioning.images.reading import read_image, read_size, set_max_megapixels\n"
         "set_max_megapixels(2)\n"
         "print([read_image(path).size for path in sys.argv[1:]])\n"
     )
@@ -318,7 +328,7 @@ def test_read_image_reads_heic(tmp_path):
     (tmp_path / "a.jpg").write_bytes((tmp_path / "a.heic").read_bytes())  # known by its content
     for name in ("a.heic", "a.jpg"):
         pixels = np.asarray(read_image(tmp_path / name))
-        assert pixels.shape == (48, 64, 3)
+        assert pixels.shape == (48, 64, 3) and read_size(tmp_path / name) == (64, 48)
         np.testing.assert_allclose(pixels, np.asarray(ramp(size=(64, 48))), atol=8)
 
 
@@ -342,6 +352,8 @@ def test_read_image_refuses_other_files_in_one_line(tmp_path):
     ):
         with pytest.raises(InputError, match=message) as error:
             read_image(tmp_path / name)
+        with pytest.raises(InputError, match=message):
+            read_size(tmp_path / name)
         assert str(error.value).startswith(f"{tmp_path / name}: ") and "\n" not in str(error.value)
 
 
