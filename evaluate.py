@@ -331,8 +331,8 @@ def print_metrics(source: Path, metrics: dict[str, Any]) -> None:
     for name, value in {**metrics["scores"], **ratios}.items():
         print_results(f"{name:19} {value:6.1f}")
     if "attention" in metrics:
-        num_words, *measures = metrics["attention"].items()
-        print_results(f"attention of {num_words[1]:,} words that name a box")
+        (_, num_words), *measures = metrics["attention"].items()
+        print_results(f"attention of {num_words:,} words that name a box")
         for name, value in measures:
             print_results(f"{name:19} {value:6.1f}")
 

@@ -26,9 +26,9 @@ COCO = {
         {"image_id": 9, "category_id": 1, "bbox": [0, 0, 5, 5]},
     ],
 }
-TABLE = """Word;image;left;top;right;bottom;annotator
+TABLE = r"""Word;image;left;top;right;bottom;annotator
 dog;a.jpg;10;0;30;10;me
-Dog;VAL/a.JPG;0;10;40.5;20.5;me
+Dog;.\VAL\a.JPG;0;10;40.5;20.5;me
 fire hydrant;b;5;5;15;10;me
 hydrant;b.jpg;5;5;5;10;me
 dog;other.jpg;0;0;5;5;me
