@@ -7,6 +7,7 @@ Imagenet weights" and "Caching the features extracted from InceptionV3".
     python features.py --annotations captions.csv --images photos/  # your own images
     python features.py --shard 1/2                                  # half of the images, on one of two machines
     python features.py --cnn vgg19                                  # the paper's CNN, 14x14 locations
+    python features.py --verify                                     # are they still what was written?
 
 The features of an image are (L, C): C channels at the L locations of the CNN's last convolutional layer. Those of
 InceptionV3 are (64, 2048), from a grid of 8x8. The CNN is not trained, so they are computed only once. Training
@@ -49,6 +50,7 @@ from captioning.images.feature_cache import (
     MANIFEST_FILE,
     FeatureCache,
     check_cnn_weights,
+    find_damaged,
     find_outdated,
     make_manifest,
     read_manifest,
@@ -218,8 +220,7 @@ def cache_features(cache: FeatureCache, image_dir: Path, image_paths: list[str],
         return tf.cast(extractor(pixels, training=False), cache.dtype)  # (B, 64, 2048)
 
     def save(image_path: str, features: np.ndarray) -> None:  # (64, 2048)
-        cache.write(image_path, features)  # np.save, as in the tutorial
-        records.add(image_path)
+        records.add(image_path, cache.write(image_path, features))  # np.save, as in the tutorial
 
     # The tutorial's loop, in which reading, computing and writing wait for each other. Here they overlap: many threads
     # read images ahead, one runs the CNN, and others write the batch before.
@@ -261,6 +262,11 @@ def make_batches(
         yield paths, np.stack(pixels)
 
 
+def cache_folder(dataset: data_utils.CaptionDataset, config: FeatureConfig) -> Path:
+    """Returns the folder of a dataset's features."""
+    return Path(config.features_dir or f"features/{dataset.name}{config.sized_cnn.suffix}")
+
+
 def extract_features(
     dataset: data_utils.CaptionDataset, config: FeatureConfig, shard: slice = slice(None)
 ) -> tuple[FeatureCache, data_utils.CaptionDataset]:
@@ -270,8 +276,7 @@ def extract_features(
         The cache, and the dataset without the images that cannot be read.
     """
     set_max_megapixels(config.max_megapixels)
-    cnn = config.sized_cnn
-    folder = config.features_dir or f"features/{dataset.name}{cnn.suffix}"
+    cnn, folder = config.sized_cnn, cache_folder(dataset, config)
     image_paths = [example.image_path for example in dataset.examples]
     cache = open_or_create_cache(folder, dataset.image_dir, image_paths, config.cnn_weights, config.dtype, cnn)
     unreadable = cache_features(cache, dataset.image_dir, image_paths[shard], config.cnn_batch_size)
@@ -279,6 +284,30 @@ def extract_features(
         counts = f"{len(unreadable):,} of {len(image_paths[shard]):,}"
         log(f"features: {counts} images cannot be read: left out, with their captions")
     return cache, dataset.exclude(set(unreadable))
+
+
+def verify_features(dataset: data_utils.CaptionDataset, folder: Path, shard: slice = slice(None)) -> str:
+    """Reads the cached features of a dataset's images, or of a shard of them, and deletes those that are damaged.
+
+    Returns:
+        A line that says that the others are as they were written.
+
+    Raises:
+        InputError: some are damaged.
+    """
+    cache = FeatureCache(folder, read_manifest(folder))
+    image_paths = list(dict.fromkeys(example.image_path for example in dataset.examples[shard]))
+    cached = [image_path for image_path in image_paths if os.path.exists(cache.path(image_path))]
+    damaged, num_unknown = find_damaged(cache, ImageRecords(folder, dataset.image_dir), cached)
+    for image_path in damaged:
+        cache.path(image_path).unlink()
+    unknown = f" ({num_unknown:,} have no checksum: only their size was compared)" if num_unknown else ""
+    if damaged:
+        raise InputError(
+            f"{folder}: {len(damaged):,} of {len(cached):,} files of features were damaged, the first: {damaged[0]}.npy"
+            f"{unknown}; they are deleted, run the same command without --verify to compute them again"
+        )
+    return f"{len(cached):,} of {len(image_paths):,} images have their features in {folder}/, as written{unknown}"
 
 
 # The command line.
@@ -299,12 +328,18 @@ def main(argv: list[str] | None = None) -> None:
     add_options(parser.add_argument_group("features"), FeatureConfig)
     text = "compute only part I of N, for N processes or machines that share the folder (default: all images)"
     parser.add_argument("--shard", type=parse_shard, default=slice(None), metavar="I/N", help=text)
+    text = "compare the cached features with their checksums, and compute none; damaged ones are deleted"
+    parser.add_argument("--verify", action="store_true", help=text)
     add_quiet_option(parser)
     args = parser.parse_args(argv)
+    config = FeatureConfig.from_args(args)
     dataset = data_utils.load_dataset(DataConfig.from_args(args))
+    if args.verify:
+        print(verify_features(dataset, cache_folder(dataset, config), args.shard))
+        return
     if args.shard != slice(None) and args.cnn_weights == "random":
         raise InputError("--shard needs weights that all processes have; --cnn-weights random draws its own")
-    cache, readable = extract_features(dataset, FeatureConfig.from_args(args), args.shard)
+    cache, readable = extract_features(dataset, config, args.shard)
     num_cached = len(set(dataset.examples[args.shard]).intersection(readable.examples))
     print_results(f"{num_cached:,} images have their features in {cache.folder}/")
 

@@ -275,7 +275,7 @@ def test_cache_features_computes_again_what_was_replaced_while_it_ran(full_cache
 
 
 def test_cache_features_stopped_before_the_record_computes_the_image_again(full_cache, image_dir, monkeypatch):
-    def stop(self, image_path):
+    def stop(self, *_):
         raise KeyboardInterrupt
 
     Image.new("L", (8, 8), 150).save(image_dir / "2.png")
@@ -363,7 +363,9 @@ def test_parse_shard_rejects_wrong_values(text):
         features.parse_shard(text)
 
 
-def test_main_shards_share_the_work(tmp_path, mean_extractor, capsys):
+@pytest.fixture
+def squares(tmp_path, mean_extractor):
+    """The options for a dataset of five images, whose features are in `cache`."""
     image_dir = tmp_path / "images"
     image_dir.mkdir()
     names = [f"{number}.png" for number in range(5)]
@@ -373,15 +375,47 @@ def test_main_shards_share_the_work(tmp_path, mean_extractor, capsys):
     (tmp_path / "weights.h5").write_text("stands for weights")
     args = ["--annotations", str(tmp_path / "captions.csv"), "--images", str(image_dir), "--val-fraction", "0"]
     args += ["--test-fraction", "0", "--features-dir", str(tmp_path / "cache")]
-    args += ["--cnn-weights", str(tmp_path / "weights.h5")]
+    return [*args, "--cnn-weights", str(tmp_path / "weights.h5")]
 
+
+def test_main_shards_share_the_work(tmp_path, squares, capsys):
     def cached():
         return sorted(path.name for path in (tmp_path / "cache").glob("*.npy"))
 
-    features.main([*args, "--shard", "2/2"])
+    features.main([*squares, "--shard", "2/2"])
     assert cached() == ["1.png.npy", "3.png.npy"]
-    features.main([*args, "--shard", "1/2"])
+    features.main([*squares, "--shard", "1/2"])
     assert len(cached()) == 5
     assert [line[0] for line in capsys.readouterr().out.splitlines()] == ["2", "3"]
     with pytest.raises(InputError, match="--shard needs weights"):
-        features.main([*args, "--shard", "1/2", "--cnn-weights", "random"])
+        features.main([*squares, "--shard", "1/2", "--cnn-weights", "random"])
+
+
+def test_main_verifies_features_and_deletes_damaged_ones(tmp_path, squares, capsys):
+    folder = tmp_path / "cache"
+    features.main([*squares, "--shard", "1/2"])
+    features.main([*squares, "--verify"])
+    assert capsys.readouterr().out.splitlines()[1] == f"3 of 5 images have their features in {folder}/, as written"
+    features.main(squares)
+    content = (folder / "2.png.npy").read_bytes()
+    (folder / "2.png.npy").write_bytes(content[:-1] + bytes([content[-1] ^ 1]))  # of the same size
+    (folder / "3.png.npy").write_bytes(content[:-1])
+    with pytest.raises(
+        InputError, match=r"2 of 5 files of features were damaged, the first: 2\.png\.npy; they are deleted"
+    ):
+        features.main([*squares, "--verify"])
+    features.main(squares)
+    assert (folder / "2.png.npy").read_bytes() == content
+    features.main([*squares, "--verify"])
+
+
+def test_main_verifies_features_of_1_0_by_their_size(tmp_path, squares, capsys):
+    features.main(squares)
+    records = tmp_path / "cache" / RECORDS_FILE
+    lines = [json.dumps(json.loads(line)[:4]) for line in records.read_text().splitlines() if line]
+    records.write_text("\n".join(lines))
+    capsys.readouterr()
+    features.main([*squares, "--verify"])
+    assert capsys.readouterr().out.endswith("as written (5 have no checksum: only their size was compared)\n")
+    features.main(squares)
+    assert "computing" not in capsys.readouterr().err, "they stay valid"

@@ -6,18 +6,20 @@ number formats are never mixed. features.py fills the cache. Training and evalua
 
 import io
 import os
+import zlib
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 
-from captioning.base.cli import InputError, log
+from captioning.base.cli import InputError, log, progress_bar
 from captioning.base.files import atomic_write, check_schema, file_sha256, read_json
 from captioning.base.quiet_tensorflow import tf
 from captioning.config.cnns import CNN, INCEPTION_V3, cnn_of_manifest
 from captioning.config.run_config import find_difference
 from captioning.images.image_records import ImageRecords
+from captioning.images.reading import map_threads
 
 HEADER_BYTES = 128  # what np.save writes before the features of an image
 NUM_READERS = 8  # threads that read features, and batches that are read ahead
@@ -95,10 +97,13 @@ class FeatureCache:
         except (OSError, ValueError):  # there is no such file, or its name is too long or contains a NUL
             return False
 
-    def write(self, image_path: str, features: np.ndarray) -> None:
-        """Stores the features of one image, (L, C)."""
+    def write(self, image_path: str, features: np.ndarray) -> int:
+        """Stores the features of one image, (L, C), and returns the CRC-32 of the file."""
+        content = io.BytesIO()
+        np.save(content, features.astype(self.dtype, copy=False))
         with atomic_write(self.path(image_path), "wb") as file:
-            np.save(file, features.astype(self.dtype, copy=False))
+            file.write(content.getbuffer())
+        return zlib.crc32(content.getbuffer())
 
     def read(self, paths: tf.Tensor) -> tf.Tensor:
         """Reads files (B,) inside a tf.data pipeline: features (B, L, C), as stored.
@@ -139,6 +144,27 @@ def find_outdated(cache: FeatureCache, records: ImageRecords, image_paths: list[
         log(f"features: {len(changed):,} images have changed and will be computed again, the first: {changed[0]}")
     outdated.update(changed)
     return [image_path for image_path in image_paths if image_path in outdated]
+
+
+def find_damaged(cache: FeatureCache, records: ImageRecords, image_paths: list[str]) -> tuple[list[str], int]:
+    """Reads the features of images, which have some, and compares them with what was written.
+
+    Returns:
+        The images whose features are another content, and the number of those without a checksum.
+    """
+
+    def read(image_path: str) -> tuple[int, bool]:
+        return zlib.crc32(cache.path(image_path).read_bytes()), not cache.missing([image_path])
+
+    damaged, num_unknown = [], 0
+    with progress_bar(total=len(image_paths), desc="verifying", unit="image") as progress:
+        for image_path, (checksum, is_complete) in map_threads(read, image_paths, NUM_READERS):
+            progress.update()
+            expected = records.checksum(image_path)
+            num_unknown += expected is None
+            if not is_complete or expected not in (None, checksum):
+                damaged.append(image_path)
+    return damaged, num_unknown
 
 
 # The manifest.

@@ -3,8 +3,8 @@
 A cache remembers which image file its features were computed from, so that a changed image gets new ones.
 
 images.jsonl in the cache's folder has a line for every image: its path, the size and the modification time of its
-file, and the SHA-256 of its content. Lines are only appended, so that several processes can share a cache; the last
-line of an image counts.
+file, the SHA-256 of its content, and the CRC-32 of the file of its features. Lines are only appended, so that several
+processes can share a cache; the last line of an image counts.
 """
 
 import hashlib
@@ -31,6 +31,7 @@ class ImageRecord(NamedTuple):
     num_bytes: int
     mtime_ns: int
     sha256: str
+    features_crc32: int | None = None  # not known of features that version 1.0 wrote
 
 
 class ImageRecords:
@@ -81,7 +82,7 @@ class ImageRecords:
             for image_path, now in map_threads(self._describe, image_paths, NUM_PENDING):
                 progress.update()
                 if now and now.sha256 == self._records[image_path].sha256:
-                    same[image_path] = now
+                    same[image_path] = now._replace(features_crc32=self.checksum(image_path))
                 else:
                     changed.append(image_path)
         try:
@@ -99,11 +100,16 @@ class ImageRecords:
             self._noted[image_path] = record
         return record is not None
 
-    def add(self, image_path: str) -> None:
+    def add(self, image_path: str, features_crc32: int | None = None) -> None:
         """Records the file of an image that was noted, after its features have been written."""
-        record = self._noted.pop(image_path)
+        record = self._noted.pop(image_path)._replace(features_crc32=features_crc32)
         if record != self._records.get(image_path):
             self._append({image_path: record})
+
+    def checksum(self, image_path: str) -> int | None:
+        """Returns the CRC-32 of the file of an image's features as it was written; None if it is not known."""
+        record = self._records.get(image_path)
+        return record and record.features_crc32
 
     def _describe(self, image_path: str) -> ImageRecord | None:
         """Describes an image's file as it is now; returns None if it cannot be read."""

@@ -72,7 +72,17 @@ def test_add_writes_a_line_per_image(folders):
     record(folders)
     stat = (folders[0] / "b.jpg").stat()
     sha256 = file_sha256(folders[0] / "b.jpg")
-    assert read_lines(folders)[1] == ["b.jpg", stat.st_size, stat.st_mtime_ns, sha256]
+    assert read_lines(folders)[1] == ["b.jpg", stat.st_size, stat.st_mtime_ns, sha256, None]
+
+
+def test_checksum_of_the_features_outlives_a_new_time_of_the_image(folders):
+    records = open_records(folders)
+    records.note("a.jpg")
+    records.add("a.jpg", features_crc32=7)
+    shift_time(folders[0] / "a.jpg", HOUR)
+    assert find_changed(folders, ["a.jpg"]) == []
+    assert len(read_lines(folders)) == 2 and open_records(folders).checksum("a.jpg") == 7
+    assert open_records(folders).checksum("b.jpg") is None
 
 
 def test_find_changed_compares_the_content_of_files_of_another_time_only(folders, hashed):
@@ -157,7 +167,9 @@ def test_processes_append_to_the_same_file(folders):
     processes = [subprocess.Popen([sys.executable, "-c", code, folders[1], letter], cwd=ROOT) for letter in "ab"]
     assert [process.wait(30) for process in processes] == [0, 0]
     lines = read_lines(folders)
-    expected = {(f"{letter}_{number}.jpg", number, number, letter * 64) for letter in "ab" for number in range(500)}
+    expected = {
+        (f"{letter}_{number}.jpg", number, number, letter * 64, None) for letter in "ab" for number in range(500)
+    }
     assert len(lines) == 1000 and {tuple(line) for line in lines} == expected
 
 
