@@ -5,6 +5,8 @@ import functools
 import json
 import os
 import re
+import subprocess
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -14,6 +16,8 @@ from captioning.base.quiet_tensorflow import tf
 
 # One of them exists where there is a driver: on Linux, and in Linux on Windows (WSL2).
 NVIDIA_DRIVER_FILES = (Path("/proc/driver/nvidia/version"), Path("/dev/dxg"))
+BUILT_FOR = ("sm_60", "sm_70", "sm_80", "sm_89", "compute_90")  # the wheels of TensorFlow 2.19 to 2.21
+TRY_SECONDS = 120  # a GPU that takes longer for a product compiles its kernels
 
 
 def has_gpu() -> bool:
@@ -37,17 +41,18 @@ def check_gpus() -> None:
                 "requirements-gpu.txt` installs the CUDA libraries it needs; TF_CPP_MIN_LOG_LEVEL=0 shows its reason"
             )
         return
-    built_for = tf.sysconfig.get_build_info().get("cuda_compute_capabilities", ())
+    built_for = tf.sysconfig.get_build_info().get("cuda_compute_capabilities")  # None from 2.22 on
     usable = []
-    for gpu in gpus:
+    for number, gpu in enumerate(gpus):
         details = tf.config.experimental.get_device_details(gpu)
-        if has_kernels(details, built_for):
+        if has_kernels(details, built_for or BUILT_FOR) or (not built_for and can_compute(number)):
             usable.append(gpu)
             continue
+        known = f", only for {', '.join(built_for)}" if built_for else ""
         log(
             f"TensorFlow {tf.__version__} has no kernels for {details.get('device_name', gpu)}, of compute capability "
-            f"{'.'.join(map(str, details['compute_capability']))}, only for {', '.join(built_for)}: it is not used; "
-            "a TensorFlow that is built for it can use it"
+            f"{'.'.join(map(str, details['compute_capability']))}{known}: it is not used; a TensorFlow that is built "
+            "for it can use it (on Colab choose another runtime than G4, which has a GPU of 12.0)"
         )
     if len(usable) < len(gpus):
         with contextlib.suppress(RuntimeError):  # it computes already, so that it is too late to hide any
@@ -64,6 +69,20 @@ def has_kernels(details: dict[str, Any], built_for: Sequence[str]) -> bool:
     major, minor = details["compute_capability"]
     versions = [divmod(int(number), 10) for number in re.findall(r"\d+", " ".join(built_for))]
     return any(kernel_major == major and kernel_minor <= minor for kernel_major, kernel_minor in versions)
+
+
+def can_compute(number: int) -> bool:
+    """Tries a product on a GPU, in a process of its own: once a GPU is tried, it cannot be hidden any more."""
+    code = (
+        "import tensorflow as tf\n"
+        "tf.config.set_soft_device_placement(False)  # which would take the CPU\n"
+        f"with tf.device('GPU:{number}'): (tf.ones((64, 64)) @ tf.ones((64, 64))).numpy()"
+    )
+    try:
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, timeout=TRY_SECONDS)
+    except subprocess.TimeoutExpired:
+        return False
+    return done.returncode == 0
 
 
 def make_strategy(name: str) -> tf.distribute.Strategy:

@@ -3,9 +3,32 @@
 from captioning.base.quiet_tensorflow import tf
 """
 
+import json
 import os
+import sys
+from pathlib import Path
 
-from captioning.base.cli import suppress_stderr
+from captioning.base.cli import command_name, log, suppress_stderr
+
+
+def check_keras_backend() -> None:
+    """Ends the program with a line if Keras is set to compute with something else than TensorFlow."""
+    setting, backend = "KERAS_BACKEND", os.environ.get("KERAS_BACKEND")
+    if not backend:
+        path = Path(os.environ.get("KERAS_HOME") or Path.home() / ".keras") / "keras.json"
+        try:
+            setting, backend = str(path), json.loads(path.read_text())["backend"]
+        except (OSError, ValueError, LookupError, TypeError):  # Keras ignores it, too
+            return
+    if backend != "tensorflow":
+        log(
+            f"{command_name()}: {setting}: expected tensorflow, found {backend}; set KERAS_BACKEND=tensorflow",
+            error=True,
+        )
+        sys.exit(2)  # no InputError: this is imported before a script's `main` could report one
+
+
+check_keras_backend()
 
 # TensorFlow would reserve all memory of all GPUs, so that a second process, such as inference.py beside a notebook or
 # a training, would find none. It reads this when it first uses a GPU.

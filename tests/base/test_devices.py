@@ -135,17 +135,19 @@ def test_check_xla_says_that_it_fails(monkeypatch):
 
 @pytest.fixture
 def check_gpus(monkeypatch):
-    """Runs check_gpus with GPUs, each a name and a compute capability; returns those that stay visible of some."""
+    """Runs check_gpus with GPUs, each a name and a compute capability; returns those that stay visible of some.
 
-    def check(*gpus):
+    `built_for` is None for a TensorFlow that does not say which kernels it has.
+    """
+
+    def check(*gpus, built_for=devices.BUILT_FOR):
         visible = []
         details = {name: {"device_name": name, "compute_capability": capability} for name, capability in gpus}
-        built_for = ["sm_60", "sm_70", "sm_80", "sm_89", "compute_90"]
-
+        build_info = {"cuda_compute_capabilities": built_for} if built_for else {}
         monkeypatch.setattr(tf.config, "list_physical_devices", lambda device_type: list(details))
         monkeypatch.setattr(tf.config.experimental, "get_device_details", lambda gpu: details[gpu])
         monkeypatch.setattr(tf.config, "set_visible_devices", lambda gpus, _: visible.extend(gpus))
-        monkeypatch.setattr(tf.sysconfig, "get_build_info", lambda: {"cuda_compute_capabilities": built_for})
+        monkeypatch.setattr(tf.sysconfig, "get_build_info", lambda: build_info)
         devices.check_gpus.__wrapped__()
         return visible
 
@@ -171,6 +173,37 @@ def test_check_gpus_hides_those_without_kernels(check_gpus, capsys):
     assert check_gpus(("RTX 5090", (12, 0)), ("RTX 4090", (8, 9))) == ["RTX 4090"]
     message = capsys.readouterr().err
     assert message.count("\n") == 1 and "no kernels for RTX 5090, of compute capability 12.0" in message
+    assert "(on Colab choose another runtime than G4, which has a GPU of 12.0)" in message
+
+
+@pytest.mark.parametrize("can_compute", [True, False])
+def test_check_gpus_tries_new_ones_where_the_kernels_are_not_known(check_gpus, monkeypatch, capsys, can_compute):
+    tried = []
+    monkeypatch.setattr(devices, "can_compute", lambda number: tried.append(number) or can_compute)
+    visible = check_gpus(("Tesla T4", (7, 5)), ("RTX PRO 6000", (12, 0)), built_for=None)
+    assert tried == [1] and visible == ([] if can_compute else ["Tesla T4"])
+    assert ("no kernels for RTX PRO 6000, of compute capability 12.0: it" in capsys.readouterr().err) != can_compute
+
+
+@pytest.mark.slow
+def test_can_compute_finds_no_gpu_here():
+    assert not devices.can_compute(0)
+
+
+@pytest.mark.parametrize(
+    ("command", "by_file"), [(["train.py"], False), (["features.py", "--help"], True), (["-m", "beyond.cider"], False)]
+)
+def test_another_backend_of_keras_ends_in_one_line(tmp_path, command, by_file):
+    (tmp_path / "keras.json").write_text('{"backend": "jax"}')
+    variables = {"KERAS_HOME": str(tmp_path), "KERAS_BACKEND": "" if by_file else "torch"}
+    done = subprocess.run(
+        [sys.executable, *command], cwd=TESTS.parent, env=os.environ | variables, capture_output=True, text=True
+    )
+    found = f"{tmp_path / 'keras.json'}: expected tensorflow, found jax" if by_file else "found torch"
+    name = command[-1] if command[0] == "-m" else command[0]
+    assert done.returncode == 2 and done.stdout == ""
+    assert done.stderr.startswith(f"{name}: ") and found in done.stderr
+    assert done.stderr.endswith("; set KERAS_BACKEND=tensorflow\n") and done.stderr.count("\n") == 1
 
 
 @pytest.mark.parametrize(
