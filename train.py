@@ -46,6 +46,7 @@ from captioning.runs.run_folder import (
     CONFIG_FILE,
     check_run_cnn,
     fill_locations,
+    first_line,
     init_run_dir,
     open_run,
     read_config,
@@ -66,7 +67,8 @@ from captioning.training.training_log import TrainingLog
 from captioning.training.validation import EpochScore, Validator
 from tokenizer import Tokenizer
 
-SPEED_SETTINGS = ("fused", "mixed_precision", "jit", "strategy")  # change the speed, not what is learnt
+# Those change the speed, not what is learnt.
+SPEED_SETTINGS = ("fused", "mixed_precision", "jit", "deterministic", "strategy")
 
 OnStep = Callable[[TrainState], None]  # is called after every step
 
@@ -402,6 +404,8 @@ def start_devices(config: TrainConfig) -> tf.distribute.Strategy:
     """
     for number in end_signals():
         signal.signal(number, signal.default_int_handler)
+    if config.deterministic:
+        tf.config.experimental.enable_op_determinism()
     devices.check_gpus()
     strategy = devices.make_strategy(config.strategy)
     devices.check_batch_size(config.batch_size, strategy)
@@ -469,14 +473,19 @@ def open_run_folder(run: Path, data: TrainData, config: RunConfig, strategy: tf.
     Of several machines, only the first one writes.
 
     Raises:
-        InputError: another process has the folder, or it holds a run with other settings.
+        InputError: another process has the folder, or it holds a run with other settings; or an operation of the block
+            cannot be deterministic, if that is asked for.
     """
-    if not devices.is_chief(strategy):
-        yield
-        return
-    with lock_folder(run):  # two trainings in one folder would overwrite each other's checkpoints
-        init_run_dir(run, config, data.tokenizer.save, data.cache.cnn_weights)
-        yield
+    with contextlib.ExitStack() as stack:
+        if devices.is_chief(strategy):
+            stack.enter_context(lock_folder(run))  # two trainings in one folder would overwrite their checkpoints
+            init_run_dir(run, config, data.tokenizer.save, data.cache.cnn_weights)
+        try:
+            yield
+        except tf.errors.UnimplementedError as error:
+            if not config.train.deterministic:
+                raise
+            raise InputError(f"--deterministic: not possible here ({first_line(error)}); train without it") from None
 
 
 def main(argv: list[str] | None = None, on_step: OnStep | None = None) -> None:

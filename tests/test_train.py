@@ -8,6 +8,7 @@ from helpers.runs import (
     LossRecorder,
     SimulatedKill,
     assert_same_checkpoint,
+    make_config,
     read_checkpoint,
     read_history,
     run_training,
@@ -22,6 +23,7 @@ from captioning.base.quiet_tensorflow import tf
 from captioning.config.settings import RECIPES, ModelConfig, TrainConfig
 from captioning.scores import metrics
 from captioning.training import objective, training_log, validation
+from captioning.training.input_pipeline import TrainData
 from captioning.training.validation import EpochScore, Validation, Validator
 
 NUM_STEPS = 7  # of an epoch with batches of 5
@@ -271,6 +273,27 @@ def test_batch_size_below_the_number_of_devices_is_refused(monkeypatch):
     monkeypatch.setattr(devices, "make_strategy", lambda name: FourDevices())
     with pytest.raises(InputError, match=r"^--batch-size: expected at least 4, the number of devices, found 3$"):
         train.main(["--strategy", "mirrored", "--batch-size", "3"])
+
+
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_deterministic_operations_are_chosen_before_tensorflow_does_anything(monkeypatch, deterministic):
+    calls = []
+    monkeypatch.setattr(tf.config.experimental, "enable_op_determinism", lambda: calls.append("deterministic"))
+    monkeypatch.setattr(devices, "check_gpus", lambda: calls.append("GPUs"))
+    train.start_devices(TrainConfig(deterministic=deterministic))
+    assert calls == ["deterministic"] * deterministic + ["GPUs"]
+
+
+def test_operation_that_cannot_be_deterministic_is_reported(dataset, cache, tokenizer, tmp_path):
+    message = "A deterministic GPU implementation of Some is not currently available.\n\t [[node]]"
+    for deterministic, error in ((True, InputError), (False, tf.errors.UnimplementedError)):
+        config = make_config(dataset, cache, tokenizer, deterministic=deterministic)
+        data, strategy = TrainData(dataset, cache, tokenizer), tf.distribute.get_strategy()
+        with (
+            pytest.raises(error, match=r"implementation of Some is not"),
+            train.open_run_folder(tmp_path / "run", data, config, strategy),
+        ):
+            raise tf.errors.UnimplementedError(None, None, message)
 
 
 @pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGHUP"])

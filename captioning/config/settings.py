@@ -191,6 +191,9 @@ class TrainConfig(Settings):
         choices=("off", "on"),
         may_change=True,
     )
+    deterministic: bool = option(
+        False, "make runs on a GPU repeatable: operations add in one order, which is slower", may_change=True
+    )
     strategy: str = option(
         "none",
         "devices that share the work: one, all GPUs of this machine, or the machines in TF_CONFIG",
