@@ -30,6 +30,7 @@ IMAGE_FIELDS = (
 CAPTION_FIELDS = (
     *("caption", "text", "captions", "sentences", "description", "sentence"),
     "caption_str",  # TextCaps
+    "report",  # R2Gen
     *("title", "comment"),  # often of something else than what is seen
 )
 SPLIT_FIELDS = ("split", "set_name")
@@ -262,29 +263,39 @@ def read_objects(content: Any, options: ReadOptions) -> Parsed | None:
     """Reads objects that have an image and one or several captions each.
 
     Hugging Face's metadata.jsonl (file_name, text), ALBEF, BLIP and LAVIS (image, caption), AI Challenger (caption, a
-    list, and image_id, which is a name) and TextCaps (image_name, caption_str, in a list called data) have this form.
+    list, and image_id, which is a name), TextCaps (image_name, caption_str, in a list called data) and R2Gen (report,
+    and image_path, a list, in a list for each split) have this form.
     """
-    if isinstance(content, dict):
+    if isinstance(content, dict) and all(parse_split(name) and _are_objects(content[name]) for name in content):
+        content = [item | {"split": split} for split, items in content.items() for item in items]
+    elif isinstance(content, dict):
         content = content.get("data", [content])
     if not isinstance(content, list):
         return None
     fields = find_fields((name for item in content if isinstance(item, dict) for name in item), options)
     if fields is None:
         return None
-    rows = []
+    rows, num_shared = [], 0
     for item in content:
         names = [name for name in fields.captions if name in item] if isinstance(item, dict) else []
         if not names or fields.image not in item:
             rows.append(CaptionRow(item, "", problem=f"not JSON with {fields.image} and {fields.captions[0]}"))
             continue
         captions = [caption for value in _drop_empty([item[name] for name in names]) for caption in _as_list(value)]
-        rows += [CaptionRow(item[fields.image], caption, split=item.get(fields.split)) for caption in captions]
-    return Parsed(rows, "fields {}{}".format(*fields.describe()))
+        images = _as_list(item[fields.image])
+        num_shared += len(images) > 1
+        rows += [CaptionRow(image, text, split=item.get(fields.split)) for image in images for text in captions]
+    shared = f"; {num_shared:,} objects have several images, each with all captions" if num_shared else ""
+    return Parsed(rows, "fields {}{}".format(*fields.describe()) + shared)
 
 
-def _as_list(captions: Any) -> list[Any]:
-    """Returns the captions of an image, one or several, as a list; an empty list becomes an empty caption."""
-    return captions or [""] if isinstance(captions, list) else [captions]
+def _are_objects(items: Any) -> bool:
+    return isinstance(items, list) and all(isinstance(item, dict) for item in items)
+
+
+def _as_list(value: Any) -> list[Any]:
+    """Returns captions or images, one or several, as a list; an empty list becomes an empty text."""
+    return value or [""] if isinstance(value, list) else [value]
 
 
 def _drop_empty(values: list[Any]) -> list[Any]:

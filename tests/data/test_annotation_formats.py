@@ -146,6 +146,17 @@ def test_json_lines_mark_broken_lines(read):
     assert pairs(read('{"file_name": "a.jpg", "text": "a dog"}\n')) == [("a.jpg", "a dog")], "a single line"
 
 
+def test_objects_may_be_in_a_list_for_each_split_and_have_several_images(read):
+    content = {"training": [{"image": ["a.jpg", "b.jpg"], "text": ["a dog", "the dog"]}], "dev": [], "test": []}
+    content["dev"].append({"image": "c.jpg", "text": "a cat"})
+    parsed = read(content)
+    assert pairs(parsed) == [(name, text) for name in ("a.jpg", "b.jpg") for text in ("a dog", "the dog")] + [
+        ("c.jpg", "a cat")
+    ]
+    assert [row.split for row in parsed.rows] == ["training"] * 4 + ["dev"]
+    assert parsed.details == "fields image, text, split; 1 objects have several images, each with all captions"
+
+
 def test_fields_of_objects_can_be_named(read):
     content = [{"photo": "a.jpg", "says": ["a dog", "the dog"]}]
     parsed = read(content, ReadOptions(image_column="photo", caption_column="says"))
@@ -360,7 +371,7 @@ def test_unknown_formats_are_refused_with_those_that_are_known(read, tmp_path):
         ("{", "expected JSON"),
         ("[1, 2]", "not a known annotation format"),
         ({"images": "../images", "cnn": "InceptionV3"}, "not a known annotation format"),
-        ({"train": [{"id": "a", "report": "normal", "image_path": ["a.png"]}]}, "not a known annotation format"),
+        ({"train": [{"id": "a", "findings": "normal", "image_path": ["a.png"]}]}, "not a known annotation format"),
         ([{"id": 5, "caption": "a dog"}], "not a known annotation format"),
         ({"annotations": [{"id": 1}], "images": 5}, "expected COCO captions JSON .*; something in it is wrong: Type"),
         ({"images": [{"sentences": [{"raw": "a dog"}]}]}, "expected Karpathy's JSON .*'filename'"),

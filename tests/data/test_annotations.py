@@ -71,7 +71,7 @@ def test_half_characters_and_wrong_types_are_left_out(tmp_path, capsys):
     path = tmp_path / "captions.json"
     path.write_text(
         '[{"image": "a.jpg", "caption": ["a dog", null, 5, "half \\ud800"]}, {"image": 7, "caption": "x"},'
-        '{"image": [], "caption": "y"}]'
+        '{"image": {}, "caption": "y"}]'
     )
     assert read_annotations(path) == [Example("a.jpg", ("a dog",), 0), Example("7", ("x",), 1)]
     reasons = [line.split(": ")[1] for line in capsys.readouterr().err.splitlines()[:-1]]
