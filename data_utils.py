@@ -27,8 +27,9 @@ from captioning.base.text import describe_unspaced
 from captioning.config.options import add_options
 from captioning.config.run_config import RunConfig
 from captioning.config.settings import DATA_PATHS, DataConfig
-from captioning.data.annotation_formats import ReadOptions, read_text
+from captioning.data.annotation_formats import read_text
 from captioning.data.annotations import SPLITS, Example
+from captioning.data.caption_rows import ReadOptions
 from captioning.data.datasets import FLICKR8K_SPLIT_FILES, find_source
 from captioning.images.image_names import NameIndex, clean_name
 from captioning.images.image_records import find_copies

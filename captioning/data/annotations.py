@@ -8,7 +8,8 @@ from pathlib import Path
 
 from captioning.base.cli import InputError, log
 from captioning.base.text import normalize_text, strip_marks
-from captioning.data.annotation_formats import CaptionRow, ReadOptions, parse_annotations, parse_split
+from captioning.data.annotation_formats import parse_annotations
+from captioning.data.caption_rows import CaptionRow, ReadOptions, parse_split
 from captioning.images.image_names import clean_name
 
 SPLITS = ("train", "val", "test")

@@ -12,8 +12,8 @@ from captioning.base.downloads import Archive, download, fetch_archive
 from captioning.base.files import check_disk_space
 from captioning.config.settings import DataConfig
 from captioning.data import shapes
-from captioning.data.annotation_formats import ReadOptions
 from captioning.data.annotations import NUM_NAMED, Example, read_annotations, rename_images
+from captioning.data.caption_rows import ReadOptions
 from captioning.images.image_names import find_clash, find_images
 
 # Plain http, since the host has no valid certificate: the sizes and MD5s of its archives are checked.

@@ -21,8 +21,9 @@ import numpy as np
 
 from captioning.base.cli import InputError, log
 from captioning.base.files import parse_json
-from captioning.data.annotation_formats import SEPARATORS, read_text
+from captioning.data.annotation_formats import read_text
 from captioning.data.annotations import Example
+from captioning.data.text_formats import SEPARATORS
 from captioning.images.image_names import NameIndex, clean_name
 from captioning.images.reading import read_size
 from captioning.output.captions import Caption

@@ -9,8 +9,9 @@ from typing import Any
 
 from captioning.base.cli import InputError, advise, log
 from captioning.base.text import normalize_text, strip_marks
-from captioning.data.annotation_formats import SEPARATORS, read_content
+from captioning.data.annotation_formats import read_content
 from captioning.data.annotations import Example
+from captioning.data.text_formats import SEPARATORS
 from captioning.images.image_names import clean_name, folders_agree
 
 

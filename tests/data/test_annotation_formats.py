@@ -10,8 +10,10 @@ from helpers.annotation_files import WRITERS, coco, karpathy, objects
 
 from captioning.base.cli import InputError
 from captioning.base.text import normalize_text
-from captioning.data.annotation_formats import FORMATS, ReadOptions, parse_annotations, parse_separator
+from captioning.data.annotation_formats import FORMATS, parse_annotations
 from captioning.data.annotations import read_annotations
+from captioning.data.caption_rows import ReadOptions
+from captioning.data.text_formats import parse_separator
 
 CAPTIONS = {
     "a.jpg": ["a dog runs", "the dog , which is brown , runs"],
