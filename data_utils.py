@@ -31,7 +31,7 @@ from captioning.data.annotation_formats import read_text
 from captioning.data.annotations import SPLITS, Example
 from captioning.data.caption_rows import ReadOptions
 from captioning.data.datasets import FLICKR8K_SPLIT_FILES, find_source
-from captioning.images.image_names import NameIndex, clean_name
+from captioning.images.image_names import NameIndex, clean_name, parse_names
 from captioning.images.image_records import find_copies
 
 # Options for the format of captions; `python data_utils.py --help` explains them.
@@ -271,7 +271,7 @@ def _split_by_lists(examples: Sequence[Example], split_files: dict[str, Path]) -
     index = NameIndex(example.image_path for example in examples)
     split_of: dict[str, str] = {}
     for split, path in split_files.items():
-        names = [clean_name(line) for line in read_text(path).split("\n") if line.strip()]
+        names = [clean_name(name) for name in parse_names(str(path), read_text(path))]
         # A list may name images that have no captions here, such as those of a subset: they are logged, not refused.
         unknown = [name for name in names if index.find(name) is None]
         if unknown:

@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 import data_utils
 import inference
 from captioning.base.cli import InputError, add_quiet_option, log, make_parser, print_results, progress_bar, run_main
-from captioning.base.files import write_json
+from captioning.base.files import check_output, write_json
 from captioning.base.quiet_tensorflow import tf
 from captioning.config.options import add_options
 from captioning.config.settings import DATA_PATHS, DataConfig, DecodeConfig, FeatureConfig
@@ -215,6 +215,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         raise InputError("--results holds captions already; --beam-size and the like are for a run")
     if args.results and args.boxes:
         raise InputError("--boxes measures the attention of a run, and --results has captions only; omit one of them")
+    if args.results:
+        check_output("--results", metrics_path(args), lambda path: b'"scores"' in path.read_bytes())
     if args.per_image:
         inputs = (args.results, args.annotations, args.val_annotations, args.test_annotations)
         check_table_path(args.per_image, filter(None, inputs))
@@ -223,6 +225,11 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     if args.spice:
         check_spice()
     return args
+
+
+def metrics_path(args: argparse.Namespace) -> Path:
+    """Returns the file for the scores of --results."""
+    return args.results.with_name(f"{args.results.stem}_metrics_{args.split}.json")
 
 
 def other_data_from_args(args: argparse.Namespace) -> DataConfig | None:
@@ -276,7 +283,7 @@ def evaluate_results(args: argparse.Namespace) -> None:
     metrics = {"results": str(args.results), **metrics, "references": source}
     metrics |= {"split": args.split, "images": len(examples)}
     print_metrics(args.results, metrics)
-    write_json(args.results.parent / f"{args.results.stem}_metrics_{args.split}.json", metrics)
+    write_json(metrics_path(args), metrics)
     if args.per_image:
         write_score_table(args.per_image, examples, texts, scores.by_image)
 

@@ -258,6 +258,8 @@ def caption_images(
     Returns:
         The number of images that could not be read, which are logged. If it is the only one, that is an InputError.
     """
+    for path in plots.values() if plots else ():
+        check_output("--output-dir", path, is_plot)
     num_failed = 0
     # Copies cost time and memory: only if something shows the images.
     with_copies = plots is not None or any(writer.shows_images for writer in writers)
@@ -375,7 +377,8 @@ def caption_from_args(args: argparse.Namespace, captioner: Captioner, writers: I
     images = args.inputs
     with contextlib.ExitStack() as stack:  # closes the table and draws the grid at the end
         if args.csv:
-            table = stack.enter_context(contextlib.closing(CsvWriter(args.csv, captioner.run, captioner.decode_config)))
+            table = CsvWriter(args.csv, captioner.run, captioner.decode_config, args.inputs)
+            stack.enter_context(contextlib.closing(table))
             outputs.append(table)
             images = [image for image in args.inputs if image_key(image) not in table.done]
             if num_done := len(args.inputs) - len(images):

@@ -153,7 +153,9 @@ def measure_folder(folder: Path, args: argparse.Namespace) -> dict[str, float]:
     memory: list[float] = []
 
     def caption_folder() -> None:
-        with contextlib.closing(CsvWriter(folder / f"captions{len(memory)}.csv", captioner.run, config)) as table:
+        with contextlib.closing(
+            CsvWriter(folder / f"captions{len(memory)}.csv", captioner.run, config, paths)
+        ) as table:
             for half in (paths[: len(paths) // 2], paths[len(paths) // 2 :]):
                 inference.caption_images(captioner, half, [table])
                 memory.append(resident_mb())

@@ -67,7 +67,7 @@ def test_assign_splits_refuses_bad_lists(split_lists):
 def test_assign_splits_by_lists_finds_names_as_people_write_them(split_lists, capsys):
     names = ("a.jpg", "sub/B.jpg", "c.jpg", "x/d.jpg", "y/d.jpg")
     examples = [Example(name, ("a",), i) for i, name in enumerate(names)]
-    lists = split_lists(train="\ufeffphotos\\A.JPG\n./b.jpg\n", val="c\nd.jpg\nother/B.jpg\n")
+    lists = split_lists(train="\ufeff# list\n'photos\\A.JPG'\n./b.jpg # second\n", val="c\nd.jpg\nother/B.jpg\n")
     split = assign_splits(examples, DataConfig(), lists)
     assert splits_of(split) == [("a.jpg", "train"), ("sub/B.jpg", "train"), ("c.jpg", "val")]
     logged = capsys.readouterr().err

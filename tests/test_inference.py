@@ -216,6 +216,11 @@ def test_caption_images_writes_plots_where_they_are_wanted(captioner, photos, tm
     assert inference.caption_images(captioner, paths, [TextWriter()], plots) == 0
     assert {path.name for path in (tmp_path / "plots").iterdir()} == {"a.png", "b.svg"}
     assert capsys.readouterr().err.count("attention: ") == 2
+    photo = tmp_path / "plots/a.png"
+    photo.write_bytes((photos / "0.png").read_bytes())
+    with pytest.raises(InputError, match=r"--output-dir \S+a\.png: expected a new file, or an earlier one"):
+        inference.caption_images(captioner, paths, [TextWriter()], plots)
+    capsys.readouterr()
     (tmp_path / "file").touch()  # no folder can be made there
     assert (
         inference.caption_images(captioner, paths, [TextWriter()], dict.fromkeys(paths, tmp_path / "file/a.png")) == 0

@@ -22,7 +22,8 @@ FULL_MEMORY = re.compile(
     "|STATUS_ALLOC_FAILED|STATUS_NOT_INITIALIZED"
 )
 OF_GPU = re.compile("GPU|CUDA|CUDNN|CUBLAS|Dst tensor")
-CONTROLS = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029]")  # those of a terminal, and what ends a line or a column
+# Of a terminal, what ends a line or a column, and what turns the direction of text.
+CONTROLS = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069]")
 
 
 class InputError(Exception):

@@ -32,20 +32,15 @@ _UNSPACED = re.compile(
 )
 
 # Control characters, without those that are white space.
-_CONTROLS = dict.fromkeys(code for code in (*range(32), *range(127, 160)) if not chr(code).isspace())
+CONTROLS = re.compile(r"(?![\t\n\v\f\r\x1c-\x1f\x85])[\x00-\x1f\x7f-\x9f]")
 
-_TO_ASCII = (
-    str.maketrans(
-        # Quotes from ‘ to ‛, ′ and ‵, the acute accent that some type for an apostrophe, letters like it, ׳ and ＇.
-        dict.fromkeys("\u2018\u2019\u201a\u201b\u2032\u2035\u00b4\u02b9\u02bb\u02bc\u02bd\ua78b\ua78c\u05f3\uff07", "'")
-        # Quotes from “ to ‟, ″ and ‶, « and », ‹ and ›, 〝 to 〟, ״ and ＂.
-        | dict.fromkeys(
-            "\u201c\u201d\u201e\u201f\u2033\u2036\u00ab\u00bb\u2039\u203a\u301d\u301e\u301f\u05f4\uff02", '"'
-        )
-        # Hyphens and dashes from ‐ to ―, ⁃, the minus sign, ﹘, ﹣ and －.
-        | dict.fromkeys("\u2010\u2011\u2012\u2013\u2014\u2015\u2043\u2212\ufe58\ufe63\uff0d", "-")
-    )
-    | _CONTROLS
+_TO_ASCII = str.maketrans(
+    # Quotes from ‘ to ‛, ′ and ‵, the acute accent that some type for an apostrophe, letters like it, ׳ and ＇.
+    dict.fromkeys("\u2018\u2019\u201a\u201b\u2032\u2035\u00b4\u02b9\u02bb\u02bc\u02bd\ua78b\ua78c\u05f3\uff07", "'")
+    # Quotes from “ to ‟, ″ and ‶, « and », ‹ and ›, 〝 to 〟, ״ and ＂.
+    | dict.fromkeys("\u201c\u201d\u201e\u201f\u2033\u2036\u00ab\u00bb\u2039\u203a\u301d\u301e\u301f\u05f4\uff02", '"')
+    # Hyphens and dashes from ‐ to ―, ⁃, the minus sign, ﹘, ﹣ and －.
+    | dict.fromkeys("\u2010\u2011\u2012\u2013\u2014\u2015\u2043\u2212\ufe58\ufe63\uff0d", "-")
 )
 
 # The zero-width non-joiner and joiner (U+200C and U+200D) are part of how Persian and the languages of India are spelt,
@@ -61,8 +56,12 @@ _STRAY_JOINER = re.compile(
 )
 
 # What programs write around captions: the tutorial's "<start> a dog <end>", startseq and endseq, [CLS] and [SEP], HTML.
-_START_MARKS = re.compile(r"^\s*(?:(?:[<\[](?:start|bos|sos|s|cls|p)[>\]]|startseq\b)\s*)+", re.IGNORECASE)
-_END_MARKS = re.compile(r"(?:(?:[<\[](?:end|eos|/s|sep|/p|br ?/?)[>\]]|endseq\b)\s*)+$", re.IGNORECASE)
+_TAG = r"[<\[{{]\|?(?:{})\|?[>\]}}]"
+_START = _TAG.format(r"start(?:seq|_?of_?\w+)?|beg(?:in)?|bos|sos|go|/?s|cls|(?:p|div|span)\b[^>]*|br ?/?")
+_END = _TAG.format(r"end(?:seq|_?of_?\w+)?|stop|eos|/?s|sep|pad|/(?:p|div|span)|br ?/?")
+_START_MARKS = re.compile(rf"^\s*(?:(?:{_START}|(?:__)?(?:start(?:seq)?|sos)_{{0,2}}(?!\S))\s*)+", re.IGNORECASE)
+_END_MARKS = re.compile(rf"(?:(?:{_END}|(?<!\S)_{{0,2}}(?:end(?:seq)?|eos)(?:__)?)[\s.]*)+$", re.IGNORECASE)
+_TERMINAL_CODE = re.compile(r"\x1b(?:\[[0-?]*[ -/]*[@-~]|\][^\x07\x1b]*(?:\x07|\x1b\\)?)")  # such as that of a colour
 
 
 # One form for the same text.
@@ -76,9 +75,10 @@ def normalize_text(text: str) -> str:
     space stands for any white space.
     """
     if not text.isprintable():
-        text = text.translate(_CONTROLS)
+        text = CONTROLS.sub("", _TERMINAL_CODE.sub("", text))
     while not text.isascii() or "&" in text:
-        normal = html.unescape(text).translate(_TO_ASCII)  # quotes before NFKC, which takes ″ for two ′
+        # Quotes before NFKC, which takes ″ for two ′.
+        normal = CONTROLS.sub("", html.unescape(text)).translate(_TO_ASCII)
         normal = "".join(char for char in normal if unicodedata.category(char) != "Cf" or char in "\u200c\u200d")
         normal = _STRAY_JOINER.sub("", unicodedata.normalize("NFKC", normal).translate(_TO_ASCII))
         if normal == text:

@@ -8,7 +8,7 @@ import codecs
 import csv
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -34,10 +34,9 @@ def parse_annotations(path: Path, options: ReadOptions) -> tuple[str, Parsed]:
     for name, read in FORMATS.items():
         try:
             parsed = read(content, options)
-        except (KeyError, TypeError, ValueError, IndexError, AttributeError, csv.Error) as error:
-            raise InputError(
-                f"{path}: expected {name} (docs/data.md shows it); something in it is wrong: {error!r}"
-            ) from None
+        except (KeyError, TypeError, ValueError, IndexError, AttributeError, csv.Error, InputError) as error:
+            reason = str(error) if isinstance(error, ValueError | InputError) else repr(error)
+            raise InputError(f"{path}: expected {name} (docs/data.md shows it); it is wrong: {reason}") from None
         if parsed is not None:
             return name, parsed
     found = "a folder" if path.is_dir() else repr(str(content).strip()[:60])
@@ -108,14 +107,20 @@ def read_image_folder(content: Any, options: ReadOptions) -> Parsed | None:
     if not files and content.is_dir():
         files = [file for folder in sorted(content.iterdir()) for file in _find_metadata(folder)]
     rows = []
+    splits = _splits_of([file.parent.name for file in files])
     for file in files:
         folder = PurePosixPath(file.parent.relative_to(content).as_posix())
-        split = parse_split(folder.name)
+        split = splits.get(folder.name, "")
         _, parsed = parse_annotations(file, options)
         for row in parsed.rows:
             rows.append(row._replace(image_path=f"{folder}/{row.image_path}", split=split or row.split))
     names = ", ".join(file.relative_to(content).as_posix() for file in files)
     return Parsed(rows, names) if files else None
+
+
+def _splits_of(folders: Collection[str]) -> dict[str, str]:
+    """Returns the split that each folder's name says, also unknown ones if another folder has the name of a split."""
+    return {name: name for name in folders} if any(map(parse_split, folders)) else {}
 
 
 def _find_metadata(folder: Path) -> list[Path]:
@@ -133,12 +138,13 @@ def read_caption_files(content: Any, options: ReadOptions) -> Parsed | None:
     if not any(image.with_suffix("") in texts for image in images):
         return None
     rows = []
+    splits = _splits_of({image.parts[0] for image in images if len(image.parts) > 1})
     for image in images:
         text = texts.get(image.with_suffix(""))
         if text is None:
             rows.append(CaptionRow(image.as_posix(), "", problem="an image without a .txt file beside it"))
             continue
-        split = parse_split(image.parts[0])
+        split = splits.get(image.parts[0], "")
         captions = read_text(content / text, options.encoding).strip()
         rows += [CaptionRow(image.as_posix(), line, split=split) for line in re.split(r"\n\s*", captions)]
     return Parsed(rows, "a .txt file beside each image")

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from captioning.base.cli import InputError, log
-from captioning.base.text import normalize_text, strip_marks
+from captioning.base.text import CONTROLS, normalize_text, strip_marks
 from captioning.data.annotation_formats import parse_annotations
 from captioning.data.caption_rows import CaptionRow, ReadOptions, parse_split
 from captioning.images.image_names import clean_name
@@ -48,6 +48,8 @@ def read_annotations(path: Path | str, options: ReadOptions = AS_FOUND) -> list[
     """
     path = Path(path)
     format_name, parsed = parse_annotations(path, options)
+    if num_changed := sum(bool(CONTROLS.search(str(row.caption))) for row in parsed.rows):
+        log(f"{path}: control characters are taken out of {num_changed:,} captions")
     rows = _strip_marks(path, [_clean_row(row) for row in parsed.rows])
     used = [row for row in rows if not row.problem]
     if not used:
@@ -75,7 +77,7 @@ def _clean_row(row: CaptionRow) -> CaptionRow:
         return row._replace(problem="a name or a caption that is not Unicode text")
     if not clean.image_path:
         return row._replace(problem="an image without a name")
-    if re.search(r"[\x00-\x1f\x7f-\x9f]", clean.image_path):
+    if CONTROLS.search(clean.image_path):
         return row._replace(problem="a name with control characters")
     if type(row.image_id) not in (int, str, type(None)):
         return row._replace(problem=f"an id that is neither a whole number nor text, {row.image_id!r}")

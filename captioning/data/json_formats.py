@@ -19,10 +19,13 @@ def read_coco(content: Any, options: ReadOptions) -> Parsed | None:
         return None
     images: dict[str, Any] = {}
     details = ""
+    id_of: dict[str, str] = {}  # of names in addresses
     for image in content["images"]:
-        if not image.get("file_name"):
+        if "://" in image.get("file_name", "://"):
             image = image | {"file_name": _name_in_address(image)}
             details = "names from the images' addresses"
+            if (other := id_of.setdefault(image["file_name"], str(image["id"]))) != str(image["id"]):
+                raise ValueError(f"the addresses of the images {other} and {image['id']} end in the same name")
         # The captions of one would go to the other.
         if images.setdefault(str(image["id"]), image)["file_name"] != image["file_name"]:
             raise ValueError(f"two images have the id {image['id']}")
@@ -45,7 +48,7 @@ def read_coco(content: Any, options: ReadOptions) -> Parsed | None:
 
 def _name_in_address(image: dict[str, Any]) -> str:
     """Returns the name of an image of COCO that has only an address; raises KeyError without one."""
-    for field in ("coco_url", "flickr_url", "url"):
+    for field in ("file_name", "coco_url", "flickr_url", "url"):
         if address := image.get(field):
             return PurePosixPath(unquote(urlsplit(address).path)).name
     raise KeyError("file_name")

@@ -14,7 +14,7 @@ from captioning.images.reading import is_image_file
 SEPARATORS = {",": "comma", "\t": "tab", ";": "semicolon", "|": "bar"}
 NUMBER = re.compile(r"\s*[\d.:/-]+\s*")
 CODE_NAME = re.compile(r"(?=\S*\d)[\w.-]+_[\w.-]+")  # of an image, such as 1000268201_693b08cb0e
-BARE_NAME = re.compile(r"(?=\S*\d)\S{5,}")  # of an image, without an ending
+BARE_NAME = re.compile(r"(?=\S*\d)\S+")  # of an image, without an ending
 # name#0<TAB>caption; Flickr8k-CN has name#zhc#0 and a space.
 TOKEN_LINE = re.compile(r"([^\t\n]+?\.\w+)(?:#[a-z]+)?#\d+[\t ](.*)")
 
@@ -36,7 +36,7 @@ def read_table(content: Any, options: ReadOptions) -> Parsed | None:
         return None
     header = _first_line(content)
     for separator in [parse_separator(options.separator)] if options.separator else SEPARATORS:
-        names = [name.strip().strip('"') for name in header.split(separator)]
+        names = [name.strip().strip('"') for name in next(csv.reader([header], delimiter=separator))]
         columns = find_fields(names, options)
         if columns:
             break
@@ -117,6 +117,10 @@ def read_headerless(content: Any, options: ReadOptions) -> Parsed | None:
     if not (found and (is_bare_name or is_image_file(name))):
         return None
     lines, repairs = _split_lines(content, separator)
+    if len(lines) > 2 and len(lines[0]) > 2 and len(set(map(len, lines))) == 1:
+        raise InputError(
+            f"expected a name and a caption in each row, or a first row that names the {len(lines[0])} columns"
+        )
     rows, num_joined = [], 0
     for name, *parts in lines:
         in_name = not is_image_file(name) and any(map(is_image_file, parts))

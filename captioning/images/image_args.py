@@ -15,7 +15,7 @@ from PIL import Image
 
 from captioning.base.cli import InputError, log
 from captioning.base.downloads import download
-from captioning.images.image_names import walk_files
+from captioning.images.image_names import parse_names, walk_files
 from captioning.images.reading import is_image_file, read_image
 
 MAX_IMAGE_BYTES = 50_000_000  # of a downloaded image
@@ -58,22 +58,11 @@ def read_list(path: str) -> list[str]:
     text = content.decode(*(("utf-16", "replace") if is_utf16 else ("utf-8-sig", "surrogateescape")))
     if re.search("[\x01-\x08\x0e-\x1a\x1c-\x1f]|\0.\0", text):  # the latter in UTF-16 that does not say so
         raise InputError(f"{expected}, found a binary file")
-    if "\0" in text:
-        images = [name for name in text.split("\0") if name]
-    else:
-        lines = [line.strip() for line in re.split("[\r\n]+", text) if line.strip()]
-        images = [_parse_line(line) for line in lines if line[0] != "#" or os.path.exists(line)]
-        if num_comments := len(lines) - len(images):
-            log(f"--from {path}: {num_comments:,} lines that begin with # are left out")
+    in_nul = "\0" in text
+    images = [name for name in text.split("\0") if name] if in_nul else parse_names(f"--from {path}", text)
     if not images:
         raise InputError(f"{expected}, found none")
     return images
-
-
-def _parse_line(line: str) -> str:
-    """Returns a line without a comment and quotes, unless they are part of a file's name."""
-    match = re.fullmatch(r"""(["']?)(.+?)\1(\s+#.*)?""", line)
-    return match[2] if match and not os.path.exists(line) else line
 
 
 def find_images(args: Sequence[str], image_list: str | None) -> list[str]:
@@ -102,8 +91,8 @@ def expand_image_args(args: Sequence[str], missing_ok: bool = False) -> list[str
     """
     images: list[str] = []
     for arg in args:
-        if arg.startswith("file://"):
-            arg = url2pathname(urllib.parse.urlsplit(arg).path)
+        if uri := re.fullmatch(r"file:(?://(?:localhost)?)?(/.*)", arg, re.IGNORECASE):
+            arg = url2pathname(uri[1])
         if not is_url(arg) and Path(arg).is_dir():
             images_in_folder = _walk_images(arg)
             if not images_in_folder:

@@ -8,6 +8,7 @@ from collections import defaultdict
 from collections.abc import Iterable
 from pathlib import Path, PurePosixPath
 
+from captioning.base.cli import log
 from captioning.images.reading import is_image_file
 
 
@@ -18,6 +19,22 @@ def clean_name(name: str) -> str:
     """
     parts = re.sub(r"^\s*[A-Za-z]:[\\/]", "", name.strip()).replace("\\", "/").split("/")
     return "/".join(part for part in parts if part not in ("", ".", ".."))
+
+
+def parse_names(source: str, text: str) -> list[str]:
+    """Returns the names in a list, one a line: without quotes around them, comments after them, and lines of comments.
+
+    What is the name of a file as it is stays so. `source` is where the list comes from, for the log.
+    """
+    lines = [line.strip() for line in re.split("[\r\n]+", text) if line.strip()]
+    names = []
+    for line in lines:
+        match = re.fullmatch(r"""(["']?)([^#].*?)\1(\s+#.*)?""", line)
+        if match or os.path.exists(line):
+            names.append(match[2] if match and not os.path.exists(line) else line)
+    if num_comments := len(lines) - len(names):
+        log(f"{source}: {num_comments:,} lines that begin with # are left out")
+    return names
 
 
 def name_key(name: str) -> str:

@@ -55,7 +55,7 @@ SLICE = 1 << 20  # values that are scaled at a time
 MIN_ROWS_SHARE = 0.5  # of a truncated JPEG's rows, of which more must be there
 END_OF_IMAGE = b"\xff\xd9"  # the last bytes of a JPEG
 HEIC_BRANDS = (b"heic", b"heix", b"hevc", b"heim", b"heis", b"heif", b"mif1", b"msf1")
-HEIC_SUFFIXES = (".heic", ".heif")
+OTHER_SUFFIXES = (".heic", ".heif", ".mpo", ".dib")  # HEIC, a phone's JPEG with a second picture, BMP
 
 
 # Reading.
@@ -118,6 +118,8 @@ def _mistakes_in(name: str) -> Iterator[None]:
             f"{name}: {megapixels:,} megapixels, expected at most {limit:,}"
             + advise(f"; if you trust it, use --max-megapixels {megapixels}")
         ) from None
+    except ValueError as error:
+        raise InputError(f"{name}: not an image that can be read ({error})") from None
     except Exception as error:  # Pillow raises many types for a damaged file, struct.error and TypeError among them
         is_unknown = isinstance(error, Image.UnidentifiedImageError)
         reason = "not of a format that is read, such as JPEG, PNG or WebP" if is_unknown else repr(error)
@@ -252,7 +254,10 @@ def to_rgb(image: Image.Image) -> Image.Image:
     Images of 16 bits and more, and of floats, are scaled from black to white, see `_find_range`. Transparent pixels
     become white.
     """
+    is_deep = any("16" in str(tile) for tile in getattr(image, "tile", ())) and image.mode.startswith("RGB")
     image.load()  # before the EXIF is read: errors there are ignored, and Pillow turns a TIFF upright while it loads
+    if is_deep and not np.asarray(image)[..., :3].any():
+        raise ValueError("16 bits in colour, of which Pillow reads the upper 8, and all are 0; save it with 8 bits")
     image = _turn_upright(image)
     if image.mode.startswith(("I", "F")):  # 16 bits and more: Pillow would clip them to white
         image = Image.fromarray(_scale_to_bytes(np.asarray(image)))
@@ -317,7 +322,7 @@ def is_image_file(path: Path | str) -> bool:
 def _image_suffixes() -> frozenset[str]:
     """Returns the endings of the formats that are read."""
     readable = (suffix for suffix, name in Image.registered_extensions().items() if name in _formats())
-    return frozenset([*readable, *HEIC_SUFFIXES])
+    return frozenset([*readable, *OTHER_SUFFIXES])
 
 
 def count_cores() -> int:

@@ -131,6 +131,7 @@ class CsvWriter:
         path: the file; the rows that are in it already are kept.
         run: the run folder whose weights make the captions.
         config: how captions are searched for.
+        images: the images of the command.
 
     Attributes:
         done: the images that were in the file already, by `image_key`.
@@ -141,8 +142,9 @@ class CsvWriter:
 
     shows_images = False
 
-    def __init__(self, path: Path, run: Path, config: DecodeConfig):
+    def __init__(self, path: Path, run: Path, config: DecodeConfig, images: Iterable[str]):
         self.path = path
+        self._keys = set(map(image_key, images))
         self._records = ImageRecords(path.parent, Path(), f"{path.name}.images.jsonl")
         weights_sha256 = file_sha256(f"{best_checkpoint(run)}.index")  # the index holds a checksum of every weight
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -213,9 +215,10 @@ class CsvWriter:
         if num_last < settings["captions"]:  # not all were written, or a small vocabulary has no more: captioned again
             rows = rows[: len(rows) - num_last]
         names = dict.fromkeys(row[0] for row in rows)
-        changed = set(self._records.find_changed(name for name in names if not is_url(name)))
-        if changed:
-            log(f"{self.path}: {len(changed):,} images have changed, and are captioned again, such as {min(changed)!r}")
+        files = [name for name in names if image_key(name) in self._keys and not is_url(name)]
+        if changed := set(self._records.find_changed(files)):
+            reason = "have changed, or their files are not recorded"
+            log(f"{self.path}: {len(changed):,} images {reason}; captioned again, the first: {min(changed)!r}")
             rows = [row for row in rows if row[0] not in changed]
             self._file.close()  # Windows replaces no open file
             with atomic_write(self.path, "wb") as file:

@@ -11,6 +11,7 @@ from captioning.base.cli import InputError, advise, log
 from captioning.base.text import normalize_text, strip_marks
 from captioning.data.annotation_formats import read_content
 from captioning.data.annotations import Example
+from captioning.data.caption_rows import CAPTION_FIELDS, IMAGE_FIELDS
 from captioning.data.text_formats import SEPARATORS
 from captioning.images.image_names import clean_name, folders_agree
 
@@ -148,7 +149,19 @@ def _read_table(path: Path, text: str) -> list[dict[str, str]]:
     """Reads a table with a header, such as that of inference.py --csv, of which only the best captions count."""
     header = text.lstrip().partition("\n")[0]
     separator = next((char for char in SEPARATORS if char in header), ",")
-    rows = list(csv.DictReader(io.StringIO(text.lstrip()), delimiter=separator))
+    lines = csv.DictReader(io.StringIO(text.lstrip()), delimiter=separator, skipinitialspace=True, strict=True)
+    try:
+        rows = list(lines)
+    except csv.Error as error:
+        raise InputError(f"{path}: expected quotes in pairs, found others ({error})") from None
+    if open_quotes := [row for row in rows if any("\n" in str(cell) for cell in row.values())]:
+        first = str(list(open_quotes[0].values()))[:60]
+        raise InputError(f"{path}: expected a row on each line, found one of several (is a quote left open?): {first}")
+    if long := [row for row in rows if None in row]:
+        raise InputError(
+            f"{path}: expected {len(lines.fieldnames or ())} columns in each row, found more in {len(long):,}, the "
+            f"first: {str(list(long[0].values())[:2])[:60]}; put quotes around a caption that holds the separator"
+        )
     best = [row for row in rows if row.get("rank") in (None, "1")]
     if len(best) < len(rows):
         log(f"{path}: {len(rows) - len(best):,} captions that are not the first of their image are left out")
@@ -157,9 +170,13 @@ def _read_table(path: Path, text: str) -> list[dict[str, str]]:
 
 def _read_row(row: Any) -> tuple[int | str, str] | None:
     """Returns the number or the name of an image, and its caption; None if it is something else."""
-    if not isinstance(row, dict) or None in row:  # the latter of a table whose row is too long
+    if not isinstance(row, dict):
         return None
-    image_id, caption = row.get("image_id", row.get("image")), row.get("caption")
+    fields = {str(name).strip().lower(): value for name, value in row.items()}
+    image_id, caption = (
+        next((fields[name] for name in names if name in fields), None)
+        for names in (("image_id", *IMAGE_FIELDS), CAPTION_FIELDS)
+    )
     if isinstance(caption, list) and len(caption) == 1:
         caption = caption[0]
     if isinstance(image_id, bool) or not isinstance(image_id, int | str) or not isinstance(caption, str):

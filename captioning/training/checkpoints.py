@@ -109,9 +109,12 @@ class Checkpoints:
 
     def _restore_best(self, damage: InputError) -> None:
         """Restores the best weights, after the epochs of history.csv, where no checkpoint can be read to resume."""
-        prefix = latest_checkpoint(self.run / "checkpoints/best")
+        try:
+            prefix = latest_checkpoint(self.run / "checkpoints/best")
+        except InputError:
+            prefix = None
         if prefix is None:
-            raise InputError(f"{damage}, and no best weights are saved: delete the run folder to start again")
+            raise InputError(f"{damage}, and there are no best weights: put a copy back, or delete the run folder")
         restore_weights(prefix, self.state.model)
         self.state.ema.restart()
         history = self.run / "history.csv"

@@ -25,7 +25,7 @@ from captioning.base.text import (
         ("the dog\u200b runs\ufeff", "the dog runs"),
         ("in\u00advisi\u200cble\u200d \u202aa\u202c\u2060", "invisible a"),
         ("  a\u00a0 \t\u3000dog\r\n ", "a dog"),
-        ("a\u0007 d\u0000og\u001b[0m\u007f \u0085b\u0081", "a dog[0m b"),
+        ("a\u0007 d\u0000og\u001b[0m\u007f \u0085b\u0081", "a dog b"),
         ("&am\u0007p; &#x81;x", "& x"),
         ("می\u200cرود", "می\u200cرود"),
         (
@@ -81,6 +81,15 @@ def test_punctuation_to_spaces_of_any_script():
         ("<p>", "</p><br>"),
         ("", " <br />"),
         ("<SOS> ", ""),
+        ("<start> ", " <end> <pad> <pad>"),
+        ("<GO> ", " <EOS>."),
+        ("<|startoftext|>", "<|endoftext|>"),
+        ("<start_of_seq> ", " <end_of_seq> ."),
+        ("sos ", " eos"),
+        ("START ", " END"),
+        ("__start__ ", " __end__"),
+        ("start_ ", " _end"),
+        ("{begin} ", " {stop}"),
     ],
 )
 def test_marks_around_most_captions_are_taken_off(start, end):

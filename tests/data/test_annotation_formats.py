@@ -118,6 +118,9 @@ def test_coco_images_without_a_name_have_that_of_their_address(read, field):
     assert parsed.details == "names from the images' addresses"
     with pytest.raises(InputError, match=r"wrong: KeyError\('file_name'\)"):
         read(content | {"images": [{"id": 0}]})
+    same_name = [{"id": index, field: f"http://example.com/{index}/image.jpg"} for index in (0, 10)]
+    with pytest.raises(InputError, match="the addresses of the images 0 and 10 end in the same name"):
+        read(content | {"images": same_name})
 
 
 def test_vizwiz_sentences_that_are_no_captions_are_marked(read):
@@ -263,12 +266,24 @@ def test_open_quotes_are_text(read, separator):
         'caption,image\n"a dog,img_0001\na cat,img_0002\na cow",img_0003\n',
         'image,caption,source\na.jpg,"a dog,X\nb.jpg,a cat",Y\nc.jpg,a cow,Z\n',
         'a.jpg,"a dog\nb.jpg,a cat"\nc.jpg,a cow\n',
+        'image,caption\n1,"a dog\n2,a cat"\n3,a cow\n',
     ],
 )
 def test_an_open_quote_swallows_no_rows(read, table):
     parsed = read(table)
     assert [text.strip('"') for _, text in pairs(parsed)] == ["a dog", "a cat", "a cow"]
     assert "; quotes are part of the captions" in parsed.details
+
+
+def test_a_third_column_needs_a_header(tmp_path):
+    path = tmp_path / "captions.csv"
+    path.write_text("a.jpg,a dog,Flickr\nb.jpg,a cat,Flickr\nc.jpg,a cow,Flickr\n")
+    with pytest.raises(InputError, match=r"captions\.csv: expected table .* or a first row that names the 3 columns"):
+        parse_annotations(path, ReadOptions())
+
+
+def test_a_name_in_the_header_may_hold_the_separator(read):
+    assert pairs(read('image,"note, more",caption\na.jpg,x,a dog\n')) == [("a.jpg", "a dog")]
 
 
 def test_flickr30k_row_without_a_separator_is_repaired_and_named(read):
@@ -348,6 +363,9 @@ def test_image_folder_has_splits_by_folder(tmp_path):
     }
     (path / "train/metadata.jsonl").write_text("of two metadata files of a folder the table counts")
     assert len(read_annotations(path)) == 4
+    (path / "validation").rename(path / "vall")
+    with pytest.raises(InputError, match="expected train, val or test as the split, found 'vall'"):
+        read_annotations(path)
 
 
 # What is no format.
@@ -375,7 +393,7 @@ def test_unknown_formats_are_refused_with_those_that_are_known(read, tmp_path):
         ({"images": "../images", "cnn": "InceptionV3"}, "not a known annotation format"),
         ({"train": [{"id": "a", "findings": "normal", "image_path": ["a.png"]}]}, "not a known annotation format"),
         ([{"id": 5, "caption": "a dog"}], "not a known annotation format"),
-        ({"annotations": [{"id": 1}], "images": 5}, "expected COCO captions JSON .*; something in it is wrong: Type"),
+        ({"annotations": [{"id": 1}], "images": 5}, "expected COCO captions JSON .*; it is wrong: Type"),
         ({"images": [{"sentences": [{"raw": "a dog"}]}]}, "expected Karpathy's JSON .*'filename'"),
     ],
 )

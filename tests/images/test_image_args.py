@@ -109,8 +109,10 @@ def test_find_images_takes_each_image_once(photos, tmp_path, capsys):
 def test_find_images_knows_a_file_by_its_path(photos, monkeypatch, capsys):
     monkeypatch.chdir(photos)
     Path("a%b ü.png").touch()
+    Path("#1.png").touch()
     found = find_images(["a.png", str(photos / "a.png"), "c/../a.png", (photos / "a%b ü.png").as_uri()], None)
     assert found == ["a.png", str(photos / "a%b ü.png")]
+    assert expand_image_args([f"FILE:{photos}/#1.png"]) == [f"{photos}/#1.png"]
     assert capsys.readouterr().err == "2 images are given more than once, and captioned once\n"
 
 

@@ -2,6 +2,7 @@
 
 import importlib.util
 import io
+import struct
 import subprocess
 import sys
 import threading
@@ -272,6 +273,25 @@ def test_read_image_says_that_it_uses_the_first_frame(tmp_path, image_format, se
     assert capsys.readouterr().err == f"{tmp_path / 'a'}: frame 1 of 3 is used\n", "logged once"
     read_image(encode(frames[0], image_format, **settings))
     assert capsys.readouterr().err == ""
+
+
+def test_colours_in_the_lower_half_of_16_bits_are_refused():
+    def encode_deep(value):
+        rows = b"".join(b"\0" + value.to_bytes(2, "big") * 6 for _ in range(2))  # 2x2 pixels
+        chunks = (
+            (b"IHDR", struct.pack(">IIBBBBB", 2, 2, 16, 2, 0, 0, 0)),
+            (b"IDAT", zlib.compress(rows)),
+            (b"IEND", b""),
+        )
+        parts = (
+            struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+            for kind, data in chunks
+        )
+        return b"\x89PNG\r\n\x1a\n" + b"".join(parts)
+
+    assert read_image(encode_deep(40_000)).getpixel((0, 0)) == (156, 156, 156)
+    with pytest.raises(InputError, match="16 bits in colour, of which Pillow reads the upper 8, and all are 0"):
+        read_image(encode_deep(200))
 
 
 def test_read_image_takes_two_views_for_one_photo(capsys):

@@ -170,7 +170,7 @@ def test_checkpoints_fall_back_to_the_best_weights(tmp_path, trained, capsys):
     assert (resumed.progress.get("epoch"), resumed.progress.best()) == (2, EpochScore())
     assert capsys.readouterr().err.endswith("): the best weights are trained further, and Adam begins anew\n")
     shutil.rmtree(tmp_path / "checkpoints/best")
-    with pytest.raises(InputError, match=r"ckpt-1 is damaged .*, and no best weights are saved: delete the run folder"):
+    with pytest.raises(InputError, match=r"ckpt-1 is damaged .*no best weights: put a copy back, or delete"):
         resumed.checkpoints(tmp_path).restore()
 
 
