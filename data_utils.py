@@ -90,7 +90,8 @@ def load_dataset(config: DataConfig, with_images: bool = True) -> CaptionDataset
     """
     # 1. The captions. They come first: they are small (COCO's: 250 MB), and tell which images are needed.
     source = find_source(config, with_images)
-    source.fetch_annotations()
+    for missing in source.find_missing_annotations():
+        missing.fetch()
     options = ReadOptions(config.image_column, config.caption_column, config.separator, config.encoding)
     examples = source.read_examples(options)
 
@@ -110,7 +111,8 @@ def load_dataset(config: DataConfig, with_images: bool = True) -> CaptionDataset
 
     # 3. The images, and only those of the subset: 1 GB for the 30,000 captions instead of 13.5 GB for all of COCO.
     if with_images:
-        source.fetch_images(examples)
+        for missing in source.find_missing_images([example.image_path for example in examples]):
+            missing.fetch()
 
     # The tokenizer splits captions at spaces. Chinese or Japanese has none: a whole caption would be a single word.
     if config.words == "spaces" and (hint := describe_unspaced(text for e in examples for text in e.captions)):

@@ -1,6 +1,7 @@
 """Where datasets come from: the known ones, which are downloaded or drawn, and the user's own files."""
 
 import dataclasses
+import functools
 import os
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
@@ -32,7 +33,10 @@ COCO_ARCHIVES = {  # with their lengths and MD5s
     )
 }
 COCO_IMAGE_BYTES = 165e3  # on average
+SHAPES_IMAGE_BYTES = 6e3
 ARCHIVE_SHARE = 0.25  # of a COCO archive's images that are missing, from which it is faster than single files
+COCO_IMAGES = {"train2014": 82_783, "val2014": 40_504, "train2017": 118_287, "val2017": 5_000}
+CAPTIONS_PER_IMAGE = 5  # of COCO and of Flickr8k
 NUM_DOWNLOADS = 16  # at the same time
 SMALLER = ", or use fewer --num-captions, or --data-dir on another disk"
 
@@ -57,6 +61,17 @@ class AnnotationPart(NamedTuple):
     split: str = ""  # of all its images, if it is known
 
 
+class Missing(NamedTuple):
+    """Files that are missing."""
+
+    name: str
+    folder: Path
+    num_bytes: float | None  # to download or to draw; None if it is not known
+    disk_bytes: float  # that they take, as far as it is known
+    fetch: Callable[[], object]  # downloads or draws them
+    archive_bytes: float = 0  # of an archive, which is deleted once it is unpacked
+
+
 @dataclasses.dataclass
 class DatasetSource:
     """The files of a dataset, and how they are downloaded."""
@@ -66,16 +81,25 @@ class DatasetSource:
     name: str  # also of the dataset's features and its run
     image_dir: Path  # the folder that image paths begin in
     parts: list[AnnotationPart]
+    num_images: dict[str, int] = dataclasses.field(default_factory=dict)  # by folder, as far as it is always the same
 
-    def fetch_annotations(self) -> None:
-        """Makes sure that the annotations and the split lists exist."""
+    def find_missing_annotations(self) -> list[Missing]:
+        """Returns what is missing of the annotations and the split lists."""
+        return []
 
     def find_image_paths(self, part: AnnotationPart, examples: list[Example]) -> list[Example]:
         """Returns the examples of a part with their image paths as they are inside its folder."""
         return examples
 
-    def fetch_images(self, examples: list[Example]) -> None:
-        """Makes sure that the images of the examples exist."""
+    def find_missing_images(self, image_paths: list[str]) -> list[Missing]:
+        """Returns how to get those of some images that are missing; raises InputError if there is no way."""
+        return []
+
+    def guess_image_paths(self, num_captions: int) -> list[str]:
+        """Returns as many names as so many captions have images (0: all captions), for a plan without the captions."""
+        share = min(1.0, num_captions / CAPTIONS_PER_IMAGE / max(1, sum(self.num_images.values()))) or 1.0
+        sizes = {folder: round(share * size) for folder, size in self.num_images.items()}
+        return [str(PurePosixPath(folder) / str(number)) for folder, size in sizes.items() for number in range(size)]
 
     def read_examples(self, options: ReadOptions) -> list[Example]:
         """Reads all parts, which must have different images; numbers the images of a part if an id of it is not unique.
@@ -108,6 +132,13 @@ class DatasetSource:
         return [image_path for image_path in image_paths if not (self.image_dir / image_path).exists()]
 
 
+def _missing_archive(archive: Archive, folder: Path, suffixes: tuple[str, ...]) -> Missing:
+    """Describes an archive that is to be downloaded and unpacked into a folder."""
+    num_bytes = 0 if (folder / archive.name).exists() else archive.num_bytes
+    fetch = functools.partial(fetch_archive, archive, folder, suffixes)
+    return Missing(archive.name, folder, num_bytes, archive.num_bytes or 0, fetch, num_bytes or 0)
+
+
 class Coco(DatasetSource):
     """MS-COCO: the training images and their captions, as in the tutorial, and the official validation images."""
 
@@ -120,37 +151,51 @@ class Coco(DatasetSource):
             AnnotationPart(annotations / f"captions_{name}{year}.json", f"{name}{year}", split)
             for name, split in splits.items()
         ]
-        super().__init__(folder.name, folder, parts)
+        super().__init__(folder.name, folder, parts, {part.folder: COCO_IMAGES[part.folder] for part in parts})
         self.year = year
 
-    def fetch_annotations(self) -> None:
-        """Downloads the annotation files."""
-        if not all(part.path.exists() for part in self.parts):
-            names = tuple(part.path.name for part in self.parts)
-            fetch_archive(COCO_ARCHIVES[f"annotations_trainval{self.year}"], self.image_dir, names)
+    def find_missing_annotations(self) -> list[Missing]:
+        """Returns the archive of the annotations, if some are missing."""
+        if all(part.path.exists() for part in self.parts):
+            return []
+        names = tuple(part.path.name for part in self.parts)
+        return [_missing_archive(COCO_ARCHIVES[f"annotations_trainval{self.year}"], self.image_dir, names)]
 
-    def fetch_images(self, examples: list[Example]) -> None:
-        """Downloads the images into train2014/ and val2014/: a few as single files, many as the archive."""
+    def find_missing_images(self, image_paths: list[str]) -> list[Missing]:
+        """Returns what is missing in train2014/ and val2014/: a few images as single files, many as the archive."""
+        result = []
         for part in self.parts:
             archive = COCO_ARCHIVES[part.folder]
-            image_paths = [e.image_path for e in examples if e.image_path.startswith(f"{part.folder}/")]
-            missing = self.find_missing(image_paths)
+            wanted = [image_path for image_path in image_paths if image_path.startswith(f"{part.folder}/")]
+            missing = self.find_missing(wanted)
             num_bytes = len(missing) * COCO_IMAGE_BYTES
             if missing and num_bytes >= ARCHIVE_SHARE * (archive.num_bytes or 0):
-                if not (self.image_dir / archive.name).exists():
-                    num_bytes += archive.num_bytes or 0
-                advice = "free some" + advise(f"{SMALLER}; 30,000 captions take about 1 GB")
-                check_disk_space(self.image_dir, num_bytes, f"all of COCO's {archive.name}", advice)
-                fetch_archive(archive, self.image_dir, (".jpg",))
-                missing = self.find_missing(missing)
+                found = _missing_archive(archive, self.image_dir, (".jpg",))
+                fetch = functools.partial(self._fetch_archive, found, num_bytes, missing)
+                result.append(found._replace(disk_bytes=num_bytes, fetch=fetch))
             elif missing:
-                check_disk_space(self.image_dir, num_bytes, "these images of COCO", "free some" + advise(SMALLER))
-                log(
-                    f"COCO: {len(image_paths) - len(missing):,} of {len(image_paths):,} images are in "
-                    f"{self.image_dir}/, downloading {len(missing):,} one by one (about {format_bytes(num_bytes)})"
-                )
-            if missing:
-                self._fetch_single_images(missing)
+                name = f"{len(missing):,} of {len(wanted):,} images, one by one"
+                fetch = functools.partial(self._fetch_few, missing, len(wanted), num_bytes)
+                result.append(Missing(name, self.image_dir, num_bytes, num_bytes, fetch))
+        return result
+
+    def _fetch_archive(self, archive: Missing, num_bytes: float, image_paths: list[str]) -> None:
+        """Downloads the archive of images, about so many bytes, and as single files those that it lacks."""
+        num_bytes += archive.archive_bytes
+        advice = "free some" + advise(f"{SMALLER}; 30,000 captions take about 1 GB")
+        check_disk_space(self.image_dir, num_bytes, f"all of COCO's {archive.name}", advice)
+        archive.fetch()
+        if missing := self.find_missing(image_paths):
+            self._fetch_single_images(missing)
+
+    def _fetch_few(self, missing: list[str], num_images: int, num_bytes: float) -> None:
+        """Downloads the images that are missing of `num_images`, about so many bytes, as single files."""
+        check_disk_space(self.image_dir, num_bytes, "these images of COCO", "free some" + advise(SMALLER))
+        log(
+            f"COCO: {num_images - len(missing):,} of {num_images:,} images are in {self.image_dir}/, downloading "
+            f"{len(missing):,} one by one (about {format_bytes(num_bytes)})"
+        )
+        self._fetch_single_images(missing)
 
     def _fetch_single_images(self, image_paths: list[str]) -> None:
         """Downloads images as single files, many at the same time."""
@@ -171,19 +216,21 @@ class Flickr8k(DatasetSource):
     """Flickr8k: 8,000 images with five captions each, and the lists of its usual split."""
 
     def __init__(self, folder: Path):
-        super().__init__("flickr8k", folder / "Flicker8k_Dataset", [AnnotationPart(folder / "Flickr8k.token.txt")])
+        part = AnnotationPart(folder / "Flickr8k.token.txt")
+        super().__init__("flickr8k", folder / "Flicker8k_Dataset", [part], {"": 8000})
         self.folder = folder
 
-    def fetch_annotations(self) -> None:
-        """Downloads the captions and the split lists."""
+    def find_missing_annotations(self) -> list[Missing]:
+        """Returns the archive of the captions and the split lists, if some are missing."""
         names = (self.parts[0].path.name, *FLICKR8K_SPLIT_FILES.values())
-        if not all((self.folder / name).exists() for name in names):
-            fetch_archive(FLICKR8K_TEXT, self.folder, (".token.txt", "Images.txt"))
+        if all((self.folder / name).exists() for name in names):
+            return []
+        return [_missing_archive(FLICKR8K_TEXT, self.folder, (".token.txt", "Images.txt"))]
 
-    def fetch_images(self, examples: list[Example]) -> None:
-        """Downloads all images, unless those of the examples exist."""
-        if self.find_missing(example.image_path for example in examples):
-            fetch_archive(FLICKR8K_IMAGES, self.folder, (".jpg",))
+    def find_missing_images(self, image_paths: list[str]) -> list[Missing]:
+        """Returns the archive of all images, if some of these are missing."""
+        missing = self.find_missing(image_paths)
+        return [_missing_archive(FLICKR8K_IMAGES, self.folder, (".jpg",))] if missing else []
 
 
 class Flickr30k(DatasetSource):
@@ -198,30 +245,36 @@ class Flickr30k(DatasetSource):
         part = AnnotationPart(next((path for path in annotations if path.exists()), annotations[0]))
         super().__init__("flickr30k", next((path for path in image_dirs if path.is_dir()), image_dirs[0]), [part])
 
-    def fetch_annotations(self) -> None:
-        """Downloads Karpathy's captions and split, unless a file of captions is there."""
+    def find_missing_annotations(self) -> list[Missing]:
+        """Returns the archive of Karpathy's captions and split, unless a file of captions is there."""
         path = self.parts[0].path
-        if not path.exists():
-            fetch_archive(KARPATHY_SPLITS, path.parent, (path.name,))
+        return [] if path.exists() else [_missing_archive(KARPATHY_SPLITS, path.parent, (path.name,))]
 
-    def fetch_images(self, examples: list[Example]) -> None:
+    def find_missing_images(self, image_paths: list[str]) -> list[Missing]:
         """Raises InputError if no image is there; it says where to get them."""
-        if len(self.find_missing(example.image_path for example in examples)) == len(examples):
+        if image_paths and len(self.find_missing(image_paths)) == len(image_paths):
             raise InputError(
                 f"Flickr30k's images are given out on request only: fill in the form at "
                 f"https://shannon.cs.illinois.edu/DenotationGraph/, and unpack them into {self.image_dir}/"
             )
+        return []
 
 
 class Shapes(DatasetSource):
     """The toy dataset, which is drawn instead of downloaded."""
 
     def __init__(self, folder: Path):
-        super().__init__("shapes", folder, [AnnotationPart(folder / shapes.ANNOTATIONS)])
+        super().__init__("shapes", folder, [AnnotationPart(folder / shapes.ANNOTATIONS)], {"images": shapes.NUM_IMAGES})
 
-    def fetch_annotations(self) -> None:
-        """Draws the images and writes the annotation file."""
-        shapes.draw_dataset(self.image_dir)
+    def find_missing_annotations(self) -> list[Missing]:
+        """Returns the drawings, unless they are there; raises InputError if they are others."""
+        draw = functools.partial(shapes.draw_dataset, self.image_dir)
+        if self.parts[0].path.exists():
+            draw()  # which only compares the settings
+            return []
+        num_bytes = shapes.NUM_IMAGES * SHAPES_IMAGE_BYTES
+        name = f"{shapes.NUM_IMAGES:,} images of shapes, which are drawn"
+        return [Missing(name, self.image_dir, num_bytes, num_bytes, draw)]
 
 
 class UserFiles(DatasetSource):
