@@ -17,21 +17,23 @@ CNNs. The command can be stopped at any time. Run again, it continues.
 
 import argparse
 import itertools
-import math
 import os
 import re
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
 
 import data_utils
 from captioning.base.cli import (
+    FirstRate,
     InputError,
     add_quiet_option,
     format_bytes,
+    format_seconds,
     log,
     make_parser,
     print_results,
@@ -125,6 +127,27 @@ def build_feature_extractor(cnn_weights: str = "imagenet", cnn: CNN = INCEPTION_
 # Caching the features extracted from InceptionV3.
 
 
+def match_manifest(folder: Path, expected: dict[str, Any]) -> dict[str, Any] | None:
+    """Returns the manifest of a cache, with the new folder of images that have moved; None if it is still empty.
+
+    Raises:
+        InputError: it holds other features than those that the manifest `expected` describes.
+    """
+    if not (folder / MANIFEST_FILE).exists() or next(folder.rglob("*.npy"), None) is None:
+        return None
+    manifest = read_manifest(folder)
+    if not (folder / manifest["images"]).exists():  # those with another content are computed again
+        manifest["images"] = expected["images"]
+    # A file of weights may have another name. The SHA-256 of random ones is only in the cache.
+    if difference := find_difference(manifest, expected, {"weights" if "sha256" in expected else "sha256"}):
+        key, found, value = difference
+        raise InputError(
+            f"{folder} holds features made with {key} {found}, expected {value}; choose another --features-dir, or "
+            f"give the settings in {folder / MANIFEST_FILE}"
+        )
+    return manifest
+
+
 def open_or_create_cache(
     folder: Path | str,
     image_dir: Path,
@@ -145,41 +168,41 @@ def open_or_create_cache(
     check_cnn_weights(cnn_weights)
     expected = make_manifest(folder, image_dir, cnn_weights, dtype, cnn)
     # A cache that is still empty is created again. It may be left over from weights that could not be downloaded.
-    if not (folder / MANIFEST_FILE).exists() or next(folder.rglob("*.npy"), None) is None:
+    if not (manifest := match_manifest(folder, expected)):
         if cnn_weights == "random":  # drawn now, and saved: features of two random CNNs have nothing in common
             extractor = build_feature_extractor(cnn_weights, cnn)
             files = [image_dir / image_path for image_path in image_paths]
             expected["sha256"] = save_random_cnn(folder / CNN_FILE, extractor, cnn, files, load_image)
         write_json(folder / MANIFEST_FILE, expected)
         return FeatureCache(folder, expected)
-    manifest = read_manifest(folder)
-    were_moved = manifest["images"] != expected["images"] and not (folder / manifest["images"]).exists()
-    if were_moved:  # those with another content are computed again
-        manifest["images"] = expected["images"]
-    # A file of weights may have another name. The SHA-256 of random ones is only in the cache.
-    if difference := find_difference(manifest, expected, {"weights" if "sha256" in expected else "sha256"}):
-        key, found, value = difference
-        raise InputError(
-            f"{folder} holds features made with {key} {found}, expected {value}; choose another --features-dir, or "
-            f"give the settings in {folder / MANIFEST_FILE}"
-        )
-    if were_moved:
+    if manifest != read_manifest(folder):
         log(f"features: the images of {folder}/ have moved, and are now in {image_dir}/")
         write_json(folder / MANIFEST_FILE, manifest)
     return FeatureCache(folder, {**manifest, "weights": cnn_weights})
 
 
+def describe_cost(cache: FeatureCache, num_images: int) -> str:
+    """Describes the disk that the features of so many images take, and the time, unless a GPU computes them."""
+    cost = format_bytes(num_images * cache.num_bytes)
+    if not tf.config.list_physical_devices("GPU"):
+        cost += f", about {format_seconds(cache.cnn.seconds(num_images))} on two CPU cores"
+    return cost
+
+
 def announce_extraction(cache: FeatureCache, missing: list[str], num_images: int) -> None:
     """Logs how many of `num_images` images are missing in a cache, and checks that the disk has space for them."""
-    num_bytes = len(missing) * math.prod(cache.shape) * cache.dtype.itemsize
-    cost = format_bytes(num_bytes)
-    if not tf.config.list_physical_devices("GPU"):
-        cost += f", about {math.ceil(cache.cnn.seconds(len(missing)) / 60)} min on two CPU cores"
     log(
         f"features: {num_images - len(missing):,} of {num_images:,} images are cached in {cache.folder}/, "
-        f"computing {len(missing):,} ({cost})"
+        f"computing {len(missing):,} ({describe_cost(cache, len(missing))})"
     )
+    num_bytes = len(missing) * cache.num_bytes
     check_disk_space(cache.folder, num_bytes, "caching them", "use --features-dir on a larger disk, or fewer images")
+
+
+def announce_time_left(rate: float, num_left: int) -> None:
+    """Logs how long images take at a rate, in images per second, once it is known; not less than a minute."""
+    if rate and num_left >= 60 * rate:
+        log(f"features: {rate:.1f} images/s, {format_seconds(num_left / rate)} left")
 
 
 def cache_features(cache: FeatureCache, image_dir: Path, image_paths: list[str], batch_size: int) -> dict[str, str]:
@@ -226,13 +249,14 @@ def cache_features(cache: FeatureCache, image_dir: Path, image_paths: list[str],
     # read images ahead, one runs the CNN, and others write the batch before.
     readable = skip_unreadable(map_threads(load, missing, NUM_AHEAD * batch_size), unreadable)
     batches = make_batches(readable, batch_size)
-    bar = progress_bar(total=len(missing), unit="image", desc="features")
+    bar, rate = progress_bar(total=len(missing), unit="image", desc="features"), FirstRate()
     with bar as progress, ThreadPoolExecutor(NUM_WRITERS) as writers:
         written: Iterable[None] = ()
         for (paths, _), features in map_threads(lambda batch: extract(batch[1]), batches, 2, num_threads=1):
             list(written)  # waits for the files of the batch before, and raises the error of a full disk
             written = writers.map(save, paths, features.numpy())
             progress.update(len(paths))
+            announce_time_left(rate.measure(progress.n), len(missing) - len(unreadable) - progress.n)
         list(written)
         progress.update(len(unreadable))
     if len(unreadable) == len(image_paths):

@@ -205,7 +205,15 @@ def test_cache_features_announces_disk_space_and_time(
         features.cache_features(cache, image_dir, image_paths, batch_size=32)
     assert mean_extractor.num_traces == 0
     output = capsys.readouterr().err
-    assert "0 of 11 images are cached" in output and "computing 11 (6 MB, about 1 min on two CPU cores)" in output
+    assert "0 of 11 images are cached" in output and "computing 11 (6 MB, about 1 s on two CPU cores)" in output
+
+
+def test_cache_features_tells_the_time_left_at_the_measured_rate(tmp_path, image_dir, image_paths, monkeypatch, capsys):
+    cache = features.open_or_create_cache(tmp_path / "cache", image_dir, image_paths, "imagenet", "float16")
+    monkeypatch.setattr(features.FirstRate, "measure", lambda _, done: 0.05 * (done == 6))
+    features.cache_features(cache, image_dir, image_paths[:10], batch_size=2)
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.endswith(" left")]
+    assert lines == ["features: 0.1 images/s, 2 min left"]
 
 
 def test_cache_features_without_readable_image_is_an_error(tmp_path, image_dir):

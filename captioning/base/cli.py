@@ -10,6 +10,7 @@ import re
 import signal
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NoReturn
@@ -227,6 +228,24 @@ def progress_bar(*args: Any, disable: bool = False, **kwargs: Any) -> tqdm:
     return tqdm(*args, disable=disable or Verbosity.quiet, **kwargs)
 
 
+class FirstRate:
+    """Measures, once, how fast a loop is in its first seconds, without its first step, which builds a graph."""
+
+    seconds = 10.0
+
+    def __init__(self) -> None:
+        self._start: tuple[float, float] | None = None  # when the first step had ended, and what was done then
+
+    def measure(self, done: float) -> float:
+        """Returns what is done per second, when enough seconds have passed; 0 before, and ever after."""
+        now = time.monotonic()
+        start, done_then = self._start = self._start or (now, done)
+        if now - start < self.seconds:
+            return 0.0
+        self._start = (math.inf, 0.0)
+        return (done - done_then) / (now - start)
+
+
 @contextlib.contextmanager
 def suppress_stderr() -> Iterator[None]:
     """Holds back what TensorFlow's libraries write to standard error as they load, unless the block fails."""
@@ -251,3 +270,10 @@ def suppress_stderr() -> Iterator[None]:
 def format_bytes(size: float) -> str:
     """Formats a number of bytes for people: `1.6 GB` or `25 MB`."""
     return f"{size / 1e9:.1f} GB" if size >= 1e8 else f"{math.ceil(size / 1e6)} MB"
+
+
+def format_seconds(seconds: float) -> str:
+    """Formats a duration for people: `40 s`, `5 min` or `2.5 h`."""
+    if seconds <= 60:
+        return f"{math.ceil(seconds)} s"
+    return f"{seconds / 3600:.1f} h" if seconds >= 7200 else f"{math.ceil(seconds / 60)} min"

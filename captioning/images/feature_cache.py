@@ -61,6 +61,7 @@ class FeatureCache:
         cnn: the CNN that computes them, and the size of its images.
         shape: of the features of an image: L locations and C channels, of InceptionV3 (64, 2048).
         dtype: the stored features' type, float16 or float32.
+        num_bytes: of the file of an image's features.
     """
 
     def __init__(self, folder: Path | str, manifest: dict[str, Any]):
@@ -71,7 +72,7 @@ class FeatureCache:
         self.dtype = np.dtype(manifest["dtype"])
         example = io.BytesIO()
         np.save(example, np.empty(self.shape, self.dtype))
-        self._num_bytes = len(example.getvalue())  # of every file
+        self.num_bytes = len(example.getvalue())
         self._header = example.getvalue()[:HEADER_BYTES]
 
     @property
@@ -93,7 +94,7 @@ class FeatureCache:
         """Tells whether a file has the size and the header that `write` gives it. `read` checks neither."""
         try:
             with open(path, "rb") as file:
-                return file.read(HEADER_BYTES) == self._header and file.seek(0, os.SEEK_END) == self._num_bytes
+                return file.read(HEADER_BYTES) == self._header and file.seek(0, os.SEEK_END) == self.num_bytes
         except (OSError, ValueError):  # there is no such file, or its name is too long or contains a NUL
             return False
 

@@ -199,3 +199,17 @@ def test_run_main_says_that_memory_is_full(error, expected, all_options, capsys)
         run_main(main)
     message = capsys.readouterr().err
     assert stop.value.code == 2 and expected in message and message.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("seconds", "expected"), [(0.2, "1 s"), (60, "60 s"), (61, "2 min"), (7199, "120 min"), (9000, "2.5 h")]
+)
+def test_format_seconds_has_the_unit_that_people_would_choose(seconds, expected):
+    assert cli.format_seconds(seconds) == expected
+
+
+def test_first_rate_is_told_once_and_without_the_first_step(monkeypatch):
+    times = iter((100.0, 109.0, 112.0, 130.0))
+    monkeypatch.setattr(cli.time, "monotonic", lambda: next(times))
+    rate = cli.FirstRate()
+    assert [rate.measure(done) for done in (1000, 1008, 1024, 1099)] == [0, 0, 2, 0]
