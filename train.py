@@ -3,6 +3,7 @@
     python train.py                                # MS-COCO 2014, 30,000 captions, as the tutorial
     python train.py --num-captions all             # all of its training images
     python train.py --annotations captions.csv --images photos/
+    python train.py --dry-run                      # only prints what it would download, and the time and disk it takes
     python train.py --recipe best                  # the settings that scored best on Flickr8k
     python train.py --annotations captions.csv --start runs/coco   # from the weights of another run
 
@@ -27,6 +28,7 @@ import features
 import model
 from captioning.base import devices
 from captioning.base.cli import (
+    FirstRate,
     InputError,
     add_quiet_option,
     defer_interrupts,
@@ -36,12 +38,14 @@ from captioning.base.cli import (
     progress_bar,
     run_main,
 )
+from captioning.base.downloads import redact_url
 from captioning.base.files import lock_folder
 from captioning.base.quiet_tensorflow import tf
 from captioning.config.guests import find_model_guest
 from captioning.config.options import add_options
 from captioning.config.run_config import RunConfig
 from captioning.config.settings import RECIPES, DataConfig, FeatureConfig, ModelConfig, TrainConfig
+from captioning.data.datasets import find_source
 from captioning.runs.run_folder import (
     CONFIG_FILE,
     check_run_cnn,
@@ -51,6 +55,7 @@ from captioning.runs.run_folder import (
     open_run,
     read_config,
 )
+from captioning.training import plan
 from captioning.training.checkpoints import Checkpoints, TrainProgress, TrainState
 from captioning.training.input_pipeline import (
     Batch,
@@ -63,7 +68,7 @@ from captioning.training.input_pipeline import (
 from captioning.training.objective import CrossEntropy, StepSums
 from captioning.training.optimizer import WeightEMA, make_optimizer
 from captioning.training.start import check_start, copy_weights, keep_words, start_settings
-from captioning.training.training_log import TrainingLog
+from captioning.training.training_log import TrainingLog, read_history
 from captioning.training.validation import EpochScore, Validator
 from tokenizer import Tokenizer
 
@@ -166,6 +171,7 @@ def train_epoch(
         desc=f"epoch {epoch + 1}/{config.epochs}",
         disable=not checkpoints.is_writer,
     )
+    rate = FirstRate()
     saved = shown = time.monotonic()
     with bar:
         for batch, rows in zip(batches.load(order[done:]), order[done:], strict=True):
@@ -178,6 +184,7 @@ def train_epoch(
                 name = state.objective.column.removeprefix("train_")
                 bar.set_postfix_str(f"{name} {state.objective.result(progress.mean_loss()):.3f}", refresh=False)
                 checkpoints.check_loss()
+                plan.announce_duration(progress, rate.measure(bar.n), bar.total, config.epochs)
             # Epochs of COCO take hours: a run that is killed within one loses a few minutes.
             if now - saved >= 60 * config.checkpoint_minutes:
                 checkpoints.save()
@@ -372,11 +379,18 @@ def add_train_options(parser: argparse.ArgumentParser, defaults: Mapping[str, An
 
 
 def find_defaults(argv: list[str] | None) -> dict[str, Any]:
-    """Returns the defaults that a command line changes by its recipe, and by the run that it starts from."""
+    """Returns the defaults that a command line changes by its recipe, and by the run that it starts from.
+
+    Raises:
+        InputError: the run cannot be opened, or would be downloaded or unpacked for --dry-run.
+    """
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     add_options(parser, TrainConfig, only=("recipe",))
     parser.add_argument("--start")
+    parser.add_argument("--dry-run", action="store_true")
     args, _ = parser.parse_known_args(argv)
+    if args.dry_run and args.start and not Path(args.start).is_dir():
+        raise InputError(f"--dry-run unpacks nothing: expected a run folder as --start, found {redact_url(args.start)}")
     return RECIPES[args.recipe] | (start_settings(open_run(args.start)) if args.start else {})
 
 
@@ -388,6 +402,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--start", metavar="DIR|ZIP|URL", help=text)
     text = "with --start: keep the words of that run beside those of the new captions"
     parser.add_argument("--keep-words", action="store_true", help=text)
+    text = "only print what would be downloaded, and how much time and disk it takes"
+    parser.add_argument("--dry-run", action="store_true", help=text)
     # These are read before all else: they change defaults, which options that are given then override.
     add_train_options(parser, find_defaults(argv))
     args = parser.parse_args(argv)
@@ -415,13 +431,16 @@ def start_devices(config: TrainConfig) -> tf.distribute.Strategy:
 
 
 def prepare(
-    args: argparse.Namespace, open_features: Callable[..., Any] = features.extract_features
+    args: argparse.Namespace,
+    open_features: Callable[..., Any] = features.extract_features,
+    with_images: bool = True,
 ) -> tuple[TrainData, RunConfig]:
     """Prepares the data, their features and the vocabulary, as the tutorial does before it trains.
 
     Args:
         args: the command line.
         open_features: returns the features of a dataset, and the dataset without the images that cannot be read.
+        with_images: whether the images are needed, see `data_utils.load_dataset`.
 
     Raises:
         InputError: something of it is missing or wrong.
@@ -431,7 +450,7 @@ def prepare(
     train_config, model_config = TrainConfig.from_args(args), ModelConfig.from_args(args)
     # 1. The images and captions, downloaded if necessary, and split into train, val and test.
     data_config, feature_config = fill_locations(args.run, DataConfig.from_args(args), FeatureConfig.from_args(args))
-    dataset = data_utils.load_dataset(data_config)
+    dataset = data_utils.load_dataset(data_config, with_images)
     run = args.run or default_run(dataset)
     # Copies of an image belong into one split. A run that is resumed keeps the splits it has.
     is_resumed = (run / CONFIG_FILE).exists()
@@ -459,6 +478,40 @@ def prepare(
         moved_copies=moved_copies,
     )
     return TrainData(dataset, cache, tokenizer), config
+
+
+def print_plan(args: argparse.Namespace, strategy: tf.distribute.Strategy) -> None:
+    """Prints what a training would download and compute, and what that takes; does and writes nothing (`--dry-run`).
+
+    Raises:
+        InputError: the training would fail, as far as that can be told.
+    """
+    data_config, feature_config = fill_locations(args.run, DataConfig.from_args(args), FeatureConfig.from_args(args))
+    source = find_source(data_config, with_images=True)
+    if missing := source.find_missing_annotations():
+        dataset, training, num_weights = plan.guess_dataset(source, data_config), plan.UNKNOWN, 0
+    else:
+        # Images of a known dataset would be downloaded; the user's own must be there.
+        data, config = prepare(args, plan.open_features, with_images=bool(data_config.annotations))
+        dataset = data.dataset
+        training, num_weights = time_training(args.run or default_run(dataset), data, config, strategy)
+    missing += source.find_missing_images([example.image_path for example in dataset.examples])
+    cache, _ = plan.open_features(dataset, feature_config)
+    checkpoints = (args.run or default_run(dataset), plan.CHECKPOINT_BYTES * num_weights)
+    plan.print_plan(dataset, missing, cache, training, checkpoints)
+
+
+def time_training(run: Path, data: TrainData, config: RunConfig, strategy: tf.distribute.Strategy) -> tuple[str, int]:
+    """Takes a few steps in memory; returns a text about how long the rest of a run takes, and the number of weights."""
+    state, _ = build_train_state(run, config, strategy)
+    settings, examples = config.train, data.dataset.split("train")
+    captions = encode_captions(examples, data.tokenizer.encode, data.cache.path, settings.max_length)
+    batches = TrainBatches(captions, data.cache.read, settings, strategy)
+    rate = plan.measure_rate(make_train_step(state, settings, strategy, batches.spec), batches, state)
+    history = run / "history.csv"
+    epochs_left = settings.epochs - (len(read_history(history)) if history.exists() else 0)
+    duration = plan.describe_duration(rate, len(captions.lengths), max(epochs_left, 0))
+    return f"{len(batches.order(0)):,} steps an epoch, {duration}", state.model.count_params()
 
 
 def default_run(dataset: data_utils.CaptionDataset) -> Path:
@@ -495,6 +548,9 @@ def main(argv: list[str] | None = None, on_step: OnStep | None = None) -> None:
     start = open_run(args.start) if args.start else None
     if start:
         check_start(start, FeatureConfig.from_args(args), ModelConfig.from_args(args))
+    if args.dry_run:
+        print_plan(args, strategy)
+        return
     data, config = prepare(args)
     run = args.run or default_run(data.dataset)
     build: Callable[..., tuple[TrainState, Checkpoints]] = build_train_state

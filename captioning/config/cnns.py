@@ -92,6 +92,15 @@ _TABLE = (
 )
 CNNS = {cnn.option: cnn for cnn in _TABLE}
 INCEPTION_V3 = CNNS["inception_v3"]
+WEIGHTS_MEGABYTES = {  # of ImageNet's weights without the top
+    "inception_v3": 88,
+    "vgg19": 80,
+    "resnet50": 95,
+    "resnet101_v2": 171,
+    "efficientnet_v2_s": 82,
+    "convnext_tiny": 112,
+    "mobilenet_v3_large": 13,
+}
 
 
 def cnn_of_manifest(manifest: Mapping[str, Any]) -> CNN:

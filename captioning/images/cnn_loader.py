@@ -1,5 +1,6 @@
 """Builds a CNN of `captioning.config.cnns` with its weights and the preprocessing that it was trained with."""
 
+import os
 import warnings
 from pathlib import Path
 
@@ -15,6 +16,11 @@ def preprocess(pixels: tf.Tensor, cnn: CNN) -> tf.Tensor:
         return tf.keras.layers.Rescaling(1 / 127.5, offset=-1.0)(pixels)
     x = tf.keras.ops.cast(pixels, "float32")
     return tf.keras.applications.imagenet_utils.preprocess_input(x, mode="caffe") if cnn.preprocessing == "caffe" else x
+
+
+def imagenet_file(cnn: CNN) -> Path:
+    """Returns the file that Keras downloads ImageNet's weights into."""
+    return Path(os.environ.get("KERAS_HOME") or Path.home() / ".keras") / "models" / cnn.weights_file
 
 
 def load_cnn(cnn: CNN, cnn_weights: str) -> tf.keras.Model:
@@ -44,7 +50,7 @@ def load_cnn(cnn: CNN, cnn_weights: str) -> tf.keras.Model:
         if cnn_weights == "imagenet":
             raise InputError(
                 f"{cnn.name}'s ImageNet weights cannot be downloaded ({reason}); put the file {cnn.weights_file} into "
-                f"{Path.home() / '.keras/models'}/"
+                f"{imagenet_file(cnn).parent}/"
                 + advise(", or give --cnn-weights FILE, or try the pipeline with --cnn-weights random")
             ) from None
         raise InputError(f"{cnn_weights}: not the weights of {cnn.name} without its top ({reason})") from None

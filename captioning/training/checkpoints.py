@@ -28,6 +28,7 @@ class TrainProgress(tf.Module):
         self.seconds = tf.Variable(0.0, dtype=tf.float64)  # of training in the current epoch
         self.best_score = tf.Variable([-math.inf] * 3, dtype=tf.float64)  # an `EpochScore`
         self.best_epoch = tf.Variable(0, dtype=tf.int64)
+        self.is_estimated = False  # whether this process has told how long all epochs take; not saved
 
     def get(self, name: str) -> Any:
         """Returns the value of a variable as a Python number or list."""

@@ -90,7 +90,7 @@ def test_the_start_stays_the_best_if_no_epoch_is_better(data, start, tmp_path, c
 @pytest.fixture
 def command(dataset, cache, monkeypatch):
     """Runs beyond.cider on the small dataset until the training would begin; returns its arguments."""
-    monkeypatch.setattr(train.data_utils, "load_dataset", lambda _: dataset)
+    monkeypatch.setattr(train.data_utils, "load_dataset", lambda *_: dataset)
     prepare, found = train.prepare, {"dataset": dataset}
     monkeypatch.setattr(train, "prepare", lambda args: prepare(args, lambda *_: (cache, found["dataset"])))
 

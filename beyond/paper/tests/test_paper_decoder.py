@@ -120,7 +120,7 @@ def test_searches_follow_the_equations(features):
 def command(dataset, cache, monkeypatch, tmp_path):
     """Runs beyond.paper on the small dataset until the training would begin; returns its arguments."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(paper.train.data_utils, "load_dataset", lambda _: dataset)
+    monkeypatch.setattr(paper.train.data_utils, "load_dataset", lambda *_: dataset)
     prepare = paper.train.prepare
     monkeypatch.setattr(paper.train, "prepare", lambda args: prepare(args, lambda *_: (cache, dataset)))
 
