@@ -45,7 +45,6 @@ from captioning.config.guests import find_model_guest
 from captioning.config.options import add_options
 from captioning.config.run_config import RunConfig
 from captioning.config.settings import RECIPES, DataConfig, FeatureConfig, ModelConfig, TrainConfig
-from captioning.data.datasets import find_source
 from captioning.runs.run_folder import (
     CONFIG_FILE,
     check_run_cnn,
@@ -68,7 +67,7 @@ from captioning.training.input_pipeline import (
 from captioning.training.objective import CrossEntropy, StepSums
 from captioning.training.optimizer import WeightEMA, make_optimizer
 from captioning.training.start import check_start, copy_weights, keep_words, start_settings
-from captioning.training.training_log import TrainingLog, read_history
+from captioning.training.training_log import TrainingLog
 from captioning.training.validation import EpochScore, Validator
 from tokenizer import Tokenizer
 
@@ -480,40 +479,6 @@ def prepare(
     return TrainData(dataset, cache, tokenizer), config
 
 
-def print_plan(args: argparse.Namespace, strategy: tf.distribute.Strategy) -> None:
-    """Prints what a training would download and compute, and what that takes; does and writes nothing (`--dry-run`).
-
-    Raises:
-        InputError: the training would fail, as far as that can be told.
-    """
-    data_config, feature_config = fill_locations(args.run, DataConfig.from_args(args), FeatureConfig.from_args(args))
-    source = find_source(data_config, with_images=True)
-    if missing := source.find_missing_annotations():
-        dataset, training, num_weights = plan.guess_dataset(source, data_config), plan.UNKNOWN, 0
-    else:
-        # Images of a known dataset would be downloaded; the user's own must be there.
-        data, config = prepare(args, plan.open_features, with_images=bool(data_config.annotations))
-        dataset = data.dataset
-        training, num_weights = time_training(args.run or default_run(dataset), data, config, strategy)
-    missing += source.find_missing_images([example.image_path for example in dataset.examples])
-    cache, _ = plan.open_features(dataset, feature_config)
-    checkpoints = (args.run or default_run(dataset), plan.CHECKPOINT_BYTES * num_weights)
-    plan.print_plan(dataset, missing, cache, training, checkpoints)
-
-
-def time_training(run: Path, data: TrainData, config: RunConfig, strategy: tf.distribute.Strategy) -> tuple[str, int]:
-    """Takes a few steps in memory; returns a text about how long the rest of a run takes, and the number of weights."""
-    state, _ = build_train_state(run, config, strategy)
-    settings, examples = config.train, data.dataset.split("train")
-    captions = encode_captions(examples, data.tokenizer.encode, data.cache.path, settings.max_length)
-    batches = TrainBatches(captions, data.cache.read, settings, strategy)
-    rate = plan.measure_rate(make_train_step(state, settings, strategy, batches.spec), batches, state)
-    history = run / "history.csv"
-    epochs_left = settings.epochs - (len(read_history(history)) if history.exists() else 0)
-    duration = plan.describe_duration(rate, len(captions.lengths), max(epochs_left, 0))
-    return f"{len(batches.order(0)):,} steps an epoch, {duration}", state.model.count_params()
-
-
 def default_run(dataset: data_utils.CaptionDataset) -> Path:
     """Returns the run folder of a dataset."""
     return Path("runs") / dataset.name
@@ -549,7 +514,7 @@ def main(argv: list[str] | None = None, on_step: OnStep | None = None) -> None:
     if start:
         check_start(start, FeatureConfig.from_args(args), ModelConfig.from_args(args))
     if args.dry_run:
-        print_plan(args, strategy)
+        plan.print_plan(args, strategy)
         return
     data, config = prepare(args)
     run = args.run or default_run(data.dataset)

@@ -1,5 +1,6 @@
 """What a training will download, compute and take: `python train.py --dry-run`, and a line after its first steps."""
 
+import argparse
 import functools
 import shutil
 import time
@@ -11,13 +12,16 @@ import features
 from captioning.base.cli import format_bytes, format_seconds, log, print_results
 from captioning.base.quiet_tensorflow import tf
 from captioning.config.cnns import WEIGHTS_MEGABYTES
+from captioning.config.run_config import RunConfig
 from captioning.config.settings import DataConfig, FeatureConfig
 from captioning.data.annotations import SPLITS, Example
-from captioning.data.datasets import DatasetSource, Missing
+from captioning.data.datasets import DatasetSource, Missing, find_source
 from captioning.images.cnn_loader import imagenet_file
 from captioning.images.feature_cache import FeatureCache, check_cnn_weights, make_manifest
+from captioning.runs.run_folder import fill_locations
 from captioning.training.checkpoints import TrainProgress, TrainState
-from captioning.training.input_pipeline import Batch, TrainBatches
+from captioning.training.input_pipeline import Batch, TrainBatches, TrainData, encode_captions
+from captioning.training.training_log import read_history
 from data_utils import CaptionDataset
 
 NUM_STEPS = 10  # that are timed
@@ -129,7 +133,7 @@ def describe_disks(results: list[tuple[Path, float]], missing: list[Missing]) ->
     return lines
 
 
-def print_plan(
+def print_lines(
     dataset: CaptionDataset, missing: list[Missing], cache: FeatureCache, training: str, checkpoints: tuple[Path, float]
 ) -> None:
     """Prints what is there, what is to be downloaded and computed, how long that takes, and the disk it needs.
@@ -157,3 +161,41 @@ def print_plan(
     ):
         for line in lines:
             print_results(f"{name:10}{line}")
+
+
+def print_plan(args: argparse.Namespace, strategy: tf.distribute.Strategy) -> None:
+    """Prints what a training would download and compute, and what that takes; does and writes nothing (`--dry-run`).
+
+    Raises:
+        InputError: the training would fail, as far as that can be told.
+    """
+    import train  # which imports this module
+
+    data_config, feature_config = fill_locations(args.run, DataConfig.from_args(args), FeatureConfig.from_args(args))
+    source = find_source(data_config, with_images=True)
+    if missing := source.find_missing_annotations():
+        dataset, training, num_weights = guess_dataset(source, data_config), UNKNOWN, 0
+    else:
+        # Images of a known dataset would be downloaded; the user's own must be there.
+        data, config = train.prepare(args, open_features, with_images=bool(data_config.annotations))
+        dataset = data.dataset
+        training, num_weights = time_training(args.run or train.default_run(dataset), data, config, strategy)
+    missing += source.find_missing_images([example.image_path for example in dataset.examples])
+    cache, _ = open_features(dataset, feature_config)
+    checkpoints = (args.run or train.default_run(dataset), CHECKPOINT_BYTES * num_weights)
+    print_lines(dataset, missing, cache, training, checkpoints)
+
+
+def time_training(run: Path, data: TrainData, config: RunConfig, strategy: tf.distribute.Strategy) -> tuple[str, int]:
+    """Takes a few steps in memory; returns a text about how long the rest of a run takes, and the number of weights."""
+    import train
+
+    state, _ = train.build_train_state(run, config, strategy)
+    settings, examples = config.train, data.dataset.split("train")
+    captions = encode_captions(examples, data.tokenizer.encode, data.cache.path, settings.max_length)
+    batches = TrainBatches(captions, data.cache.read, settings, strategy)
+    rate = measure_rate(train.make_train_step(state, settings, strategy, batches.spec), batches, state)
+    history = run / "history.csv"
+    epochs_left = settings.epochs - (len(read_history(history)) if history.exists() else 0)
+    duration = describe_duration(rate, len(captions.lengths), max(epochs_left, 0))
+    return f"{len(batches.order(0)):,} steps an epoch, {duration}", state.model.count_params()
