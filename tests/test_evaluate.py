@@ -54,6 +54,8 @@ def test_generate_captions_divides_the_batch_by_the_beam(small_model, tokenizer,
         batch_sizes = evaluate.generate_captions(small_model, tokenizer, cache, dataset.split("train"), 24, config)
         assert batch_sizes == [6, 6, 4]
     assert evaluate.generate_captions(small_model, tokenizer, cache, dataset.split("val"), 2, config) == [1] * 4
+    monkeypatch.setattr(evaluate, "has_gpu", lambda: True)
+    assert evaluate.generate_captions(small_model, tokenizer, cache, dataset.split("train"), 24, config) == [16]
 
 
 # A run.

@@ -1,5 +1,6 @@
 """Validation: the loss with teacher forcing, the scores of generated captions, and which epoch is the best."""
 
+import functools
 import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -81,6 +82,11 @@ class Validator:
 
         self._val_step = val_step
 
+    @functools.cached_property
+    def _scorer(self) -> metrics.ReferenceScorer:
+        # Without Java, so that a run chooses the same epoch on every machine.
+        return metrics.ReferenceScorer(self.references, self.data.tokenizer.words)
+
     def generate_captions(self) -> list[str]:
         """Captions the images by greedy search, without the reference captions."""
         decoding = DecodeConfig(max_words=self.config.max_length)
@@ -91,7 +97,8 @@ class Validator:
 
     def loss(self) -> float:
         """Computes the mean loss of the reference captions, in nats per word."""
-        batches = make_epoch_batches(self.captions, self.config.batch_size, seed=0, epoch=0)
+        batch_size = evaluate.widen(self.config.batch_size)
+        batches = make_epoch_batches(self.captions, batch_size, seed=0, epoch=0)
         sums = [self._val_step(batch) for batch in make_dataset(self.captions, batches, self.data.cache.read)]
         return float(sum(loss for loss, _ in sums) / sum(num_tokens for _, num_tokens in sums))
 
@@ -100,8 +107,7 @@ class Validator:
         texts = self.generate_captions()
         scores: dict[str, float] = {}
         if self.has_scores:
-            # Without Java, so that a run chooses the same epoch on every machine.
-            scores = metrics.score(self.references, texts, self.data.tokenizer.words).total
+            scores = self._scorer.score(texts)
         if self.own_cider:
             encode = self.data.tokenizer.encode
             references = [list(map(encode, captions)) for captions in self.references]

@@ -1,9 +1,10 @@
 import numpy as np
 import pytest
+from pycocoevalcap.cider.cider_scorer import cook_test
 
 from captioning.scores import metrics
 from captioning.scores.java_scores import has_java
-from captioning.scores.metrics import distinct_ratio, score, score_all, tokenize
+from captioning.scores.metrics import ReferenceScorer, distinct_ratio, score, score_all, tokenize
 
 REFERENCES = [
     ["A dog runs on the grass.", "the brown dog is running"],
@@ -30,6 +31,24 @@ def test_score_bleu_matches_hand_computation():
     brevity_penalty = np.exp(1 - 6 / 4)
     assert scores["BLEU-1"] == pytest.approx(100 * brevity_penalty * 3 / 4, abs=0.01)
     assert scores["BLEU-2"] == pytest.approx(100 * brevity_penalty * np.sqrt(3 / 4 * 2 / 3), abs=0.01)
+
+
+@pytest.mark.parametrize("words", ["spaces", "characters"])
+def test_reference_scorer_has_the_numbers_of_pycocoevalcap(words, rng):
+    vocabulary = np.array(["a", "the", "dog", "man's", "runs", "red", "of", "."])
+
+    def draw():
+        return " ".join(rng.choice(vocabulary, rng.integers(0, 12)))
+
+    references = [[draw() for _ in range(rng.integers(1, 6))] for _ in range(60)]
+    scorer = ReferenceScorer(references, words)
+    for _ in range(2):  # epochs
+        captions = [rng.choice([*texts, draw()]) for texts in references]
+        expected = score(references, captions, words)
+        assert scorer.score(captions) == {name: expected.total[name] for name in ("BLEU-4", "CIDEr")}
+        weighed = [scorer._weigh(cook_test(*tokenize({0: [text]}, words)[0])) for text in captions]
+        found = [100 * float(metrics._cider(*pair)) for pair in zip(weighed, scorer._references, strict=True)]
+        assert found == expected.by_image["CIDEr"], "the last digits differ"
 
 
 def test_score_splits_both_sides_as_published_scores_do():

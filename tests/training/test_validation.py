@@ -5,6 +5,7 @@ import re
 import numpy as np
 import pytest
 
+import evaluate
 from captioning.base.quiet_tensorflow import tf
 from captioning.config.settings import TrainConfig
 from captioning.scores import metrics
@@ -60,7 +61,7 @@ def test_validator_evaluate_scores_captions(make_validator, dataset):
 
 def test_validator_without_pycocoevalcap_leaves_out_scores(make_validator, monkeypatch, capsys):
     monkeypatch.setattr(metrics, "has_pycocoevalcap", lambda: False)
-    monkeypatch.setattr(metrics, "score", None)
+    monkeypatch.setattr(metrics, "ReferenceScorer", None)
     row, score, sample = make_validator(["a red dog", " "]).evaluate()
     assert (row["bleu4"], row["cider"], sample) == (None, None, "a red dog")
     assert row["val_loss"] > 0 and row["distinct_ratio"] == 100
@@ -93,18 +94,28 @@ def test_validator_keeps_cider_of_enough_images(make_validator, monkeypatch):
 
 
 def test_validator_splits_words_as_published_scores_do(make_validator, monkeypatch):
+    scorer = metrics.ReferenceScorer
     seen = []
-
-    def score(references, texts, words):
-        seen.append(words)
-        return metrics.Scores({"BLEU-4": 0.0, "CIDEr": 0.0}, {})
-
-    monkeypatch.setattr(metrics, "score", score)
+    monkeypatch.setattr(metrics, "ReferenceScorer", lambda *args: seen.append(args) or scorer(*args))
     validator = make_validator(["a", "b"])
     tokenizer = Tokenizer(validator.data.tokenizer.index_word, "characters")
     validator.data = validator.data._replace(tokenizer=tokenizer)
     validator.evaluate()
-    assert seen == ["characters"]
+    validator.evaluate()
+    assert seen == [(validator.references, "characters")], "the references are split once for all epochs"
+
+
+def test_validator_takes_larger_batches_on_a_gpu(make_validator, monkeypatch):
+    sizes = []
+    make_batches = validation.make_epoch_batches
+    monkeypatch.setattr(
+        validation, "make_epoch_batches", lambda c, size, **order: sizes.append(size) or make_batches(c, size, **order)
+    )
+    validator = make_validator([])
+    expected = validator.loss()
+    monkeypatch.setattr(evaluate, "has_gpu", lambda: True)
+    assert validator.loss() == pytest.approx(expected, rel=1e-6)
+    assert sizes == [3, evaluate.GPU_BATCH_SIZE]
 
 
 @pytest.mark.parametrize(
