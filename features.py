@@ -19,7 +19,7 @@ import argparse
 import itertools
 import os
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,7 @@ import numpy as np
 from PIL import Image
 
 import data_utils
+from captioning.base import devices
 from captioning.base.cli import (
     FirstRate,
     InputError,
@@ -44,14 +45,14 @@ from captioning.base.files import check_disk_space, write_json
 from captioning.base.quiet_tensorflow import tf
 from captioning.config.cnns import CNN, INCEPTION_V3
 from captioning.config.options import add_options
-from captioning.config.run_config import find_difference
 from captioning.config.settings import DataConfig, FeatureConfig
-from captioning.images.cnn_loader import load_cnn, preprocess
+from captioning.images.cnn_loader import computing_in, load_cnn, preprocess
 from captioning.images.feature_cache import (
     CNN_FILE,
     MANIFEST_FILE,
     FeatureCache,
     check_cnn_weights,
+    compare_manifests,
     find_damaged,
     find_outdated,
     make_manifest,
@@ -61,6 +62,7 @@ from captioning.images.image_records import ImageRecords
 from captioning.images.random_cnn import make_local, save_random_cnn
 from captioning.images.reading import ImageSource, map_threads, read_image, set_max_megapixels
 
+BATCH_SIZE, GPU_BATCH_SIZE = 32, 128  # images
 NUM_AHEAD = 4  # batches of images that are read before the CNN takes them
 NUM_WRITERS = 4  # threads
 MAX_NAME_BYTES = 255 - len(".npy")  # a file system allows 255
@@ -99,7 +101,8 @@ def to_pixels(image: Image.Image, image_size: int = INCEPTION_V3.image_size) -> 
 def build_feature_extractor(cnn_weights: str = "imagenet", cnn: CNN = INCEPTION_V3) -> tf.keras.Model:
     """Builds the CNN that turns pixels into features (`image_features_extract_model` in the tutorial).
 
-    It computes in float32, on a GPU too, so that all devices compute the same features.
+    It computes in float32, on a GPU too, so that all devices compute the same features, unless `computing_in` says
+    otherwise.
 
     Args:
         cnn_weights: `imagenet` (downloaded on first use), `random` (see `random_cnn`), or a file of weights.
@@ -139,7 +142,7 @@ def match_manifest(folder: Path, expected: dict[str, Any]) -> dict[str, Any] | N
     if not (folder / manifest["images"]).exists():  # those with another content are computed again
         manifest["images"] = expected["images"]
     # A file of weights may have another name. The SHA-256 of random ones is only in the cache.
-    if difference := find_difference(manifest, expected, {"weights" if "sha256" in expected else "sha256"}):
+    if difference := compare_manifests(manifest, expected, {"weights" if "sha256" in expected else "sha256"}):
         key, found, value = difference
         raise InputError(
             f"{folder} holds features made with {key} {found}, expected {value}; choose another --features-dir, or "
@@ -148,25 +151,27 @@ def match_manifest(folder: Path, expected: dict[str, Any]) -> dict[str, Any] | N
     return manifest
 
 
-def open_or_create_cache(
+def open_or_create_cache(  # noqa: PLR0913 - all that a manifest records
     folder: Path | str,
     image_dir: Path,
     image_paths: list[str],
     cnn_weights: str,
     dtype: str,
     cnn: CNN = INCEPTION_V3,
+    precision: str = "float32",
 ) -> FeatureCache:
     """Opens the cache in a folder, or creates one there for the features of images, given relative to `image_dir`.
 
     `cnn_weights` is `imagenet`, `random`, or a file of weights; `dtype`, that of the stored features, float16 or
-    float32.
+    float32; `precision`, what the CNN computes in.
 
     Raises:
-        InputError: the folder holds features of other images, of another CNN, of other weights, or of another dtype.
+        InputError: the folder holds features of other images, of another CNN, of other weights, of another dtype, or
+            computed in another precision.
     """
     folder = Path(folder)
     check_cnn_weights(cnn_weights)
-    expected = make_manifest(folder, image_dir, cnn_weights, dtype, cnn)
+    expected = make_manifest(folder, image_dir, cnn_weights, dtype, cnn, precision)
     # A cache that is still empty is created again. It may be left over from weights that could not be downloaded.
     if not (manifest := match_manifest(folder, expected)):
         if cnn_weights == "random":  # drawn now, and saved: features of two random CNNs have nothing in common
@@ -205,8 +210,17 @@ def announce_time_left(rate: float, num_left: int) -> None:
         log(f"features: {rate:.1f} images/s, {format_seconds(num_left / rate)} left")
 
 
-def cache_features(cache: FeatureCache, image_dir: Path, image_paths: list[str], batch_size: int) -> dict[str, str]:
+def choose_batch_size() -> int:
+    """Returns the number of images that the CNN takes at a time on this device."""
+    return GPU_BATCH_SIZE if devices.has_gpu() else BATCH_SIZE
+
+
+def cache_features(
+    cache: FeatureCache, image_dir: Path, image_paths: list[str], batch_size: int | None = None
+) -> dict[str, str]:
     """Computes and stores the features that a cache lacks. If it is stopped at any moment, the next call continues.
+
+    Without a batch size, it is chosen for the device.
 
     Returns:
         The images that cannot be read, each with the reason.
@@ -221,7 +235,8 @@ def cache_features(cache: FeatureCache, image_dir: Path, image_paths: list[str],
         return {}
     announce_extraction(cache, missing, len(image_paths))
     check_cnn_weights(cache.cnn_weights, cache.manifest.get("sha256"))
-    extractor = build_feature_extractor(cache.cnn_weights, cache.cnn)
+    devices.check_gpus()
+    batch_size = batch_size or choose_batch_size()
     unreadable: dict[str, str] = {}
 
     def load(image_path: str) -> np.ndarray | InputError:
@@ -235,34 +250,65 @@ def cache_features(cache: FeatureCache, image_dir: Path, image_paths: list[str],
         except InputError as error:
             return error
 
-    # A graph runs several times as fast as eager mode. It is built for any batch size, since the last batch is smaller.
-    @tf.function(reduce_retracing=True)
-    def extract(pixels: tf.Tensor) -> tf.Tensor:  # (B, 299, 299, 3)
-        # training=False: batch normalization uses the statistics of its own training, not of this batch. The features
-        # are rounded to float16 on the device, since half as many bytes are sooner copied from a GPU.
-        return tf.cast(extractor(pixels, training=False), cache.dtype)  # (B, 64, 2048)
-
     def save(image_path: str, features: np.ndarray) -> None:  # (64, 2048)
         records.add(image_path, cache.write(image_path, features))  # np.save, as in the tutorial
 
     # The tutorial's loop, in which reading, computing and writing wait for each other. Here they overlap: many threads
-    # read images ahead, one runs the CNN, and others write the batch before.
+    # read images ahead, one runs the CNN, and others write the batch before. On a GPU two run it, so that it computes a
+    # batch while another is copied.
+    num_threads = 2 if devices.has_gpu() else 1
     readable = skip_unreadable(map_threads(load, missing, NUM_AHEAD * batch_size), unreadable)
     batches = make_batches(readable, batch_size)
     bar, rate = progress_bar(total=len(missing), unit="image", desc="features"), FirstRate()
-    with bar as progress, ThreadPoolExecutor(NUM_WRITERS) as writers:
-        written: Iterable[None] = ()
-        for (paths, _), features in map_threads(lambda batch: extract(batch[1]), batches, 2, num_threads=1):
-            list(written)  # waits for the files of the batch before, and raises the error of a full disk
-            written = writers.map(save, paths, features.numpy())
-            progress.update(len(paths))
-            announce_time_left(rate.measure(progress.n), len(missing) - len(unreadable) - progress.n)
-        list(written)
-        progress.update(len(unreadable))
+    with computing_in(cache.precision), ThreadPoolExecutor(NUM_WRITERS) as writers:
+        first_batch = writers.submit(list, itertools.islice(batches, 1))  # is read while the CNN is built
+        writers.submit(start_gpu)
+        extract = make_extract(cache, batch_size)
+        batches = itertools.chain(first_batch.result(), batches)
+        with bar as progress:
+            written: Iterable[None] = ()
+            for (paths, _), features in map_threads(extract, batches, 1 + num_threads, num_threads):
+                list(written)  # waits for the files of the batch before, and raises the error of a full disk
+                written = writers.map(save, paths, features)
+                progress.update(len(paths))
+                announce_time_left(rate.measure(progress.n), len(missing) - len(unreadable) - progress.n)
+            list(written)
+            progress.update(len(unreadable))
     if len(unreadable) == len(image_paths):
         first = next(iter(unreadable.values()))
         raise InputError(f"{image_dir}: none of the {len(image_paths):,} images can be read; the first: {first}")
     return unreadable
+
+
+def start_gpu() -> None:
+    """Loads what a GPU needs for a convolution, which takes seconds: beside the building of the CNN."""
+    if devices.has_gpu():
+        tf.nn.conv2d(tf.zeros((1, 8, 8, 3)), tf.zeros((3, 3, 3, 8)), 1, "SAME")
+
+
+def make_extract(cache: FeatureCache, batch_size: int) -> Callable[[tuple[tuple[str, ...], np.ndarray]], np.ndarray]:
+    """Builds the CNN of a cache, as a function from a batch (see `make_batches`) to its features, (B, L, C)."""
+    extractor, size = build_feature_extractor(cache.cnn_weights, cache.cnn), cache.cnn.image_size
+
+    # A graph runs several times as fast as eager mode. It is built for any batch size, since the last batch is smaller.
+    @tf.function(input_signature=[tf.TensorSpec((None, size, size, 3), tf.uint8)])
+    def run(pixels: tf.Tensor) -> tf.Tensor:  # (B, 299, 299, 3)
+        # training=False: batch normalization uses the statistics of its own training, not of this batch. The features
+        # are rounded to float16 on the device, since half as many bytes are sooner copied from a GPU.
+        features = tf.cast(extractor(pixels, training=False), cache.dtype)  # (B, 64, 2048)
+        with tf.device("CPU"):
+            return tf.identity(features)
+
+    def extract(batch: tuple[tuple[str, ...], np.ndarray]) -> np.ndarray:
+        paths, pixels = batch
+        if devices.has_gpu() and len(paths) < batch_size:  # it would look for the fastest kernels of the new shape
+            pixels = np.concatenate([pixels, np.zeros((batch_size - len(paths), size, size, 3), np.uint8)])
+        # To and from a GPU the graph copies. Python would hold its lock meanwhile, for which the other threads wait.
+        with tf.device("CPU"):
+            pixels = tf.constant(pixels)
+        return run(pixels).numpy()[: len(paths)]
+
+    return extract
 
 
 def skip_unreadable(
@@ -302,7 +348,8 @@ def extract_features(
     set_max_megapixels(config.max_megapixels)
     cnn, folder = config.sized_cnn, cache_folder(dataset, config)
     image_paths = [example.image_path for example in dataset.examples]
-    cache = open_or_create_cache(folder, dataset.image_dir, image_paths, config.cnn_weights, config.dtype, cnn)
+    options = config.cnn_weights, config.dtype, cnn, config.cnn_precision
+    cache = open_or_create_cache(folder, dataset.image_dir, image_paths, *options)
     unreadable = cache_features(cache, dataset.image_dir, image_paths[shard], config.cnn_batch_size)
     if unreadable:
         counts = f"{len(unreadable):,} of {len(image_paths[shard]):,}"

@@ -396,7 +396,7 @@ def caption_from_args(args: argparse.Namespace, captioner: Captioner, writers: I
         with_plots = len(args.inputs) == 1 if args.plots is None else args.plots  # None: neither option was given
         # The names come from all images, so that a command which is resumed gives each plot the same name again.
         plots = plot_paths(args.inputs, args.output_dir, args.format) if with_plots else None
-        return caption_images(captioner, images, outputs, plots, args.cnn_batch_size)
+        return caption_images(captioner, images, outputs, plots, args.cnn_batch_size or BATCH_SIZE)
 
 
 def check_all_captioned(num_failed: int, args: argparse.Namespace) -> None:

@@ -35,7 +35,7 @@ from captioning.base.cli import make_parser, run_main
 from captioning.base.devices import has_gpu
 from captioning.base.quiet_tensorflow import tf
 from captioning.config.cnns import CNN, CNNS, INCEPTION_V3
-from captioning.config.settings import FeatureConfig, ModelConfig, TrainConfig
+from captioning.config.settings import ModelConfig, TrainConfig
 from captioning.data import shapes
 from captioning.decoder.decoding import beam_search, greedy_search
 from captioning.images.feature_cache import CNN_FILE
@@ -210,7 +210,7 @@ def measure_features(report: Report, folder: Path, sizes: Sizes) -> None:
     extractor = features.build_feature_extractor(cache.cnn_weights, sizes.cnn)
     image_size = sizes.cnn.image_size
     pixels = np.stack([features.load_image(image_dir / name, image_size=image_size) for name in names])
-    batch_size = FeatureConfig().cnn_batch_size
+    batch_size = features.choose_batch_size()
     run = functools.partial(make_cnn_run(extractor, pixels), batch_size)
     run()  # compiles
     report.add(f"images/s, {sizes.cnn.name} alone, batch {batch_size}", round(median_rate(run, len(names))))

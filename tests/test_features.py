@@ -1,4 +1,5 @@
 import argparse
+import dataclasses
 import errno
 import json
 import os
@@ -17,7 +18,7 @@ from captioning.config.cnns import INCEPTION_V3
 from captioning.config.settings import FeatureConfig
 from captioning.data.annotations import Example
 from captioning.images import cnn_loader
-from captioning.images.feature_cache import FeatureCache
+from captioning.images.feature_cache import FeatureCache, read_manifest
 from captioning.images.image_records import RECORDS_FILE, ImageRecords
 from captioning.images.random_cnn import calibrate
 from data_utils import CaptionDataset
@@ -149,6 +150,55 @@ def test_cache_features_reads_the_next_batch_while_the_cnn_computes(tmp_path, im
     cache = features.open_or_create_cache(tmp_path / "cache", image_dir, image_paths, "imagenet", "float16")
     features.cache_features(cache, image_dir, image_paths, batch_size=2)
     assert waited == [True] * 5, "the second batch was read only when the CNN had computed the first one"
+
+
+def test_cache_features_reads_the_first_batch_while_the_cnn_is_built(tmp_path, image_dir, image_paths, monkeypatch):
+    is_read, waited = threading.Event(), []
+    load_image, build = features.load_image, features.build_feature_extractor
+    monkeypatch.setattr(features, "load_image", lambda *args: is_read.set() or load_image(*args))
+    monkeypatch.setattr(features, "build_feature_extractor", lambda *_: waited.append(is_read.wait(10)) or build())
+    cache = features.open_or_create_cache(tmp_path / "cache", image_dir, image_paths, "imagenet", "float16")
+    features.cache_features(cache, image_dir, image_paths)
+    assert waited == [True]
+
+
+def test_cache_features_gives_a_gpu_batches_of_one_size(tmp_path, image_dir, image_paths, monkeypatch):
+    sizes = []
+
+    def extract(pixels, training=False):
+        tf.numpy_function(lambda batch: sizes.append(len(batch)), [pixels], [])
+        return tf.ones((tf.shape(pixels)[0], 64, 2048)) * tf.cast(pixels[:, :1, :1, 0], tf.float32)
+
+    monkeypatch.setattr(features.devices, "has_gpu", lambda: True)
+    monkeypatch.setattr(features, "GPU_BATCH_SIZE", 4)
+    monkeypatch.setattr(features, "build_feature_extractor", lambda *_: extract)
+    cache = features.open_or_create_cache(tmp_path / "cache", image_dir, image_paths, "imagenet", "float16")
+    features.cache_features(cache, image_dir, image_paths)
+    assert sizes == [4, 4, 4], "a new shape is slow the first time"
+    assert [cached_value(cache, f"{number}.png") for number in range(10)] == [10 * number for number in range(10)]
+
+
+@pytest.mark.parametrize(
+    ("precision", "computed"),
+    [("float32", ("float32", False)), ("tf32", ("float32", True)), ("float16", ("mixed_float16", False))],
+)
+def test_extract_features_computes_in_the_precision_that_it_records(
+    tmp_path, image_dir, mean_extractor, monkeypatch, precision, computed
+):
+    def state():
+        return tf.keras.config.dtype_policy().name, tf.config.experimental.tensor_float_32_execution_enabled()
+
+    states = []
+    monkeypatch.setattr(features, "build_feature_extractor", lambda *_: states.append(state()) or mean_extractor)
+    dataset = CaptionDataset("greys", image_dir, (Example("1.png", ("a",), 1),))
+    config = FeatureConfig(features_dir=str(tmp_path / "cache"), cnn_precision=precision)
+    cache, _ = features.extract_features(dataset, config)
+    assert states == [computed] and state() == ("float32", False)
+    assert read_manifest(cache.folder).get("precision", "float32") == precision
+    features.extract_features(dataset, config)
+    other = "float16" if precision == "float32" else "float32"
+    with pytest.raises(InputError, match=f"made with precision {precision}, expected {other}"):
+        features.extract_features(dataset, dataclasses.replace(config, cnn_precision=other))
 
 
 def test_cache_features_skips_unreadable_images_and_continues(tmp_path, image_dir, image_paths, capsys):

@@ -34,8 +34,12 @@ check_keras_backend()
 # a training, would find none. It reads this when it first uses a GPU.
 os.environ.setdefault("TF_FORCE_GPU_ALLOW_GROWTH", "true")
 
+# Keras imports scikit-learn for wrappers that nothing here uses, which is a sixth of the time of this import.
+is_hidden = sys.modules.setdefault("sklearn", None) is None  # type: ignore[arg-type]
 with suppress_stderr():
     import tensorflow as tf
+if is_hidden:
+    del sys.modules["sklearn"]
 
 # TF32 rounds the factors of float32 products to 10 bits on GPUs. Without it the features of a GPU are those of a CPU,
 # and a run that is trained on one captions the same on the other (docs/devices.md has what it would gain).

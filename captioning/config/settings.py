@@ -94,7 +94,14 @@ class FeatureConfig(Settings):
         "number format of the stored features: 256 or 512 KB an image for inception_v3",
         choices=("float16", "float32"),
     )
-    cnn_batch_size: int = option(32, "number of images in a batch of the CNN", bounds="[1, inf)")
+    cnn_batch_size: int | None = option(
+        None, "number of images in a batch of the CNN (default: 32; features.py on a GPU: 128)", bounds="[1, inf)"
+    )
+    cnn_precision: str = option(
+        "float32",
+        "what the CNN computes in; tf32 and float16 are faster on a GPU, and change the features a little",
+        choices=("float32", "tf32", "float16"),
+    )
     max_megapixels: int = option(
         MAX_MEGAPIXELS, "largest image that is read, in millions of pixels (3 bytes of memory each)", bounds="[1, inf)"
     )

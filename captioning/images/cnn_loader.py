@@ -1,7 +1,9 @@
 """Builds a CNN of `captioning.config.cnns` with its weights and the preprocessing that it was trained with."""
 
+import contextlib
 import os
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 
 from captioning.base import devices
@@ -57,6 +59,22 @@ def load_cnn(cnn: CNN, cnn_weights: str) -> tf.keras.Model:
     if cnn.layer:
         model = tf.keras.Model(model.input, model.get_layer(cnn.layer).output, name=model.name)
     return model
+
+
+@contextlib.contextmanager
+def computing_in(precision: str) -> Iterator[None]:
+    """Sets what a CNN that is built and run in the block computes in, one of `feature_cache.PRECISIONS`.
+
+    Its weights are float32 in any case.
+    """
+    policy = tf.keras.config.dtype_policy()
+    tf.keras.config.set_dtype_policy("mixed_float16" if precision == "float16" else "float32")
+    tf.config.experimental.enable_tensor_float_32_execution(precision == "tf32")
+    try:
+        yield
+    finally:
+        tf.config.experimental.enable_tensor_float_32_execution(False)
+        tf.keras.config.set_dtype_policy(policy)
 
 
 def find_cnn(extractor: tf.keras.Model) -> tf.keras.Model:

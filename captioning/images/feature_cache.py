@@ -7,7 +7,7 @@ number formats are never mixed. features.py fills the cache. Training and evalua
 import io
 import os
 import zlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -32,6 +32,8 @@ MANIFEST_FIELDS = {
     "dtype": str,  # of the stored features: float16 or float32
     "images": str,  # the image folder, relative to the cache
 }
+# What the CNN computes in; of another than float32 the manifest says it as its "precision".
+PRECISIONS = ("float32", "tf32", "float16")
 CNN_FILE = "cnn.weights.h5"  # the CNN's weights, which are kept in the cache if they are random
 
 
@@ -62,6 +64,7 @@ class FeatureCache:
         shape: of the features of an image: L locations and C channels, of InceptionV3 (64, 2048).
         dtype: the stored features' type, float16 or float32.
         num_bytes: of the file of an image's features.
+        precision: what the CNN computes in, one of `PRECISIONS`.
     """
 
     def __init__(self, folder: Path | str, manifest: dict[str, Any]):
@@ -70,6 +73,7 @@ class FeatureCache:
         self.cnn = cnn_of_manifest(manifest)
         self.shape = self.cnn.features_shape
         self.dtype = np.dtype(manifest["dtype"])
+        self.precision = manifest.get("precision", "float32")
         example = io.BytesIO()
         np.save(example, np.empty(self.shape, self.dtype))
         self.num_bytes = len(example.getvalue())
@@ -100,11 +104,11 @@ class FeatureCache:
 
     def write(self, image_path: str, features: np.ndarray) -> int:
         """Stores the features of one image, (L, C), and returns the CRC-32 of the file."""
-        content = io.BytesIO()
-        np.save(content, features.astype(self.dtype, copy=False))
+        content = np.ascontiguousarray(features, self.dtype).data
         with atomic_write(self.path(image_path), "wb") as file:
-            file.write(content.getbuffer())
-        return zlib.crc32(content.getbuffer())
+            file.write(self._header)  # as np.save does, which would copy the features first
+            file.write(content)
+        return zlib.crc32(content, zlib.crc32(self._header))
 
     def read(self, paths: tf.Tensor) -> tf.Tensor:
         """Reads files (B,) inside a tf.data pipeline: features (B, L, C), as stored.
@@ -178,6 +182,8 @@ def check_manifest(manifest: Any) -> None:
         check_schema(manifest, {"sha256": str})
     if manifest["dtype"] not in ("float16", "float32"):
         raise InputError(f"dtype: expected float16 or float32, found {manifest['dtype']!r}")
+    if (precision := manifest.get("precision", "float32")) not in PRECISIONS:
+        raise InputError(f"precision: expected {', '.join(PRECISIONS)}, found {precision!r}")
     cnn_of_manifest(manifest)
 
 
@@ -192,11 +198,16 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 
 
 def make_manifest(
-    folder: Path, image_dir: Path, cnn_weights: str, dtype: str, cnn: CNN = INCEPTION_V3
+    folder: Path,
+    image_dir: Path,
+    cnn_weights: str,
+    dtype: str,
+    cnn: CNN = INCEPTION_V3,
+    precision: str = "float32",
 ) -> dict[str, Any]:
     """Makes the manifest of a cache, without the SHA-256 of random weights, which are drawn later.
 
-    `cnn_weights` is `imagenet`, `random`, or a file, which exists.
+    `cnn_weights` is `imagenet`, `random`, or a file, which exists; `precision` is one of `PRECISIONS`.
     """
     manifest = {
         "cnn": cnn.name,
@@ -209,7 +220,16 @@ def make_manifest(
     }
     if cnn_weights not in ("imagenet", "random"):
         manifest["sha256"] = file_sha256(cnn_weights)
+    if precision != "float32":
+        manifest["precision"] = precision
     return manifest
+
+
+def compare_manifests(
+    ours: dict[str, Any], theirs: dict[str, Any], ignored: Collection[str]
+) -> tuple[str, Any, Any] | None:
+    """Returns the first field in which two manifests differ, and both values; see `find_difference`."""
+    return find_difference({"precision": "float32"} | ours, {"precision": "float32"} | theirs, ignored)
 
 
 def open_run_cache(manifest: dict[str, Any]) -> FeatureCache:
@@ -222,7 +242,7 @@ def open_run_cache(manifest: dict[str, Any]) -> FeatureCache:
     stored = read_manifest(folder)
     # A file of weights is identified by its content, not by its name. The images may have moved.
     ignored = {"folder", "images", "weights" if "sha256" in manifest else "sha256"}
-    if difference := find_difference(stored, manifest, ignored):
+    if difference := compare_manifests(stored, manifest, ignored):
         key, found, expected = difference
         raise InputError(
             f"{folder} does not hold the features this run was trained with: its {key} is {found}, that of the run's "

@@ -41,7 +41,9 @@ def cnn_settings(run: Path, config: RunConfig) -> dict[str, Any]:
     weights = config.features["weights"]
     if weights != "imagenet" and not Path(weights).exists():
         weights = find_cnn_weights(run) or weights
-    return {"cnn": config.cnn.option, "image_size": config.cnn.image_size, "cnn_weights": weights}
+    precision = config.features.get("precision", "float32")
+    sized = {"cnn": config.cnn.option, "image_size": config.cnn.image_size}
+    return {**sized, "cnn_weights": weights, "cnn_precision": precision}
 
 
 def check_start(run: Path, features: FeatureConfig, model: ModelConfig) -> None:

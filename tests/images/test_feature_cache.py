@@ -110,6 +110,7 @@ def test_make_manifest_identifies_file_by_content(tmp_path):
         ({"dtype": "int8"}, "dtype: expected float16 or float32, found 'int8'"),
         ({"image_size": "299"}, "image_size: expected int"),
         ({"weights": "random"}, "sha256 is missing"),
+        ({"precision": "int8"}, "precision: expected float32, tf32, float16, found 'int8'"),
     ],
 )
 def test_check_manifest_rejects_wrong_field(cache, changes, message):
