@@ -27,7 +27,7 @@ from captioning.base.quiet_tensorflow import tf
 from captioning.config.options import Settings, add_options, option
 from captioning.config.run_config import RunConfig
 from captioning.config.settings import FeatureConfig, TrainConfig
-from captioning.images.cnn_loader import find_cnn
+from captioning.images.cnn_loader import computing_in, find_cnn
 from captioning.images.feature_cache import CNN_FILE, check_cnn_weights, find_cnn_weights
 from captioning.images.reading import set_max_megapixels
 from captioning.runs.run_folder import CONFIG_FILE, best_checkpoint, read_config, restore_weights, write_config
@@ -116,8 +116,10 @@ def open_images(
     return reader, dataset.exclude(set(saved.unreadable_images))
 
 
-def build_cnn(start: Path, config: FeatureConfig, block: int) -> TrainedCNN:
+def build_cnn(start: Path, config: FeatureConfig, block: int, mixed_precision: bool) -> TrainedCNN:
     """Builds the CNN of a run, whose blocks from `block` on are trained.
+
+    In mixed precision it computes in float16, here only: captioning computes its features in float32.
 
     Raises:
         InputError: the CNN has no such block; or its weights are missing, or others.
@@ -127,7 +129,8 @@ def build_cnn(start: Path, config: FeatureConfig, block: int) -> TrainedCNN:
     if weights == "random":
         weights = find_cnn_weights(start) or weights
     check_cnn_weights(weights, read_config(start).features.get("sha256"))
-    extractor = features.build_feature_extractor(weights, config.sized_cnn)
+    with computing_in("float16" if mixed_precision else "float32"):
+        extractor = features.build_feature_extractor(weights, config.sized_cnn)
     trainable_from(find_cnn(extractor), block)
     return TrainedCNN(extractor, config.dtype)
 
@@ -159,7 +162,7 @@ def main(argv: list[str] | None = None, on_step: train.OnStep | None = None) -> 
     data, config = train.prepare(args, functools.partial(open_images, run, start))
     check_start(start, config)
     config = dataclasses.replace(config, objective=finetune.to_json())
-    cnn = build_cnn(start, feature_config, finetune.block)
+    cnn = build_cnn(start, feature_config, finetune.block, config.train.mixed_precision)
     with explain_failure(data.cache), train.open_run_folder(run, data, config, strategy):
         train.train(run, data, config, strategy, functools.partial(build, start=start, cnn=cnn), on_step)
 

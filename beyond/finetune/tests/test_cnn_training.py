@@ -168,6 +168,23 @@ def test_trained_cnn_rounds_features_as_inference_does(rng):
 
 
 @pytest.mark.slow
+def test_mixed_precision_trains_the_cnn_in_float16(inside, tmp_path):
+    dtypes = []
+
+    def on_step(state):
+        cnn = find_cnn(state.model.cnn.extractor)
+        dtypes.append((cnn.output.dtype, cnn.trainable_variables[0].dtype, state.model.cnn.extractor.output.dtype))
+
+    start = copy_run("runs/shapes", tmp_path / "start")
+    train_cnn("--mixed-precision", "--epochs", "1", run=start, on_step=on_step)
+    assert set(dtypes) == {("float16", "float32", "float32")}
+    before, now = (inference.Captioner.load(run).extractor for run in (start, tmp_path / "start_cnn"))
+    kernels = [find_cnn(extractor).get_layer("b5_conv").kernel for extractor in (before, now)]
+    assert kernels[1].dtype == "float32" and find_cnn(now).output.dtype == "float32"
+    assert np.isfinite(kernels[1]).all() and (kernels[0].numpy() != kernels[1].numpy()).any()
+
+
+@pytest.mark.slow
 def test_only_the_blocks_from_n_on_are_trained_each_at_its_rate(inside, trained):
     start = features.build_feature_extractor("runs/shapes/cnn.weights.h5", CNNS["mobilenet_v3_large"].at(64))
     before = {variable.path: variable.numpy() for variable in find_cnn(start).variables}
