@@ -81,7 +81,7 @@ def test_features_measures_the_cnn_and_decoding(small_cnn, monkeypatch, capsys):
     monkeypatch.setattr(features, "MIN_CPU_SECONDS", 0)
     features.main(["--images", "4", "--batch-sizes", "2", "--rounds", "1"])
     result = read_result(capsys)
-    assert set(result["images_per_second"]) == {"project", "cnn", "tutorial"}
+    assert set(result["images_per_second"]) == {"project", "around", "cnn", "tutorial"}
     assert min(result["decoded_per_second_of_a_core"].values()) > 0
     cnn = tf.keras.Sequential([tf.keras.Input((8, 8, 3)), tf.keras.layers.Conv2D(4, 3, strides=2, padding="same")])
     monkeypatch.setattr("features.build_feature_extractor", lambda *_: cnn)
