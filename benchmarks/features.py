@@ -119,13 +119,15 @@ def project_rate(cache: FeatureCache, image_dir: Path, names: list[str]) -> floa
 
 
 def around_rate(cache: FeatureCache, image_dir: Path, names: list[str]) -> float:
-    """Measures `features.cache_features` as `project_rate` does, with a CNN that costs nothing."""
+    """Measures `features.cache_features` with a CNN that costs nothing, in images per second, its start included."""
 
     def free_cnn(pixels: tf.Tensor, training: bool) -> tf.Tensor:
         return tf.zeros((tf.shape(pixels)[0], *cache.shape))
 
+    for path in cache.folder.glob("*.npy"):
+        path.unlink()
     with mock.patch.object(features, "build_feature_extractor", lambda *_: free_cnn):
-        return project_rate(cache, image_dir, names)
+        return items_per_second(lambda: features.cache_features(cache, image_dir, names), len(names))
 
 
 def make_cnn_run(extractor: tf.keras.Model, pixels: np.ndarray) -> Callable[[int], None]:
