@@ -67,6 +67,8 @@ NUM_AHEAD = 4  # batches of images that are read before the CNN takes them
 NUM_WRITERS = 4  # threads
 MAX_NAME_BYTES = 255 - len(".npy")  # a file system allows 255
 
+Batch = tuple[tuple[str, ...], np.ndarray]  # B paths, and the pixels of their images, (B, size, size, 3) uint8
+
 
 # Preprocess the images using InceptionV3. Training and inference use the same function.
 
@@ -258,13 +260,9 @@ def cache_features(
     # batch while another is copied.
     num_threads = 2 if devices.has_gpu() else 1
     readable = skip_unreadable(map_threads(load, missing, NUM_AHEAD * batch_size), unreadable)
-    batches = make_batches(readable, batch_size)
     bar, rate = progress_bar(total=len(missing), unit="image", desc="features"), FirstRate()
     with computing_in(cache.precision), ThreadPoolExecutor(NUM_WRITERS) as writers:
-        first_batch = writers.submit(list, itertools.islice(batches, 1))  # is read while the CNN is built
-        writers.submit(start_gpu)
-        extract = make_extract(cache, batch_size)
-        batches = itertools.chain(first_batch.result(), batches)
+        extract, batches = build_while_reading(cache, make_batches(readable, batch_size), batch_size)
         with bar as progress:
             written: Iterable[None] = ()
             for (paths, _), features in map_threads(extract, batches, 1 + num_threads, num_threads):
@@ -280,14 +278,25 @@ def cache_features(
     return unreadable
 
 
+def build_while_reading(
+    cache: FeatureCache, batches: Iterator[Batch], batch_size: int
+) -> tuple[Callable[[Batch], np.ndarray], Iterator[Batch]]:
+    """Builds the CNN while the first batch is read; returns what `make_extract` does, and all batches."""
+    with ThreadPoolExecutor(2) as threads:
+        first_batch = threads.submit(list, itertools.islice(batches, 1))
+        threads.submit(start_gpu)
+        extract = make_extract(cache, batch_size)
+    return extract, itertools.chain(first_batch.result(), batches)
+
+
 def start_gpu() -> None:
     """Loads what a GPU needs for a convolution, which takes seconds: beside the building of the CNN."""
     if devices.has_gpu():
         tf.nn.conv2d(tf.zeros((1, 8, 8, 3)), tf.zeros((3, 3, 3, 8)), 1, "SAME")
 
 
-def make_extract(cache: FeatureCache, batch_size: int) -> Callable[[tuple[tuple[str, ...], np.ndarray]], np.ndarray]:
-    """Builds the CNN of a cache, as a function from a batch (see `make_batches`) to its features, (B, L, C)."""
+def make_extract(cache: FeatureCache, batch_size: int) -> Callable[[Batch], np.ndarray]:
+    """Builds the CNN of a cache, as a function from a batch to its features, (B, L, C)."""
     extractor, size = build_feature_extractor(cache.cnn_weights, cache.cnn), cache.cnn.image_size
 
     # A graph runs several times as fast as eager mode. It is built for any batch size, since the last batch is smaller.
@@ -299,7 +308,7 @@ def make_extract(cache: FeatureCache, batch_size: int) -> Callable[[tuple[tuple[
         with tf.device("CPU"):
             return tf.identity(features)
 
-    def extract(batch: tuple[tuple[str, ...], np.ndarray]) -> np.ndarray:
+    def extract(batch: Batch) -> np.ndarray:
         paths, pixels = batch
         if devices.has_gpu() and len(paths) < batch_size:  # it would look for the fastest kernels of the new shape
             pixels = np.concatenate([pixels, np.zeros((batch_size - len(paths), size, size, 3), np.uint8)])
@@ -323,10 +332,8 @@ def skip_unreadable(
             yield image_path, pixels
 
 
-def make_batches(
-    images: Iterator[tuple[str, np.ndarray]], batch_size: int
-) -> Iterator[tuple[tuple[str, ...], np.ndarray]]:
-    """Groups images into batches: B paths, and their pixels (B, size, size, 3)."""
+def make_batches(images: Iterator[tuple[str, np.ndarray]], batch_size: int) -> Iterator[Batch]:
+    """Groups images into batches."""
     while batch := list(itertools.islice(images, batch_size)):
         paths, pixels = zip(*batch, strict=True)
         yield paths, np.stack(pixels)

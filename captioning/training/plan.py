@@ -45,7 +45,8 @@ def open_features(dataset: CaptionDataset, config: FeatureConfig) -> tuple[ZeroF
     """
     folder = features.cache_folder(dataset, config)
     check_cnn_weights(config.cnn_weights)
-    expected = make_manifest(folder, dataset.image_dir, config.cnn_weights, config.dtype, config.sized_cnn)
+    cnn, precision = config.sized_cnn, config.cnn_precision
+    expected = make_manifest(folder, dataset.image_dir, config.cnn_weights, config.dtype, cnn, precision)
     manifest = features.match_manifest(folder, expected) or expected
     return ZeroFeatures(folder, {**manifest, "weights": config.cnn_weights}), dataset
 
