@@ -40,7 +40,7 @@ from captioning.base.cli import (
 )
 from captioning.base.downloads import redact_url
 from captioning.base.files import lock_folder
-from captioning.base.quiet_tensorflow import tf
+from captioning.base.quiet_tensorflow import tf, xla_cache
 from captioning.config.guests import find_model_guest
 from captioning.config.options import add_options
 from captioning.config.run_config import RunConfig
@@ -58,6 +58,7 @@ from captioning.training import plan
 from captioning.training.checkpoints import Checkpoints, TrainProgress, TrainState
 from captioning.training.input_pipeline import (
     Batch,
+    EncodedCaptions,
     TrainBatches,
     TrainData,
     describe_captions,
@@ -66,13 +67,14 @@ from captioning.training.input_pipeline import (
 )
 from captioning.training.objective import CrossEntropy, StepSums
 from captioning.training.optimizer import WeightEMA, make_optimizer
+from captioning.training.resident_features import load_features
 from captioning.training.start import check_start, copy_weights, keep_words, start_settings
 from captioning.training.training_log import TrainingLog
 from captioning.training.validation import EpochScore, Validator
 from tokenizer import Tokenizer
 
 # Those change the speed, not what is learnt.
-SPEED_SETTINGS = ("fused", "mixed_precision", "jit", "deterministic", "strategy")
+SPEED_SETTINGS = ("fused", "mixed_precision", "jit", "features_on_gpu", "deterministic", "strategy")
 
 OnStep = Callable[[TrainState], None]  # is called after every step
 
@@ -103,7 +105,11 @@ def compute_gradients(state: TrainState, batch: Batch) -> tuple[list[tf.Tensor],
 
 
 def make_train_step(
-    state: TrainState, config: TrainConfig, strategy: tf.distribute.Strategy, batch_spec: Any
+    state: TrainState,
+    config: TrainConfig,
+    strategy: tf.distribute.Strategy,
+    batch_spec: Any,
+    image_features: tf.Variable | None = None,
 ) -> Callable[[Batch], None]:
     """Makes the tutorial's `train_step`, for one device or several.
 
@@ -112,12 +118,22 @@ def make_train_step(
         config: the settings of the training.
         strategy: distributes each batch over its replicas.
         batch_spec: the shapes that `TrainBatches` yields, so that the step is compiled once for all sizes.
+        image_features: (images, L, C), the features of all images, if the batches bring none.
     """
     with_xla = config.jit == "on"
-    gradients_of = tf.function(compute_gradients, jit_compile=True) if with_xla else compute_gradients
+    compiles_all = with_xla and devices.is_single(strategy)  # XLA cannot compile what replicas exchange
+
+    def gradients_of(batch: Batch) -> tuple[list[tf.Tensor], StepSums]:
+        with plain_loop(state.model) if with_xla else contextlib.nullcontext():
+            return compute_gradients(state, batch)
+
+    if with_xla and not compiles_all:
+        gradients_of = tf.function(gradients_of, jit_compile=True)
 
     def replica_step(batch: Batch) -> StepSums:
-        gradients, sums = gradients_of(state, batch)
+        if image_features is not None:
+            batch = batch._replace(features=tf.gather(image_features, tf.cast(batch.images, tf.int64)))
+        gradients, sums = gradients_of(batch)
         # With one device nothing happens here. With several, each has a part of the batch.
         gradients, sums = devices.sum_over_replicas(gradients, sums)
         # Adam clips the gradients by their global norm: one bad batch cannot spoil a run.
@@ -125,8 +141,8 @@ def make_train_step(
         return sums
 
     # A graph, built at the first call: in eager mode each operation of each word would go through Python. One signature
-    # for batches of all sizes, or a graph would be built for each; XLA compiles anew for every shape in any case.
-    @tf.function(input_signature=None if with_xla else [batch_spec])
+    # for batches of all sizes, or a graph would be built for each; XLA compiles it anew for every shape in any case.
+    @tf.function(input_signature=[batch_spec], jit_compile=compiles_all or None)
     def train_step(batch: Batch) -> None:
         steps_before = tf.identity(state.optimizer.iterations)
         sums = strategy.run(replica_step, (batch,))
@@ -139,6 +155,16 @@ def make_train_step(
         state.progress.add(sums)  # the loss of the epoch so far, which the progress bar and history.csv show
 
     return train_step
+
+
+@contextlib.contextmanager
+def plain_loop(caption_model: model.CaptionModel) -> Iterator[None]:
+    """Builds graphs with the plain loop while the block runs: XLA needs shapes that are known, as only it has."""
+    fused, caption_model.decoder.fused = caption_model.decoder.fused, False
+    try:
+        yield
+    finally:
+        caption_model.decoder.fused = fused
 
 
 # Epochs.
@@ -231,16 +257,47 @@ def make_train_state(caption_model: model.CaptionModel, objective: CrossEntropy,
 
 
 def choose_decoder_loop(caption_model: model.CaptionModel, config: TrainConfig) -> None:
-    """Chooses the fused decoder, which is faster on a CPU, if it computes what the decoder's `step` does.
-
-    XLA needs shapes that are known, which only the plain loop has.
-    """
-    if not (config.fused and caption_model.config.can_be_fused and config.jit == "off"):
+    """Chooses the fused decoder, which is faster on a CPU, if it computes what the decoder's `step` does."""
+    if not (config.fused and caption_model.config.can_be_fused):
         return
     caption_model.decoder.fused = model.fused_decoder_matches(caption_model.config)
     if not caption_model.decoder.fused:
         name = type(caption_model.decoder).__name__
         log(f"fused_decoder.py differs from {name}.step in model.py: training with the plain loop")
+
+
+def choose_compiler(state: TrainState, config: TrainConfig, strategy: tf.distribute.Strategy) -> TrainConfig:
+    """Returns the settings with --jit decided: by default XLA compiles where one GPU trains what it can compile."""
+    is_possible = devices.has_gpu() and devices.is_single(strategy) and state.objective.can_be_compiled
+    # Only without XLA it was tried that runs can be repeated.
+    default = "on" if is_possible and not config.deterministic else "off"
+    return dataclasses.replace(config, jit=default if config.jit == "auto" else config.jit)
+
+
+def make_steps(
+    state: TrainState,
+    captions: EncodedCaptions,
+    data: TrainData,
+    strategy: tf.distribute.Strategy,
+    image_features: tf.Variable | None,
+    config: TrainConfig,
+) -> tuple[Callable[[Batch], None], TrainBatches]:
+    """Makes the training step and its batches, whose shapes depend on whether XLA compiles it."""
+    batches = TrainBatches(captions, None if image_features is not None else data.cache.read, config, strategy)
+    if batches.shapes:
+        kept = f"; what is compiled is kept in {xla_cache()}" if xla_cache() else ""
+        lengths = ", ".join(map(str, batches.shapes.lengths))
+        log(f"XLA compiles the training step, some seconds for each length of captions: {lengths} tokens{kept}")
+    return make_train_step(state, config, strategy, batches.spec, image_features), batches
+
+
+def without_xla(config: TrainConfig, asked: TrainConfig, error: tf.errors.OpError) -> TrainConfig:
+    """Returns the settings without XLA after a step that failed, and so changed nothing; raises any other error."""
+    if config.jit == "off" or asked.jit == "on":
+        raise error
+    hint = f"; if it could before, delete {xla_cache()}" if xla_cache() else ""
+    log(f"XLA cannot run the training step ({first_line(error)}): training goes on as with --jit off{hint}")
+    return dataclasses.replace(config, jit="off")
 
 
 def make_objective(config: RunConfig) -> CrossEntropy:
@@ -317,15 +374,22 @@ def train(
     if progress.best() == EpochScore() and (state.objective.starts_trained or progress.get("epoch")):
         score_start(validator, state, checkpoints, strategy)
     # The loop over epochs. The learning rate follows from the epoch's number, so that a resumed run has the same one.
-    batches = TrainBatches(captions, data.cache.read, settings, strategy)
-    train_step = make_train_step(state, settings, strategy, batches.spec)
+    image_features = load_features(captions.feature_paths, data.cache.read, settings, strategy)
+    make = functools.partial(make_steps, state, captions, data, strategy, image_features)
+    settings = choose_compiler(state, settings, strategy)
+    train_step, batches = make(settings)
     try:
         while (epoch := progress.get("epoch")) < settings.epochs:
             if settings.patience and epoch - progress.get("best_epoch") >= settings.patience:
                 log(f"stopped early: {settings.patience} epochs without a better score")
                 break  # from here on the model would only learn the training captions by heart
             state.optimizer.learning_rate.assign(settings.learning_rate * settings.learning_rate_decay**epoch)
-            train_epoch(train_step, batches, state, checkpoints, settings, on_step)
+            try:
+                train_epoch(train_step, batches, state, checkpoints, settings, on_step)
+            except tf.errors.OpError as error:
+                settings = without_xla(settings, config.train, error)
+                train_step, batches = make(settings)
+                train_epoch(train_step, batches, state, checkpoints, settings, on_step)
             score = validate_and_log(validator, state, checkpoints, training_log) if training_log else EpochScore()
             score = EpochScore(*devices.broadcast_from_chief(strategy, score))  # all machines stop at the same epoch
             with defer_interrupts():  # Ctrl-C waits until all of it is saved

@@ -39,9 +39,10 @@ from captioning.config.settings import ModelConfig, TrainConfig
 from captioning.data.annotations import Example, read_annotations
 from captioning.images.feature_cache import FeatureCache, make_manifest
 from captioning.training.checkpoints import TrainProgress
-from captioning.training.input_pipeline import Batch, EncodedCaptions, encode_captions, make_dataset, make_epoch_batches
+from captioning.training.input_pipeline import Batch, EncodedCaptions, TrainBatches, encode_captions
 from captioning.training.objective import CrossEntropy
 from captioning.training.optimizer import WeightEMA, make_optimizer
+from captioning.training.resident_features import load_features
 from tokenizer import START_ID, Tokenizer
 
 layers = tf.keras.layers
@@ -206,16 +207,17 @@ def make_tutorial_step(tutorial: TutorialModel) -> Callable[[tuple[tf.Tensor, tf
 # The project's code.
 
 
-def project_batches(data: TrainingData, batch_size: int, static_shapes: bool) -> Iterator[Batch]:
+def project_batches(batches: TrainBatches) -> Iterator[Batch]:
     """Yields the batches of train.py, epoch after epoch, without the last one, which is not full."""
     for epoch in itertools.count():
-        batches = make_epoch_batches(data.captions, batch_size, seed=0, epoch=epoch)
-        full_batches = [rows for rows in batches if len(rows) == batch_size]
-        yield from make_dataset(data.captions, full_batches, data.cache.read, static_shapes)
+        yield from batches.load([rows for rows in batches.order(epoch) if len(rows) == batches.config.batch_size])
 
 
 def make_project_step(
-    caption_model: model.CaptionModel, settings: TrainConfig, batch_spec: Batch
+    caption_model: model.CaptionModel,
+    settings: TrainConfig,
+    batch_spec: Batch,
+    image_features: tf.Variable | None = None,
 ) -> Callable[[Batch], tf.Tensor]:
     """Makes the training step of train.py, which here returns the sum of the losses so far.
 
@@ -223,13 +225,14 @@ def make_project_step(
         caption_model: the model; `settings.fused` decides which way through its decoder is taken.
         settings: those of train.py.
         batch_spec: the shapes of the batches.
+        image_features: (images, L, C), the features of all images, if the batches bring none.
     """
     caption_model.decoder.fused = settings.fused
     optimizer = make_optimizer(settings.learning_rate, settings.clip_norm, settings.mixed_precision)
     optimizer.build(caption_model.trainable_variables)
     ema = WeightEMA(caption_model.trainable_variables, settings.ema_decay)
     state = train.TrainState(caption_model, optimizer, ema, TrainProgress(), CrossEntropy(settings))
-    train_step = train.make_train_step(state, settings, tf.distribute.get_strategy(), batch_spec)
+    train_step = train.make_train_step(state, settings, tf.distribute.get_strategy(), batch_spec, image_features)
 
     def step(batch: Batch) -> tf.Tensor:
         train_step(batch)
@@ -256,9 +259,12 @@ def make_variant(name: str, data: TrainingData, settings: TrainConfig) -> Varian
     config = dataclasses.replace(data.config, **VARIANTS[name])
     settings = dataclasses.replace(settings, fused=name == "fused")
     caption_model = model.build(config, mixed_precision=settings.mixed_precision)
-    batch_spec = make_dataset(data.captions, [], data.cache.read).element_spec
-    step = make_project_step(caption_model, settings, batch_spec)
-    return Variant(step, project_batches(data, settings.batch_size, settings.jit == "on"))
+    strategy = tf.distribute.get_strategy()
+    image_features = load_features(data.captions.feature_paths, data.cache.read, settings, strategy)
+    read_features = data.cache.read if image_features is None else None
+    batches = TrainBatches(data.captions, read_features, settings, strategy)
+    step = make_project_step(caption_model, settings, batches.spec, image_features)
+    return Variant(step, project_batches(batches))
 
 
 def run_steps(variant: Variant, num_steps: int) -> float:

@@ -72,6 +72,7 @@ class SelfCritical(CrossEntropy):
     """Minimises the negative reward of sampled captions."""
 
     column = "train_reward"
+    can_be_compiled = False  # the rewards are computed in Python
 
     def __init__(self, config: TrainConfig, cider: CiderConfig, reward: Reward):
         super().__init__(config)

@@ -63,6 +63,7 @@ class AugmentedCrossEntropy(CrossEntropy):
     """Cross-entropy of images that are augmented first."""
 
     starts_trained = True
+    can_be_compiled = False  # convolutions would take longer: XLA's flags leave out the search for their fastest form
 
     def prepare(self, model: tf.keras.Model, batch: Batch, step: tf.Tensor) -> Batch:
         """Augments the images of a batch, whose `features` are pixels (I, size, size, 3) uint8."""

@@ -1,6 +1,7 @@
 """Devices that train: one, all of a machine, or those of several machines (tf.distribute); and XLA."""
 
 import contextlib
+import ctypes
 import functools
 import json
 import os
@@ -8,14 +9,11 @@ import re
 import subprocess
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from captioning.base.cli import InputError, log
-from captioning.base.quiet_tensorflow import tf
+from captioning.base.quiet_tensorflow import NVIDIA_DRIVER_FILES, tf
 
-# One of them exists where there is a driver: on Linux, and in Linux on Windows (WSL2).
-NVIDIA_DRIVER_FILES = (Path("/proc/driver/nvidia/version"), Path("/dev/dxg"))
 BUILT_FOR = ("sm_60", "sm_70", "sm_80", "sm_89", "compute_90")  # the wheels of TensorFlow 2.19 to 2.21
 TRY_SECONDS = 120  # a GPU that takes longer for a product compiles its kernels
 
@@ -23,6 +21,33 @@ TRY_SECONDS = 120  # a GPU that takes longer for a product compiles its kernels
 def has_gpu() -> bool:
     """Tells whether TensorFlow computes on a GPU."""
     return bool(tf.config.get_visible_devices("GPU"))
+
+
+def is_single(strategy: tf.distribute.Strategy) -> bool:
+    """Tells whether one device trains, and nothing is exchanged."""
+    return strategy is tf.distribute.get_strategy()
+
+
+def free_gpu_memory() -> int:
+    """Returns how many bytes of the first GPU no process has taken; 0 if the driver does not tell.
+
+    TensorFlow knows only its own part, and nvidia-smi lists GPUs in another order.
+    """
+    number = int(tf.config.get_visible_devices("GPU")[0].name.rpartition(":")[2])
+    device, context, free, total = ctypes.c_int(), ctypes.c_void_p(), ctypes.c_size_t(), ctypes.c_size_t()
+    try:
+        cuda = ctypes.CDLL("libcuda.so.1")
+        calls = (
+            lambda: cuda.cuInit(0),
+            lambda: cuda.cuDeviceGet(ctypes.byref(device), number),
+            lambda: cuda.cuDevicePrimaryCtxRetain(ctypes.byref(context), device),  # TensorFlow's context of the device
+            lambda: cuda.cuCtxPushCurrent_v2(context),
+            lambda: cuda.cuMemGetInfo_v2(ctypes.byref(free), ctypes.byref(total)),
+            lambda: cuda.cuCtxPopCurrent_v2(None),
+        )
+        return 0 if any(call() for call in calls) else free.value  # each returns 0, or the number of an error
+    except (OSError, AttributeError):  # no such library, or no such function
+        return 0
 
 
 @functools.cache  # all scripts ask, some of them often

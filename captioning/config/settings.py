@@ -193,9 +193,17 @@ class TrainConfig(Settings):
     )
     mixed_precision: bool = option(False, "compute in float16 on a GPU; weights stay float32")
     jit: str = option(
-        "off",
-        "compile the training step with XLA: on a GPU twice as fast, after minutes of compiling; on a CPU slower",
-        choices=("off", "on"),
+        "auto",
+        "compile the training step with XLA, which takes seconds for each of three shapes; auto: where one GPU trains, "
+        "unless --deterministic; on a CPU it is slower",
+        choices=("auto", "on", "off"),
+        may_change=True,
+    )
+    features_on_gpu: str = option(
+        "auto",
+        "keep the features of all training images on the device; auto: on a GPU of which they take at most half of the "
+        "free memory",
+        choices=("auto", "on", "off"),
         may_change=True,
     )
     deterministic: bool = option(

@@ -4,6 +4,8 @@ Unless captions are shuffled one by one, those of an image are neighbours, so th
 once for all of them.
 """
 
+import itertools
+import math
 import os
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -22,6 +24,8 @@ from data_utils import CaptionDataset
 from tokenizer import Tokenizer
 
 SORT_WINDOW = 50  # batches within which images are sorted by length: little padding, and batches differ by epoch
+NUM_LENGTHS = 3  # of the batches that XLA compiles: each takes some seconds
+IMAGE_MARGIN = 1.1  # a batch of a later epoch may have a few more images than those of the first
 
 
 class TrainData(NamedTuple):
@@ -45,11 +49,20 @@ class EncodedCaptions(NamedTuple):
 class Batch(NamedTuple):
     """B captions of some images."""
 
-    features: tf.Tensor  # (images, L, C), in the cache's dtype; or pixels, where the CNN is trained, too
+    # (images, L, C), in the cache's dtype; or pixels, where the CNN is trained, too; None where the step gathers them
+    features: tf.Tensor | None
     image_index: tf.Tensor  # (B,) int32, the image of each caption
     tokens: tf.Tensor  # (B, T + 1) int32, padded with <pad> to the batch's longest caption
     images: tf.Tensor  # (images,) int32, their numbers in the split
-    order: WordOrder | None  # the order of the words in fused_decoder.py; None with static shapes
+    order: WordOrder | None  # the order of the words in fused_decoder.py; None with fixed shapes
+
+
+class FixedShapes(NamedTuple):
+    """The shapes that batches are padded to where XLA compiles the training step, anew for each shape."""
+
+    num_captions: int
+    num_images: int  # a batch that has more is padded to num_captions
+    lengths: np.ndarray  # (at most NUM_LENGTHS,) of captions in tokens, ascending
 
 
 def encode_captions(
@@ -138,43 +151,58 @@ def make_epoch_batches(
     return [*batches, last_batch]
 
 
+def choose_shapes(captions: EncodedCaptions, batches: list[np.ndarray]) -> FixedShapes:
+    """Chooses shapes for batches of caption indices such that little is padded; those of other epochs are alike."""
+    longest = np.array([captions.lengths[rows].max() for rows in batches])  # (batches,)
+    candidates = np.unique(np.quantile(longest, np.linspace(0, 1, 21), method="higher"))
+    choices = [
+        np.unique([*lengths, captions.lengths.max()])
+        for lengths in itertools.combinations_with_replacement(candidates, NUM_LENGTHS - 1)
+    ]
+    lengths = min(choices, key=lambda lengths: lengths[np.searchsorted(lengths, longest)].sum())
+    num_captions = max(map(len, batches))
+    num_images = max(len(np.unique(captions.image_index[rows])) for rows in batches)
+    return FixedShapes(num_captions, min(num_captions, math.ceil(IMAGE_MARGIN * num_images)), lengths)
+
+
 def make_dataset(
     captions: EncodedCaptions,
     batches: list[np.ndarray],
-    read_features: Callable[[tf.Tensor], tf.Tensor],
-    static_shapes: bool = False,
+    read_features: Callable[[tf.Tensor], tf.Tensor] | None,
+    shapes: FixedShapes | None = None,
 ) -> tf.data.Dataset:
     """Makes a dataset that yields batches of caption indices as `Batch`, read in parallel and ahead of the model.
 
-    `read_features` maps the paths (images,) of feature files to their content, (images, L, C). With `static_shapes`
-    captions are padded to the largest batch, and images and tokens to multiples of 8, so that there are few shapes: XLA
-    compiles anew for each.
+    `read_features` maps the paths (images,) of feature files to their content, (images, L, C); None if the batches
+    bring no features. With `shapes` batches are padded to these, with captions that have no words.
     """
-    largest = max(map(len, batches), default=0)
     feature_paths = tf.constant([os.fsencode(path) for path in captions.feature_paths])  # which may be no Unicode
-
-    def round_up(count):
-        return -(-count // 8) * 8 if static_shapes else count
+    num_arrays = 3 if shapes else 3 + len(ORDER_SHAPES)
 
     def make_arrays(number: int) -> tuple[np.ndarray, ...]:
         rows = batches[number]
         images, image_index = np.unique(captions.image_index[rows], return_inverse=True)
-        num_steps = captions.lengths[rows].max() - 1
-        tokens = np.zeros((largest if static_shapes else len(rows), 1 + round_up(num_steps)), np.int32)
-        tokens[: len(rows), : 1 + num_steps] = captions.tokens[rows, : 1 + num_steps]
-        order = () if static_shapes else order_words(tokens)
-        return images, np.pad(image_index, (0, len(tokens) - len(rows))).astype(np.int32), tokens, *order
+        length = captions.lengths[rows].max()
+        tokens = captions.tokens[rows, :length]
+        if not shapes:
+            return images, image_index.astype(np.int32), tokens, *order_words(tokens)
+        more_captions = shapes.num_captions - len(rows)
+        more_tokens = shapes.lengths[np.searchsorted(shapes.lengths, length)] - length
+        image_index = np.pad(image_index, (0, more_captions)).astype(np.int32)
+        return images, image_index, np.pad(tokens, ((0, more_captions), (0, more_tokens)))
 
     def load_batch(number: tf.Tensor) -> Batch:
-        num_arrays = 3 if static_shapes else 3 + len(ORDER_SHAPES)
         images, image_index, tokens, *order = tf.numpy_function(make_arrays, [number], [tf.int32] * num_arrays)
-        features = read_features(tf.gather(feature_paths, images))
-        padding = round_up(tf.shape(features)[0]) - tf.shape(features)[0]
-        features = tf.pad(features, [[0, padding]] + [[0, 0]] * (len(features.shape) - 1))
-        images = tf.ensure_shape(tf.pad(images, [[0, padding]]), (None,))
+        features = read_features(tf.gather(feature_paths, images)) if read_features else None
+        if shapes:
+            num_images = tf.shape(images)[0]
+            fixed = tf.where(num_images <= shapes.num_images, shapes.num_images, shapes.num_captions)
+            images = tf.pad(images, [[0, fixed - num_images]])
+            if features is not None:
+                features = tf.pad(features, [[0, fixed - num_images]] + [[0, 0]] * (len(features.shape) - 1))
         word_order = WordOrder(*map(tf.ensure_shape, order, ORDER_SHAPES)) if order else None
-        image_index, tokens = tf.ensure_shape(image_index, (None,)), tf.ensure_shape(tokens, (None, None))
-        return Batch(features, image_index, tokens, images, word_order)
+        images, image_index = tf.ensure_shape(images, (None,)), tf.ensure_shape(image_index, (None,))
+        return Batch(features, image_index, tf.ensure_shape(tokens, (None, None)), images, word_order)
 
     # Not from_generator: it makes malloc map and unmap every large tensor of the process, those of training included.
     return map_prefetch(tf.data.Dataset.range(len(batches)), load_batch)
@@ -205,13 +233,26 @@ def copy_ahead(batches: Iterable[Batch], strategy: tf.distribute.Strategy) -> It
             yield batch
 
 
-class TrainBatches(NamedTuple):
-    """The batches of a training, made for the devices of a strategy, each of which gets its part of every batch."""
+class TrainBatches:
+    """The batches of a training, made for the devices of a strategy, each of which gets its part of every batch.
 
-    captions: EncodedCaptions
-    read_features: Callable[[tf.Tensor], tf.Tensor]
-    config: TrainConfig
-    strategy: tf.distribute.Strategy
+    `read_features` is that of `make_dataset`.
+    """
+
+    def __init__(
+        self,
+        captions: EncodedCaptions,
+        read_features: Callable[[tf.Tensor], tf.Tensor] | None,
+        config: TrainConfig,
+        strategy: tf.distribute.Strategy,
+    ):
+        self.captions, self.read_features = captions, read_features
+        self.config, self.strategy = config, strategy
+        self.shapes: FixedShapes | None = None
+        if config.jit == "on":
+            num_replicas = strategy.num_replicas_in_sync
+            parts = [part for rows in self.order(0) for part in np.array_split(rows, num_replicas)]
+            self.shapes = choose_shapes(captions, parts)  # the same in a run that is resumed
 
     @property
     def spec(self) -> Any:
@@ -231,7 +272,8 @@ class TrainBatches(NamedTuple):
 
     def load(self, order: list[np.ndarray]) -> Iterator[Batch]:
         """Yields batches, given as arrays of caption indices, read ahead of the model."""
-        return copy_ahead(self._make_dataset(order), self.strategy)
+        batches = self._make_dataset(order)
+        return copy_ahead(batches, self.strategy) if self.read_features else iter(batches)
 
     def _make_dataset(self, order: list[np.ndarray]) -> tf.data.Dataset:
         def make_input(context: tf.distribute.InputContext) -> tf.data.Dataset:
@@ -239,7 +281,7 @@ class TrainBatches(NamedTuple):
             num_local = num_replicas // context.num_input_pipelines
             first = context.input_pipeline_id * num_local
             parts = [part for rows in order for part in np.array_split(rows, num_replicas)[first : first + num_local]]
-            return make_dataset(self.captions, parts, self.read_features, static_shapes=self.config.jit == "on")
+            return make_dataset(self.captions, parts, self.read_features, self.shapes)
 
         # To the replicas' devices only the step copies, what it needs there: see copy_ahead.
         options = tf.distribute.InputOptions(experimental_fetch_to_device=False)

@@ -24,6 +24,7 @@ class CrossEntropy(tf.Module):
     """
 
     column = "train_loss"  # of history.csv
+    can_be_compiled = True  # by XLA
     starts_trained = False  # whether the first weights are those of another run, which are scored before the training
     own_cider: Callable | None = None  # the CIDEr that it raises, see `Validator`
 
