@@ -9,17 +9,22 @@ numbers   features of drawings, losses of five training steps, and captions, eac
 search    captions per second from features, greedy and with a beam of 5
 features  images per second of the CNN alone, and of features.py, which also reads JPEGs and writes files
 training  captions per second by batch size: fused decoder, plain loop and, on a GPU, float16
-xla       captions per second of the plain loop with --jit on, which compiles for a minute or two
+xla       the same of the step that XLA compiles, with features from files and on the GPU, all lengths compiled before
+pytorch   the same of a step in PyTorch, if it is installed: features on the GPU, captions of one length
+whole     seconds of features.py, of train.py --recipe best and of evaluate.py, on drawings
 
 All data are random, the weights too. Each result is printed as a line when it is known; the last line is JSON: please
 add it to a report. The exit code is 1 if a number differs from the CPU's or is not finite.
 """
 
+import dataclasses
 import functools
 import json
 import statistics
+import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -28,10 +33,10 @@ import numpy as np
 
 import features
 import model
-from benchmarks import captioning, training
+from benchmarks import captioning, pytorch, training
 from benchmarks.features import draw_photos, make_cnn_run, project_rate
 from benchmarks.timing import items_per_second
-from captioning.base.cli import make_parser, run_main
+from captioning.base.cli import log, make_parser, run_main
 from captioning.base.devices import has_gpu
 from captioning.base.quiet_tensorflow import tf
 from captioning.config.cnns import CNN, CNNS, INCEPTION_V3
@@ -40,13 +45,16 @@ from captioning.data import shapes
 from captioning.decoder.decoding import beam_search, greedy_search
 from captioning.images.feature_cache import CNN_FILE
 from captioning.images.reading import count_cores
-from captioning.training.input_pipeline import make_dataset, make_epoch_batches
+from captioning.training.input_pipeline import TrainBatches, make_dataset
+from captioning.training.resident_features import load_features
 
 MAX_FEATURE_DIFFERENCE = 1e-3  # of float32, relative to the CPU's
 MAX_LOSS_DIFFERENCE = 1e-4  # of a step, relative to the CPU's
 MIN_EQUAL_CAPTIONS = 0.95  # of random weights, with which words are nearly equally probable
 NUM_STEPS_COMPARED = 5
 ROUNDS = 3  # of each measurement, whose median counts
+ROOT = Path(__file__).parents[1]
+ON_DISK = TrainConfig(jit="off", features_on_gpu="off")  # as on a CPU
 
 
 class Sizes(NamedTuple):
@@ -59,6 +67,8 @@ class Sizes(NamedTuple):
     num_steps: int = 30  # of the smallest batch size, in a round
     num_pictures: int = 256  # that the CNN turns into features
     cnn: CNN = INCEPTION_V3
+    num_drawings: int = 8000  # of the whole run
+    whole_options: tuple[str, ...] = ("--recipe", "best", "--epochs", "8")
 
 
 SMALL = Sizes(
@@ -69,6 +79,8 @@ SMALL = Sizes(
     num_steps=2,
     num_pictures=4,
     cnn=CNNS["mobilenet_v3_large"].at(64),
+    num_drawings=24,
+    whole_options=("--recipe", "best", "--epochs", "1", "--units", "16", "--embedding-dim", "8"),
 )
 
 
@@ -112,14 +124,15 @@ def compute_features(folder: Path, sizes: Sizes) -> np.ndarray:
     return tf.function(lambda batch: extractor(batch, training=False))(pixels).numpy()
 
 
-def compute_losses(data: training.TrainingData, batch_size: int, fused: bool) -> np.ndarray:
+def compute_losses(data: training.TrainingData, settings: TrainConfig) -> np.ndarray:
     """Trains for a few steps, and returns the mean loss of each, (NUM_STEPS_COMPARED,)."""
-    caption_model = model.build(data.config)
+    caption_model, strategy = model.build(data.config), tf.distribute.get_strategy()
     set_random_weights(caption_model, 0.05)
-    batches = make_epoch_batches(data.captions, batch_size, seed=0, epoch=0)[:NUM_STEPS_COMPARED]
-    dataset = make_dataset(data.captions, batches, data.cache.read)
-    settings = TrainConfig(batch_size=batch_size, jit="off", fused=fused)
-    step = training.make_project_step(caption_model, settings, dataset.element_spec)
+    image_features = load_features(data.captions.feature_paths, data.cache.read, settings, strategy)
+    batches = TrainBatches(data.captions, data.cache.read if image_features is None else None, settings, strategy)
+    order = batches.order(0)[:NUM_STEPS_COMPARED]
+    dataset = make_dataset(data.captions, order, batches.read_features, batches.shapes)
+    step = training.make_project_step(caption_model, settings, dataset.element_spec, image_features)
     losses, total = [], 0.0
     for batch in dataset:
         before, total = total, float(step(batch))
@@ -142,8 +155,8 @@ def compute_numbers(folder: Path, data: training.TrainingData, sizes: Sizes) -> 
     batch_size = sizes.batch_sizes[0]
     return {
         "features": compute_features(folder, sizes),
-        "losses, fused": compute_losses(data, batch_size, fused=True),
-        "losses, plain": compute_losses(data, batch_size, fused=False),
+        "losses, fused": compute_losses(data, dataclasses.replace(ON_DISK, batch_size=batch_size)),
+        "losses, plain": compute_losses(data, dataclasses.replace(ON_DISK, batch_size=batch_size, fused=False)),
         **compute_captions(data.config, batch_size),
     }
 
@@ -171,7 +184,10 @@ def check_numbers(report: Report, folder: Path, sizes: Sizes) -> None:
     data = make_data(folder, sizes)
     with tf.device("CPU:0"):
         expected = compute_numbers(folder, data, sizes)
-    compare_numbers(report, compute_numbers(folder, data, sizes), expected)
+    found = compute_numbers(folder, data, sizes)
+    compiled = TrainConfig(batch_size=sizes.batch_sizes[0], jit="on", features_on_gpu="on")
+    found["losses, XLA"], expected["losses, XLA"] = compute_losses(data, compiled), expected["losses, plain"]
+    compare_numbers(report, found, expected)
 
 
 # Speed.
@@ -223,10 +239,12 @@ def measure_variant(
     """Measures a variant of benchmarks/training.py, reading included, and checks that its loss is finite."""
     variant = training.make_variant(variant_name, data, settings)
     first_step = 1 / items_per_second(functools.partial(training.run_steps, variant, 1), 1)
-    loss = training.run_steps(variant, 3)
+    # XLA compiles anew for each length, which an epoch has all of.
+    loss = training.run_steps(variant, len(data.captions.lengths) // settings.batch_size if settings.jit == "on" else 3)
     rate = median_rate(functools.partial(training.run_steps, variant, num_steps), num_steps * settings.batch_size)
     kind = {"fused": "fused decoder", "plain": "plain loop"}[variant_name]
     kind += ", float16" * settings.mixed_precision + ", XLA" * (settings.jit == "on")
+    kind += ", features resident" * (settings.features_on_gpu == "on")
     name = f"captions/s, batch {settings.batch_size}, {kind} (first step {first_step:.1f} s)"
     report.add(name, round(rate), bool(np.isfinite(loss)), "a finite loss")
 
@@ -236,20 +254,58 @@ def measure_training(report: Report, folder: Path, sizes: Sizes) -> None:
     data = make_data(folder, sizes)
     for batch_size in sizes.batch_sizes:
         num_steps = max(2, sizes.num_steps * sizes.batch_sizes[0] // batch_size)
-        settings = TrainConfig(batch_size=batch_size)
+        settings = dataclasses.replace(ON_DISK, batch_size=batch_size)
         measure_variant(report, data, "fused", settings, num_steps)
         measure_variant(report, data, "plain", settings, num_steps)
         if has_gpu():  # a CPU only imitates float16
-            half = TrainConfig(batch_size=batch_size, mixed_precision=True)
+            half = dataclasses.replace(settings, mixed_precision=True)
             measure_variant(report, data, "fused", half, num_steps)
 
 
 def measure_xla(report: Report, folder: Path, sizes: Sizes) -> None:
-    """Measures training that XLA compiles, anew for every shape of a batch."""
+    """Measures training that XLA compiles, anew for every length of captions."""
     data = make_data(folder, sizes)
     for batch_size in sizes.batch_sizes:
         num_steps = max(2, sizes.num_steps * sizes.batch_sizes[0] // batch_size)
-        measure_variant(report, data, "plain", TrainConfig(batch_size=batch_size, jit="on"), num_steps)
+        for features_on_gpu in ("off", "on"):
+            settings = TrainConfig(batch_size=batch_size, jit="on", features_on_gpu=features_on_gpu)
+            measure_variant(report, data, "plain", settings, num_steps)
+
+
+def measure_pytorch(report: Report, folder: Path, sizes: Sizes) -> None:
+    """Measures the same step in PyTorch."""
+    torch = pytorch.find_torch()
+    if torch is None:
+        report.add("PyTorch", "none")
+        return
+    data = make_data(folder, sizes)
+    for batch_size in sizes.batch_sizes:
+        num_steps = max(2, sizes.num_steps * sizes.batch_sizes[0] // batch_size)
+        batches = TrainBatches(data.captions, None, TrainConfig(batch_size=batch_size), tf.distribute.get_strategy())
+        for name, step in pytorch.make_steps(torch, data, batches).items():
+            step()  # the first is slower
+            rate = median_rate(functools.partial(pytorch.run_steps, step, num_steps), num_steps * batch_size)
+            report.add(f"captions/s, batch {batch_size}, PyTorch {torch.__version__}, {name}", round(rate))
+
+
+def measure_whole_run(report: Report, folder: Path, sizes: Sizes) -> None:
+    """Measures the commands of a whole run on drawings, each from its start to its end."""
+    annotations = shapes.draw_dataset(folder / "drawings", sizes.num_drawings)
+    images, weights = ["--images", str(annotations.parent)], ["--cnn-weights", "random"]
+    cnn = ["--cnn", sizes.cnn.option, "--image-size", str(sizes.cnn.image_size), "--features-dir", "features"]
+    data = ["--annotations", str(annotations), *images, *weights, *cnn]
+    commands = {
+        f"features.py, {sizes.num_drawings:,} images": ["features.py", *data],
+        f"train.py {' '.join(sizes.whole_options)}": ["train.py", *data, *sizes.whole_options, "--run", "run"],
+        "evaluate.py --beam-size 5": ["evaluate.py", "--run", "run", "--beam-size", "5"],
+    }
+    for name, (script, *options) in commands.items():
+        start = time.perf_counter()
+        done = subprocess.run([sys.executable, ROOT / script, *options], cwd=folder, capture_output=True, text=True)
+        seconds = round(time.perf_counter() - start, 1)
+        report.add(f"seconds, {name}", seconds, done.returncode == 0, "exit code 0")
+        for line in done.stderr.splitlines()[-20:] if done.returncode else ():
+            log(line)
 
 
 # The command line.
@@ -260,6 +316,8 @@ PARTS: dict[str, Callable[[Report, Path, Sizes], None]] = {
     "features": measure_features,
     "training": measure_training,
     "xla": measure_xla,
+    "pytorch": measure_pytorch,
+    "whole": measure_whole_run,
 }
 
 

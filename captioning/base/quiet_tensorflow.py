@@ -56,7 +56,9 @@ def make_xla_cache(tf_version: str) -> Path | None:
     texts = [path.read_text() for path in sorted(NVIDIA_GPUS.glob("*/information"))]
     models = re.findall(r"Model:\s*(.+)", "".join(texts))
     name = re.sub(r"[^\w.]+", "_", "-".join((tf_version, *sorted(set(models)))))
-    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "image-captioning" / "xla" / name
+    folder = (
+        Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")) / "image-captioning" / "xla" / name
+    )
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError:

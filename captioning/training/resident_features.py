@@ -49,7 +49,7 @@ def load_features(
     num_bytes = np.prod(shape, dtype=np.int64) * spec.dtype.size
     if config.features_on_gpu == "auto" and num_bytes > MAX_SHARE * (free := devices.free_gpu_memory()):
         log(
-            f"the features of {len(paths):,} images stay on the disk: they have {format_bytes(num_bytes)}, and "
+            f"the features of {len(paths):,} images stay on the disk: they take {format_bytes(num_bytes)}, and "
             f"{format_bytes(free)} of the GPU's memory are free; --features-on-gpu on loads them nevertheless"
         )
         return None

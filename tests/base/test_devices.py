@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from captioning.base import devices
+from captioning.base import devices, quiet_tensorflow
 from captioning.base.cli import InputError
 from captioning.base.quiet_tensorflow import tf
 from captioning.data import shapes
@@ -131,6 +131,80 @@ def test_check_xla_says_that_it_fails(monkeypatch):
     monkeypatch.setattr(tf, "function", fail)
     with pytest.raises(InputError, match=r"^--jit on: XLA cannot be used here \(no libdevice\); train with --jit off$"):
         devices.check_xla()
+
+
+@pytest.mark.parametrize(("error", "expected"), [(0, 2**40), (999, 0), (None, 0)])
+def test_free_gpu_memory_is_what_the_driver_says(monkeypatch, error, expected):
+    class Driver:
+        def __getattr__(self, name):
+            def call(*args):
+                if name == "cuDeviceGet":
+                    assert args[1] == 1, "the first GPU that is visible is the machine's second"
+                if name == "cuMemGetInfo_v2":
+                    args[0]._obj.value = 2**40
+                return error
+
+            return call
+
+    def load(name):
+        if error is None:
+            raise OSError(name)
+        return Driver()
+
+    gpu = tf.config.PhysicalDevice("/physical_device:GPU:1", "GPU")
+    monkeypatch.setattr(tf.config, "get_visible_devices", lambda _: [gpu])
+    monkeypatch.setattr(devices.ctypes, "CDLL", load)
+    assert devices.free_gpu_memory() == expected
+
+
+@pytest.fixture
+def set_xla_flags(tmp_path, monkeypatch):
+    """Sets the flags on a machine with a GPU, from flags of the user's; returns both environment variables."""
+    (tmp_path / "driver/0").mkdir(parents=True)
+    (tmp_path / "driver/0/information").write_text("Model: \t\t NVIDIA H200\nIRQ: 17\n")
+    monkeypatch.setattr(quiet_tensorflow, "NVIDIA_DRIVER_FILES", (tmp_path,))
+    monkeypatch.setattr(quiet_tensorflow, "NVIDIA_GPUS", tmp_path / "driver")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "a cache"))
+
+    def set_flags(xla_flags="", tf_xla_flags="", version="2.21.0"):
+        monkeypatch.setenv("XLA_FLAGS", xla_flags)
+        monkeypatch.setenv("TF_XLA_FLAGS", tf_xla_flags)
+        quiet_tensorflow.set_xla_flags(version)
+        return os.environ["XLA_FLAGS"], os.environ["TF_XLA_FLAGS"]
+
+    return set_flags
+
+
+def test_xla_flags_are_set_where_there_is_a_gpu(set_xla_flags, tmp_path, monkeypatch):
+    folder = tmp_path / "a cache/image-captioning/xla/2.21.0_NVIDIA_H200"
+    xla_flags, tf_xla_flags = set_xla_flags()
+    assert "CONDITIONAL,WHILE," in xla_flags and xla_flags.endswith(" --xla_gpu_autotune_level=0")
+    assert tf_xla_flags.split(" --")[0] == f"--tf_xla_persistent_cache_directory='{folder}'"
+    assert folder.is_dir() and quiet_tensorflow.xla_cache() == str(folder)
+    assert set_xla_flags(version="2.22.0") == ("", ""), "an unknown flag would end the process"
+    monkeypatch.setattr(quiet_tensorflow, "NVIDIA_DRIVER_FILES", ())
+    assert set_xla_flags() == ("", "") and quiet_tensorflow.xla_cache() is None
+
+
+def test_xla_flags_of_the_user_stay(set_xla_flags, tmp_path, monkeypatch):
+    mine, cache = "--xla_gpu_enable_command_buffer= --xla_dump_to=x", "--tf_xla_persistent_cache_directory=mine"
+    xla_flags, tf_xla_flags = set_xla_flags(mine, cache)
+    assert xla_flags == f"{mine} --xla_gpu_graph_min_graph_size=1 --xla_gpu_autotune_level=0"
+    assert tf_xla_flags == f"{cache} --tf_xla_persistent_cache_device_types=GPU"
+    assert quiet_tensorflow.xla_cache() == "mine"
+    assert set_xla_flags("flags.txt", cache)[0] == "flags.txt", "a file, to which nothing can be added"
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    assert set_xla_flags()[1] == "", "no folder can be made there"
+
+
+@pytest.mark.slow
+def test_tensorflow_knows_the_xla_flags(set_xla_flags):
+    code = "import tensorflow as tf; print(tf.function(lambda x: x + 1, jit_compile=True)(tf.zeros(())).numpy())"
+    for flags, is_known in (("", True), ("--xla_gpu_no_such_flag=1", False)):
+        set_xla_flags(flags, version=tf.__version__)
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True)
+        assert (done.returncode == 0) == is_known
 
 
 @pytest.fixture

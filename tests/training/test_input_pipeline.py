@@ -10,6 +10,8 @@ from captioning.decoder.fused_decoder import order_words
 from captioning.training import input_pipeline
 from captioning.training.input_pipeline import (
     EncodedCaptions,
+    FixedShapes,
+    choose_shapes,
     copy_ahead,
     describe_captions,
     describe_cut,
@@ -145,23 +147,46 @@ def test_make_dataset_pairs_captions_with_their_features(captions, dataset, toke
     assert sorted(texts) == sorted(caption for example in dataset.split("train") for caption in example.captions)
 
 
-def test_make_dataset_with_static_shapes_has_few_shapes(captions, cache):
+def test_choose_shapes_pads_little():
+    captions = make_captions(1003)
+    batches = make_epoch_batches(captions, 16, 0, 0, group_by_image=False)
+    shapes = choose_shapes(captions, batches)
+    assert len(shapes.lengths) == 3 and shapes.lengths[-1] == captions.lengths.max()
+    longest = np.array([captions.lengths[rows].max() for rows in batches])
+    padded = shapes.lengths[np.searchsorted(shapes.lengths, longest)]
+    assert longest.sum() <= padded.sum() < 1.3 * longest.sum()
+    assert (shapes.num_captions, shapes.num_images) == (16, 16)
+    grouped = choose_shapes(captions, make_epoch_batches(captions, 16, 0, 0))
+    assert grouped.num_images == 6, "5 for captions of 5 images, cut at both ends, and a margin"
+    few = captions._replace(lengths=np.full(1003, 7))
+    assert choose_shapes(few, batches).lengths.tolist() == [7]
+
+
+@pytest.mark.parametrize("num_images", [5, 2])
+def test_make_dataset_pads_to_few_shapes(captions, cache, num_images):
     batches = make_epoch_batches(captions, 5, 0, 0)
+    fixed = FixedShapes(5, num_images, np.array([4, 11, 12]))
     shapes = set()
     for plain, padded in zip(
-        make_dataset(captions, batches, cache.read),
-        make_dataset(captions, batches, cache.read, static_shapes=True),
-        strict=True,
+        make_dataset(captions, batches, cache.read), make_dataset(captions, batches, cache.read, fixed), strict=True
     ):
         num_captions, length = plain.tokens.shape
         np.testing.assert_array_equal(padded.tokens[:num_captions, :length], plain.tokens)
         np.testing.assert_array_equal(padded.image_index[:num_captions], plain.image_index)
         np.testing.assert_array_equal(padded.features[: len(plain.features)], plain.features)
+        np.testing.assert_array_equal(padded.images[: len(plain.features)], plain.images)
         assert np.count_nonzero(padded.tokens) == np.count_nonzero(plain.tokens)
-        assert (padded.tokens.shape[1] - 1) % 8 == 0 and len(padded.features) % 8 == 0
         assert padded.order is None, "its shapes would be others in each batch"
-        shapes.add(tuple(tuple(part.shape) for part in padded[:3]))
-    assert len(batches[-1]) < 5 and len(shapes) == 1
+        shapes.add(tuple(tuple(part.shape) for part in padded[:4]))
+    assert len(batches[-1]) < 5
+    assert shapes == {((count, 64, 2048), (5,), (5, 11), (count,)) for count in (num_images, 5)}
+
+
+def test_make_dataset_without_features_tells_the_images(captions, cache):
+    batches = make_epoch_batches(captions, 5, 0, 0)
+    for batch, rows in zip(make_dataset(captions, batches, None), batches, strict=True):
+        assert batch.features is None
+        np.testing.assert_array_equal(batch.images.numpy()[batch.image_index], captions.image_index[rows])
 
 
 def test_copy_ahead_puts_the_next_features_on_the_gpu_in_a_thread(captions, cache, monkeypatch):
