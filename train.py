@@ -154,6 +154,9 @@ def make_train_step(
         state.objective.update(sums)
         state.progress.add(sums)  # the loss of the epoch so far, which the progress bar and history.csv show
 
+    if compiles_all:
+        devices.number_functions_anew()
+        train_step.get_concrete_function()  # named here and now
     return train_step
 
 
@@ -274,30 +277,43 @@ def choose_compiler(state: TrainState, config: TrainConfig, strategy: tf.distrib
     return dataclasses.replace(config, jit=default if config.jit == "auto" else config.jit)
 
 
-def make_steps(
-    state: TrainState,
-    captions: EncodedCaptions,
-    data: TrainData,
-    strategy: tf.distribute.Strategy,
-    image_features: tf.Variable | None,
-    config: TrainConfig,
-) -> tuple[Callable[[Batch], None], TrainBatches]:
-    """Makes the training step and its batches, whose shapes depend on whether XLA compiles it."""
-    batches = TrainBatches(captions, None if image_features is not None else data.cache.read, config, strategy)
-    if batches.shapes:
-        kept = f"; what is compiled is kept in {xla_cache()}" if xla_cache() else ""
-        lengths = ", ".join(map(str, batches.shapes.lengths))
-        log(f"XLA compiles the training step, some seconds for each length of captions: {lengths} tokens{kept}")
-    return make_train_step(state, config, strategy, batches.spec, image_features), batches
+class TrainSteps:
+    """The training step and its batches, whose shapes depend on whether XLA compiles the step."""
 
+    def __init__(
+        self,
+        state: TrainState,
+        captions: EncodedCaptions,
+        data: TrainData,
+        config: TrainConfig,
+        strategy: tf.distribute.Strategy,
+    ):
+        self.state, self.captions, self.strategy = state, captions, strategy
+        self.image_features = load_features(captions.feature_paths, data.cache.read, config, strategy)
+        self.read_features = data.cache.read if self.image_features is None else None
+        self.may_fall_back = config.jit == "auto"
+        self._make(choose_compiler(state, config, strategy))
 
-def without_xla(config: TrainConfig, asked: TrainConfig, error: tf.errors.OpError) -> TrainConfig:
-    """Returns the settings without XLA after a step that failed, and so changed nothing; raises any other error."""
-    if config.jit == "off" or asked.jit == "on":
-        raise error
-    hint = f"; if it could before, delete {xla_cache()}" if xla_cache() else ""
-    log(f"XLA cannot run the training step ({first_line(error)}): training goes on as with --jit off{hint}")
-    return dataclasses.replace(config, jit="off")
+    def _make(self, config: TrainConfig) -> None:
+        self.config = config
+        self.batches = TrainBatches(self.captions, self.read_features, config, self.strategy)
+        self.step = make_train_step(self.state, config, self.strategy, self.batches.spec, self.image_features)
+        if self.batches.shapes:
+            kept = f"; what is compiled is kept in {xla_cache()}" if xla_cache() else ""
+            lengths = ", ".join(map(str, self.batches.shapes.lengths))
+            log(f"XLA compiles the training step, some seconds for each length of captions: {lengths} tokens{kept}")
+
+    def train_epoch(self, checkpoints: Checkpoints, on_step: OnStep | None = None) -> None:
+        """Trains through the rest of an epoch; see `train_epoch`. Where XLA cannot run a step, it goes on without."""
+        try:
+            train_epoch(self.step, self.batches, self.state, checkpoints, self.config, on_step)
+        except tf.errors.OpError as error:  # the step has changed nothing
+            if not self.may_fall_back or self.config.jit == "off":
+                raise
+            hint = f"; if it could before, delete {xla_cache()}" if xla_cache() else ""
+            log(f"XLA cannot run the training step ({first_line(error)}): training goes on as with --jit off{hint}")
+            self._make(dataclasses.replace(self.config, jit="off"))
+            train_epoch(self.step, self.batches, self.state, checkpoints, self.config, on_step)
 
 
 def make_objective(config: RunConfig) -> CrossEntropy:
@@ -374,22 +390,14 @@ def train(
     if progress.best() == EpochScore() and (state.objective.starts_trained or progress.get("epoch")):
         score_start(validator, state, checkpoints, strategy)
     # The loop over epochs. The learning rate follows from the epoch's number, so that a resumed run has the same one.
-    image_features = load_features(captions.feature_paths, data.cache.read, settings, strategy)
-    make = functools.partial(make_steps, state, captions, data, strategy, image_features)
-    settings = choose_compiler(state, settings, strategy)
-    train_step, batches = make(settings)
+    steps = TrainSteps(state, captions, data, settings, strategy)
     try:
         while (epoch := progress.get("epoch")) < settings.epochs:
             if settings.patience and epoch - progress.get("best_epoch") >= settings.patience:
                 log(f"stopped early: {settings.patience} epochs without a better score")
                 break  # from here on the model would only learn the training captions by heart
             state.optimizer.learning_rate.assign(settings.learning_rate * settings.learning_rate_decay**epoch)
-            try:
-                train_epoch(train_step, batches, state, checkpoints, settings, on_step)
-            except tf.errors.OpError as error:
-                settings = without_xla(settings, config.train, error)
-                train_step, batches = make(settings)
-                train_epoch(train_step, batches, state, checkpoints, settings, on_step)
+            steps.train_epoch(checkpoints, on_step)
             score = validate_and_log(validator, state, checkpoints, training_log) if training_log else EpochScore()
             score = EpochScore(*devices.broadcast_from_chief(strategy, score))  # all machines stop at the same epoch
             with defer_interrupts():  # Ctrl-C waits until all of it is saved

@@ -79,7 +79,7 @@ def make_steps(torch: Any, data: TrainingData, batches: TrainBatches) -> dict[st
         loss.backward()
         torch.nn.utils.clip_grad_norm_(caption_model.parameters(), 5.0)
         adam.step()
-        return loss
+        return loss.detach()
 
     return {"eager": step} | ({"one CUDA graph": record_graph(torch, step)} if device == "cuda" else {})
 
@@ -98,7 +98,7 @@ def record_graph(torch: Any, step: Callable[[], Any]) -> Callable[[], Any]:
 
     def replay() -> Any:
         graph.replay()
-        return loss
+        return loss.detach()
 
     return replay
 

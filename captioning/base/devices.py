@@ -3,6 +3,7 @@
 import contextlib
 import ctypes
 import functools
+import importlib
 import json
 import os
 import re
@@ -183,6 +184,18 @@ def check_xla() -> None:
     except tf.errors.OpError as error:
         reason = str(error).splitlines()[0][:100]
         raise InputError(f"--jit on: XLA cannot be used here ({reason}); train with --jit off") from None
+
+
+def number_functions_anew() -> None:
+    """Lets the numbers in the names of TensorFlow's next functions begin at a multiple of 100,000.
+
+    What XLA keeps of a function is found by that name. The number counts all that came before, such as the functions
+    that compute features, so that a resumed run would find nothing of the first one.
+    """
+    with contextlib.suppress(ImportError, AttributeError):  # no public function has the counter
+        uid = importlib.import_module("tensorflow.python.framework.ops").uid
+        while uid() % 100_000:
+            pass
 
 
 def check_batch_size(batch_size: int, strategy: tf.distribute.Strategy) -> None:

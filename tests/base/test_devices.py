@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -131,6 +132,17 @@ def test_check_xla_says_that_it_fails(monkeypatch):
     monkeypatch.setattr(tf, "function", fail)
     with pytest.raises(InputError, match=r"^--jit on: XLA cannot be used here \(no libdevice\); train with --jit off$"):
         devices.check_xla()
+
+
+def test_functions_have_the_same_number_whatever_came_before():
+    numbers = set()
+    for num_before in (0, 3):
+        for _ in range(num_before):
+            tf.function(lambda x: x)(tf.zeros(()))
+        devices.number_functions_anew()
+        name = tf.function(lambda x: x).get_concrete_function(tf.zeros(())).name
+        numbers.add(int(re.findall(r"\d+", name)[-1]) % 100_000)
+    assert len(numbers) == 1, "XLA's cache would not be used"
 
 
 @pytest.mark.parametrize(("error", "expected"), [(0, 2**40), (999, 0), (None, 0)])
