@@ -2,12 +2,14 @@
 
 import json
 import shutil
+import subprocess
 
 import numpy as np
 import pytest
 from helpers.train_and_kill import build_small_cnn
 
 import model
+import train
 from benchmarks import captioning, features, gpu, memory, serving, training
 from captioning.base.files import file_sha256
 from captioning.base.quiet_tensorflow import tf
@@ -93,7 +95,7 @@ def test_features_measures_the_cnn_and_decoding(small_cnn, monkeypatch, capsys):
 
 def test_gpu_compares_with_the_cpu(small_cnn, capsys):
     with pytest.raises(SystemExit) as end:
-        gpu.main(["--small", "--only", "numbers", "search", "features"])
+        gpu.main(["--small", "--only", "numbers", "search", "features", "pytorch"])
     result = read_result(capsys)
     assert end.value.code == 0 and result["failed"] == []
     assert result["greedy captions, equal to the CPU's"] == "100%"
@@ -102,6 +104,21 @@ def test_gpu_compares_with_the_cpu(small_cnn, capsys):
     others = {"features": np.array([1.0, 2.01]), "losses": np.array([3.001]), "captions": np.array([[1, 2], [3, 5]])}
     gpu.compare_numbers(report, others, numbers)
     assert len(report.failed) == 3, "each differs too much"
+
+
+def test_gpu_runs_the_commands_of_a_whole_run(monkeypatch, tmp_path, capsys):
+    commands = []
+
+    def run(command, cwd, **_):
+        commands.append(command[1:])
+        return subprocess.CompletedProcess(command, len(commands) // 3, "", "why it failed")
+
+    monkeypatch.setattr(gpu.subprocess, "run", run)
+    report = gpu.Report()
+    gpu.measure_whole_run(report, tmp_path, gpu.SMALL)
+    assert [path.name for path, *_ in commands] == ["features.py", "train.py", "evaluate.py"]
+    assert train.parse(commands[1][1:]).ema_decay == 0.998, "the recipe"
+    assert report.failed == ["seconds, evaluate.py --beam-size 5"] and "why it failed" in capsys.readouterr().err
 
 
 def test_memory_stops_after_some_steps(capsys):

@@ -25,7 +25,7 @@ def _needs_gpu(request):
     assert tf.config.list_physical_devices("GPU"), "--gpu: TensorFlow finds no GPU; TF_CPP_MIN_LOG_LEVEL=0 shows why"
 
 
-@pytest.mark.parametrize("part", ["numbers", "training", "xla"])
+@pytest.mark.parametrize("part", ["numbers", "training", "xla", "whole"])
 def test_numbers_are_those_of_a_cpu_and_every_way_to_train_takes_steps(part, tmp_path):
     report = gpu.Report()
     gpu.PARTS[part](report, tmp_path, gpu.SMALL)
