@@ -40,7 +40,7 @@ from captioning.base.cli import (
 )
 from captioning.base.downloads import redact_url
 from captioning.base.files import lock_folder
-from captioning.base.quiet_tensorflow import tf, xla_cache
+from captioning.base.quiet_tensorflow import tf
 from captioning.config.guests import find_model_guest
 from captioning.config.options import add_options
 from captioning.config.run_config import RunConfig
@@ -56,9 +56,9 @@ from captioning.runs.run_folder import (
 )
 from captioning.training import plan
 from captioning.training.checkpoints import Checkpoints, TrainProgress, TrainState
+from captioning.training.compiling import TrainSteps, plain_loop
 from captioning.training.input_pipeline import (
     Batch,
-    EncodedCaptions,
     TrainBatches,
     TrainData,
     describe_captions,
@@ -67,7 +67,6 @@ from captioning.training.input_pipeline import (
 )
 from captioning.training.objective import CrossEntropy, StepSums
 from captioning.training.optimizer import WeightEMA, make_optimizer
-from captioning.training.resident_features import load_features
 from captioning.training.start import check_start, copy_weights, keep_words, start_settings
 from captioning.training.training_log import TrainingLog
 from captioning.training.validation import EpochScore, Validator
@@ -158,16 +157,6 @@ def make_train_step(
         devices.number_functions_anew()
         train_step.get_concrete_function()  # named here and now
     return train_step
-
-
-@contextlib.contextmanager
-def plain_loop(caption_model: model.CaptionModel) -> Iterator[None]:
-    """Builds graphs with the plain loop while the block runs: XLA needs shapes that are known, as only it has."""
-    fused, caption_model.decoder.fused = caption_model.decoder.fused, False
-    try:
-        yield
-    finally:
-        caption_model.decoder.fused = fused
 
 
 # Epochs.
@@ -269,53 +258,6 @@ def choose_decoder_loop(caption_model: model.CaptionModel, config: TrainConfig) 
         log(f"fused_decoder.py differs from {name}.step in model.py: training with the plain loop")
 
 
-def choose_compiler(state: TrainState, config: TrainConfig, strategy: tf.distribute.Strategy) -> TrainConfig:
-    """Returns the settings with --jit decided: by default XLA compiles where one GPU trains what it can compile."""
-    is_possible = devices.has_gpu() and devices.is_single(strategy) and state.objective.can_be_compiled
-    # Only without XLA it was tried that runs can be repeated.
-    default = "on" if is_possible and not config.deterministic else "off"
-    return dataclasses.replace(config, jit=default if config.jit == "auto" else config.jit)
-
-
-class TrainSteps:
-    """The training step and its batches, whose shapes depend on whether XLA compiles the step."""
-
-    def __init__(
-        self,
-        state: TrainState,
-        captions: EncodedCaptions,
-        data: TrainData,
-        config: TrainConfig,
-        strategy: tf.distribute.Strategy,
-    ):
-        self.state, self.captions, self.strategy = state, captions, strategy
-        self.image_features = load_features(captions.feature_paths, data.cache.read, config, strategy)
-        self.read_features = data.cache.read if self.image_features is None else None
-        self.may_fall_back = config.jit == "auto"
-        self._make(choose_compiler(state, config, strategy))
-
-    def _make(self, config: TrainConfig) -> None:
-        self.config = config
-        self.batches = TrainBatches(self.captions, self.read_features, config, self.strategy)
-        self.step = make_train_step(self.state, config, self.strategy, self.batches.spec, self.image_features)
-        if self.batches.shapes:
-            kept = f"; what is compiled is kept in {xla_cache()}" if xla_cache() else ""
-            lengths = ", ".join(map(str, self.batches.shapes.lengths))
-            log(f"XLA compiles the training step, some seconds for each length of captions: {lengths} tokens{kept}")
-
-    def train_epoch(self, checkpoints: Checkpoints, on_step: OnStep | None = None) -> None:
-        """Trains through the rest of an epoch; see `train_epoch`. Where XLA cannot run a step, it goes on without."""
-        try:
-            train_epoch(self.step, self.batches, self.state, checkpoints, self.config, on_step)
-        except tf.errors.OpError as error:  # the step has changed nothing
-            if not self.may_fall_back or self.config.jit == "off":
-                raise
-            hint = f"; if it could before, delete {xla_cache()}" if xla_cache() else ""
-            log(f"XLA cannot run the training step ({first_line(error)}): training goes on as with --jit off{hint}")
-            self._make(dataclasses.replace(self.config, jit="off"))
-            train_epoch(self.step, self.batches, self.state, checkpoints, self.config, on_step)
-
-
 def make_objective(config: RunConfig) -> CrossEntropy:
     """Makes what is minimised: cross-entropy, unless the decoder or the attention brings more."""
     guest = find_model_guest(config.model.decoder, config.model.attention)
@@ -390,14 +332,14 @@ def train(
     if progress.best() == EpochScore() and (state.objective.starts_trained or progress.get("epoch")):
         score_start(validator, state, checkpoints, strategy)
     # The loop over epochs. The learning rate follows from the epoch's number, so that a resumed run has the same one.
-    steps = TrainSteps(state, captions, data, settings, strategy)
+    steps = TrainSteps(state, captions, data, settings, strategy, make_train_step)
     try:
         while (epoch := progress.get("epoch")) < settings.epochs:
             if settings.patience and epoch - progress.get("best_epoch") >= settings.patience:
                 log(f"stopped early: {settings.patience} epochs without a better score")
                 break  # from here on the model would only learn the training captions by heart
             state.optimizer.learning_rate.assign(settings.learning_rate * settings.learning_rate_decay**epoch)
-            steps.train_epoch(checkpoints, on_step)
+            steps.run(train_epoch, checkpoints, on_step)
             score = validate_and_log(validator, state, checkpoints, training_log) if training_log else EpochScore()
             score = EpochScore(*devices.broadcast_from_chief(strategy, score))  # all machines stop at the same epoch
             with defer_interrupts():  # Ctrl-C waits until all of it is saved

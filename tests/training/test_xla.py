@@ -11,6 +11,7 @@ from beyond.cider.self_critical import SelfCritical
 from captioning.base import devices
 from captioning.base.quiet_tensorflow import tf
 from captioning.config.settings import TrainConfig
+from captioning.training.compiling import choose_compiler
 from captioning.training.objective import CrossEntropy
 
 SETTINGS = {"epochs": 1, "shuffle_by": "caption", "batch_size": 4, "dropout": 0.3, "ema_decay": 0.9}
@@ -66,12 +67,12 @@ def test_training_goes_on_without_xla_where_it_cannot_compile(data, gpu, tmp_pat
 def test_xla_compiles_by_default_where_one_gpu_trains(gpu, settings, objective, expected):
     state = train.TrainState(None, None, None, None, objective)
     strategy, config = tf.distribute.get_strategy(), TrainConfig(**settings)
-    assert train.choose_compiler(state, config, strategy).jit == expected
-    assert train.choose_compiler(state, config, tf.distribute.MirroredStrategy(["CPU:0"])).jit == config.jit.replace(
+    assert choose_compiler(state, config, strategy).jit == expected
+    assert choose_compiler(state, config, tf.distribute.MirroredStrategy(["CPU:0"])).jit == config.jit.replace(
         "auto", "off"
     )
 
 
 def test_xla_compiles_nothing_by_default_on_a_cpu():
     state = train.TrainState(None, None, None, None, CrossEntropy)
-    assert train.choose_compiler(state, TrainConfig(), tf.distribute.get_strategy()).jit == "off"
+    assert choose_compiler(state, TrainConfig(), tf.distribute.get_strategy()).jit == "off"
