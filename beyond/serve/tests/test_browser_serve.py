@@ -50,7 +50,7 @@ def server(captioner):
 @pytest.fixture
 def page(browser, server):
     with open_page(browser, server.url) as page:
-        page.wait_for_function("document.querySelector('#run').innerText === 'run: <i>small'")
+        page.wait_for_function("() => document.querySelector('#run').innerText === 'run: <i>small'")
         yield page
 
 
