@@ -381,6 +381,11 @@ def locations_from_args(args: argparse.Namespace) -> dict[str, Any]:
     return {name: path for name in DATA_PATHS if (path := getattr(args, name)) is not None}
 
 
+def describe_split(split: str, examples: Sequence[Example]) -> str:
+    """Describes how large a split is, given its examples."""
+    return f"{split:5} {len(examples):7,} images {sum(len(e.captions) for e in examples):8,} captions"
+
+
 def main(argv: list[str] | None = None) -> None:
     """Downloads and reads a dataset, and prints the sizes of its splits and an example."""
     parser = make_parser(__doc__)
@@ -391,7 +396,7 @@ def main(argv: list[str] | None = None) -> None:
     # A look at the result: are the sizes right, and does the caption belong to the image?
     for split in SPLITS:
         examples = [example for example in dataset.examples if example.split == split]
-        print_results(f"{split:5} {len(examples):7,} images {sum(len(e.captions) for e in examples):8,} captions")
+        print_results(describe_split(split, examples))
     example = random.Random(0).choice(dataset.examples)
     print_results(f"{dataset.image_dir / example.image_path}:", *example.captions, sep="\n  ")
 

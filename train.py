@@ -33,6 +33,7 @@ from captioning.base.cli import (
     add_quiet_option,
     defer_interrupts,
     end_signals,
+    first_line,
     log,
     make_parser,
     progress_bar,
@@ -49,7 +50,6 @@ from captioning.runs.run_folder import (
     CONFIG_FILE,
     check_run_cnn,
     fill_locations,
-    first_line,
     init_run_dir,
     open_run,
     read_config,
@@ -391,8 +391,8 @@ def add_train_options(parser: argparse.ArgumentParser, defaults: Mapping[str, An
     add_options(parser.add_argument_group("speed and devices"), TrainConfig, defaults, only=SPEED_SETTINGS)
 
 
-def find_defaults(argv: list[str] | None) -> dict[str, Any]:
-    """Returns the defaults that a command line changes by its recipe, and by the run that it starts from.
+def find_defaults(argv: list[str] | None) -> tuple[dict[str, Any], Path | None]:
+    """Returns the defaults that a command line changes by its recipe and by the run that it starts from, and this run.
 
     Raises:
         InputError: the run cannot be opened, or would be downloaded or unpacked for --dry-run.
@@ -404,7 +404,8 @@ def find_defaults(argv: list[str] | None) -> dict[str, Any]:
     args, _ = parser.parse_known_args(argv)
     if args.dry_run and args.start and not Path(args.start).is_dir():
         raise InputError(f"--dry-run unpacks nothing: expected a run folder as --start, found {redact_url(args.start)}")
-    return RECIPES[args.recipe] | (start_settings(open_run(args.start)) if args.start else {})
+    start = open_run(args.start) if args.start else None
+    return RECIPES[args.recipe] | (start_settings(start) if start else {}), start
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
@@ -418,8 +419,10 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     text = "only print what would be downloaded, and how much time and disk it takes"
     parser.add_argument("--dry-run", action="store_true", help=text)
     # These are read before all else: they change defaults, which options that are given then override.
-    add_train_options(parser, find_defaults(argv))
+    defaults, start = find_defaults(argv)
+    add_train_options(parser, defaults)
     args = parser.parse_args(argv)
+    args.start = start
     if args.keep_words and not args.start:
         raise InputError("--keep-words is for --start, which names the run with these words")
     return args
@@ -524,19 +527,18 @@ def main(argv: list[str] | None = None, on_step: OnStep | None = None) -> None:
     """Prepares data, features and vocabulary, and trains; calls `on_step` after every step."""
     args = parse(argv)
     strategy = start_devices(TrainConfig.from_args(args))
-    start = open_run(args.start) if args.start else None
-    if start:
-        check_start(start, FeatureConfig.from_args(args), ModelConfig.from_args(args))
+    if args.start:
+        check_start(args.start, FeatureConfig.from_args(args), ModelConfig.from_args(args))
     if args.dry_run:
         plan.print_plan(args, strategy)
         return
     data, config = prepare(args)
     run = args.run or default_run(data.dataset)
     build: Callable[..., tuple[TrainState, Checkpoints]] = build_train_state
-    if start:
+    if args.start:
         if args.keep_words:
-            data, config = keep_words(start, data, config)
-        build = functools.partial(build, start=functools.partial(copy_weights, start, data.tokenizer))
+            data, config = keep_words(args.start, data, config)
+        build = functools.partial(build, start=functools.partial(copy_weights, args.start, data.tokenizer))
     with open_run_folder(run, data, config, strategy):
         train(run, data, config, strategy, build, on_step)
 

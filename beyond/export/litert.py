@@ -9,7 +9,7 @@ import tempfile
 from pathlib import Path
 
 from beyond.export.saved_model import list_variables
-from captioning.base.cli import InputError, suppress_stderr
+from captioning.base.cli import InputError, first_line, suppress_stderr
 from captioning.base.quiet_tensorflow import tf
 from captioning.decoder.constraints import Constraints
 from captioning.decoder.decoding import MAX_WORDS, beam_search
@@ -65,5 +65,5 @@ def convert(captioner: Captioner, weights: str) -> bytes:
             with suppress_stderr():
                 return converter.convert()
         except Exception as error:  # the converter has an error of its own, and raises others
-            reason = str(error).strip().split("\n")[0][:200]
+            reason = first_line(error)
             raise InputError(f"LiteRT's converter cannot take this model with these settings ({reason})") from None

@@ -14,7 +14,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from captioning.base.cli import InputError
+from captioning.base.cli import InputError, first_line
 from captioning.base.files import plain_path
 from captioning.base.quiet_tensorflow import tf
 from captioning.base.special_tokens import END_ID, PAD_ID
@@ -140,7 +140,7 @@ def save(model: ExportedModel, folder: Path) -> None:
         try:
             tf.saved_model.save(model, str(plain_path(new)), signatures=signatures)
         except tf.errors.OpError as error:  # TensorFlow raises it for a full disk, too
-            raise OSError(f"cannot write {folder} ({str(error).strip().splitlines()[0][:200]})") from None
+            raise OSError(f"cannot write {folder} ({first_line(error)})") from None
         if folder.exists():
             os.rename(folder, os.path.join(temporary, "old"))
         shutil.move(new, folder)

@@ -25,7 +25,7 @@ def main(argv: list[str] | None = None, on_step: train.OnStep | None = None) -> 
     parser = make_parser(__doc__)
     parser.add_argument("--run", type=Path, metavar="DIR", help="run folder (default: runs/<name of the dataset>)")
     add_options(parser.add_argument_group("the paper's objective"), PaperConfig)
-    train.add_train_options(parser, train.find_defaults(argv) | {"decoder": "paper"})
+    train.add_train_options(parser, train.find_defaults(argv)[0] | {"decoder": "paper"})
     args = parser.parse_args(argv)
     strategy = train.start_devices(TrainConfig.from_args(args))
     data, config = train.prepare(args)

@@ -30,7 +30,7 @@ from typing import Any
 
 from captioning.base.cli import InputError, log
 from captioning.base.downloads import BLOCK_BYTES, DAMAGES, MAX_COMPRESSION_RATIO, download, is_web_page, redact_url
-from captioning.base.files import check_disk_space, file_sha256, read_json
+from captioning.base.files import check_disk_space, file_sha256, read_json, user_cache
 from captioning.config.settings import DATA_PATHS
 from captioning.images.feature_cache import check_cnn_weights, find_cnn_weights
 from captioning.runs.run_folder import CONFIG_FILE, VOCABULARY_FILE, read_config
@@ -115,7 +115,7 @@ def _is_safe_address(url: str) -> bool:
 
 def _cache_folder() -> Path:
     """Returns the folder of downloads and unpacked runs; raises InputError if nothing can be written there."""
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")) / "image-captioning"
+    cache = user_cache()
     with contextlib.suppress(OSError):
         cache.mkdir(parents=True, exist_ok=True)
     if not os.access(cache, os.W_OK):

@@ -3,6 +3,7 @@
 import argparse
 import contextlib
 import errno
+import functools
 import io
 import math
 import os
@@ -47,6 +48,9 @@ def log(message: str, error: bool = False) -> None:
     if error or not Verbosity.quiet:
         tqdm.write(escape_controls(message), file=sys.stderr)  # above a progress bar, if there is one
         sys.stderr.flush()
+
+
+log_once = functools.cache(log)  # for what a command may find several times
 
 
 def print_results(*fields: object, sep: str = " ") -> None:
@@ -163,6 +167,11 @@ def run_main(main: Callable[[], None]) -> None:
             raise
         log(f"{name}: {message}", error=True)
         sys.exit(2)
+
+
+def first_line(error: Exception) -> str:
+    """Returns the first line of an error of a library, which may have many."""
+    return str(error).strip().split("\n")[0][:200]
 
 
 def explain_full_memory(error: Exception) -> str | None:

@@ -19,6 +19,11 @@ from typing import IO, Any
 from captioning.base.cli import InputError, format_bytes, log, name_in_errors
 
 
+def user_cache() -> Path:
+    """Returns the folder for what can be made again, which need not exist."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")) / "image-captioning"
+
+
 def check_disk_space(folder: Path, num_bytes: float, purpose: str, hint: str) -> None:
     """Raises InputError if a folder's disk lacks the room for what a long job will write.
 
@@ -62,11 +67,13 @@ def check_output(
     Raises:
         InputError: it is a folder or a device, an input, or something else that is there.
     """
-    if path.exists() and not path.is_file():
+    if not path.exists():
+        return
+    if not path.is_file():
         raise InputError(f"{option} {path}: expected a file, found a folder or a device")
-    if path.exists() and any(os.path.exists(name) and path.samefile(name) for name in inputs):
+    if any(os.path.exists(name) and path.samefile(name) for name in inputs):
         raise InputError(f"{option} {path}: is read by this command, and would be replaced; choose another file")
-    if path.exists() and path.stat().st_size and not is_earlier(path):
+    if path.stat().st_size and not is_earlier(path):
         raise InputError(f"{option} {path}: expected a new file, or an earlier one of its kind, found something else")
 
 

@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 from captioning.base.cli import command_name, log, suppress_stderr
+from captioning.base.files import user_cache
 
 # One of them exists where there is a driver: on Linux, and in Linux on Windows (WSL2).
 NVIDIA_DRIVER_FILES = (Path("/proc/driver/nvidia/version"), Path("/dev/dxg"))
@@ -56,9 +57,7 @@ def make_xla_cache(tf_version: str) -> Path | None:
     texts = [path.read_text() for path in sorted(NVIDIA_GPUS.glob("*/information"))]
     models = re.findall(r"Model:\s*(.+)", "".join(texts))
     name = re.sub(r"[^\w.]+", "_", "-".join((tf_version, *sorted(set(models)))))
-    folder = (
-        Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")) / "image-captioning" / "xla" / name
-    )
+    folder = user_cache() / "xla" / name
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError:

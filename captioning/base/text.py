@@ -7,6 +7,7 @@
 No dictionary of any language is used, so that words of such scripts cannot be told apart: their characters are.
 """
 
+import codecs
 import html
 import itertools
 import re
@@ -62,6 +63,11 @@ _END = _TAG.format(r"end(?:seq|_?of_?\w+)?|stop|eos|/?s|sep|pad|/(?:p|div|span)|
 _START_MARKS = re.compile(rf"^\s*(?:(?:{_START}|(?:__)?(?:start(?:seq)?|sos)_{{0,2}}(?!\S))\s*)+", re.IGNORECASE)
 _END_MARKS = re.compile(rf"(?:(?:{_END}|(?<!\S)_{{0,2}}(?:end(?:seq)?|eos)(?:__)?)[\s.]*)+$", re.IGNORECASE)
 _TERMINAL_CODE = re.compile(r"\x1b(?:\[[0-?]*[ -/]*[@-~]|\][^\x07\x1b]*(?:\x07|\x1b\\)?)")  # such as that of a colour
+
+
+def is_utf16(content: bytes) -> bool:
+    """Tells whether the content of a file begins with the byte order mark of UTF-16."""
+    return content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
 
 
 # One form for the same text.

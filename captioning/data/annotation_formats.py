@@ -4,7 +4,6 @@ A reader takes the content of a file or a folder: parsed JSON, text (a str), or 
 captions as they are there, or None if the content has another format. The first reader that knows the content wins.
 """
 
-import codecs
 import csv
 import json
 import re
@@ -14,6 +13,7 @@ from typing import Any
 
 from captioning.base.cli import InputError, advise
 from captioning.base.files import parse_json, unique_keys
+from captioning.base.text import is_utf16
 from captioning.data.caption_rows import CaptionRow, Parsed, ReadOptions, parse_split
 from captioning.data.json_formats import read_coco, read_karpathy, read_mapping, read_objects
 from captioning.data.text_formats import read_headerless, read_spaced_lines, read_table, read_token_file
@@ -79,8 +79,7 @@ def read_text(path: Path | str, encoding: str | None = None) -> str:
         content = Path(path).read_bytes()
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error.strerror})") from None
-    is_utf16 = content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
-    name = encoding or ("utf-16" if is_utf16 else "utf-8")
+    name = encoding or ("utf-16" if is_utf16(content) else "utf-8")
     try:
         text = content.decode(name)
         problem = "it has NUL characters" if "\x00" in text else ""

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from captioning.base import devices
-from captioning.base.cli import InputError, advise
+from captioning.base.cli import InputError, advise, first_line
 from captioning.base.quiet_tensorflow import tf
 from captioning.config.cnns import CNN
 
@@ -48,7 +48,7 @@ def load_cnn(cnn: CNN, cnn_weights: str) -> tf.keras.Model:
             with warnings.catch_warnings(action="error", category=UserWarning):
                 model.load_weights(cnn_weights)  # a layer that the file lacks is only a warning of Keras
     except Exception as error:  # Keras raises a bare Exception if a download fails; h5py and Keras raise many types
-        reason = str(error).strip().split("\n")[0][:200]
+        reason = first_line(error)
         if cnn_weights == "imagenet":
             raise InputError(
                 f"{cnn.name}'s ImageNet weights cannot be downloaded ({reason}); put the file {cnn.weights_file} into "

@@ -1,6 +1,5 @@
 """The images of a command line: files, folders, http(s) addresses, and lists of them."""
 
-import codecs
 import os
 import re
 import sys
@@ -15,6 +14,7 @@ from PIL import Image
 
 from captioning.base.cli import InputError, log
 from captioning.base.downloads import download
+from captioning.base.text import is_utf16
 from captioning.images.image_names import parse_names, walk_files
 from captioning.images.reading import is_image_file, read_image
 
@@ -54,8 +54,7 @@ def read_list(path: str) -> list[str]:
     except (FileNotFoundError, IsADirectoryError) as error:
         raise InputError(f"{expected} ({error})") from None
     # A name on the disk need not be Unicode; a list that `find` wrote has it as it is.
-    is_utf16 = content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
-    text = content.decode(*(("utf-16", "replace") if is_utf16 else ("utf-8-sig", "surrogateescape")))
+    text = content.decode(*(("utf-16", "replace") if is_utf16(content) else ("utf-8-sig", "surrogateescape")))
     if re.search("[\x01-\x08\x0e-\x1a\x1c-\x1f]|\0.\0", text):  # the latter in UTF-16 that does not say so
         raise InputError(f"{expected}, found a binary file")
     in_nul = "\0" in text

@@ -17,7 +17,7 @@ from typing import Any, BinaryIO, TypeVar
 import numpy as np
 from PIL import Image
 
-from captioning.base.cli import InputError, advise, log
+from captioning.base.cli import InputError, advise, log_once
 
 # What can be captioned: a file, its content, an open file, an array of pixels or a Pillow image.
 ImageSource = Path | str | bytes | BinaryIO | np.ndarray | Image.Image
@@ -118,11 +118,10 @@ def _mistakes_in(name: str) -> Iterator[None]:
             f"{name}: {megapixels:,} megapixels, expected at most {limit:,}"
             + advise(f"; if you trust it, use --max-megapixels {megapixels}")
         ) from None
-    except ValueError as error:
-        raise InputError(f"{name}: not an image that can be read ({error})") from None
     except Exception as error:  # Pillow raises many types for a damaged file, struct.error and TypeError among them
-        is_unknown = isinstance(error, Image.UnidentifiedImageError)
-        reason = "not of a format that is read, such as JPEG, PNG or WebP" if is_unknown else repr(error)
+        reason = str(error) if isinstance(error, ValueError) else repr(error)
+        if isinstance(error, Image.UnidentifiedImageError):
+            reason = "not of a format that is read, such as JPEG, PNG or WebP"
         raise InputError(f"{name}: not an image that can be read ({reason})") from None
 
 
@@ -216,7 +215,7 @@ def _read_truncated(file: BinaryIO, name: str) -> Image.Image:
     used = f"its first {num_rows} of {image.height} rows are used"
     if num_rows == image.height:
         used = "it is used without its finest details"
-    _log_once(f"{name}: truncated, {used}")
+    log_once(f"{name}: truncated, {used}")
     return image.crop((0, 0, image.width, num_rows))
 
 
@@ -226,7 +225,7 @@ def _log_frames(image: Image.Image, name: str) -> None:
     count = _count_frames(image)
     if count > 1:
         at_least = "at least " if count == MAX_PAGES else ""
-        _log_once(f"{name}: frame {number} of {at_least}{count:,} is used")
+        log_once(f"{name}: frame {number} of {at_least}{count:,} is used")
 
 
 def _count_frames(image: Image.Image) -> int:
@@ -240,9 +239,6 @@ def _count_frames(image: Image.Image) -> int:
         elif image.format not in ("MPO", "PSD"):  # a photo with a preview or of two views; one picture in layers
             count = getattr(image, "n_frames", 1)
     return count
-
-
-_log_once = functools.cache(log)  # an image may be read for its features and for its plot
 
 
 # Converting.

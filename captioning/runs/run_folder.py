@@ -18,7 +18,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from captioning.base.cli import InputError, log
+from captioning.base.cli import InputError, first_line, log, log_once
 from captioning.base.files import atomic_write, check_schema, file_sha256, plain_path, read_json, write_json
 from captioning.base.quiet_tensorflow import tf
 from captioning.config.cnns import CNN
@@ -82,7 +82,7 @@ def best_checkpoint(run: Path) -> str:
             continue
         if prefix:
             if problem:
-                _log_once(f"{problem}: {prefix} is taken instead")
+                log_once(f"{problem}: {prefix} is taken instead")
             return prefix
     if problem:
         raise InputError(f"{problem}, and there is no other; put a copy back, or train it again") from None
@@ -101,7 +101,7 @@ def latest_checkpoint(folder: Path) -> str | None:
             damages.append(f"{prefix} is damaged ({damage})")
             continue
         if damages:
-            _log_once(f"{damages[0]}: {prefix} is taken instead")
+            log_once(f"{damages[0]}: {prefix} is taken instead")
         return prefix
     if damages:
         raise InputError(damages[0])
@@ -119,9 +119,6 @@ def list_checkpoints(folder: Path) -> list[str]:
     names.sort(key=lambda name: int(name[5:]), reverse=True)
     latest = [named[1].decode()] if named else names[:1] or ["ckpt-1"] * state.is_file()
     return [str(folder / name) for name in dict.fromkeys(latest + names)]
-
-
-_log_once = functools.cache(log)  # a command may look for a checkpoint several times
 
 
 def _find_damage(prefix: str) -> str | None:
@@ -169,11 +166,6 @@ def restore_weights(prefix: str, model: tf.keras.Model) -> None:
 
 def _not_weights(prefix: str, error: Exception) -> InputError:
     return InputError(f"{prefix}: damaged, or not the weights of this config.json ({first_line(error)})")
-
-
-def first_line(error: Exception) -> str:
-    """Returns the first line of an error of TensorFlow, which may have many."""
-    return str(error).strip().split("\n")[0][:200]
 
 
 # config.json.

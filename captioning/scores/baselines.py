@@ -80,17 +80,14 @@ def find_baselines(
 ) -> Baselines:
     """Finds what captions of the training images score on other images; see `compare_with_baselines`."""
     references = [list(example.captions) for example in examples]
-
-    def cider(texts: list[str]) -> float:
-        return metrics.score(references, texts, words).total["CIDEr"]
-
+    scorer = metrics.ReferenceScorer(references, words)
     captions = [caption for example in train_examples for caption in example.captions]
     constant = most_typical(captions[:MAX_CAPTIONS], references, words)
     neighbours = [] if cache is None else find_neighbours(cache, examples, train_examples[:MAX_NEIGHBOURS])
     return Baselines(
         constant,
-        cider([constant] * len(examples)),
-        cider([neighbour.captions[0] for neighbour in neighbours]) if neighbours else None,
+        scorer.score([constant] * len(examples))["CIDEr"],
+        scorer.score([neighbour.captions[0] for neighbour in neighbours])["CIDEr"] if neighbours else None,
         len({example.captions[0] for example in examples}),
     )
 

@@ -4,13 +4,13 @@ import math
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from captioning.base.cli import InputError, log
+from captioning.base.cli import InputError, first_line, log
 from captioning.base.files import atomic_write, plain_path
 from captioning.base.quiet_tensorflow import tf
-from captioning.runs.run_folder import first_line, latest_checkpoint, list_checkpoints, restore_weights
+from captioning.runs.run_folder import latest_checkpoint, list_checkpoints, restore_weights
 from captioning.training.objective import CrossEntropy, StepSums
 from captioning.training.optimizer import WeightEMA
-from captioning.training.training_log import read_history
+from captioning.training.training_log import count_epochs
 from captioning.training.validation import EpochScore
 
 MIN_LOSS_SCALE = 1.0  # in mixed precision it begins at 32768, and is halved when gradients overflow
@@ -118,8 +118,7 @@ class Checkpoints:
             raise InputError(f"{damage}, and there are no best weights: put a copy back, or delete the run folder")
         restore_weights(prefix, self.state.model)
         self.state.ema.restart()
-        history = self.run / "history.csv"
-        self.state.progress.epoch.assign(len(read_history(history)) if history.exists() else 0)
+        self.state.progress.epoch.assign(count_epochs(self.run))
         log(f"{damage}: the best weights are trained further, and Adam begins anew")
 
     def check_loss(self) -> None:

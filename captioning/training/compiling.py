@@ -5,10 +5,9 @@ import dataclasses
 from collections.abc import Callable, Iterator
 
 from captioning.base import devices
-from captioning.base.cli import log
+from captioning.base.cli import first_line, log
 from captioning.base.quiet_tensorflow import tf, xla_cache
 from captioning.config.settings import TrainConfig
-from captioning.runs.run_folder import first_line
 from captioning.training.checkpoints import Checkpoints, TrainState
 from captioning.training.input_pipeline import Batch, EncodedCaptions, TrainBatches, TrainData
 from captioning.training.resident_features import load_features

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from captioning.base.devices import has_gpu
+from captioning.base.devices import has_gpu, is_single
 from captioning.base.quiet_tensorflow import tf
 from captioning.base.special_tokens import END_ID, UNK_ID
 from captioning.config.settings import TrainConfig
@@ -213,7 +213,7 @@ def copy_ahead(batches: Iterable[Batch], strategy: tf.distribute.Strategy) -> It
 
     The integers stay where they are, in the memory of the machine: they are the shapes and indices of the step.
     """
-    if not has_gpu() or strategy is not tf.distribute.get_strategy():
+    if not has_gpu() or not is_single(strategy):
         yield from batches
         return
     iterator = iter(batches)

@@ -21,8 +21,8 @@ from captioning.images.feature_cache import FeatureCache, check_cnn_weights, mak
 from captioning.runs.run_folder import fill_locations
 from captioning.training.checkpoints import TrainProgress, TrainState
 from captioning.training.input_pipeline import Batch, TrainBatches, TrainData, encode_captions
-from captioning.training.training_log import read_history
-from data_utils import CaptionDataset
+from captioning.training.training_log import count_epochs
+from data_utils import CaptionDataset, describe_split
 
 NUM_STEPS = 10  # that are timed
 CHECKPOINT_BYTES = 40  # per weight, in float32: three states while one is written, with Adam's two means; and the best
@@ -104,8 +104,7 @@ def describe_data(dataset: CaptionDataset) -> list[str]:
     lines = []
     for split in SPLITS:
         if examples := [example for example in dataset.examples if example.split == split]:
-            num_captions = sum(len(example.captions) for example in examples)
-            lines.append(f"{split:5} {len(examples):7,} images {num_captions:8,} captions")
+            lines.append(describe_split(split, examples))
     about = f"about {len(dataset.examples):,} images; the rest is " if dataset.examples else ""
     return lines or [about + UNKNOWN]
 
@@ -196,7 +195,5 @@ def time_training(run: Path, data: TrainData, config: RunConfig, strategy: tf.di
     captions = encode_captions(examples, data.tokenizer.encode, data.cache.path, settings.max_length)
     batches = TrainBatches(captions, data.cache.read, settings, strategy)
     rate = measure_rate(train.make_train_step(state, settings, strategy, batches.spec), batches, state)
-    history = run / "history.csv"
-    epochs_left = settings.epochs - (len(read_history(history)) if history.exists() else 0)
-    duration = describe_duration(rate, len(captions.lengths), max(epochs_left, 0))
+    duration = describe_duration(rate, len(captions.lengths), max(settings.epochs - count_epochs(run), 0))
     return f"{len(batches.order(0)):,} steps an epoch, {duration}", state.model.count_params()

@@ -38,6 +38,12 @@ def read_history(path: Path) -> list[dict[str, str]]:
     return rows
 
 
+def count_epochs(run: Path) -> int:
+    """Returns how many epochs the history.csv of a run has; raises InputError if it is something else."""
+    path = run / "history.csv"
+    return len(read_history(path)) if path.exists() else 0
+
+
 class TrainingLog:
     """history.csv, loss.png and the TensorBoard events of a run; each epoch is a row."""
 
