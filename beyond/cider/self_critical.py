@@ -17,6 +17,7 @@ from captioning.config.options import Settings, option
 from captioning.config.settings import TrainConfig
 from captioning.decoder.constraints import forbidden_tokens
 from captioning.decoder.decoding import StepModel, generate, greedy_search, repeat_images
+from captioning.decoder.sampling import pick
 from captioning.decoder.losses import loss_function
 from captioning.training.input_pipeline import Batch, TrainData
 from captioning.training.objective import CrossEntropy, StepSums
@@ -61,9 +62,7 @@ def sample_captions(
     numbers = tf.random.stateless_uniform((max_words, num_rows), seed)
 
     def random_word(log_probs: tf.Tensor, t: tf.Tensor) -> tf.Tensor:
-        cumulative = tf.cumsum(tf.exp(log_probs), axis=1)  # (R, V)
-        # The last sum is 1 but for rounding. A word of probability 0 never passes the number, which is below it.
-        return tf.math.count_nonzero(cumulative <= numbers[t][:, tf.newaxis] * cumulative[:, -1:], axis=1)  # (R,)
+        return pick(tf.exp(log_probs), numbers[t])
 
     return generate(model, images, random_word, max_words).tokens
 

@@ -97,7 +97,7 @@ def sample_words(
     images = repeat_images(model.encode(features), num_captions)
 
     def random_word(log_probs: tf.Tensor, t: tf.Tensor) -> tf.Tensor:
-        return tf.cast(draw(log_probs, numbers[:, t], temperature, top_p), tf.int64)
+        return draw(log_probs, numbers[:, t], temperature, top_p)
 
     return generate(model, images, random_word, tf.shape(numbers)[1], constraints)
 
