@@ -39,6 +39,7 @@ from captioning.scores.java_scores import check_spice
 from captioning.scores.metrics import (
     TOKENIZERS,
     Scores,
+    copied_ratio,
     distinct_ratio,
     has_pycocoevalcap,
     mid_sentence_ratio,
@@ -54,8 +55,9 @@ from tokenizer import Tokenizer
 #   CIDEr     sequences of up to 4 words, weighted by how rare they are in the references: "a" counts little. It is
 #             not limited to 100, and depends on the other images. The best checkpoint is chosen by it.
 #   SPICE     the objects, attributes and relations that a parser finds in the sentences
-# A model may score well and still repeat a few safe sentences, or stop in the middle of one. These ratios show it.
-RATIOS = ("distinct captions", "end in mid-sentence", "unfinished captions")
+# A model may score well and still repeat a few safe sentences, copy them from the training captions, or stop in the
+# middle of one. These ratios show it.
+RATIOS = ("distinct captions", "copied captions", "end in mid-sentence", "unfinished captions")
 GPU_BATCH_SIZE = 256
 NO_DATA = DataConfig(dataset=None)  # the data options if none is given
 
@@ -78,13 +80,14 @@ def widen(batch_size: int) -> int:
     return max(batch_size, GPU_BATCH_SIZE) if has_gpu() else batch_size
 
 
-def generate_captions(
+def generate_captions(  # noqa: PLR0913 - all that the captions depend on
     model: StepModel,
     tokenizer: Tokenizer,
     cache: FeatureSource,
     examples: list[Example],
     batch_size: int = 64,
     config: DecodeConfig = inference.GREEDY,
+    chooser: inference.Chooser | None = None,
 ) -> list[inference.Caption]:
     """Captions images from their cached features.
 
@@ -96,6 +99,7 @@ def generate_captions(
         batch_size: captions that are decoded at the same time; those of a beam count each. On a GPU they are more, but
             not of images: the memory of the CNN in front grows with them.
         config: how captions are searched for.
+        chooser: what chooses among them, if not their probability.
     """
     if isinstance(cache, FeatureCache):
         batch_size = widen(batch_size)
@@ -106,7 +110,7 @@ def generate_captions(
     captions = []
     # Several threads read the next batches while the decoder works on this one.
     for image_features in map_prefetch(batches, cache.read):  # (B, L, C)
-        captions += inference.decode_captions(model, tokenizer, image_features, config)
+        captions += inference.decode_captions(model, tokenizer, image_features, config, chooser=chooser)
     return captions
 
 
@@ -132,7 +136,8 @@ def caption_examples(
     """
     if cache:
         check_features(cache, image_dir, examples)
-        return generate_captions(captioner.model, captioner.tokenizer, cache, examples, config=captioner.decode_config)
+        model, tokenizer, config = captioner.model, captioner.tokenizer, captioner.decode_config
+        return generate_captions(model, tokenizer, cache, examples, config=config, chooser=captioner.chooser)
     paths = [str(image_dir / example.image_path) for example in examples]
     captions = []
     with progress_bar(total=len(paths), unit="image", desc="captions") as progress:
@@ -223,6 +228,11 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     # What is missing is found out now, not after hours of captioning.
     if args.results and DecodeConfig.from_args(args) != DecodeConfig():
         raise InputError("--results holds captions already; --beam-size and the like are for a run")
+    if args.choose == "consensus" and args.split in ("train", "all"):
+        raise InputError(
+            f"--choose consensus: the captions of the training images would choose by themselves, found --split "
+            f"{args.split}; expected val or test"
+        )
     if args.results and args.boxes:
         raise InputError("--boxes measures the attention of a run, and --results has captions only; omit one of them")
     if args.results:
@@ -313,10 +323,14 @@ def evaluate_run(args: argparse.Namespace) -> Evaluation:
     texts = [caption.text for caption in captions]
     num_unfinished = sum(not caption.finished for caption in captions)  # without <end>
     scored, scores = score_texts(examples, texts, captioner.tokenizer.words, args.spice)
+    chosen = set(examples)
+    train_examples = [example for example in dataset.split("train") if example not in chosen]
+    train_captions = [caption for example in train_examples for caption in example.captions]
     metrics = {
         "run": str(captioner.run),
         **captioner.decode_config.to_json(),
         **scored,
+        "copied captions": copied_ratio(texts, train_captions, captioner.tokenizer.words),
         "unfinished captions": round(100 * num_unfinished / len(captions), 1),
         "split": args.split,
         "images": len(examples),
@@ -325,9 +339,8 @@ def evaluate_run(args: argparse.Namespace) -> Evaluation:
         metrics["attention"] = measure_captions(captions, boxes)
     print_metrics(captioner.run, metrics)
     # A model may write well and know nothing of the image. Then its captions score no more than one caption for all.
-    train_examples, num_distinct = dataset.split("train"), len(set(texts))
     metrics["baselines"] = compare_with_baselines(
-        examples, train_examples, cache, captioner.tokenizer.words, scored["scores"]["CIDEr"], num_distinct
+        examples, train_examples, cache, captioner.tokenizer.words, scored["scores"]["CIDEr"], len(set(texts))
     )
 
     # COCO's format for results, which other programs can score. The names of the files say how captions were searched

@@ -21,6 +21,7 @@ import itertools
 import random
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 from PIL import Image
@@ -32,6 +33,7 @@ from captioning.base.cli import InputError, add_quiet_option, int_at_least, log,
 from captioning.base.downloads import redact_url
 from captioning.base.files import check_output, file_sha256
 from captioning.base.quiet_tensorflow import tf
+from captioning.config.guests import load_guest
 from captioning.config.options import add_options
 from captioning.config.run_config import RunConfig
 from captioning.config.settings import DecodeConfig, FeatureConfig
@@ -53,11 +55,35 @@ NUM_AHEAD = 2  # batches of images that are read ahead
 # The captioner.
 
 
+class Chooser(Protocol):
+    """What chooses among the captions that a search has found; a guest, by --choose."""
+
+    def choose(self, captions: Sequence[Caption], features: tf.Tensor) -> list[Caption]:
+        """Ranks the captions of each of B images anew: the best first, all others as its alternatives.
+
+        Args:
+            captions: of each image, the others as its alternatives.
+            features: (B, L, C), of the images.
+        """
+
+
 def decode_captions(
-    model: StepModel, tokenizer: Tokenizer, features: tf.Tensor, config: DecodeConfig = GREEDY
+    model: StepModel,
+    tokenizer: Tokenizer,
+    features: tf.Tensor,
+    config: DecodeConfig = GREEDY,
+    pixels: np.ndarray | None = None,
+    chooser: Chooser | None = None,
 ) -> list[Caption]:
-    """Captions a batch of image features, (B, L, C): L locations with C channels, of InceptionV3 (B, 64, 2048)."""
-    return to_captions(decode(model, features, config), tokenizer, config.captions)
+    """Captions a batch of image features, (B, L, C): L locations with C channels, of InceptionV3 (B, 64, 2048).
+
+    For the pixels see `decode`; without a chooser the most probable captions are the best.
+    """
+    captions = to_captions(decode(model, features, config, pixels), tokenizer, config.num_candidates)
+    if not chooser:
+        return captions
+    chosen = chooser.choose(captions, features)
+    return [dataclasses.replace(each, alternatives=each.alternatives[: config.captions - 1]) for each in chosen]
 
 
 def load_run(run: Path | str) -> tuple[model.CaptionModel, Tokenizer, RunConfig]:
@@ -82,6 +108,7 @@ class Captioner:
         decode_config: how captions are searched for.
         image_size: the sides of the square images that the CNN takes, in pixels.
         compile_cnn: whether the CNN runs as a graph, which is several times faster but takes seconds to build.
+        chooser: what chooses among the captions of a beam, if not their probability.
     """
 
     def __init__(
@@ -100,6 +127,8 @@ class Captioner:
         self.decode_config = self._with_max_words(decode_config)
         self.image_size = config.cnn.image_size
         self.compile_cnn = compile_cnn
+        self._choosers: dict[str, Chooser] = {}  # of this captioner and those of other searches of the run
+        self.chooser = self._find_chooser()
 
     @classmethod
     def load(cls, run: Path | str | None, config: DecodeConfig = GREEDY, compile_cnn: bool = True) -> "Captioner":
@@ -111,7 +140,17 @@ class Captioner:
         """Returns a captioner of the same run with another search; they share the CNN if it is built already."""
         other = copy.copy(self)
         other.decode_config = self._with_max_words(config)
+        other.chooser = other._find_chooser()
         return other
+
+    def _find_chooser(self) -> Chooser | None:
+        """Finds what chooses among the captions of a beam; None if their probability does."""
+        choose = self.decode_config.choose
+        if choose == "probability":
+            return None
+        if choose not in self._choosers:
+            self._choosers[choose] = load_guest(f"--choose {choose}").make_chooser(self)
+        return self._choosers[choose]
 
     def _with_max_words(self, config: DecodeConfig) -> DecodeConfig:
         """Fills in the run's longest caption: the model has never seen a longer one."""
@@ -132,11 +171,10 @@ class Captioner:
         # then, and the next call gives another caption. Greedy search takes the most probable word at every step, which
         # is repeatable. A beam search (--beam-size) also keeps captions whose first words are less probable, but which
         # are more probable as a whole. The pixels only seed the random words of --sample.
-        decoded = decode(self.model, image_features, self.decode_config, pixels)  # tokens: (1, T)
-        # Look up the words of the ids. Each has its probability, and its attention weights: the shares, which sum to 1,
-        # of the 64 locations in the context vector from which the word was predicted. `plot_attention` draws them over
-        # the image. They show where the model looked, which is not always why it chose the word.
-        caption = to_captions(decoded, self.tokenizer, self.decode_config.captions)[0]
+        # Then look up the words of the ids, (1, T). Each has its probability, and its attention weights: the shares,
+        # which sum to 1, of the 64 locations in the context vector from which the word was predicted. `plot_attention`
+        # draws them over the image. They show where the model looked, which is not always why it chose the word.
+        caption = self._decode(image_features, pixels)[0]
         return dataclasses.replace(caption, image=image)
 
     def caption_batch(self, images: Iterable[ImageSource], batch_size: int = BATCH_SIZE) -> list[Caption]:
@@ -159,8 +197,10 @@ class Captioner:
         """Captions images read by `load_image`, (B, size, size, 3) uint8."""
         # The captions of a batch grow in step, word by word. One that has its <end> is padded until the longest
         # has ended, too.
-        decoded = decode(self.model, self.extract_features(pixels), self.decode_config, pixels)
-        return to_captions(decoded, self.tokenizer, self.decode_config.captions)
+        return self._decode(self.extract_features(pixels), pixels)
+
+    def _decode(self, image_features: tf.Tensor, pixels: np.ndarray) -> list[Caption]:
+        return decode_captions(self.model, self.tokenizer, image_features, self.decode_config, pixels, self.chooser)
 
     def extract_features(self, pixels: np.ndarray) -> tf.Tensor:
         """Computes the features (B, L, C) of images (B, size, size, 3)."""

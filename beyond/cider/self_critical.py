@@ -17,8 +17,8 @@ from captioning.config.options import Settings, option
 from captioning.config.settings import TrainConfig
 from captioning.decoder.constraints import forbidden_tokens
 from captioning.decoder.decoding import StepModel, generate, greedy_search, repeat_images
-from captioning.decoder.sampling import pick
 from captioning.decoder.losses import loss_function
+from captioning.decoder.sampling import pick
 from captioning.training.input_pipeline import Batch, TrainData
 from captioning.training.objective import CrossEntropy, StepSums
 

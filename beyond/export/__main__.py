@@ -59,6 +59,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         check_output("--output", args.output, is_litert)
     if args.sample:
         raise InputError("--sample cannot be exported; expected greedy search or a beam search")
+    if args.choose != "probability":
+        raise InputError(f"--choose {args.choose} cannot be exported: it needs the captions of the training images")
     if args.litert and args.no_repeat:
         raise InputError("--no-repeat needs TensorFlow's TensorScatterMin, which LiteRT lacks; leave it out")
     return args

@@ -76,7 +76,8 @@ def parse_decoding(pairs: Iterable[tuple[str, str]], defaults: DecodeConfig) -> 
             and drawing random ones takes DecodeConfig's own values for what only the other way has.
 
     Raises:
-        InputError: a parameter is unknown, is given twice, is not what DecodeConfig allows, or exceeds `LIMITS`.
+        InputError: a parameter is unknown, is given twice, is not what DecodeConfig allows, or exceeds `LIMITS`; or
+            captions are to be chosen in another way than the server was started for, which may take minutes.
     """
     given: dict[str, Any] = {}
     for name, text in pairs:
@@ -88,9 +89,11 @@ def parse_decoding(pairs: Iterable[tuple[str, str]], defaults: DecodeConfig) -> 
         if name in LIMITS and isinstance(given[name], int) and given[name] > LIMITS[name]:
             raise InputError(f"{name}: expected at most {LIMITS[name]} of this server, found {text}")
     sample = given.get("sample", defaults.sample and "beam_size" not in given)
+    if (choose := given.get("choose", "probability")) not in ("probability", defaults.choose):
+        raise InputError(f"choose: expected probability of this server, which was started without --choose {choose}")
     base = defaults.to_json()
     if sample != defaults.sample:
-        base |= {name: FIELDS[name].default for name in ("beam_size", *SAMPLE_ONLY)}
+        base |= {name: FIELDS[name].default for name in ("beam_size", "choose", *SAMPLE_ONLY)}
     return DecodeConfig(**base | given | {"sample": sample})
 
 

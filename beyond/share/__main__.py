@@ -28,6 +28,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     group.add_argument("--run", metavar="RUN", help="the same, as the other commands take it")
     text = "file to pack into (default: <run>.zip), or run folder to unpack into (default: runs/<run>)"
     parser.add_argument("--output", type=Path, metavar="PATH", help=text)
+    text = "pack the index of --choose consensus, too: with it, all captions of the training images"
+    parser.add_argument("--with-consensus", action="store_true", help=text)
     add_quiet_option(parser)
     return parser.parse_args(argv)
 
@@ -44,7 +46,7 @@ def main(argv: list[str] | None = None) -> None:
         output = args.output or Path(f"{run_name(run)}.zip")
         check_output("--output", output, is_packed_run)
         log(f"run: {run}")
-        pack_run(run, output)
+        pack_run(run, output, args.with_consensus)
         log(f"size: {format_bytes(output.stat().st_size)}")
     print_results(output)
 

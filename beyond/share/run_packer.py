@@ -13,6 +13,7 @@ import inference
 from beyond.share.packed_run import (
     BEST,
     CARD_FILE,
+    INDEX_FILE,
     METRICS,
     PREFIX,
     RUN_NAME,
@@ -35,16 +36,20 @@ EPOCH = (1980, 1, 1, 0, 0, 0)  # the time of every file in the .zip, the first t
 FILE_MODE = 0o100644  # a plain file that its owner may write
 
 
-def pack_run(run: Path, path: Path) -> None:
+def pack_run(run: Path, path: Path, with_consensus: bool = False) -> None:
     """Packs a run's best weights with all that captioning needs, its scores and a model card.
 
-    Paths of this machine are left out. The same run, packed by the same versions, gives the same bytes.
+    Paths of this machine are left out, and the captions of the training images, unless `with_consensus` asks for the
+    index of --choose consensus. The same run, packed by the same versions, gives the same bytes.
 
     Raises:
         InputError: something of the run is missing or damaged.
     """
     model, _, config = inference.load_run(run)
     check_cnn(run, config.features.get("sha256"))
+    if with_consensus and not (run / INDEX_FILE).is_file():
+        raise InputError(f"{run / INDEX_FILE}: no such file; make it with `python -m beyond.consensus --run {run}`")
+    optional = (*OPTIONAL_FILES, INDEX_FILE) if with_consensus else OPTIONAL_FILES
     name, values = run_name(run), without_paths(config.to_json())
     config = dataclasses.replace(config, data=type(config.data)(**values["data"]), features=values["features"])
     paths = [path for path in sorted(run.glob("metrics_*.json")) if METRICS.fullmatch(path.name)]
@@ -55,7 +60,7 @@ def pack_run(run: Path, path: Path) -> None:
         VOCABULARY_FILE: (run / VOCABULARY_FILE).read_bytes(),
         STATE_FILE: STATE,
         **_read_checkpoint(best_checkpoint(run)),
-        **{file: (run / file).read_bytes() for file in OPTIONAL_FILES if (run / file).is_file()},
+        **{file: (run / file).read_bytes() for file in optional if (run / file).is_file()},
         **{file: json.dumps({**scored, "run": name}, indent=2).encode() for file, scored in metrics.items()},
     }
     with atomic_write(path, "wb") as target, zipfile.ZipFile(target, "w") as archive:

@@ -10,6 +10,7 @@ GUESTS = {
     "--decoder paper": "beyond.paper.variants",
     "--decoder paper-lstm": "beyond.paper.variants",
     "--attention hard": "beyond.paper.variants",
+    "--choose consensus": "beyond.consensus.chooser",
     "--run ZIP": "beyond.share.packed_run",  # or the address of one
 }
 

@@ -12,6 +12,7 @@ from captioning.config.options import Settings, option, path_option
 
 SEEDS = "[0, 4294967296)"  # NumPy's are below 2 ** 32
 MAX_TOKENS = 10_000  # of a caption
+CONSENSUS_BEAM = 10  # of --choose consensus, which needs captions to choose from
 MAX_MEGAPIXELS = 179  # Pillow's own limit against decompression bombs
 
 
@@ -252,9 +253,17 @@ class DecodeConfig(Settings):
         1.0, "sample from the most probable words that together have this probability", bounds="(0, 1]"
     )
     decode_seed: int = option(0, "seed of --sample: the same image and seed give the same captions", bounds=SEEDS)
+    choose: str = option(
+        "probability",
+        "which caption of a beam is the best: the most probable one, or by consensus the one that agrees best with the "
+        f"captions of similar training images (the beam is {CONSENSUS_BEAM} wide unless --beam-size is given)",
+        choices=("probability", "consensus"),
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.sample and self.choose != "probability":
+            raise InputError(f"--choose {self.choose} is for the captions of a beam search; omit --sample")
         if self.sample and self.beam_size > 1:
             raise InputError("--sample draws words at random, --beam-size searches for the best: expected only one")
         if not self.sample and (self.temperature, self.top_p, self.decode_seed) != (1.0, 1.0, 0):
@@ -269,6 +278,7 @@ class DecodeConfig(Settings):
         parts = {
             f"_beam{self.num_beams}": is_beam,
             f"_penalty{self.length_penalty:g}": is_beam and self.length_penalty != 1,
+            f"_{self.choose}": self.choose != "probability",
             "_sample": self.sample,
             f"_min{self.min_words}": self.min_words > 0,
             "_norepeat": self.no_repeat,
@@ -279,9 +289,18 @@ class DecodeConfig(Settings):
         """Says in a few words how captions are searched for."""
         if self.sample:
             return f"words drawn at random, temperature {self.temperature:g}, top-p {self.top_p:g}"
-        return "greedy search" if self.num_beams == 1 else f"beam search, {self.num_beams} wide"
+        if self.num_beams == 1:
+            return "greedy search"
+        chosen = "" if self.choose == "probability" else f", chosen by {self.choose}"
+        return f"beam search, {self.num_beams} wide{chosen}"
 
     @property
     def num_beams(self) -> int:
         """The width of the beam search, which is at least the number of captions that are asked for."""
-        return max(self.beam_size, self.captions)
+        is_default = self.choose == "consensus" and self.beam_size == 1
+        return max(CONSENSUS_BEAM if is_default else self.beam_size, self.captions)
+
+    @property
+    def num_candidates(self) -> int:
+        """The number of captions of each image that the search returns: all of a beam where another choice follows."""
+        return self.captions if self.choose == "probability" else self.num_beams

@@ -46,7 +46,7 @@ class DecodedBatch(NamedTuple):
 def decode(
     model: StepModel, features: tf.Tensor, config: DecodeConfig, pixels: np.ndarray | None = None
 ) -> DecodedBatch:
-    """Captions features (B, L, 2048) as the settings ask, `config.captions` times each.
+    """Captions features (B, L, 2048) as the settings ask, `config.num_candidates` times each.
 
     `pixels` are the images themselves, if known. With the seed they decide the numbers by which random words are drawn.
     """
@@ -61,7 +61,7 @@ def decode(
     if config.num_beams == 1:
         return greedy_search(model, features, max_words, constraints)
     length_penalty = tf.constant(config.length_penalty, tf.float32)
-    return beam_search(model, features, config.num_beams, length_penalty, max_words, constraints, config.captions)
+    return beam_search(model, features, config.num_beams, length_penalty, max_words, constraints, config.num_candidates)
 
 
 # Greedy search, and random words.

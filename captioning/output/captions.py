@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -12,6 +12,14 @@ from captioning.images.reading import ImageSource
 from tokenizer import Tokenizer
 
 SMALLEST_PROBABILITY = 1e-45  # the smallest float32 above 0; a probability that underflowed to 0 counts as this
+
+
+class SimilarImage(NamedTuple):
+    """A training image that is like the one that is captioned."""
+
+    name: str
+    cosine: float  # of the angle between their features
+    captions: tuple[str, ...]  # that people wrote, of words of the vocabulary
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
@@ -29,6 +37,8 @@ class Caption:
     end_probability: float | None = None  # of <end> after the last word; None if the caption was cut before it
     alternatives: tuple["Caption", ...] = ()  # the further captions of the image that were asked for, best first
     image: ImageSource | None = dataclasses.field(default=None, compare=False)  # what was captioned
+    consensus: float | None = None  # with captions of similar images, in percent of CIDEr-D, where that chose
+    similar_images: tuple[SimilarImage, ...] = ()  # the most similar of them
 
     def __repr__(self) -> str:
         """Returns what a notebook shows: the text, without the numbers."""
@@ -72,6 +82,13 @@ class Caption:
             "finished": self.finished,
             "words": words,
         }
+        if self.consensus is not None:
+            result["consensus"] = round(self.consensus, 1)
+        if self.similar_images:
+            result["similar_images"] = [
+                {"image": image.name, "cosine": round(image.cosine, 4), "captions": list(image.captions)}
+                for image in self.similar_images
+            ]
         if self.alternatives:
             result["alternatives"] = [caption.to_json(with_attention) for caption in self.alternatives]
         return result

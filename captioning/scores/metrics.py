@@ -7,7 +7,7 @@ The scores are computed by pycocoevalcap, the code of the COCO challenge, on the
 import contextlib
 import importlib.util
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -166,6 +166,12 @@ def score_all(references: list[list[str]], captions: list[str], words: str, with
 def distinct_ratio(texts: list[str]) -> float:
     """Returns the number of different captions, in percent of all captions."""
     return round(100 * len(set(texts)) / len(texts), 1)
+
+
+def copied_ratio(texts: list[str], train_captions: Iterable[str], words: str) -> float:
+    """Returns the number of captions that some training caption has word by word, in percent of all captions."""
+    known = {tuple(split_words(caption, words)) for caption in train_captions}
+    return round(100 * sum(tuple(split_words(text, words)) in known for text in texts) / len(texts), 1)
 
 
 # Words after which an English sentence goes on. People end a caption with one of them once in a thousand captions of

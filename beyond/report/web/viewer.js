@@ -30,7 +30,8 @@ window.captionViewer ??= (() => {
 
   function formatScores(result) {
     const logProb = Number(result.log_prob).toFixed(2).replace("-", "−");
-    return `log p ${logProb}, confidence ${formatPercent(result.confidence)}`;
+    const consensus = "consensus" in result ? `, consensus ${Number(result.consensus).toFixed(0)}` : "";
+    return `log p ${logProb}, confidence ${formatPercent(result.confidence)}${consensus}`;
   }
 
   function make(tag, className, text = "", attributes = {}) {
@@ -174,6 +175,18 @@ window.captionViewer ??= (() => {
     return list;
   }
 
+  function makeSimilarImages(images) {
+    const details = make("details", "cv-similar");
+    details.append(make("summary", "", "similar training images, whose captions chose this one"));
+    for (const image of images) {
+      details.append(make("p", "cv-scores", `${image.image}, cosine ${Number(image.cosine).toFixed(2)}`));
+      const list = make("ul", "");
+      list.append(...image.captions.map((caption) => make("li", "", caption, { dir: "auto" })));
+      details.append(list);
+    }
+    return details;
+  }
+
   /** Makes the figure; the image is an address, or an <img> to use. */
   function create(image, alt, result) {
     const element = image instanceof HTMLImageElement ? image : make("img", "", "", { src: image });
@@ -183,6 +196,7 @@ window.captionViewer ??= (() => {
     const text = make("figcaption", "cv-text");
     text.append(makeLine(result, display), display.status);
     if (result.alternatives?.length) text.append(makeAlternatives(result.alternatives, display));
+    if (result.similar_images?.length) text.append(makeSimilarImages(result.similar_images));
     figure.append(display.box, text);
     figure.addEventListener("focusout", (event) => {
       if (!figure.contains(event.relatedTarget) && display.kept) clearKept();

@@ -1,0 +1,1 @@
+"""The caption that agrees best with the captions of similar training images."""

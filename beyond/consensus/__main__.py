@@ -1,0 +1,43 @@
+"""Makes the index that `--choose consensus` looks similar training images up in, and prints its path.
+
+Tutorial section: none. After Mao et al. 2015 (m-RNN, section 8) and Devlin et al. 2015.
+
+    python -m beyond.consensus --run runs/coco
+    python inference.py photo.jpg --choose consensus      # makes it, too, if there is none yet
+    python evaluate.py --choose consensus
+
+It is made from the cached features, or, of a run whose CNN was trained, from the images.
+"""
+
+import argparse
+
+import data_utils
+from beyond.consensus.index import INDEX_FILE, build_index
+from captioning.base.cli import add_quiet_option, make_parser, print_results, run_main
+from captioning.config.options import add_options
+from captioning.config.settings import FeatureConfig
+from inference import Captioner
+
+
+def parse(argv: list[str] | None = None) -> argparse.Namespace:
+    """Parses the command line."""
+    parser = make_parser(__doc__)
+    parser.add_argument("--run", metavar="DIR", help="run folder (default: the latest in runs/)")
+    group = parser.add_argument_group("features of the run, if they were moved")
+    add_options(group, FeatureConfig, only=("features_dir",))
+    data_utils.add_location_options(parser)
+    add_quiet_option(parser)
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Makes the index of a run."""
+    args = parse(argv)
+    captioner = Captioner.load(args.run)
+    dataset = data_utils.load_run_dataset(captioner.config, locations=data_utils.locations_from_args(args))
+    build_index(captioner, dataset, args.features_dir)
+    print_results(captioner.run / INDEX_FILE)
+
+
+if __name__ == "__main__":
+    run_main(main)

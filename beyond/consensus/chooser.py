@@ -1,0 +1,78 @@
+"""`--choose consensus`: of the captions of a beam search, the one that agrees best with those of similar images."""
+
+import dataclasses
+from collections.abc import Sequence
+
+import numpy as np
+
+import data_utils
+from beyond.consensus.agreement import cider_d
+from beyond.consensus.index import INDEX_FILE, Index, build_index, describe_source, mean_vectors, pad
+from captioning.base.cli import InputError, log
+from captioning.base.quiet_tensorflow import tf
+from captioning.output.captions import Caption, SimilarImage
+from inference import Captioner
+from tokenizer import Tokenizer
+
+# Chosen on Flickr8k, see README.md; the paper (Mao et al. 2015, section 8) has the same.
+NUM_NEIGHBOURS = 60  # images
+BEST_SHARE = 125 / 300  # of their captions, whose mean CIDEr-D is a candidate's value: the others show other things
+FEW_IMAGES = 500  # of which the nearest ones are not alike
+NUM_SHOWN = 5  # images that explain a choice
+
+
+class ConsensusChooser:
+    """Ranks the candidates of each image by their agreement with the captions of the nearest training images."""
+
+    def __init__(self, index: Index, tokenizer: Tokenizer):
+        self.index = index
+        self.tokenizer = tokenizer
+
+    def choose(self, captions: Sequence[Caption], features: tf.Tensor) -> list[Caption]:
+        """Ranks the candidates of B images.
+
+        Args:
+            captions: the best candidate of each image, with the others as its alternatives.
+            features: (B, L, C), of the images.
+        """
+        numbers, cosines = self.index.nearest(mean_vectors(features), NUM_NEIGHBOURS)
+        return [self._rank(*one) for one in zip(captions, numbers, cosines, strict=True)]
+
+    def _rank(self, caption: Caption, numbers: np.ndarray, cosines: np.ndarray) -> Caption:
+        candidates = [dataclasses.replace(caption, alternatives=()), *caption.alternatives]
+        tokens = [np.array([self.tokenizer.word_index[word] for word in each.words], np.int32) for each in candidates]
+        references = [ids for number in numbers for ids in self.index.captions(number)]
+        agreement = cider_d(pad(tokens), pad(references), self.index.frequencies)  # (K, R)
+        num_best = max(1, round(BEST_SHARE * len(references)))
+        values = np.sort(agreement, axis=1)[:, -num_best:].mean(axis=1)  # (K,)
+        # A caption that was cut comes after those that have ended; of equal ones the more probable is first.
+        order = np.lexsort((-values, [not each.finished for each in candidates]))
+        first, *others = (dataclasses.replace(candidates[k], consensus=100 * float(values[k])) for k in order)
+        similar = tuple(map(self._describe, numbers[:NUM_SHOWN], cosines))
+        return dataclasses.replace(first, alternatives=tuple(others), similar_images=similar)
+
+    def _describe(self, number: int, cosine: float) -> SimilarImage:
+        captions = tuple(self.tokenizer.decode(ids) for ids in self.index.captions(number))
+        return SimilarImage(self.index.names[number], float(cosine), captions)
+
+
+def make_chooser(captioner: Captioner) -> ConsensusChooser:
+    """Makes the chooser of a run, and its index where there is none yet, or one of other data.
+
+    Raises:
+        InputError: there is none, and what it is made from is not here.
+    """
+    path, source = captioner.run / INDEX_FILE, describe_source(captioner.config)
+    index = Index.load(path) if path.exists() else None
+    if index and index.source != source:
+        log(f"{path}: made from other features or captions, or for another vocabulary: it is made again")
+        index = None
+    if index is None:
+        try:
+            index = build_index(captioner, data_utils.load_run_dataset(captioner.config))
+        except InputError as error:
+            hint = "make the index with `python -m beyond.consensus` where the training data of the run are"
+            raise InputError(f"--choose consensus needs the training images and captions ({error}); {hint}") from None
+    if len(index.names) < FEW_IMAGES:
+        log(f"--choose consensus: only {len(index.names):,} training images, of which hardly one is like a new image")
+    return ConsensusChooser(index, captioner.tokenizer)

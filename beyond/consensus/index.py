@@ -1,0 +1,208 @@
+"""The index of a run's training images, by which the images that are like a new one are found, with their captions.
+
+It is a file in the run folder, `consensus.npz`: NumPy arrays, and a line of JSON. The vector of an image is the mean of
+the CNN's features over its locations, of length 1.
+"""
+
+import dataclasses
+import itertools
+import json
+import zipfile
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+import evaluate
+from beyond.consensus.agreement import DocumentFrequencies
+from captioning.base.cli import InputError, format_bytes, log, progress_bar
+from captioning.base.files import atomic_write, check_schema
+from captioning.base.quiet_tensorflow import tf
+from captioning.base.special_tokens import PAD_ID
+from captioning.config.run_config import RunConfig
+from captioning.data.annotations import Example
+from captioning.images.feature_cache import FeatureCache, map_prefetch
+from captioning.images.reading import map_threads
+from data_utils import CaptionDataset
+from inference import BATCH_SIZE, NUM_AHEAD, Captioner
+from tokenizer import Tokenizer
+
+INDEX_FILE = "consensus.npz"
+FORMAT = 1
+# The arrays of the file, each with its number of axes.
+ARRAYS = {"vectors": 2, "words": 1, "caption_starts": 1, "image_starts": 1, "codes": 1, "counts": 1, "about": 1}
+
+
+@dataclasses.dataclass(frozen=True)
+class Index:
+    """The training images of a run with their captions.
+
+    Attributes:
+        names: of the N images.
+        vectors: (N, C) float32, each of length 1.
+        words: (W,) int32, the ids of all captions, one after the other, without <start> and <end>.
+        caption_starts: (M + 1,), the places in `words` where the captions begin, and its length.
+        image_starts: (N + 1,), the number of each image's first caption, and M.
+        frequencies: of the n-grams of the captions.
+        source: what the vectors and captions were made from, see `describe_source`.
+    """
+
+    names: Sequence[str]
+    vectors: np.ndarray
+    words: np.ndarray
+    caption_starts: np.ndarray
+    image_starts: np.ndarray
+    frequencies: DocumentFrequencies
+    source: Mapping[str, Any]
+
+    @classmethod
+    def build(
+        cls, examples: Sequence[Example], vectors: np.ndarray, tokenizer: Tokenizer, source: Mapping[str, Any]
+    ) -> "Index":
+        """Builds the index of images from their vectors (N, C)."""
+        captions = [np.array(tokenizer.encode(text)[1:-1], np.int32) for e in examples for text in e.captions]
+        counts = [len(example.captions) for example in examples]
+        images = np.repeat(np.arange(len(examples)), counts)
+        return cls(
+            names=[example.image_path for example in examples],
+            vectors=vectors,
+            words=np.concatenate(captions),
+            caption_starts=np.cumsum([0, *map(len, captions)]),
+            image_starts=np.cumsum([0, *counts]),
+            frequencies=DocumentFrequencies.of(pad(captions), images),
+            source=source,
+        )
+
+    def nearest(self, vectors: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
+        """Finds the images whose vectors have the largest cosine with others, (B, C) of length 1.
+
+        Returns:
+            Their numbers, (B, count), the nearest first, and the cosines.
+        """
+        cosines = vectors @ self.vectors.T  # (B, N)
+        count = min(count, cosines.shape[1])
+        some = np.argpartition(-cosines, count - 1, axis=1)[:, :count]  # unsorted
+        order = np.argsort(-np.take_along_axis(cosines, some, axis=1), axis=1, kind="stable")
+        numbers = np.take_along_axis(some, order, axis=1)
+        return numbers, np.take_along_axis(cosines, numbers, axis=1)
+
+    def captions(self, image: int) -> list[np.ndarray]:
+        """Returns the ids of each caption of an image."""
+        starts = self.caption_starts[self.image_starts[image] : self.image_starts[image + 1] + 1]
+        return [self.words[start:end] for start, end in itertools.pairwise(starts)]
+
+    def save(self, path: Path) -> None:
+        """Writes the index; the vectors as float16."""
+        about = json.dumps({"format": FORMAT, "names": self.names, "source": self.source}).encode()
+        with atomic_write(path, "wb") as file:
+            np.savez(
+                file,
+                vectors=self.vectors.astype(np.float16),
+                words=self.words,
+                caption_starts=self.caption_starts,
+                image_starts=self.image_starts,
+                codes=self.frequencies.codes,
+                counts=self.frequencies.counts,
+                about=np.frombuffer(about, np.uint8),
+            )
+
+    @classmethod
+    def load(cls, path: Path) -> "Index":
+        """Reads what `save` wrote; raises InputError if it is something else, or damaged."""
+        try:
+            with np.load(path, allow_pickle=False) as file:
+                arrays = {name: file[name] for name in ARRAYS}
+            about = json.loads(arrays.pop("about").tobytes())
+            check_schema(about, {"format": int, "names": list, "source": dict})
+            if about["format"] != FORMAT:
+                raise InputError(f"format: expected {FORMAT}, found {about['format']}")
+            _check_arrays(arrays, len(about["names"]))
+        except (InputError, OSError, KeyError, ValueError, zipfile.BadZipFile) as error:
+            raise InputError(f"{path}: damaged, or not an index ({error}); delete it") from None
+        frequencies = DocumentFrequencies(len(about["names"]), arrays["codes"], arrays["counts"])
+        return cls(
+            about["names"],
+            arrays["vectors"].astype(np.float32),
+            arrays["words"],
+            arrays["caption_starts"],
+            arrays["image_starts"],
+            frequencies,
+            about["source"],
+        )
+
+
+def _check_arrays(arrays: Mapping[str, np.ndarray], num_images: int) -> None:
+    """Raises InputError unless the arrays of an index fit each other."""
+    for name, array in arrays.items():
+        kind = "f" if name == "vectors" else "iu"
+        if array.ndim != ARRAYS[name] or array.dtype.kind not in kind:
+            raise InputError(f"{name}: expected {ARRAYS[name]} axes, found {array.dtype} {array.shape}")
+    captions, images = arrays["caption_starts"], arrays["image_starts"]
+    bounds = ((images, len(captions) - 1), (captions, len(arrays["words"])))
+    are_starts = all(len(x) > 1 and x[0] == 0 and x[-1] == end and (np.diff(x) >= 0).all() for x, end in bounds)
+    lengths = (len(images) - 1, len(arrays["vectors"]), len(arrays["codes"]))
+    if not are_starts or lengths != (num_images, num_images, len(arrays["counts"])):
+        raise InputError(f"expected the captions of {num_images} images, found others")
+
+
+def pad(captions: Sequence[np.ndarray]) -> np.ndarray:
+    """Pads the ids of captions to one length, (R, T)."""
+    lengths = np.array([len(caption) for caption in captions])
+    tokens = np.full((len(captions), max(1, lengths.max(initial=0))), PAD_ID, np.int32)
+    tokens[np.arange(tokens.shape[1]) < lengths[:, np.newaxis]] = np.concatenate(captions)
+    return tokens
+
+
+def mean_vectors(features: tf.Tensor) -> np.ndarray:
+    """Returns the mean over the locations of features (B, L, C), of length 1: (B, C) float32."""
+    means = tf.reduce_mean(tf.cast(features, tf.float32), axis=1)
+    return tf.math.l2_normalize(means, axis=1).numpy()
+
+
+# The index of a run.
+
+
+def describe_source(config: RunConfig) -> dict[str, Any]:
+    """Returns what an index depends on: how features are computed, the training's data, and the ids of the words."""
+    ignored = {"folder", "images", "weights" if "sha256" in config.features else "sha256"}
+    features = {name: value for name, value in config.features.items() if name not in ignored}
+    return {"features": features, "data": config.data_fingerprint, "vocabulary": config.vocabulary_sha256}
+
+
+def build_index(captioner: Captioner, dataset: CaptionDataset, features_dir: str | None = None) -> Index:
+    """Builds the index of a run from the cached features of its training images, or from the images.
+
+    Raises:
+        InputError: there are neither, or they have changed.
+    """
+    examples = dataset.split("train")
+    cache = evaluate.open_features(captioner, features_dir)
+    if cache:
+        evaluate.check_features(cache, dataset.image_dir, examples)
+    batches = _read_features(cache, examples) if cache else _compute_features(captioner, dataset, examples)
+    vectors = []
+    with progress_bar(total=len(examples), unit="image", desc="index") as progress:
+        for features in batches:
+            vectors.append(mean_vectors(features))
+            progress.update(len(features))
+    index = Index.build(examples, np.concatenate(vectors), captioner.tokenizer, describe_source(captioner.config))
+    path = captioner.run / INDEX_FILE
+    index.save(path)
+    num_captions = len(index.caption_starts) - 1
+    log(f"{path}: {len(examples):,} images, {num_captions:,} captions, {format_bytes(path.stat().st_size)}")
+    return index
+
+
+def _read_features(cache: FeatureCache, examples: Sequence[Example]) -> Iterator[tf.Tensor]:
+    paths = [str(cache.path(example.image_path)) for example in examples]
+    yield from map_prefetch(tf.data.Dataset.from_tensor_slices(paths).batch(BATCH_SIZE), cache.read)
+
+
+def _compute_features(
+    captioner: Captioner, dataset: CaptionDataset, examples: Sequence[Example]
+) -> Iterator[tf.Tensor]:
+    paths = [dataset.image_dir / example.image_path for example in examples]
+    loaded = map_threads(captioner.load_image, paths, NUM_AHEAD * BATCH_SIZE)
+    while batch := list(itertools.islice(loaded, BATCH_SIZE)):
+        yield captioner.extract_features(np.stack([pixels for _, pixels in batch]))

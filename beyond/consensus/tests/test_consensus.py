@@ -1,0 +1,207 @@
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+
+import data_utils
+import evaluate
+import features
+from beyond.consensus import __main__ as command
+from beyond.consensus import chooser
+from beyond.consensus.chooser import ConsensusChooser, make_chooser
+from beyond.consensus.index import INDEX_FILE, Index, mean_vectors
+from captioning.base.cli import InputError
+from captioning.base.files import write_json
+from captioning.base.quiet_tensorflow import tf
+from captioning.config.settings import DecodeConfig
+from captioning.data.annotations import Example
+from captioning.output.captions import Caption
+from inference import Captioner
+from tokenizer import Tokenizer
+
+CONSENSUS = DecodeConfig(choose="consensus", max_words=4)
+IMAGES = {
+    "sea.jpg": ("a boat at sea", "there is a white boat"),
+    "town.jpg": ("a street in a town",),
+    "beach.jpg": ("a dog on a beach", "a boat and a dog"),
+}
+TOKENIZER = Tokenizer.fit(caption for captions in IMAGES.values() for caption in captions)
+
+
+@pytest.fixture
+def index():
+    """Of three images, whose vectors are the axes."""
+    examples = [Example(name, captions, number, "train") for number, (name, captions) in enumerate(IMAGES.items())]
+    return Index.build(examples, np.eye(3, dtype=np.float32), TOKENIZER, {"data": "abc"})
+
+
+def make_caption(text, finished=True, alternatives=()):
+    words = tuple(text.split())
+    shares = np.full((len(words), 64), 1 / 64, np.float32)
+    return Caption(text, words, (0.5,) * len(words), shares, 0.5 if finished else None, tuple(alternatives))
+
+
+# The index.
+
+
+def test_index_finds_the_nearest_images_and_their_captions(index):
+    numbers, cosines = index.nearest(np.array([[0.6, 0.0, 0.8], [0.0, 1.0, 0.0]], np.float32), 2)
+    assert numbers[0].tolist() == [2, 0] and numbers[1, 0] == 1
+    np.testing.assert_allclose(cosines, [[0.8, 0.6], [1, 0]], rtol=1e-6)
+    for number, captions in enumerate(IMAGES.values()):
+        assert tuple(TOKENIZER.decode(ids) for ids in index.captions(number)) == captions
+    assert index.nearest(np.eye(3, dtype=np.float32), 9)[0].shape == (3, 3), "there are no more"
+
+
+def test_index_is_read_as_it_was_written(index, tmp_path):
+    index.save(tmp_path / "index.npz")
+    read = Index.load(tmp_path / "index.npz")
+    assert (read.names, read.source) == (index.names, index.source)
+    for name in ("vectors", "words", "caption_starts", "image_starts"):
+        np.testing.assert_array_equal(getattr(read, name), getattr(index, name))
+    for ours, theirs in zip(read.frequencies, index.frequencies, strict=True):
+        np.testing.assert_array_equal(ours, theirs)
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        {"image_starts": np.array([0, 2, 3])},
+        {"image_starts": np.array([0, 2, 3, 99])},
+        {"caption_starts": np.array([0, 9, 4, 8, 13, 22])},
+        {"vectors": np.array([object()] * 3)},
+        {"vectors": np.zeros((3, 3), np.int64)},
+        {"codes": np.zeros(0, np.uint64)},
+        {"about": np.frombuffer(b'{"format": 2, "names": [], "source": {}}', np.uint8)},
+    ],
+)
+def test_index_that_is_damaged_is_refused(index, tmp_path, damage):
+    path = tmp_path / "index.npz"
+    index.save(path)
+    with np.load(path) as file:
+        arrays = dict(file)
+    np.savez(path, **arrays | damage)
+    with pytest.raises(InputError, match=r"index\.npz: damaged, or not an index"):
+        Index.load(path)
+
+
+def test_file_that_is_no_index_is_refused(tmp_path):
+    (tmp_path / "index.npz").write_text("PK")
+    with pytest.raises(InputError, match=r"index\.npz: damaged, or not an index"):
+        Index.load(tmp_path / "index.npz")
+
+
+def test_mean_vectors_are_those_of_float32():
+    image_features = tf.constant(np.random.default_rng(0).random((2, 64, 8)), tf.float16)
+    means = image_features.numpy().astype(np.float64).mean(axis=1)
+    np.testing.assert_allclose(mean_vectors(image_features), means / np.linalg.norm(means, axis=1, keepdims=True), 1e-5)
+
+
+# The choice.
+
+
+def choose(index, monkeypatch, *candidates, features=(1.0, 0.0, 0.1), neighbours=1):
+    monkeypatch.setattr(chooser, "NUM_NEIGHBOURS", neighbours)
+    first, *others = candidates
+    captions = [dataclasses.replace(first, alternatives=tuple(others))]
+    (chosen,) = ConsensusChooser(index, TOKENIZER).choose(captions, tf.constant([[features]]))
+    return chosen
+
+
+def test_chooser_ranks_by_the_captions_of_the_nearest_image(index, monkeypatch):
+    candidates = [make_caption(text) for text in ("a dog on a beach", "a street", "a boat at sea")]
+    chosen = choose(index, monkeypatch, *candidates)
+    texts = [chosen.text, *(each.text for each in chosen.alternatives)]
+    assert texts == ["a boat at sea", "a dog on a beach", "a street"]
+    assert chosen.consensus > 10 * chosen.alternatives[0].consensus >= 0
+    (similar,) = chosen.similar_images
+    assert (similar.name, similar.captions) == ("sea.jpg", IMAGES["sea.jpg"]) and similar.cosine > 0.99
+    assert choose(index, monkeypatch, *candidates, features=(0.1, 0.0, 1.0)).text == "a dog on a beach"
+
+
+def test_chooser_ranks_captions_that_were_cut_last(index, monkeypatch):
+    cut = make_caption("a boat at sea", finished=False)
+    assert choose(index, monkeypatch, cut, make_caption("a street")).text == "a street"
+
+
+def test_chooser_keeps_the_order_of_equal_candidates(index, monkeypatch):
+    chosen = choose(index, monkeypatch, make_caption("in town"), make_caption(""), make_caption("street"))
+    assert [chosen.text, *(each.text for each in chosen.alternatives)] == ["in town", "", "street"]
+
+
+# With a run.
+
+
+@pytest.fixture
+def loaded(run, saved_dataset, cache, monkeypatch):
+    """The captioner of the untrained small run, whose dataset has images and features."""
+    write_json(cache.folder / "features.json", cache.manifest)
+    monkeypatch.setattr(evaluate, "check_features", lambda *_: None)
+    return Captioner.load(run)
+
+
+def test_index_of_a_run_is_made_once(loaded, dataset, capsys):
+    assert loaded.with_decoding(CONSENSUS).chooser is loaded.with_decoding(CONSENSUS).chooser
+    assert capsys.readouterr().err.count("16 images, 32 captions") == 1
+    index = Index.load(loaded.run / INDEX_FILE)
+    assert index.names == [example.image_path for example in dataset.split("train")]
+    assert np.linalg.norm(index.vectors, axis=1) == pytest.approx(1, abs=1e-3)
+    make_chooser(loaded)
+    err = capsys.readouterr().err
+    assert "index" not in err and "only 16 training images" in err, "it is read; so few images are named"
+
+
+def test_index_of_other_data_is_made_again(loaded, index, capsys):
+    index.save(loaded.run / INDEX_FILE)
+    assert len(make_chooser(loaded).index.names) == 16
+    assert "it is made again" in capsys.readouterr().err
+
+
+def test_index_is_made_from_the_images_where_there_are_no_features(loaded, monkeypatch):
+    from_cache = make_chooser(loaded).index
+
+    def extract(pixels, training=False):
+        return tf.ones((tf.shape(pixels)[0], 64, 2048))
+
+    monkeypatch.setattr(features, "build_feature_extractor", lambda *_: extract)
+    monkeypatch.setattr(evaluate, "open_features", lambda *_: None)
+    command.main(["--run", str(loaded.run)])
+    index = Index.load(loaded.run / INDEX_FILE)
+    assert index.names == from_cache.names
+    np.testing.assert_allclose(index.vectors, 2048**-0.5, rtol=1e-2)
+
+
+def test_run_without_its_data_says_where_the_index_is_made(loaded, monkeypatch):
+    def load_dataset(*_):
+        raise InputError("captions.csv: no such file")
+
+    monkeypatch.setattr(data_utils, "load_dataset", load_dataset)
+    with pytest.raises(InputError, match=r"needs the training images.*no such file.*python -m beyond\.consensus"):
+        Captioner.load(loaded.run, CONSENSUS)
+
+
+def test_captions_of_a_run_are_chosen_from_its_beam(loaded, dataset, cache):
+    examples = dataset.split("val")
+    captioner = loaded.with_decoding(dataclasses.replace(CONSENSUS, captions=2))
+    chosen = evaluate.caption_examples(captioner, dataset.image_dir, examples, cache)
+    wide = dataclasses.replace(captioner.decode_config, choose="probability", captions=10)
+    beams = evaluate.caption_examples(loaded.with_decoding(wide), dataset.image_dir, examples, cache)
+    for caption, beam in zip(chosen, beams, strict=True):
+        texts = {each.text: each for each in (beam, *beam.alternatives)}
+        assert caption.text in texts and len(caption.alternatives) == 1
+        values = [(each.finished, each.consensus) for each in (caption, *caption.alternatives)]
+        assert values == sorted(values, reverse=True)
+        values = json.loads(json.dumps(caption.to_json()))
+        assert len(values["similar_images"]) == 5 and values["consensus"] == round(caption.consensus, 1)
+        assert "similar_images" not in values["alternatives"][0]
+
+
+def test_evaluate_refuses_to_choose_by_the_reference_captions():
+    with pytest.raises(InputError, match="expected val or test"):
+        evaluate.parse(["--choose", "consensus", "--split", "all"])
+
+
+def test_consensus_is_not_for_random_words():
+    with pytest.raises(InputError, match="omit --sample"):
+        DecodeConfig(choose="consensus", sample=True)
