@@ -49,7 +49,7 @@ def test_generate_captions_equals_captions_of_single_images(small_model, tokeniz
 
 
 def test_generate_captions_divides_the_batch_by_the_beam(small_model, tokenizer, cache, dataset, monkeypatch):
-    monkeypatch.setattr(inference, "decode_captions", lambda model, tokenizer, features, config: [len(features)])
+    monkeypatch.setattr(inference, "decode_captions", lambda model, tokenizer, features, *_, **__: [len(features)])
     for config in (DecodeConfig(4, 0.5), DecodeConfig(captions=4), DecodeConfig(captions=4, sample=True)):
         batch_sizes = evaluate.generate_captions(small_model, tokenizer, cache, dataset.split("train"), 24, config)
         assert batch_sizes == [6, 6, 4]

@@ -213,6 +213,15 @@ def test_csv_writer_never_mixes_settings_or_runs(tmp_path, write, run):
     assert write("b.jpg", beam_size=3) == set()
 
 
+def test_csv_writer_continues_a_table_of_a_version_with_fewer_settings(tmp_path, write):
+    write("a.jpg")
+    path = tmp_path / "captions.csv.settings.json"
+    settings = json.loads(path.read_text())
+    del settings["choose"]
+    path.write_text(json.dumps(settings))
+    assert len(write("b.jpg")) == 1
+
+
 @pytest.mark.parametrize(
     "content",
     [

@@ -114,6 +114,12 @@ def test_distinct_ratio_of_collapsed_model():
     assert distinct_ratio(["a dog", "a cat", "a dog"]) == 66.7
 
 
+def test_copied_ratio_compares_words():
+    train_captions = ["A dog runs.", "two cats"]
+    assert metrics.copied_ratio(["a dog runs", "a dog", "two cats", "cats"], train_captions, "spaces") == 50
+    assert metrics.copied_ratio(["两只猫"], ["两只 猫"], "characters") == 100
+
+
 def test_mid_sentence_ratio_counts_captions_that_go_on():
     captions = ["a dog on a", "a dog runs in the .", "A man looks on", "two dogs run .", "a cat with"]
     assert metrics.mid_sentence_ratio(captions) == 60

@@ -79,6 +79,7 @@ def test_expand_beams_finds_the_beams_of_a_large_vocabulary(token):
     [
         (["--weights", "float16"], "--weights is only for --litert"),
         (["--sample"], "--sample cannot be exported"),
+        (["--choose", "consensus"], "--choose consensus cannot be exported"),
         (["--litert", "--no-repeat"], "--no-repeat needs"),
         (["--litert", "--output", "."], "expected a file, found a folder"),
         (["--litert", "--output", __file__], "an earlier one of its kind, found something else"),

@@ -31,9 +31,17 @@ def test_parse_decoding_changes_between_searching_and_random_words():
     assert parse_decoding([("temperature", "2")], drawn).top_p == 0.9
 
 
+def test_parse_decoding_chooses_by_consensus_only_where_the_server_does():
+    server = DecodeConfig(choose="consensus")
+    assert parse_decoding([("captions", "2")], server) == DecodeConfig(choose="consensus", captions=2)
+    assert parse_decoding([("choose", "probability")], server) == DecodeConfig()
+    assert parse_decoding([("sample", "true")], server) == DecodeConfig(sample=True)
+
+
 @pytest.mark.parametrize(
     ("pairs", "message"),
     [
+        ([("choose", "consensus")], "choose: expected probability .* started without --choose consensus"),
         ([("beam", "3")], "'beam' is no parameter; expected beam_size, "),
         ([("beam_size", "3"), ("beam_size", "3")], "beam_size: expected one value, found two"),
         ([("beam_size", "0")], "beam_size: expected a whole number of at least 1, found '0'"),

@@ -162,6 +162,16 @@ def test_pack_run_has_the_weights_of_another_cnn(copied_run, tmp_path, cache_dir
     assert b"the author's, SHA-256 `" in read_zip(tmp_path / "small.zip")["small/MODEL_CARD.md"]
 
 
+def test_pack_run_has_the_captions_of_the_training_only_if_asked(copied_run, tmp_path, cache_dir):
+    with pytest.raises(InputError, match=r"consensus\.npz: no such file; make it with `python -m beyond\.consensus"):
+        pack_run(copied_run, tmp_path / "small.zip", with_consensus=True)
+    (copied_run / "consensus.npz").write_text("index")
+    pack_run(copied_run, tmp_path / "without.zip")
+    pack_run(copied_run, tmp_path / "with.zip", with_consensus=True)
+    assert read_zip(tmp_path / "with.zip").keys() - read_zip(tmp_path / "without.zip") == {"small/consensus.npz"}
+    assert (open_run(tmp_path / "with.zip") / "consensus.npz").read_text() == "index"
+
+
 @pytest.mark.parametrize(
     ("file", "content", "message"),
     [
