@@ -14,11 +14,20 @@ from captioning.output.captions import Caption, SimilarImage
 from inference import Captioner
 from tokenizer import Tokenizer
 
-# Chosen on Flickr8k, see README.md; the paper (Mao et al. 2015, section 8) has the same.
-NUM_NEIGHBOURS = 60  # images
-BEST_SHARE = 125 / 300  # of their captions, whose mean CIDEr-D is a candidate's value: the others show other things
+NUM_NEIGHBOURS = 60  # images, as in Mao et al. 2015
+# The captions of the last of them count exp(-3) times as much as those of the first. README.md has what was tried.
+SHARPNESS = 3.0
 FEW_IMAGES = 500  # of which the nearest ones are not alike
 NUM_SHOWN = 5  # images that explain a choice
+
+
+def weigh_images(cosines: np.ndarray) -> np.ndarray:
+    """Returns how much the captions of similar images count, from their cosines, the largest first; both (N,).
+
+    The fall is measured by the range of the cosines, which is another for every CNN.
+    """
+    distances = cosines[0] - cosines
+    return np.exp(-SHARPNESS * distances / max(distances[-1], 1e-9))
 
 
 class ConsensusChooser:
@@ -41,10 +50,11 @@ class ConsensusChooser:
     def _rank(self, caption: Caption, numbers: np.ndarray, cosines: np.ndarray) -> Caption:
         candidates = [dataclasses.replace(caption, alternatives=()), *caption.alternatives]
         tokens = [np.array([self.tokenizer.word_index[word] for word in each.words], np.int32) for each in candidates]
-        references = [ids for number in numbers for ids in self.index.captions(number)]
+        by_image = list(map(self.index.captions, numbers))
+        references = [ids for captions in by_image for ids in captions]
         agreement = cider_d(pad(tokens), pad(references), self.index.frequencies)  # (K, R)
-        num_best = max(1, round(BEST_SHARE * len(references)))
-        values = np.sort(agreement, axis=1)[:, -num_best:].mean(axis=1)  # (K,)
+        weights = np.repeat(weigh_images(cosines), list(map(len, by_image)))  # (R,)
+        values = agreement @ weights / weights.sum()  # (K,)
         # A caption that was cut comes after those that have ended; of equal ones the more probable is first.
         order = np.lexsort((-values, [not each.finished for each in candidates]))
         first, *others = (dataclasses.replace(candidates[k], consensus=100 * float(values[k])) for k in order)

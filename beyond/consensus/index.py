@@ -156,8 +156,12 @@ def pad(captions: Sequence[np.ndarray]) -> np.ndarray:
 
 def mean_vectors(features: tf.Tensor) -> np.ndarray:
     """Returns the mean over the locations of features (B, L, C), of length 1: (B, C) float32."""
-    means = tf.reduce_mean(tf.cast(features, tf.float32), axis=1)
-    return tf.math.l2_normalize(means, axis=1).numpy()
+    return normalize(tf.reduce_mean(tf.cast(features, tf.float32), axis=1).numpy())
+
+
+def normalize(vectors: np.ndarray) -> np.ndarray:
+    """Scales vectors (B, C) to length 1."""
+    return vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)
 
 
 # The index of a run.
