@@ -38,6 +38,7 @@ bench:  ## print the benchmark commands (each takes minutes and needs an otherwi
 	@echo "$(BIN)/python -m benchmarks.serving      # images per second of beyond.serve, and how long a client waits"
 	@echo "$(BIN)/python -m benchmarks.features     # images per second when caching features"
 	@echo "$(BIN)/python -m benchmarks.memory       # start time and memory of training on all of COCO"
+	@echo "$(BIN)/python -m benchmarks.consensus    # what --choose consensus takes with all of COCO"
 	@echo "$(BIN)/python -m benchmarks.gpu          # on a machine with a GPU: whether all works there, and how fast"
 
 lock:  ## resolve requirements.lock again, for CI; needs uv (`pip install uv`)

@@ -60,7 +60,7 @@ def write_plot(image: Image.Image, caption: Caption, path: Path) -> bool:
 class TextWriter:
     """Prints captions as text, one a line.
 
-    Several captions of an image have their log p and confidence beside them. An image of the dataset is printed as in
+    Several captions of an image have their log p and confidence beside them; chosen ones their consensus. An image of the dataset is printed as in
     the tutorial, its "Real Caption" and "Prediction Caption" below each other.
 
     Args:
@@ -83,8 +83,9 @@ class TextWriter:
             return
         for caption in captions:
             name = [result.name] if self.show_names else []
-            scores = [f"{caption.log_prob:.2f}", f"{caption.confidence:.3f}"] if len(captions) > 1 else []
-            print_results(*name, caption.text, *scores, sep="\t")
+            scores = [f"{caption.log_prob:.2f}", f"{caption.confidence:.3f}"]
+            scores += [] if caption.consensus is None else [f"{caption.consensus:.1f}"]
+            print_results(*name, caption.text, *(scores if len(captions) > 1 else ()), sep="\t")
 
 
 class JsonWriter:

@@ -1,4 +1,5 @@
 import csv
+import dataclasses
 import errno
 import json
 import os
@@ -65,6 +66,9 @@ def test_text_writer_prints_a_line_for_each_caption(capsys):
         assert capsys.readouterr().out == f"{prefix}a dog\n"
         writer.write(two)  # with log p and confidence
         assert capsys.readouterr().out == f"{prefix}a dog\t-3.48\t0.314\n{prefix}dog\t-2.79\t0.248\n"
+        chosen = [dataclasses.replace(caption, consensus=26.76) for caption in (two.caption, *two.caption.alternatives)]
+        writer.write(make_result(dataclasses.replace(chosen[0], alternatives=tuple(chosen[1:]))))
+        assert capsys.readouterr().out.splitlines()[1] == f"{prefix}dog\t-2.79\t0.248\t26.8"
 
 
 def test_text_writer_shows_references_beside_the_prediction(capsys):

@@ -157,11 +157,15 @@ def test_caption_has_spaces_where_its_text_has_them(browser, tmp_path):
 
 
 def test_markup_in_captions_and_names_stays_text(browser, tmp_path):
-    result = make_result(HOSTILE, alternatives=[make_result(HOSTILE)])
+    similar = [{"image": HOSTILE, "cosine": 0.804, "captions": [HOSTILE]}]
+    result = make_result(HOSTILE, alternatives=[make_result(HOSTILE)], consensus=26.76, similar_images=similar)
     with open_entries(browser, tmp_path, {"name": HOSTILE, "result": result, "references": [HOSTILE]}) as page:
         assert page.locator("h2").text_content() == page.locator(".people li").text_content() == HOSTILE
         plain = " ".join(HOSTILE.split())
         assert [" ".join(line.split()) for line in page.locator(".cv-line").all_text_contents()] == [plain, plain]
+        assert page.locator(".cv-similar p").text_content() == f"{HOSTILE}, cosine 0.80"
+        assert page.locator(".cv-similar li").text_content() == HOSTILE
+        assert page.locator(".cv-status").inner_text().endswith(", consensus 27")
         assert page.locator("img").count() == 1 and page.locator("b").count() == 0
 
 

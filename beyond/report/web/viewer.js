@@ -177,7 +177,7 @@ window.captionViewer ??= (() => {
 
   function makeSimilarImages(images) {
     const details = make("details", "cv-similar");
-    details.append(make("summary", "", "similar training images, whose captions chose this one"));
+    details.append(make("summary", "", "similar training images, by whose captions this one was chosen"));
     for (const image of images) {
       details.append(make("p", "cv-scores", `${image.image}, cosine ${Number(image.cosine).toFixed(2)}`));
       const list = make("ul", "");
