@@ -7,7 +7,7 @@ import numpy as np
 
 import data_utils
 from beyond.consensus.agreement import cider_d
-from beyond.consensus.index import INDEX_FILE, Index, build_index, describe_source, mean_vectors, pad
+from beyond.consensus.index import INDEX_FILE, Index, build_index, is_current, mean_vectors, pad
 from captioning.base.cli import InputError, log
 from captioning.base.quiet_tensorflow import tf
 from captioning.output.captions import Caption, SimilarImage
@@ -72,10 +72,10 @@ def make_chooser(captioner: Captioner) -> ConsensusChooser:
     Raises:
         InputError: there is none, and what it is made from is not here.
     """
-    path, source = captioner.run / INDEX_FILE, describe_source(captioner.config)
+    path = captioner.run / INDEX_FILE
     index = Index.load(path) if path.exists() else None
-    if index and index.source != source:
-        log(f"{path}: made from other features or captions, or for another vocabulary: it is made again")
+    if index and not is_current(index, captioner.config):
+        log(f"{path}: made from other images or captions, or for other weights: it is made again")
         index = None
     if index is None:
         try:

@@ -5,6 +5,7 @@ the CNN's features over its locations, of length 1.
 """
 
 import dataclasses
+import hashlib
 import itertools
 import json
 import zipfile
@@ -23,6 +24,7 @@ from captioning.base.special_tokens import PAD_ID
 from captioning.config.run_config import RunConfig
 from captioning.data.annotations import Example
 from captioning.images.feature_cache import FeatureCache, map_prefetch
+from captioning.images.image_records import ImageRecords
 from captioning.images.reading import map_threads
 from data_utils import CaptionDataset
 from inference import BATCH_SIZE, NUM_AHEAD, Captioner
@@ -174,6 +176,20 @@ def describe_source(config: RunConfig) -> dict[str, Any]:
     return {"features": features, "data": config.data_fingerprint, "vocabulary": config.vocabulary_sha256}
 
 
+def hash_images(cache: FeatureCache, names: Sequence[str]) -> str:
+    """Returns a hash of images as their features were computed from them."""
+    records = ImageRecords(cache.folder, Path())
+    return hashlib.sha256(json.dumps([records.checksum(name) for name in names]).encode()).hexdigest()
+
+
+def is_current(index: Index, config: RunConfig) -> bool:
+    """Tells whether an index belongs to a run as it is now; of its images only if their cached features are here."""
+    of_images = {"images": index.source.get("images")}
+    if of_images["images"] and Path(config.features["folder"]).exists():
+        of_images["images"] = hash_images(FeatureCache(config.features["folder"], config.features), index.names)
+    return index.source == describe_source(config) | of_images
+
+
 def build_index(captioner: Captioner, dataset: CaptionDataset, features_dir: str | None = None) -> Index:
     """Builds the index of a run from the cached features of its training images, or from the images.
 
@@ -190,7 +206,9 @@ def build_index(captioner: Captioner, dataset: CaptionDataset, features_dir: str
         for features in batches:
             vectors.append(mean_vectors(features))
             progress.update(len(features))
-    index = Index.build(examples, np.concatenate(vectors), captioner.tokenizer, describe_source(captioner.config))
+    source = describe_source(captioner.config)
+    source["images"] = hash_images(cache, [example.image_path for example in examples]) if cache else None
+    index = Index.build(examples, np.concatenate(vectors), captioner.tokenizer, source)
     path = captioner.run / INDEX_FILE
     index.save(path)
     num_captions = len(index.caption_starts) - 1

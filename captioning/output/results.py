@@ -60,8 +60,8 @@ def write_plot(image: Image.Image, caption: Caption, path: Path) -> bool:
 class TextWriter:
     """Prints captions as text, one a line.
 
-    Several captions of an image have their log p and confidence beside them; chosen ones their consensus. An image of the dataset is printed as in
-    the tutorial, its "Real Caption" and "Prediction Caption" below each other.
+    Several captions of an image have their log p and confidence beside them, and their consensus if that chose. An
+    image of the dataset is printed as in the tutorial, its "Real Caption" and "Prediction Caption" below each other.
 
     Args:
         show_names: whether each line begins with the name of the image.

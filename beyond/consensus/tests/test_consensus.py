@@ -16,6 +16,7 @@ from captioning.base.files import write_json
 from captioning.base.quiet_tensorflow import tf
 from captioning.config.settings import DecodeConfig
 from captioning.data.annotations import Example
+from captioning.images.image_records import ImageRecords
 from captioning.output.captions import Caption
 from inference import Captioner
 from tokenizer import Tokenizer
@@ -165,6 +166,19 @@ def test_index_of_other_data_is_made_again(loaded, index, capsys):
     index.save(loaded.run / INDEX_FILE)
     assert len(make_chooser(loaded).index.names) == 16
     assert "it is made again" in capsys.readouterr().err
+
+
+def test_index_of_images_that_were_replaced_is_made_again(loaded, dataset, cache, capsys):
+    make_chooser(loaded)
+    name = dataset.split("train")[3].image_path
+    records = ImageRecords(cache.folder, dataset.image_dir)
+    records.note(name)
+    records.add(name, 1234)  # as features.py does after an image was replaced
+    make_chooser(loaded)
+    assert "it is made again" in capsys.readouterr().err
+    cache.folder.rename(cache.folder.with_name("gone"))
+    make_chooser(loaded)
+    assert "it is made again" not in capsys.readouterr().err, "on a machine without the features"
 
 
 def test_index_is_made_from_the_images_where_there_are_no_features(loaded, monkeypatch):
