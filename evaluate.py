@@ -14,6 +14,7 @@ challenge; captions are split into words as for published scores. METEOR and SPI
 """
 
 import argparse
+import functools
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -21,7 +22,17 @@ from typing import Any, NamedTuple
 
 import data_utils
 import inference
-from captioning.base.cli import InputError, add_quiet_option, log, make_parser, print_results, progress_bar, run_main
+from captioning.base.cli import (
+    InputError,
+    add_quiet_option,
+    first_line,
+    log,
+    log_once,
+    make_parser,
+    print_results,
+    progress_bar,
+    run_main,
+)
 from captioning.base.devices import has_gpu
 from captioning.base.files import check_output, write_json
 from captioning.base.quiet_tensorflow import tf
@@ -59,6 +70,10 @@ from tokenizer import Tokenizer
 # middle of one. These ratios show it.
 RATIOS = ("distinct captions", "copied captions", "end in mid-sentence", "unfinished captions")
 GPU_BATCH_SIZE = 256
+# From so many images on XLA compiles the search on a GPU, which takes some 2 to 6 s on an H200, as for training. There
+# 1,000 images take 0.6 to 0.7 s without it in batches of 64, by greedy search or with a beam of 5, and perhaps 0.2 s in
+# these: 20,000 take 4 to 14 s, of which XLA has to save those seconds. It was not measured for searches on a GPU.
+XLA_MIN_IMAGES = 20_000
 NO_DATA = DataConfig(dataset=None)  # the data options if none is given
 
 
@@ -101,17 +116,29 @@ def generate_captions(  # noqa: PLR0913 - all that the captions depend on
         config: how captions are searched for.
         chooser: what chooses among them, if not their probability.
     """
+    with_xla = False
     if isinstance(cache, FeatureCache):
         batch_size = widen(batch_size)
+        with_xla = has_gpu() and len(examples) >= XLA_MIN_IMAGES
     paths = [os.fsencode(cache.path(example.image_path)) for example in examples]
     # The decoder follows several captions of each image: batches get smaller, so that its memory does not grow.
     num_rows = config.captions if config.sample else config.num_beams
-    batches = tf.data.Dataset.from_tensor_slices(paths).batch(max(1, batch_size // num_rows))
-    captions = []
+    num_images = max(1, batch_size // num_rows)
+    if with_xla:  # for one shape: the last image fills the last batch
+        paths += paths[-1:] * (-len(paths) % num_images)
+    decode = functools.partial(inference.decode_captions, model, tokenizer, config=config, chooser=chooser)
+    captions: list[inference.Caption] = []
     # Several threads read the next batches while the decoder works on this one.
-    for image_features in map_prefetch(batches, cache.read):  # (B, L, C)
-        captions += inference.decode_captions(model, tokenizer, image_features, config, chooser=chooser)
-    return captions
+    for image_features in map_prefetch(tf.data.Dataset.from_tensor_slices(paths).batch(num_images), cache.read):
+        try:
+            captions += decode(image_features, with_xla=with_xla)  # (B, L, C)
+        except tf.errors.OpError as error:
+            if not with_xla:
+                raise
+            log_once(f"XLA cannot run the search ({first_line(error)}): captioning goes on without")
+            with_xla = False
+            captions += decode(image_features)
+    return captions[: len(examples)]
 
 
 def open_features(captioner: inference.Captioner, features_dir: str | None = None) -> FeatureCache | None:

@@ -21,7 +21,7 @@ import itertools
 import random
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 from PIL import Image
@@ -72,14 +72,14 @@ def decode_captions(
     tokenizer: Tokenizer,
     features: tf.Tensor,
     config: DecodeConfig = GREEDY,
-    pixels: np.ndarray | None = None,
     chooser: Chooser | None = None,
+    **options: Any,
 ) -> list[Caption]:
     """Captions a batch of image features, (B, L, C): L locations with C channels, of InceptionV3 (B, 64, 2048).
 
-    For the pixels see `decode`; without a chooser the most probable captions are the best.
+    Without a chooser the most probable captions are the best. The other options are those of `decode`.
     """
-    captions = to_captions(decode(model, features, config, pixels), tokenizer, config.num_candidates)
+    captions = to_captions(decode(model, features, config, **options), tokenizer, config.num_candidates)
     if not chooser:
         return captions
     chosen = chooser.choose(captions, features)
@@ -200,7 +200,8 @@ class Captioner:
         return self._decode(self.extract_features(pixels), pixels)
 
     def _decode(self, image_features: tf.Tensor, pixels: np.ndarray) -> list[Caption]:
-        return decode_captions(self.model, self.tokenizer, image_features, self.decode_config, pixels, self.chooser)
+        config, chooser = self.decode_config, self.chooser
+        return decode_captions(self.model, self.tokenizer, image_features, config, chooser, pixels=pixels)
 
     def extract_features(self, pixels: np.ndarray) -> tf.Tensor:
         """Computes the features (B, L, C) of images (B, size, size, 3)."""

@@ -44,7 +44,7 @@ from captioning.base.special_tokens import END_ID, PAD_ID, START_ID
 from captioning.config.options import add_options
 from captioning.config.settings import DecodeConfig, ModelConfig
 from captioning.data import shapes
-from captioning.decoder.decoding import beam_search, greedy_search
+from captioning.decoder.decoding import decode
 from captioning.output.results import CsvWriter, TextWriter
 
 PROJECT = Path(__file__).resolve().parents[1]
@@ -89,16 +89,14 @@ def tutorial_captions(caption_model: model.CaptionModel, features: np.ndarray) -
 
 
 def project_captions(
-    caption_model: model.CaptionModel, features: np.ndarray, batch_size: int, beam_size: int
+    caption_model: model.CaptionModel, features: np.ndarray, batch_size: int, beam_size: int, with_xla: bool = False
 ) -> list[list[int]]:
     """Captions images with the project's searches, in batches; the arguments and result as `tutorial_captions`."""
+    config = DecodeConfig(beam_size, length_penalty=1.0, max_words=MAX_WORDS)
     results = []
     for start in range(0, len(features), batch_size):
         batch = tf.constant(features[start : start + batch_size])
-        if beam_size == 1:
-            decoded = greedy_search(caption_model, batch, max_words=MAX_WORDS)
-        else:
-            decoded = beam_search(caption_model, batch, beam_size, length_penalty=1.0, max_words=MAX_WORDS)
+        decoded = decode(caption_model, batch, config, with_xla=with_xla)
         results += [[int(token) for token in row if token != PAD_ID] for row in decoded.tokens.numpy()]
     return results
 

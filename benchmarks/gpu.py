@@ -6,7 +6,7 @@
 
 numbers   features of drawings, losses of five training steps, and captions, each compared with those of the CPU of the
           same machine, from the same weights and inputs
-search    captions per second from features, greedy and with a beam of 5
+search    captions per second from features, greedy and with a beam of 5, without XLA and compiled by it
 features  images per second of the CNN alone, and of features.py, which also reads JPEGs and writes files
 training  captions per second by batch size: fused decoder, plain loop and, on a GPU, float16
 xla       the same of the step that XLA compiles, with features from files and on the GPU, all lengths compiled before
@@ -40,9 +40,9 @@ from captioning.base.cli import log, make_parser, run_main
 from captioning.base.devices import has_gpu
 from captioning.base.quiet_tensorflow import tf
 from captioning.config.cnns import CNN, CNNS, INCEPTION_V3
-from captioning.config.settings import ModelConfig, TrainConfig
+from captioning.config.settings import DecodeConfig, ModelConfig, TrainConfig
 from captioning.data import shapes
-from captioning.decoder.decoding import beam_search, greedy_search
+from captioning.decoder.decoding import decode
 from captioning.images.feature_cache import CNN_FILE
 from captioning.images.reading import count_cores
 from captioning.training.input_pipeline import TrainBatches, make_dataset
@@ -140,14 +140,17 @@ def compute_losses(data: training.TrainingData, settings: TrainConfig) -> np.nda
     return np.array(losses)
 
 
-def compute_captions(config: ModelConfig, num_images: int) -> dict[str, np.ndarray]:
-    """Returns the captions (images, words) of random features, found by both searches."""
+def compute_captions(config: ModelConfig, num_images: int, with_xla: bool = False) -> dict[str, np.ndarray]:
+    """Returns the captions (images, MAX_WORDS) of random features, found by both searches."""
     caption_model = model.build(config)
     set_random_weights(caption_model, 0.1)
     image_features = tf.constant(np.random.default_rng(1).random((num_images, 64, 2048), np.float32))
-    greedy = greedy_search(caption_model, image_features, max_words=12)
-    beam = beam_search(caption_model, image_features, 3, length_penalty=1.0, max_words=12)
-    return {"greedy captions": greedy.tokens.numpy(), "captions of a beam of 3": beam.tokens.numpy()}
+    captions = {}
+    for name, beam_size in (("greedy captions", 1), ("captions of a beam of 3", 3)):
+        search = DecodeConfig(beam_size, length_penalty=1.0, max_words=captioning.MAX_WORDS)
+        tokens = decode(caption_model, image_features, search, with_xla=with_xla).tokens.numpy()  # (images, T)
+        captions[name] = np.pad(tokens, ((0, 0), (0, captioning.MAX_WORDS - tokens.shape[1])))
+    return captions
 
 
 def compute_numbers(folder: Path, data: training.TrainingData, sizes: Sizes) -> dict[str, np.ndarray]:
@@ -187,6 +190,8 @@ def check_numbers(report: Report, folder: Path, sizes: Sizes) -> None:
     found = compute_numbers(folder, data, sizes)
     compiled = TrainConfig(batch_size=sizes.batch_sizes[0], jit="on", features_on_gpu="on")
     found["losses, XLA"], expected["losses, XLA"] = compute_losses(data, compiled), expected["losses, plain"]
+    for name, captions in compute_captions(data.config, sizes.batch_sizes[0], with_xla=True).items():
+        found[f"{name}, XLA"], expected[f"{name}, XLA"] = captions, expected[name]
     compare_numbers(report, found, expected)
 
 
@@ -210,11 +215,13 @@ def measure_search(report: Report, folder: Path, sizes: Sizes) -> None:
     caption_model = model.build(sizes.model)
     batch_size = sizes.batch_sizes[0]
     image_features = np.random.default_rng(0).random((batch_size, 64, 2048), np.float32)
-    for beam_size in (1, 5):
-        run = functools.partial(captioning.project_captions, caption_model, image_features, batch_size, beam_size)
-        run()  # compiles
+    for beam_size, with_xla in ((1, False), (1, True), (5, False), (5, True)):
+        arguments = (caption_model, image_features, batch_size, beam_size, with_xla)
+        run = functools.partial(captioning.project_captions, *arguments)
+        first = 1 / items_per_second(run, 1)  # compiles
         name = f"captions/s, beam of {beam_size}" if beam_size > 1 else "captions/s, greedy"
-        report.add(f"{name}, {captioning.MAX_WORDS} words, batch {batch_size}", round(median_rate(run, batch_size)))
+        name += f", {captioning.MAX_WORDS} words, batch {batch_size}" + ", XLA" * with_xla + f" (first {first:.1f} s)"
+        report.add(name, round(median_rate(run, batch_size)))
 
 
 def measure_features(report: Report, folder: Path, sizes: Sizes) -> None:

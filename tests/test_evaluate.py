@@ -7,7 +7,7 @@ import pytest
 
 import evaluate
 import inference
-from captioning.base.cli import InputError
+from captioning.base.cli import InputError, log_once
 from captioning.base.files import write_json
 from captioning.base.quiet_tensorflow import tf
 from captioning.config.settings import DecodeConfig
@@ -56,6 +56,61 @@ def test_generate_captions_divides_the_batch_by_the_beam(small_model, tokenizer,
     assert evaluate.generate_captions(small_model, tokenizer, cache, dataset.split("val"), 2, config) == [1] * 4
     monkeypatch.setattr(evaluate, "has_gpu", lambda: True)
     assert evaluate.generate_captions(small_model, tokenizer, cache, dataset.split("train"), 24, config) == [16]
+
+
+@pytest.fixture
+def small_gpu(monkeypatch):
+    """Lets captions be generated as on a GPU, for which 16 images are many."""
+    monkeypatch.setattr(evaluate, "has_gpu", lambda: True)
+    monkeypatch.setattr(evaluate, "GPU_BATCH_SIZE", 5)
+    monkeypatch.setattr(evaluate, "XLA_MIN_IMAGES", 16)
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("small_gpu")
+@pytest.mark.parametrize("beam_size", [1, 3])
+def test_generate_captions_of_many_images_on_a_gpu_compiles_for_one_shape(
+    beam_size, small_model, tokenizer, cache, dataset, monkeypatch
+):
+    calls, decode_captions = [], inference.decode_captions
+
+    def note_call(model, tokenizer, features, with_xla=False, **options):
+        calls.append((len(features), with_xla))
+        return decode_captions(model, tokenizer, features, with_xla=with_xla, **options)
+
+    for variable in small_model.trainable_variables:
+        variable.assign(variable * 4)  # the captions differ
+    monkeypatch.setattr(inference, "decode_captions", note_call)
+    examples, config = dataset.split("train"), DecodeConfig(beam_size, max_words=8)
+    captions = evaluate.generate_captions(small_model, tokenizer, cache, examples, 5 * beam_size, config)
+    assert calls == [(5, True)] * 4
+    calls.clear()
+    monkeypatch.setattr(evaluate, "XLA_MIN_IMAGES", 17)
+    expected = evaluate.generate_captions(small_model, tokenizer, cache, examples, 5 * beam_size, config)
+    assert calls == [(5, False)] * 3 + [(1, False)]
+    for caption, other in zip(captions, expected, strict=True):
+        assert caption.text == other.text
+        np.testing.assert_allclose(caption.probabilities, other.probabilities, rtol=1e-3)
+        np.testing.assert_allclose(caption.attention, other.attention, rtol=1e-3, atol=1e-6)
+    assert len({caption.text for caption in captions}) > 5
+
+
+@pytest.mark.usefixtures("small_gpu")
+def test_generate_captions_goes_on_where_xla_fails(small_model, tokenizer, cache, dataset, monkeypatch, capsys):
+    def step_in_python(*arguments):
+        logits, state, attention_weights = step(*arguments)
+        return tf.ensure_shape(tf.numpy_function(np.copy, [logits], tf.float32), logits.shape), state, attention_weights
+
+    step = small_model.step
+    monkeypatch.setattr(small_model, "step", step_in_python)
+    log_once.cache_clear()
+    examples, config = dataset.split("train"), DecodeConfig(max_words=3)
+    captions = evaluate.generate_captions(small_model, tokenizer, cache, examples, 5, config)
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("XLA cannot run the search (") and line.endswith("): captioning goes on without")
+    monkeypatch.setattr(evaluate, "has_gpu", lambda: False)
+    expected = evaluate.generate_captions(small_model, tokenizer, cache, examples, 5, config)
+    assert [caption.text for caption in captions] == [caption.text for caption in expected]
 
 
 # A run.

@@ -1,10 +1,12 @@
 """Turns image features into token ids with a trained model: greedy search, beam search and sampling, in the graph.
 
 Within the loops ids are int64: a GPU keeps int32 in the host's memory, and would wait at every word. It waits only
-once, to see whether all captions have ended. In the comments B is the number of images, K the beam size, T the number
-of steps, L the number of image locations and V the vocabulary size.
+once, to see whether all captions have ended. Tensors of words have room for `max_words` from the beginning, and are
+trimmed at the end: XLA needs shapes that do not change. In the comments B is the number of images, K the beam size, T
+the number of steps, L the number of image locations and V the vocabulary size.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol
 
@@ -44,11 +46,17 @@ class DecodedBatch(NamedTuple):
 
 
 def decode(
-    model: StepModel, features: tf.Tensor, config: DecodeConfig, pixels: np.ndarray | None = None
+    model: StepModel,
+    features: tf.Tensor,
+    config: DecodeConfig,
+    pixels: np.ndarray | None = None,
+    with_xla: bool = False,
 ) -> DecodedBatch:
     """Captions features (B, L, 2048) as the settings ask, `config.num_candidates` times each.
 
     `pixels` are the images themselves, if known. With the seed they decide the numbers by which random words are drawn.
+    With `with_xla` XLA compiles the search, anew for each shape of features, and T is the largest number of words; not
+    for random words, nor with constraints, which depend on a number of words that changes.
     """
     max_words = config.max_words or MAX_WORDS
     constraints = Constraints(config.min_words, config.no_repeat)
@@ -58,10 +66,13 @@ def decode(
         # As tensors: a graph that was made for one temperature serves all.
         temperature, top_p = tf.constant(config.temperature), tf.constant(config.top_p)
         return sample_words(model, features, numbers, temperature, top_p, constraints)
+    with_xla = with_xla and constraints == NO_CONSTRAINTS
     if config.num_beams == 1:
-        return greedy_search(model, features, max_words, constraints)
+        search = xla_greedy_search if with_xla else greedy_search
+        return search(model, features, max_words, constraints)
     length_penalty = tf.constant(config.length_penalty, tf.float32)
-    return beam_search(model, features, config.num_beams, length_penalty, max_words, constraints, config.num_candidates)
+    search = xla_beam_search if with_xla else beam_search
+    return search(model, features, config.num_beams, length_penalty, max_words, constraints, config.num_candidates)
 
 
 # Greedy search, and random words.
@@ -69,14 +80,18 @@ def decode(
 
 @tf.function(reduce_retracing=True)
 def greedy_search(
-    model: StepModel, features: tf.Tensor, max_words: int = MAX_WORDS, constraints: Constraints = NO_CONSTRAINTS
+    model: StepModel,
+    features: tf.Tensor,
+    max_words: int = MAX_WORDS,
+    constraints: Constraints = NO_CONSTRAINTS,
+    trim: bool = True,
 ) -> DecodedBatch:
-    """Takes the most probable word at every step, until <end>; never <pad>, <unk> or <start>."""
+    """Takes the most probable word at every step, until <end>; never <pad>, <unk> or <start>. `trim` as `generate`."""
 
     def most_probable(log_probs: tf.Tensor, _: tf.Tensor) -> tf.Tensor:
         return tf.argmax(log_probs, axis=1)
 
-    return generate(model, model.encode(features), most_probable, max_words, constraints)
+    return generate(model, model.encode(features), most_probable, max_words, constraints, trim)
 
 
 @tf.function(reduce_retracing=True)
@@ -107,45 +122,51 @@ def repeat_images(images: Any, count: int | tf.Tensor) -> Any:
     return tf.nest.map_structure(lambda x: tf.repeat(x, count, axis=0), images)
 
 
+def count_locations(images: Any) -> int:
+    """Returns L of encoded images: cached features are (B, L, C), but pixels, which a trained CNN takes, are not."""
+    return tf.nest.flatten(images)[0].shape[1]
+
+
 def generate(
     model: StepModel,
     images: Any,
     choose: Callable[[tf.Tensor, tf.Tensor], tf.Tensor],
     max_words: int | tf.Tensor,
     constraints: Constraints = NO_CONSTRAINTS,
+    trim: bool = True,
 ) -> DecodedBatch:
     """Generates a caption of each of B encoded images.
 
-    `choose` returns the next words (B,) int64 for log p of all words (B, V) and the step's number.
+    `choose` returns the next words (B,) int64 for log p of all words (B, V) and the step's number. Without `trim` T is
+    `max_words`: XLA has no slices whose size is computed.
     """
     forbidden = forbidden_tokens(model.config.vocab_size)  # (V,)
     state = model.initial_state(images)
     batch_size = tf.shape(state)[0]
     token = tf.fill([batch_size], tf.constant(START_ID, tf.int64))  # (B,)
     finished = tf.zeros([batch_size], tf.bool)
-    history = tf.zeros([batch_size, 0], tf.int64)  # (B, t), or (B, 0) where nothing depends on it
-    tokens = tf.TensorArray(tf.int64, 0, dynamic_size=True)
-    probabilities = tf.TensorArray(tf.float32, 0, dynamic_size=True)
-    attention = tf.TensorArray(tf.float32, 0, dynamic_size=True)
+    tokens = tf.fill([batch_size, max_words], tf.constant(PAD_ID, tf.int64))  # (B, T)
+    probabilities = tf.TensorArray(tf.float32, max_words, element_shape=token.shape)
+    attention = tf.TensorArray(tf.float32, max_words, element_shape=[*token.shape, count_locations(images)])
     t, is_done = tf.constant(0), tf.constant(False)
     while tf.logical_and(t < max_words, ~is_done):
-        tf.autograph.experimental.set_loop_options(shape_invariants=[(history, tf.TensorShape([None, None]))])
+        tf.autograph.experimental.set_loop_options(shape_invariants=[(tokens, tf.TensorShape([None, None]))])
         logits, state, attention_weights = model.step(tf.cast(token, tf.int32), images, state)
         logits = tf.where(forbidden, -np.inf, tf.cast(logits, tf.float32))  # (B, V)
         log_probs = tf.nn.log_softmax(logits)
+        history = tokens[:, : t if constraints != NO_CONSTRAINTS else 0]  # (B, t), or (B, 0): nothing depends on it
         chosen_id = choose(constrain(log_probs, history, constraints), t)  # (B,)
         token = tf.where(finished, tf.constant(PAD_ID, tf.int64), chosen_id)  # the next step's input
-        tokens = tokens.write(t, token)
-        if constraints != NO_CONSTRAINTS:
-            history = tf.concat([history, token[:, tf.newaxis]], axis=1)
+        tokens = tf.where(tf.range(max_words) == t, token[:, tf.newaxis], tokens)
         probabilities = probabilities.write(t, tf.exp(tf.gather(log_probs, chosen_id, batch_dims=1)))
         attention = attention.write(t, tf.cast(attention_weights, tf.float32))
         finished |= token == END_ID
         t, is_done = t + 1, tf.reduce_all(finished)
+    num_steps = t if trim else max_words
     return DecodedBatch(
-        tokens=tf.cast(tf.transpose(tokens.stack()), tf.int32),  # (T, B) -> (B, T)
-        probabilities=tf.transpose(probabilities.stack()),  # (T, B) -> (B, T)
-        attention=tf.transpose(attention.stack(), [1, 0, 2]),  # (T, B, L) -> (B, T, L)
+        tokens=tf.cast(tokens[:, :num_steps], tf.int32),
+        probabilities=tf.transpose(probabilities.stack()[:num_steps]),  # (T, B) -> (B, T)
+        attention=tf.transpose(attention.stack()[:num_steps], [1, 0, 2]),  # (T, B, L) -> (B, T, L)
     )
 
 
@@ -153,7 +174,7 @@ def generate(
 
 
 class BeamState(NamedTuple):
-    """The K captions of each image that a beam search follows, t words long.
+    """The K captions of each image that a beam search follows, t words long, with room for T = `max_words`.
 
     At the beginning, and when only a few words are possible, some of the K places hold no caption: their score is -inf.
     """
@@ -162,9 +183,9 @@ class BeamState(NamedTuple):
     state: tf.Tensor  # (B * K, units), the decoder's state
     scores: tf.Tensor  # (B, K), log p of the caption
     finished: tf.Tensor  # (B, K) bool, whether the caption has its <end>
-    tokens: tf.Tensor  # (B, K, t) int64
-    probabilities: tf.Tensor  # (B, K, t)
-    attention: tf.Tensor  # (B, K, t, L)
+    tokens: tf.Tensor  # (B, K, T) int64
+    probabilities: tf.Tensor  # (B, K, T)
+    rows: tf.Tensor  # (B, K, T) int64, the row of each word's attention in that of all steps, (T * B * K, L)
 
 
 class Expansion(NamedTuple):
@@ -185,36 +206,43 @@ def beam_search(
     max_words: int = MAX_WORDS,
     constraints: Constraints = NO_CONSTRAINTS,
     num_captions: int = 1,
+    trim: bool = True,
 ) -> DecodedBatch:
     """Follows the `beam_size` most probable captions of each image at the same time, and returns the best of them.
 
     At every step each unfinished caption is continued by every word, and the most probable continuations are kept. A
     finished caption keeps its place, so that fewer are continued. In the end the `num_captions` with the largest
     log p(caption) / length ** length_penalty are returned. The length includes <end>. A penalty of 0 prefers short
-    captions, and 1 compares the means over the words. Unfinished captions come after all finished ones.
+    captions, and 1 compares the means over the words. Unfinished captions come after all finished ones. `trim` as
+    `generate`.
     """
     # The captions of an image are consecutive rows of one batch.
     images = repeat_images(model.encode(features), beam_size)  # (B * K, ...)
     vocab_size = model.config.vocab_size
     forbidden = forbidden_tokens(vocab_size)  # (V,)
-    # Cached features are (B, L, C); of pixels, which a trained CNN takes, L is known once they are encoded.
-    num_locations = tf.nest.flatten(images)[0].shape[1]
-    beams = init_beams(model.initial_state(images), beam_size, num_locations)
+    beams = init_beams(model.initial_state(images), beam_size, max_words)
+    any_batch = tf.nest.map_structure(lambda tensor: tf.TensorShape([None, *tensor.shape[1:]]), beams)
+    attention = tf.TensorArray(tf.float32, max_words, element_shape=[*beams.token.shape, count_locations(images)])
     t, is_done = tf.constant(0), tf.constant(False)
     while tf.logical_and(t < max_words, ~is_done):
-        tf.autograph.experimental.set_loop_options(shape_invariants=[(beams, loop_shapes(beams))])
+        tf.autograph.experimental.set_loop_options(shape_invariants=[(beams, any_batch)])
         logits, state, attention_weights = model.step(tf.cast(beams.token, tf.int32), images, beams.state)
         logits = tf.where(forbidden, -np.inf, tf.cast(logits, tf.float32))  # (B * K, V)
-        history = tf.reshape(beams.tokens, [-1, tf.shape(beams.tokens)[2]])  # (B * K, t)
+        history = beams.tokens[:, :, : t if constraints != NO_CONSTRAINTS else 0]  # (B, K, t), or (B, K, 0)
+        history = tf.reshape(history, [-1, tf.shape(history)[2]])  # (B * K, t)
         log_probs = constrain(tf.nn.log_softmax(logits), history, constraints)  # (B * K, V)
         log_probs = tf.reshape(log_probs, [-1, beam_size, vocab_size])  # (B, K, V)
         expansion = expand_beams(beams.scores, log_probs, beams.finished)
-        beams = reorder_beams(beams, expansion, state, attention_weights)
+        # The attention of the step belongs to the captions as they were before it.
+        attention = attention.write(t, tf.cast(attention_weights, tf.float32))
+        beams = reorder_beams(beams, expansion, state, tf.cast(t, tf.int64))
         t, is_done = t + 1, tf.reduce_all(beams.finished | (beams.scores == -np.inf))
-    return rank_beams(beams, length_penalty, num_captions)
+    decoded = rank_beams(beams, attention.stack(), length_penalty, num_captions)
+    num_steps = t if trim else max_words
+    return DecodedBatch(*(tensor[:, :num_steps] for tensor in decoded))
 
 
-def init_beams(state: tf.Tensor, beam_size: int, num_locations: int) -> BeamState:
+def init_beams(state: tf.Tensor, beam_size: int, max_words: int) -> BeamState:
     """Returns the beams before the first step: one empty caption, and K - 1 places without one."""
     batch_size = tf.shape(state)[0] // beam_size
     first_only = tf.one_hot(0, beam_size, on_value=0.0, off_value=-np.inf)  # (K,)
@@ -223,17 +251,10 @@ def init_beams(state: tf.Tensor, beam_size: int, num_locations: int) -> BeamStat
         state=state,
         scores=tf.tile(first_only[tf.newaxis], [batch_size, 1]),  # (B, K)
         finished=tf.zeros([batch_size, beam_size], tf.bool),
-        tokens=tf.zeros([batch_size, beam_size, 0], tf.int64),
-        probabilities=tf.zeros([batch_size, beam_size, 0]),
-        attention=tf.zeros([batch_size, beam_size, 0, num_locations]),
+        tokens=tf.fill([batch_size, beam_size, max_words], tf.constant(PAD_ID, tf.int64)),
+        probabilities=tf.zeros([batch_size, beam_size, max_words]),
+        rows=tf.zeros([batch_size, beam_size, max_words], tf.int64),
     )
-
-
-def loop_shapes(beams: BeamState) -> BeamState:
-    """Returns the shapes that hold at every step: any batch size, and any number of words."""
-    any_batch = [tf.TensorShape([None, *tensor.shape[1:]]) for tensor in beams[:4]]
-    any_length = [tf.TensorShape([None, tensor.shape[1], None, *tensor.shape[3:]]) for tensor in beams[4:]]
-    return BeamState(*any_batch, *any_length)
 
 
 def expand_beams(scores: tf.Tensor, log_probs: tf.Tensor, finished: tf.Tensor) -> Expansion:
@@ -264,38 +285,36 @@ def expand_beams(scores: tf.Tensor, log_probs: tf.Tensor, finished: tf.Tensor) -
     return Expansion(parent, token, scores=gather_best(totals), probabilities=tf.exp(gather_best(log_probs)))
 
 
-def reorder_beams(beams: BeamState, expansion: Expansion, state: tf.Tensor, attention_weights: tf.Tensor) -> BeamState:
-    """Moves everything that belongs to a caption to its new place, and appends its new word.
+def reorder_beams(beams: BeamState, expansion: Expansion, state: tf.Tensor, t: tf.Tensor) -> BeamState:
+    """Moves everything that belongs to a caption to its new place, and adds its new word, with the number t (int64).
 
-    `state` (B * K, units) and `attention_weights` (B * K, L) are those of the step, in the old order.
+    `state` (B * K, units) is that of the step, in the old order.
     """
-    batch_size, beam_size = tf.shape(expansion.parent)[0], beams.scores.shape[1]
+    batch_size, (beam_size, max_words) = tf.shape(expansion.parent, tf.int64)[0], beams.tokens.shape[1:]
+    is_new = tf.range(max_words, dtype=tf.int64) == t  # (T,)
 
     def reorder(tensor: tf.Tensor) -> tf.Tensor:
         return tf.gather(tensor, expansion.parent, batch_dims=1)
 
-    def append(tensor: tf.Tensor, new: tf.Tensor) -> tf.Tensor:
-        return tf.concat([tensor, new[:, :, tf.newaxis]], axis=2)  # (B, K, t + 1)
+    def extend(tensor: tf.Tensor, new: tf.Tensor) -> tf.Tensor:
+        return tf.where(is_new, new[:, :, tf.newaxis], reorder(tensor))  # (B, K, T)
 
     is_valid = expansion.scores > -np.inf
     finished = (reorder(beams.finished) | (expansion.token == END_ID)) & is_valid
-    # The attention of the step belongs to the captions as they were before it.
-    attention_t = tf.reshape(tf.cast(attention_weights, tf.float32), [batch_size, beam_size, beams.attention.shape[3]])
-    first_beam = tf.range(tf.shape(expansion.parent, tf.int64)[0])[:, tf.newaxis] * beam_size  # (B, 1), rows of B * K
-    beam_index = first_beam + expansion.parent  # (B, K)
+    beam_index = tf.range(batch_size)[:, tf.newaxis] * beam_size + expansion.parent  # (B, K), rows of B * K
     return BeamState(
         token=tf.reshape(expansion.token, [-1]),
         state=tf.gather(state, tf.reshape(beam_index, [-1])),
         scores=expansion.scores,
         finished=finished,
-        tokens=append(reorder(beams.tokens), expansion.token),
-        probabilities=append(reorder(beams.probabilities), expansion.probabilities),
-        attention=reorder(append(beams.attention, attention_t)),
+        tokens=extend(beams.tokens, expansion.token),
+        probabilities=extend(beams.probabilities, expansion.probabilities),
+        rows=extend(beams.rows, t * batch_size * beam_size + beam_index),
     )
 
 
-def rank_beams(beams: BeamState, length_penalty: float, num_captions: int) -> DecodedBatch:
-    """Returns the N best captions of each image, finished ones first."""
+def rank_beams(beams: BeamState, attention: tf.Tensor, length_penalty: float, num_captions: int) -> DecodedBatch:
+    """Returns the N best captions of each image, finished ones first; `attention` (T, B * K, L) is of all steps."""
     lengths = tf.reduce_sum(tf.cast(beams.tokens != PAD_ID, tf.float32), axis=2)  # (B, K)
     final_scores = beams.scores / lengths**length_penalty  # (B, K)
     by_score = tf.argsort(final_scores, direction="DESCENDING", stable=True)  # (B, K)
@@ -309,5 +328,12 @@ def rank_beams(beams: BeamState, length_penalty: float, num_captions: int) -> De
         return tf.reshape(tensor, tf.concat([[-1], tf.shape(tensor)[2:]], axis=0))  # (B, N, ...) -> (B * N, ...)
 
     probabilities = tf.gather(beams.probabilities, order, batch_dims=1)  # (B, N, T)
-    attention = tf.gather(beams.attention, order, batch_dims=1)  # (B, N, T, L)
+    rows = tf.gather(beams.rows, order, batch_dims=1)  # (B, N, T)
+    attention = tf.gather(tf.reshape(attention, [-1, attention.shape[2]]), rows)  # (B, N, T, L)
     return DecodedBatch(to_rows(tokens), to_rows(probabilities), to_rows(attention))
+
+
+# The same searches, compiled by XLA, which takes seconds for each shape.
+
+xla_greedy_search = tf.function(functools.partial(greedy_search.python_function, trim=False), jit_compile=True)
+xla_beam_search = tf.function(functools.partial(beam_search.python_function, trim=False), jit_compile=True)

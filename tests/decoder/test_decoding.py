@@ -11,6 +11,7 @@ from captioning.config.settings import DecodeConfig
 from captioning.decoder.constraints import forbidden_tokens
 from captioning.decoder.decoding import MAX_WORDS, beam_search, decode, expand_beams, greedy_search, sample_words
 from captioning.decoder.sampling import random_numbers
+from captioning.output.captions import to_captions
 from inference import decode_captions
 from tokenizer import Tokenizer
 
@@ -241,6 +242,53 @@ def test_decode_widens_the_beam_to_the_number_of_captions():
     for actual, expected in zip(decode(model, features, DecodeConfig(captions=3)), wide, strict=True):
         np.testing.assert_array_equal(actual, expected)
     assert wide.tokens.shape[0] == 3
+
+
+# With XLA, on a CPU.
+
+
+def assert_equal_with_xla(model, features, config):
+    """Compares a search that XLA compiles, whose results are not trimmed, with the plain one, which it returns."""
+    plain, compiled = decode(model, features, config), decode(model, features, config, with_xla=True)
+    num_steps = plain.tokens.shape[1]
+    np.testing.assert_array_equal(compiled.tokens, np.pad(plain.tokens, ((0, 0), (0, config.max_words - num_steps))))
+    mask = plain.tokens.numpy() != PAD_ID
+    for actual, expected in zip(compiled[1:], plain[1:], strict=True):  # probabilities and attention
+        assert actual.shape[1] == config.max_words
+        np.testing.assert_allclose(actual[:, :num_steps][mask], expected[mask], rtol=1e-4, atol=1e-6)
+    actual, expected = (to_captions(decoded, TOKENIZER, config.captions) for decoded in (compiled, plain))
+    for one, other in zip(actual, expected, strict=True):
+        assert (one.words, one.finished, one.attention.shape) == (other.words, other.finished, other.attention.shape)
+        assert [each.words for each in one.alternatives] == [each.words for each in other.alternatives]
+    return plain
+
+
+@pytest.mark.slow
+def test_greedy_search_with_xla_finds_captions_of_any_length():
+    model, config = FakeModel(NEXT_WORD), DecodeConfig(max_words=6)
+    plain = assert_equal_with_xla(model, make_features(0, 3, 1, 2), config)
+    assert plain.tokens.numpy()[3].tolist() == [RUNS] * 6
+    assert assert_equal_with_xla(model, make_features(0, 3, 1, 3), config).tokens.shape[1] == 3
+
+
+@pytest.mark.slow
+def test_beam_search_with_xla_moves_the_attention_with_its_caption():
+    model, features = BigramModel(BIGRAM_PROBS), make_features(0, 0)
+    for length_penalty, first_word in ((0.9, CAT), (1.1, A)):  # "cat", "a cat"
+        plain = assert_equal_with_xla(model, features, DecodeConfig(3, length_penalty, captions=3, max_words=8))
+        assert plain.tokens.numpy()[0, 0] == first_word and plain.tokens.shape[1] < 8
+    endless = BigramModel(bigram_table(start=[0.001, 0.999, 0, 0, 0], a=[0, 1, 0, 0, 0]))
+    plain = assert_equal_with_xla(endless, features, DecodeConfig(3, captions=3, max_words=4))
+    assert plain.tokens.numpy()[:3].tolist() == [[END_ID, 0, 0, 0], [A, A, A, A], [0, 0, 0, 0]]
+
+
+@pytest.mark.slow
+def test_decode_searches_without_xla_what_it_cannot_compile():
+    model, features = BigramModel(BIGRAM_PROBS), make_features(0, 0)
+    for settings in ({"min_words": 2}, {"beam_size": 2, "no_repeat": True}, {"sample": True}):
+        config = DecodeConfig(max_words=8, **settings)
+        expected = decode(model, features, config).tokens
+        np.testing.assert_array_equal(decode(model, features, config, with_xla=True).tokens, expected)
 
 
 # Rules for captions.
