@@ -1,8 +1,7 @@
 """The captioner as a LiteRT file (.tflite), for phones and small machines: from the pixels of an image to ids.
 
 LiteRT has no operation that reads a JPEG or looks up text: the caller resizes the image and looks up the words of the
-ids. Greedy search is exported as a beam of 1, since LiteRT cannot convert the array of growing length that
-`greedy_search` writes.
+ids.
 """
 
 import tempfile
@@ -11,8 +10,7 @@ from pathlib import Path
 from beyond.export.saved_model import list_variables
 from captioning.base.cli import InputError, first_line, suppress_stderr
 from captioning.base.quiet_tensorflow import tf
-from captioning.decoder.constraints import Constraints
-from captioning.decoder.decoding import MAX_WORDS, beam_search
+from captioning.decoder.decoding import decode
 from inference import Captioner
 
 
@@ -21,18 +19,13 @@ class LiteRTModel(tf.Module):
 
     def __init__(self, captioner: Captioner):
         super().__init__()
-        model, config = captioner.model, captioner.decode_config
-        constraints = Constraints(config.min_words, config.no_repeat)
-        max_words = config.max_words or MAX_WORDS
 
         def caption(pixels: tf.Tensor) -> dict[str, tf.Tensor]:
             features = captioner.extract_features(pixels)  # (1, L, C)
-            decoded = beam_search(
-                model, features, config.num_beams, config.length_penalty, max_words, constraints, config.captions
-            )
+            decoded = decode(captioner.model, features, captioner.decode_config)
             return decoded._asdict()  # tokens and probabilities (N, T), attention (N, T, L)
 
-        self.weights = list_variables(captioner.extractor, model)
+        self.weights = list_variables(captioner.extractor, captioner.model)
         size = captioner.image_size
         spec = tf.TensorSpec([1, size, size, 3], tf.uint8, "pixels")
         self.caption = tf.function(caption, input_signature=[spec])

@@ -14,7 +14,7 @@ from captioning.base.cli import InputError, run_main
 from captioning.base.files import read_json
 from captioning.base.quiet_tensorflow import tf
 from captioning.config.settings import DecodeConfig
-from captioning.decoder.decoding import expand_beams
+from captioning.decoder.decoding import decode, expand_beams
 from inference import Captioner
 
 
@@ -30,8 +30,8 @@ def test_export_writes_a_litert_file_and_its_vocabulary(run, monkeypatch, tmp_pa
     monkeypatch.setattr(features, "build_feature_extractor", build_small_cnn)
     monkeypatch.chdir(tmp_path)
     Image.fromarray(rng.integers(0, 256, (40, 60, 3), dtype=np.uint8)).save("photo.png")
-    arguments = ["--run", str(run), "--litert", "--beam-size", "3", "--captions", "2", "--max-words", "6"]
-    export.main(arguments)
+    arguments = ["--run", str(run), "--litert", "--max-words", "6"]
+    export.main([*arguments, "--beam-size", "3", "--captions", "2"])
     printed = capsys.readouterr()
     assert printed.out == "small.tflite\n" and "vocabulary: small_vocabulary.json" in printed.err
     words = read_json("small_vocabulary.json")
@@ -47,6 +47,10 @@ def test_export_writes_a_litert_file_and_its_vocabulary(run, monkeypatch, tmp_pa
     sizes = [(tmp_path / path).stat().st_size for path in ("small.tflite", "half/small.tflite")]
     assert sizes[1] < 0.75 * sizes[0]
     assert read_json("half/small_vocabulary.json") == words
+    pixels = features.load_image("photo.png")[np.newaxis]
+    expected = decode(captioner.model, captioner.extract_features(pixels), DecodeConfig(max_words=6))  # greedy search
+    for name, value in caption_with_litert("half/small.tflite", pixels).items():
+        np.testing.assert_allclose(value, getattr(expected, name), atol=2e-2)
 
 
 def test_convert_repeats_the_converters_reason_in_one_line(monkeypatch):
