@@ -4,10 +4,10 @@
     python -m benchmarks.scores --rows best,paper --seeds 0,1 -- DATA                # two seeds tell what is chance
 
 What follows -- are options of train.py that all trainings get: the data, and where their features are. Every row is a
-training (`--recipe best --epochs 8`), or a self-critical one from the weights of another row; it is scored on the
-validation images with every beam; 5:0.85 is one of five with a --length-penalty of 0.85. The runs are kept in
---runs-dir, and the table is written there too, as scores.md and scores.json. Stopped and run again, the command
-continues; runs and scores that are complete are taken as they are.
+training (`--recipe best --epochs 8`), or one that continues from the weights of another row; it is scored on the
+validation images with every beam: 5:0.85 is one of five with a --length-penalty of 0.85, `consensus` that of --choose
+consensus. The runs are kept in --runs-dir, and the table is written there too, as scores.md and scores.json. Stopped
+and run again, the command continues; runs and scores that are complete are taken as they are.
 """
 
 import argparse
@@ -25,15 +25,18 @@ from captioning.config.settings import DecodeConfig
 from captioning.training.training_log import read_history
 
 ROOT = Path(__file__).resolve().parents[1]
+CONSENSUS = DecodeConfig(choose="consensus")
 COLUMNS = ("BLEU-1", "BLEU-2", "BLEU-3", "BLEU-4", "METEOR", "CIDEr")
-RATIOS = ("distinct captions", "end in mid-sentence")
+RATIOS = ("distinct captions", "copied captions", "end in mid-sentence")
 
 
 class Row(NamedTuple):
     """A training of the table."""
 
-    options: str  # of train.py, or of beyond.cider
-    start: str | None = None  # the row whose weights self-critical training starts from
+    options: str
+    start: str | None = None  # the row whose weights it starts from
+    command: str = "train"
+    suffix: str = ""  # of the run folder, after that of the start
 
 
 ROWS = {
@@ -43,8 +46,10 @@ ROWS = {
     "paper": Row("--recipe best --decoder paper --epochs 8"),
     "paper-lstm": Row("--recipe best --decoder paper-lstm --epochs 8"),
     "hard": Row("--recipe best --attention hard --epochs 8"),
-    "best-cider": Row("", start="best"),
-    "paper-cider": Row("", start="paper"),
+    "best-cider": Row("", "best", "beyond.cider", "_cider"),
+    "paper-cider": Row("", "paper", "beyond.cider", "_cider"),
+    "best-cnn": Row("", "best", "beyond.finetune", "_cnn"),
+    "best-cnn-cider": Row("", "best-cnn", "beyond.cider", "_cider"),
 }
 
 
@@ -64,15 +69,18 @@ def numbers(text: str) -> list[int]:
 
 
 def beams(text: str) -> list[DecodeConfig]:
-    """Parses beams, separated by commas, each a width or WIDTH:PENALTY."""
-    matches = [re.fullmatch(r"(\d+)(?::(\d+(?:\.\d+)?))?", part) for part in text.split(",")]
+    """Parses beams, separated by commas, each a width, WIDTH:PENALTY or `consensus`."""
+    matches = [re.fullmatch(r"(\d+)(?::(\d+(?:\.\d+)?))?|consensus", part) for part in text.split(",")]
     if not all(matches):
-        raise argparse.ArgumentTypeError(f"expected widths or WIDTH:PENALTY separated by commas, found {text!r}")
-    return [DecodeConfig(int(match[1]), float(match[2] or 1)) for match in matches if match]
+        raise argparse.ArgumentTypeError(f"expected widths, WIDTH:PENALTY or consensus, by commas, found {text!r}")
+    groups = [match.groups() for match in matches if match]
+    return [DecodeConfig(int(width), float(penalty or 1)) if width else CONSENSUS for width, penalty in groups]
 
 
 def beam_name(beam: DecodeConfig) -> str:
-    """Returns what `beams` parses: the width, and the length penalty if it is not 1."""
+    """Returns what `beams` parses: the width, and the length penalty if it is not 1; or `consensus`."""
+    if beam.choose != "probability":
+        return beam.choose
     return f"{beam.beam_size}" if beam.length_penalty == 1 else f"{beam.beam_size}:{beam.length_penalty:g}"
 
 
@@ -86,8 +94,11 @@ def run_command(module: str, *args: str) -> None:
 
 def run_folder(runs_dir: Path, name: str, seed: int) -> Path:
     """Returns where the run of a row and a seed is."""
-    start = ROWS[name].start
-    return runs_dir / (f"{start}_{seed}_cider" if start else f"{name}_{seed}")
+    row = ROWS[name]
+    if not row.start:
+        return runs_dir / f"{name}_{seed}"
+    start = run_folder(runs_dir, row.start, seed)
+    return start.with_name(f"{start.name}{row.suffix}")
 
 
 def train_row(runs_dir: Path, name: str, seed: int, data: list[str]) -> Path:
@@ -98,9 +109,9 @@ def train_row(runs_dir: Path, name: str, seed: int, data: list[str]) -> Path:
     options = [*row.options.split(), "--seed", str(seed)]
     if row.start:
         start = train_row(runs_dir, row.start, seed, data)
-        run_command("beyond.cider", *options, "--run", str(start))
+        run_command(row.command, *options, "--run", str(start))
     else:
-        run_command("train", *data, *options, "--run", str(run))
+        run_command(row.command, *data, *options, "--run", str(run))
     (run / "done").touch()
     return run
 
@@ -110,6 +121,7 @@ def score(run: Path, beam: DecodeConfig) -> dict[str, Any]:
     path = run / f"metrics_val{beam.suffix}.json"
     if not path.exists() or path.stat().st_mtime < (run / "done").stat().st_mtime:
         options = ["--beam-size", str(beam.beam_size), "--length-penalty", f"{beam.length_penalty:g}"]
+        options += ["--choose", beam.choose]
         run_command("evaluate", "--run", str(run), *options)
     return json.loads(path.read_text(encoding="utf-8"))
 
@@ -135,7 +147,7 @@ def describe(name: str, seed: int, run: Path, beam: DecodeConfig) -> dict[str, A
 def to_markdown(lines: list[dict[str, Any]]) -> str:
     """Formats the lines as a table; the BLEUs share a column, and repeated names are left out."""
     header = ["`train.py` DATA and", "seed", "best epoch", "minutes", "beam", "BLEU-1 / 2 / 3 / 4", "METEOR", "CIDEr"]
-    table = [[*header, "distinct", "mid-sentence"]]
+    table = [[*header, "distinct", "copied", "mid-sentence"]]
     previous: tuple = ()
     for line in lines:
         training = (line["row"], line["seed"])
@@ -155,8 +167,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     every = ",".join(ROWS)
     parser.add_argument("--rows", type=names, default=list(ROWS), metavar="NAMES", help=f"of {every} (default: all)")
     parser.add_argument("--seeds", type=numbers, default=[0], metavar="N,N", help="seeds of the trainings (default: 0)")
-    text = "widths to score, with a length penalty if it is not 1 (default: %(default)s)"
-    parser.add_argument("--beams", type=beams, default="1,5,5:0.85", metavar="N,N:P", help=text)
+    text = "widths to score, with a length penalty if it is not 1, or consensus (default: %(default)s)"
+    parser.add_argument("--beams", type=beams, default="1,5,5:0.85,consensus", metavar="N,N:P", help=text)
     text = "folder of the runs and the table (default: %(default)s)"
     parser.add_argument("--runs-dir", type=Path, default=Path("runs/scores"), metavar="DIR", help=text)
     parser.add_argument("data", nargs="*", metavar="OPTION", help="of train.py, after --: the data and their features")

@@ -15,8 +15,8 @@ from inference import Captioner
 from tokenizer import Tokenizer
 
 NUM_NEIGHBOURS = 60  # images, as in Mao et al. 2015
-# The captions of the last of them count exp(-3) times as much as those of the first. README.md has what was tried.
-SHARPNESS = 3.0
+# The captions of the last of them count exp(-2) times as much as those of the first. README.md has what was tried.
+SHARPNESS = 2.0
 FEW_IMAGES = 500  # of which the nearest ones are not alike
 NUM_SHOWN = 5  # images that explain a choice
 

@@ -122,7 +122,7 @@ def test_chooser_ranks_by_the_captions_of_the_nearest_image(index, monkeypatch):
 
 
 def test_nearer_images_count_more(index, monkeypatch):
-    np.testing.assert_allclose(chooser.weigh_images(np.array([0.9, 0.8, 0.7])), np.exp([0, -1.5, -3]))
+    np.testing.assert_allclose(chooser.weigh_images(np.array([0.9, 0.8, 0.7])), np.exp([0, -1, -2]))
     np.testing.assert_allclose(chooser.weigh_images(np.array([0.5, 0.5])), 1)
     # Two captions of the second image speak for the dog, one of the first for the street.
     candidates = [make_caption("a dog on a beach"), make_caption("a street in a town")]
