@@ -3,7 +3,7 @@
     python -m benchmarks.consensus
     python -m benchmarks.consensus --images 6000 --captions 30000          # Flickr8k's size
 
-The vectors are random, and the captions are made of random words, as frequent as Zipf's law has it. Candidates are
+The features are random, and the captions are made of random words, as frequent as Zipf's law has it. Candidates are
 captions of the index. The last line is JSON.
 """
 
@@ -20,7 +20,7 @@ import numpy as np
 from benchmarks.memory import make_annotations
 from benchmarks.timing import add_counts, items_per_second
 from beyond.consensus.chooser import NUM_NEIGHBOURS, ConsensusChooser
-from beyond.consensus.index import Index, normalize
+from beyond.consensus.index import Index
 from captioning.base.cli import make_parser, run_main
 from captioning.config.settings import CONSENSUS_BEAM
 from captioning.data.annotations import Example
@@ -41,8 +41,7 @@ def make_index(num_images: int, num_captions: int) -> tuple[Index, Tokenizer]:
         captions[annotation["image_id"]].append(annotation["caption"])
     examples = [Example(f"{i:012}.jpg", tuple(texts), i, "train") for i, texts in enumerate(captions)]
     tokenizer = Tokenizer.fit(text for texts in captions for text in texts)
-    vectors = normalize(rng.random((num_images, CHANNELS), np.float32))
-    return Index.build(examples, vectors, tokenizer, {}), tokenizer
+    return Index.build(examples, rng.random((num_images, CHANNELS), np.float32), tokenizer, {}), tokenizer
 
 
 def draw_candidates(index: Index, tokenizer: Tokenizer, count: int) -> list[Caption]:
@@ -77,8 +76,7 @@ def measure(folder: Path, num_images: int, num_captions: int) -> dict[str, float
     for batch_size in BATCH_SIZES:
         candidates = draw_candidates(index, tokenizer, batch_size)
         features = rng.random((batch_size, 64, CHANNELS), np.float32)
-        vectors = normalize(features.mean(axis=1))
-        search = functools.partial(index.nearest, vectors, NUM_NEIGHBOURS)
+        search = functools.partial(index.nearest, features.mean(axis=1), NUM_NEIGHBOURS)
         result[f"milliseconds_of_search_batch_{batch_size}"] = median_milliseconds(search)
         choose = functools.partial(chooser.choose, candidates, features)
         result[f"milliseconds_batch_{batch_size}"] = median_milliseconds(choose)

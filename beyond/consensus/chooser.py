@@ -7,7 +7,7 @@ import numpy as np
 
 import data_utils
 from beyond.consensus.agreement import cider_d
-from beyond.consensus.index import INDEX_FILE, Index, build_index, is_current, mean_vectors, pad
+from beyond.consensus.index import INDEX_FILE, Index, build_index, is_current, mean_features, pad
 from captioning.base.cli import InputError, log
 from captioning.base.quiet_tensorflow import tf
 from captioning.output.captions import Caption, SimilarImage
@@ -44,7 +44,7 @@ class ConsensusChooser:
             captions: the best candidate of each image, with the others as its alternatives.
             features: (B, L, C), of the images.
         """
-        numbers, cosines = self.index.nearest(mean_vectors(features), NUM_NEIGHBOURS)
+        numbers, cosines = self.index.nearest(mean_features(features), NUM_NEIGHBOURS)
         return [self._rank(*one) for one in zip(captions, numbers, cosines, strict=True)]
 
     def _rank(self, caption: Caption, numbers: np.ndarray, cosines: np.ndarray) -> Caption:

@@ -1,7 +1,7 @@
 """The index of a run's training images, by which the images that are like a new one are found, with their captions.
 
 It is a file in the run folder, `consensus.npz`: NumPy arrays, and a line of JSON. The vector of an image is the mean of
-the CNN's features over its locations, of length 1.
+the CNN's features over its locations, at length 1, whitened, and at length 1 again (Jégou and Chum 2012).
 """
 
 import dataclasses
@@ -11,7 +11,7 @@ import json
 import zipfile
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -32,8 +32,42 @@ from tokenizer import Tokenizer
 
 INDEX_FILE = "consensus.npz"
 FORMAT = 1
+MAX_SIZE = 512  # of a vector
+IMAGES_PER_NUMBER = 8  # of a vector, at least: with as many numbers as images, whitened ones are all equally far apart
 # The arrays of the file, each with its number of axes.
-ARRAYS = {"vectors": 2, "words": 1, "caption_starts": 1, "image_starts": 1, "codes": 1, "counts": 1, "about": 1}
+ARRAYS = {
+    "center": 1,
+    "projection": 2,
+    "vectors": 2,
+    "words": 1,
+    "caption_starts": 1,
+    "image_starts": 1,
+    "codes": 1,
+    "counts": 1,
+    "about": 1,
+}
+
+
+class Whitening(NamedTuple):
+    """Makes vectors of D numbers whose variance over the training images is the same in all directions."""
+
+    center: np.ndarray  # (C,) float32, the mean of what is whitened
+    projection: np.ndarray  # (C, D) float32
+
+    @classmethod
+    def fit(cls, means: np.ndarray) -> "Whitening":
+        """Finds it for the mean features (N, C) of the training images."""
+        size = min(MAX_SIZE, means.shape[1], max(1, len(means) // IMAGES_PER_NUMBER))
+        vectors = normalize(means)
+        center = vectors.mean(axis=0)
+        with tf.device("CPU:0"):  # NumPy's takes up to 20 times as long where other threads compute
+            covariance = tf.matmul(vectors - center, vectors - center, transpose_a=True) / len(means)  # (C, C)
+            variances, directions = (x.numpy() for x in tf.linalg.eigh(covariance))  # (C,), ascending, and (C, C)
+        return cls(center, directions[:, -size:] / np.sqrt(np.maximum(variances[-size:], 1e-12)))
+
+    def apply(self, means: np.ndarray) -> np.ndarray:
+        """Returns the vectors (B, D) of images, each of length 1, for their mean features (B, C)."""
+        return normalize((normalize(means) - self.center) @ self.projection)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,7 +76,8 @@ class Index:
 
     Attributes:
         names: of the N images.
-        vectors: (N, C) float32, each of length 1.
+        whitening: makes the vectors.
+        vectors: (N, D) float32, each of length 1.
         words: (W,) int32, the ids of all captions, one after the other, without <start> and <end>.
         caption_starts: (M + 1,), the places in `words` where the captions begin, and its length.
         image_starts: (N + 1,), the number of each image's first caption, and M.
@@ -51,6 +86,7 @@ class Index:
     """
 
     names: Sequence[str]
+    whitening: Whitening
     vectors: np.ndarray
     words: np.ndarray
     caption_starts: np.ndarray
@@ -60,15 +96,17 @@ class Index:
 
     @classmethod
     def build(
-        cls, examples: Sequence[Example], vectors: np.ndarray, tokenizer: Tokenizer, source: Mapping[str, Any]
+        cls, examples: Sequence[Example], means: np.ndarray, tokenizer: Tokenizer, source: Mapping[str, Any]
     ) -> "Index":
-        """Builds the index of images from their vectors (N, C)."""
+        """Builds the index of images from their mean features (N, C)."""
+        whitening = Whitening.fit(means)
         captions = [np.array(tokenizer.encode(text)[1:-1], np.int32) for e in examples for text in e.captions]
         counts = [len(example.captions) for example in examples]
         images = np.repeat(np.arange(len(examples)), counts)
         return cls(
             names=[example.image_path for example in examples],
-            vectors=vectors,
+            whitening=whitening,
+            vectors=whitening.apply(means),
             words=np.concatenate(captions),
             caption_starts=np.cumsum([0, *map(len, captions)]),
             image_starts=np.cumsum([0, *counts]),
@@ -76,13 +114,13 @@ class Index:
             source=source,
         )
 
-    def nearest(self, vectors: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
-        """Finds the images whose vectors have the largest cosine with others, (B, C) of length 1.
+    def nearest(self, means: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
+        """Finds the images whose vectors have the largest cosine with those of others, by their mean features (B, C).
 
         Returns:
             Their numbers, (B, count), the nearest first, and the cosines.
         """
-        cosines = vectors @ self.vectors.T  # (B, N)
+        cosines = self.whitening.apply(means) @ self.vectors.T  # (B, N)
         count = min(count, cosines.shape[1])
         some = np.argpartition(-cosines, count - 1, axis=1)[:, :count]  # unsorted
         order = np.argsort(-np.take_along_axis(cosines, some, axis=1), axis=1, kind="stable")
@@ -100,6 +138,7 @@ class Index:
         with atomic_write(path, "wb") as file:
             np.savez(
                 file,
+                **self.whitening._asdict(),
                 vectors=self.vectors.astype(np.float16),
                 words=self.words,
                 caption_starts=self.caption_starts,
@@ -125,6 +164,7 @@ class Index:
         frequencies = DocumentFrequencies(len(about["names"]), arrays["codes"], arrays["counts"])
         return cls(
             about["names"],
+            Whitening(arrays["center"], arrays["projection"]),
             arrays["vectors"].astype(np.float32),
             arrays["words"],
             arrays["caption_starts"],
@@ -137,14 +177,21 @@ class Index:
 def _check_arrays(arrays: Mapping[str, np.ndarray], num_images: int) -> None:
     """Raises InputError unless the arrays of an index fit each other."""
     for name, array in arrays.items():
-        kind = "f" if name == "vectors" else "iu"
+        kind = "f" if name in ("center", "projection", "vectors") else "iu"
         if array.ndim != ARRAYS[name] or array.dtype.kind not in kind:
             raise InputError(f"{name}: expected {ARRAYS[name]} axes, found {array.dtype} {array.shape}")
     captions, images = arrays["caption_starts"], arrays["image_starts"]
     bounds = ((images, len(captions) - 1), (captions, len(arrays["words"])))
     are_starts = all(len(x) > 1 and x[0] == 0 and x[-1] == end and (np.diff(x) >= 0).all() for x, end in bounds)
-    lengths = (len(images) - 1, len(arrays["vectors"]), len(arrays["codes"]))
-    if not are_starts or lengths != (num_images, num_images, len(arrays["counts"])):
+    sizes = (*arrays["projection"].shape, len(arrays["counts"]), num_images, num_images)
+    found = (
+        len(arrays["center"]),
+        arrays["vectors"].shape[1],
+        len(arrays["codes"]),
+        len(images) - 1,
+        len(arrays["vectors"]),
+    )
+    if not are_starts or found != sizes:
         raise InputError(f"expected the captions of {num_images} images, found others")
 
 
@@ -156,9 +203,9 @@ def pad(captions: Sequence[np.ndarray]) -> np.ndarray:
     return tokens
 
 
-def mean_vectors(features: tf.Tensor) -> np.ndarray:
-    """Returns the mean over the locations of features (B, L, C), of length 1: (B, C) float32."""
-    return normalize(tf.reduce_mean(tf.cast(features, tf.float32), axis=1).numpy())
+def mean_features(features: tf.Tensor) -> np.ndarray:
+    """Returns the mean over the locations of features (B, L, C): (B, C) float32."""
+    return tf.reduce_mean(tf.cast(features, tf.float32), axis=1).numpy()
 
 
 def normalize(vectors: np.ndarray) -> np.ndarray:
@@ -201,14 +248,14 @@ def build_index(captioner: Captioner, dataset: CaptionDataset, features_dir: str
     if cache:
         evaluate.check_features(cache, dataset.image_dir, examples)
     batches = _read_features(cache, examples) if cache else _compute_features(captioner, dataset, examples)
-    vectors = []
+    means = []
     with progress_bar(total=len(examples), unit="image", desc="index") as progress:
         for features in batches:
-            vectors.append(mean_vectors(features))
+            means.append(mean_features(features))
             progress.update(len(features))
     source = describe_source(captioner.config)
     source["images"] = hash_images(cache, [example.image_path for example in examples]) if cache else None
-    index = Index.build(examples, np.concatenate(vectors), captioner.tokenizer, source)
+    index = Index.build(examples, np.concatenate(means), captioner.tokenizer, source)
     path = captioner.run / INDEX_FILE
     index.save(path)
     num_captions = len(index.caption_starts) - 1
