@@ -5,8 +5,8 @@
     python -m benchmarks.captioning --only folder --beam-size 3            # images per second of a folder
 
 search: the tutorial captions one image at a time, one word at a time, eagerly. The project captions batches of images
-in a graph, by greedy search and by beam search. The weights are random, so captions are cut after 12 words, COCO's
-mean with <end>.
+in a graph, by greedy search, by beam search, and by drawing 16 captions of each. The weights are random, so captions
+are cut after 12 words, COCO's mean with <end>.
 
 folder: a folder of JPEG files of 500x375 pixels, the size of Flickr8k's, is captioned into a table, as `python
 inference.py DIR --csv FILE` does it. The CNN alone computes the features of as many images that are in memory already,
@@ -20,6 +20,7 @@ Each comparison is measured alternately. The last line is JSON.
 
 import argparse
 import contextlib
+import dataclasses
 import functools
 import json
 import resource
@@ -49,6 +50,8 @@ from captioning.output.results import CsvWriter, TextWriter
 
 PROJECT = Path(__file__).resolve().parents[1]
 MAX_WORDS = 12
+GREEDY = DecodeConfig(max_words=MAX_WORDS)
+SAMPLES = DecodeConfig(sample=True, captions=16, max_words=MAX_WORDS)  # of each image
 BARE_PROCESS = """
 import os, sys
 os.environ["TF_CPP_MIN_LOG_LEVEL"] = "3"
@@ -89,10 +92,13 @@ def tutorial_captions(caption_model: model.CaptionModel, features: np.ndarray) -
 
 
 def project_captions(
-    caption_model: model.CaptionModel, features: np.ndarray, batch_size: int, beam_size: int, with_xla: bool = False
+    caption_model: model.CaptionModel,
+    features: np.ndarray,
+    batch_size: int,
+    config: DecodeConfig = GREEDY,
+    with_xla: bool = False,
 ) -> list[list[int]]:
     """Captions images with the project's searches, in batches; the arguments and result as `tutorial_captions`."""
-    config = DecodeConfig(beam_size, length_penalty=1.0, max_words=MAX_WORDS)
     results = []
     for start in range(0, len(features), batch_size):
         batch = tf.constant(features[start : start + batch_size])
@@ -107,12 +113,17 @@ def measure_search(args: argparse.Namespace) -> dict[str, Any]:
     features = np.random.default_rng(0).random((args.images, 64, 2048), np.float32).astype(np.float16)
     few_features = features[: args.tutorial_images]
     beam_batch_size = max(1, args.batch_size // args.beam_size)
-    greedy = functools.partial(project_captions, caption_model, features, args.batch_size, 1)
-    beam = functools.partial(project_captions, caption_model, features, beam_batch_size, args.beam_size)
+    sample_batch_size = max(1, args.batch_size // SAMPLES.captions)
+    num_samples = len(features) * SAMPLES.captions
+    beam_search = dataclasses.replace(GREEDY, beam_size=args.beam_size)
+    greedy = functools.partial(project_captions, caption_model, features, args.batch_size)
+    beam = functools.partial(project_captions, caption_model, features, beam_batch_size, beam_search)
+    sampled = functools.partial(project_captions, caption_model, features, sample_batch_size, SAMPLES)
     tutorial = functools.partial(tutorial_captions, caption_model, few_features)
     measurements = {
         "greedy": functools.partial(items_per_second, greedy, len(features)),
         f"beam {args.beam_size}": functools.partial(items_per_second, beam, len(features)),
+        "sampled": functools.partial(items_per_second, sampled, num_samples),
         "tutorial": functools.partial(items_per_second, tutorial, len(few_features)),
     }
     for measure in measurements.values():

@@ -216,7 +216,8 @@ def measure_search(report: Report, folder: Path, sizes: Sizes) -> None:
     batch_size = sizes.batch_sizes[0]
     image_features = np.random.default_rng(0).random((batch_size, 64, 2048), np.float32)
     for beam_size, with_xla in ((1, False), (1, True), (5, False), (5, True)):
-        arguments = (caption_model, image_features, batch_size, beam_size, with_xla)
+        config = dataclasses.replace(captioning.GREEDY, beam_size=beam_size)
+        arguments = (caption_model, image_features, batch_size, config, with_xla)
         run = functools.partial(captioning.project_captions, *arguments)
         first = 1 / items_per_second(run, 1)  # compiles
         name = f"captions/s, beam of {beam_size}" if beam_size > 1 else "captions/s, greedy"

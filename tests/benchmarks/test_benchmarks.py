@@ -10,7 +10,7 @@ from helpers.train_and_kill import build_small_cnn
 
 import model
 import train
-from benchmarks import captioning, features, gpu, memory, serving, training
+from benchmarks import captioning, consensus, features, gpu, memory, serving, training
 from captioning.base.files import file_sha256
 from captioning.base.quiet_tensorflow import tf
 from captioning.config.settings import ModelConfig
@@ -67,7 +67,7 @@ def test_tutorial_and_project_have_the_same_loss_and_captions(rng):
     losses, _ = loss_function(outputs.logits, outputs.targets)
     assert float(tutorial(image_features, tokens)) == pytest.approx(float(tf.reduce_sum(losses)) / 3, rel=1e-5)
     expected = captioning.tutorial_captions(caption_model, image_features)
-    assert captioning.project_captions(caption_model, image_features, batch_size=2, beam_size=1) == expected
+    assert captioning.project_captions(caption_model, image_features, batch_size=2) == expected
 
 
 def test_captioning_compares_searches_and_a_folder(run, small_cnn, monkeypatch, capsys):
@@ -119,6 +119,13 @@ def test_gpu_runs_the_commands_of_a_whole_run(monkeypatch, tmp_path, capsys):
     assert [path.name for path, *_ in commands] == ["features.py", "train.py", "evaluate.py"]
     assert train.parse(commands[1][1:]).ema_decay == 0.998, "the recipe"
     assert report.failed == ["seconds, evaluate.py --beam-size 5"] and "why it failed" in capsys.readouterr().err
+
+
+def test_consensus_measures_an_index(monkeypatch, capsys):
+    monkeypatch.setattr(consensus, "CHANNELS", 16)
+    consensus.main(["--images", "40", "--captions", "120"])
+    result = read_result(capsys)
+    assert result["milliseconds_batch_1"] > result["milliseconds_of_search_batch_1"] > 0
 
 
 def test_memory_stops_after_some_steps(capsys):
