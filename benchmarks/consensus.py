@@ -9,6 +9,7 @@ captions of the index. The last line is JSON.
 
 import functools
 import json
+import resource
 import statistics
 import tempfile
 import time
@@ -67,9 +68,14 @@ def measure(folder: Path, num_images: int, num_captions: int) -> dict[str, float
     made, tokenizer = make_index(num_images, num_captions)
     made.save(path)
     del made
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
     start = time.perf_counter()
     index = Index.load(path)
-    result = {"seconds_to_load": round(time.perf_counter() - start, 2), "megabytes": round(path.stat().st_size / 1e6)}
+    result = {
+        "peak_gib_to_build": round(peak, 2),
+        "seconds_to_load": round(time.perf_counter() - start, 2),
+        "megabytes": round(path.stat().st_size / 1e6),
+    }
     arrays = (index.vectors, index.words, index.caption_starts, index.image_starts, *index.frequencies[1:])
     result["megabytes_in_memory"] = round(sum(array.nbytes for array in arrays) / 1e6)
     chooser, rng = ConsensusChooser(index, tokenizer), np.random.default_rng(2)

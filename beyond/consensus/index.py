@@ -8,6 +8,7 @@ import dataclasses
 import hashlib
 import itertools
 import json
+import os
 import zipfile
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -183,15 +184,10 @@ def _check_arrays(arrays: Mapping[str, np.ndarray], num_images: int) -> None:
     captions, images = arrays["caption_starts"], arrays["image_starts"]
     bounds = ((images, len(captions) - 1), (captions, len(arrays["words"])))
     are_starts = all(len(x) > 1 and x[0] == 0 and x[-1] == end and (np.diff(x) >= 0).all() for x, end in bounds)
-    sizes = (*arrays["projection"].shape, len(arrays["counts"]), num_images, num_images)
-    found = (
-        len(arrays["center"]),
-        arrays["vectors"].shape[1],
-        len(arrays["codes"]),
-        len(images) - 1,
-        len(arrays["vectors"]),
-    )
-    if not are_starts or found != sizes:
+    num_channels, vector_size = arrays["projection"].shape
+    expected = {"center": (num_channels,), "vectors": (num_images, vector_size), "counts": arrays["codes"].shape}
+    have_sizes = all(arrays[name].shape == shape for name, shape in expected.items())
+    if not (are_starts and have_sizes and len(images) == num_images + 1):
         raise InputError(f"expected the captions of {num_images} images, found others")
 
 
@@ -264,7 +260,7 @@ def build_index(captioner: Captioner, dataset: CaptionDataset, features_dir: str
 
 
 def _read_features(cache: FeatureCache, examples: Sequence[Example]) -> Iterator[tf.Tensor]:
-    paths = [str(cache.path(example.image_path)) for example in examples]
+    paths = [os.fsencode(cache.path(example.image_path)) for example in examples]
     yield from map_prefetch(tf.data.Dataset.from_tensor_slices(paths).batch(BATCH_SIZE), cache.read)
 
 
