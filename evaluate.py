@@ -119,7 +119,8 @@ def generate_captions(  # noqa: PLR0913 - all that the captions depend on
     with_xla = False
     if isinstance(cache, FeatureCache):
         batch_size = widen(batch_size)
-        with_xla = has_gpu() and len(examples) >= XLA_MIN_IMAGES
+        is_compiled = not (config.sample or config.min_words or config.no_repeat)
+        with_xla = is_compiled and has_gpu() and len(examples) >= XLA_MIN_IMAGES
     paths = [os.fsencode(cache.path(example.image_path)) for example in examples]
     # The decoder follows several captions of each image: batches get smaller, so that its memory does not grow.
     num_rows = config.captions if config.sample else config.num_beams
@@ -257,7 +258,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         raise InputError("--results holds captions already; --beam-size and the like are for a run")
     if args.choose == "consensus" and args.split in ("train", "all"):
         raise InputError(
-            f"--choose consensus: the captions of the training images would choose by themselves, found --split "
+            f"--choose consensus: training images would be scored with the captions that chose theirs, found --split "
             f"{args.split}; expected val or test"
         )
     if args.results and args.boxes:
@@ -357,11 +358,12 @@ def evaluate_run(args: argparse.Namespace) -> Evaluation:
         "run": str(captioner.run),
         **captioner.decode_config.to_json(),
         **scored,
-        "copied captions": copied_ratio(texts, train_captions, captioner.tokenizer.words),
         "unfinished captions": round(100 * num_unfinished / len(captions), 1),
         "split": args.split,
         "images": len(examples),
     }
+    if train_captions:
+        metrics["copied captions"] = copied_ratio(texts, train_captions, captioner.tokenizer.words)
     if boxes:
         metrics["attention"] = measure_captions(captions, boxes)
     print_metrics(captioner.run, metrics)

@@ -10,10 +10,11 @@ It is made from the cached features, or, of a run whose CNN was trained, from th
 """
 
 import argparse
+import os
 
 import data_utils
-from beyond.consensus.index import INDEX_FILE, build_index
-from captioning.base.cli import add_quiet_option, make_parser, print_results, run_main
+from beyond.consensus.index import INDEX_FILE, build_index, save_index
+from captioning.base.cli import InputError, add_quiet_option, make_parser, print_results, run_main
 from captioning.config.options import add_options
 from captioning.config.settings import FeatureConfig
 from inference import Captioner
@@ -34,9 +35,12 @@ def main(argv: list[str] | None = None) -> None:
     """Makes the index of a run."""
     args = parse(argv)
     captioner = Captioner.load(args.run)
+    if not os.access(captioner.run, os.W_OK):
+        raise InputError(f"{captioner.run}: expected a folder that can be written, for {INDEX_FILE}")
     dataset = data_utils.load_run_dataset(captioner.config, locations=data_utils.locations_from_args(args))
-    build_index(captioner, dataset, args.features_dir)
-    print_results(captioner.run / INDEX_FILE)
+    path = captioner.run / INDEX_FILE
+    save_index(build_index(captioner, dataset, args.features_dir), path)
+    print_results(path)
 
 
 if __name__ == "__main__":

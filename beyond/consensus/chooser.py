@@ -7,7 +7,7 @@ import numpy as np
 
 import data_utils
 from beyond.consensus.agreement import cider_d
-from beyond.consensus.index import INDEX_FILE, Index, build_index, is_current, mean_features, pad
+from beyond.consensus.index import INDEX_FILE, Index, build_index, is_current, mean_features, pad, save_index
 from captioning.base.cli import InputError, log
 from captioning.base.quiet_tensorflow import tf
 from captioning.output.captions import Caption, SimilarImage
@@ -66,6 +66,17 @@ class ConsensusChooser:
         return SimilarImage(self.index.names[number], float(cosine), captions)
 
 
+def _build(captioner: Captioner) -> Index:
+    # Locations, though they are those of the run: without any, the error would advise to name some here.
+    locations = {"data_dir": captioner.config.data.data_dir}
+    try:
+        return build_index(captioner, data_utils.load_run_dataset(captioner.config, locations=locations))
+    except InputError as error:
+        command = f"python -m beyond.consensus --run {captioner.run}"
+        hint = f"make the index with `{command}`, which takes where they are now (--annotations, --images, ...)"
+        raise InputError(f"--choose consensus needs the training images and captions ({error}); {hint}") from None
+
+
 def make_chooser(captioner: Captioner) -> ConsensusChooser:
     """Makes the chooser of a run, and its index where there is none yet, or one of other data.
 
@@ -78,11 +89,13 @@ def make_chooser(captioner: Captioner) -> ConsensusChooser:
         log(f"{path}: made from other images or captions, or for other weights: it is made again")
         index = None
     if index is None:
+        index = _build(captioner)
         try:
-            index = build_index(captioner, data_utils.load_run_dataset(captioner.config))
-        except InputError as error:
-            hint = "make the index with `python -m beyond.consensus` where the training data of the run are"
-            raise InputError(f"--choose consensus needs the training images and captions ({error}); {hint}") from None
+            save_index(index, path)
+        except OSError as error:
+            log(f"{path} cannot be written ({error.strerror}): the index will be made again")
+    if index.words.max(initial=0) >= len(captioner.tokenizer):
+        raise InputError(f"{path}: has words that the vocabulary does not have; delete it")
     if len(index.names) < FEW_IMAGES:
         log(f"--choose consensus: only {len(index.names):,} training images, of which hardly one is like a new image")
     return ConsensusChooser(index, captioner.tokenizer)

@@ -4,12 +4,12 @@ It is a file in the run folder, `consensus.npz`: NumPy arrays, and a line of JSO
 the CNN's features over its locations, at length 1, whitened, and at length 1 again (Jégou and Chum 2012).
 """
 
+import copy
 import dataclasses
 import hashlib
 import itertools
 import json
 import os
-import zipfile
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,7 +18,8 @@ import numpy as np
 
 import evaluate
 from beyond.consensus.agreement import DocumentFrequencies
-from captioning.base.cli import InputError, format_bytes, log, progress_bar
+from captioning.base.cli import InputError, first_line, format_bytes, log, progress_bar
+from captioning.base.downloads import DAMAGES
 from captioning.base.files import atomic_write, check_schema
 from captioning.base.quiet_tensorflow import tf
 from captioning.base.special_tokens import PAD_ID
@@ -107,7 +108,7 @@ class Index:
         return cls(
             names=[example.image_path for example in examples],
             whitening=whitening,
-            vectors=whitening.apply(means),
+            vectors=whitening.apply(means).astype(np.float16).astype(np.float32),  # as they are read from the file
             words=np.concatenate(captions),
             caption_starts=np.cumsum([0, *map(len, captions)]),
             image_starts=np.cumsum([0, *counts]),
@@ -157,11 +158,11 @@ class Index:
                 arrays = {name: file[name] for name in ARRAYS}
             about = json.loads(arrays.pop("about").tobytes())
             check_schema(about, {"format": int, "names": list, "source": dict})
-            if about["format"] != FORMAT:
-                raise InputError(f"format: expected {FORMAT}, found {about['format']}")
+            if about["format"] != FORMAT or not all(isinstance(name, str) for name in about["names"]):
+                raise InputError(f"expected format {FORMAT} and names of images, found format {about['format']}")
             _check_arrays(arrays, len(about["names"]))
-        except (InputError, OSError, KeyError, ValueError, zipfile.BadZipFile) as error:
-            raise InputError(f"{path}: damaged, or not an index ({error}); delete it") from None
+        except (*DAMAGES, InputError, KeyError, TypeError, ValueError, MemoryError, RecursionError) as error:
+            raise InputError(f"{path}: damaged, or not an index ({first_line(error)}); delete it") from None
         frequencies = DocumentFrequencies(len(about["names"]), arrays["codes"], arrays["counts"])
         return cls(
             about["names"],
@@ -189,6 +190,11 @@ def _check_arrays(arrays: Mapping[str, np.ndarray], num_images: int) -> None:
     have_sizes = all(arrays[name].shape == shape for name, shape in expected.items())
     if not (are_starts and have_sizes and len(images) == num_images + 1):
         raise InputError(f"expected the captions of {num_images} images, found others")
+    are_finite = all(np.isfinite(arrays[name]).all() for name in ("center", "projection", "vectors"))
+    if not are_finite or (np.diff(arrays["codes"]) == 0).any() or (np.sort(arrays["codes"]) != arrays["codes"]).any():
+        raise InputError("expected numbers, and n-grams in order, found others")
+    if arrays["words"].min(initial=0) < 0 or arrays["counts"].min(initial=1) < 1:
+        raise InputError("expected ids of words and counts of images, found negative ones")
 
 
 def pad(captions: Sequence[np.ndarray]) -> np.ndarray:
@@ -234,7 +240,7 @@ def is_current(index: Index, config: RunConfig) -> bool:
 
 
 def build_index(captioner: Captioner, dataset: CaptionDataset, features_dir: str | None = None) -> Index:
-    """Builds the index of a run from the cached features of its training images, or from the images.
+    """Builds the index of a run from the cached features of its training images, or from the images, which is slow.
 
     Raises:
         InputError: there are neither, or they have changed.
@@ -251,12 +257,14 @@ def build_index(captioner: Captioner, dataset: CaptionDataset, features_dir: str
             progress.update(len(features))
     source = describe_source(captioner.config)
     source["images"] = hash_images(cache, [example.image_path for example in examples]) if cache else None
-    index = Index.build(examples, np.concatenate(means), captioner.tokenizer, source)
-    path = captioner.run / INDEX_FILE
+    return Index.build(examples, np.concatenate(means), captioner.tokenizer, source)
+
+
+def save_index(index: Index, path: Path) -> None:
+    """Writes an index, and logs what is in it."""
     index.save(path)
     num_captions = len(index.caption_starts) - 1
-    log(f"{path}: {len(examples):,} images, {num_captions:,} captions, {format_bytes(path.stat().st_size)}")
-    return index
+    log(f"{path}: {len(index.names):,} images, {num_captions:,} captions, {format_bytes(path.stat().st_size)}")
 
 
 def _read_features(cache: FeatureCache, examples: Sequence[Example]) -> Iterator[tf.Tensor]:
@@ -267,6 +275,9 @@ def _read_features(cache: FeatureCache, examples: Sequence[Example]) -> Iterator
 def _compute_features(
     captioner: Captioner, dataset: CaptionDataset, examples: Sequence[Example]
 ) -> Iterator[tf.Tensor]:
+    log(f"--choose consensus: computing the features of {len(examples):,} training images, once")
+    captioner = copy.copy(captioner)
+    captioner.compile_cnn = True  # which inference.py leaves out for a single image
     paths = [dataset.image_dir / example.image_path for example in examples]
     loaded = map_threads(captioner.load_image, paths, NUM_AHEAD * BATCH_SIZE)
     while batch := list(itertools.islice(loaded, BATCH_SIZE)):

@@ -175,7 +175,8 @@ class CaptionApp:
             return self._caption(request)
         if request.path == "/health":
             facts = {"status": "ok", "run": self.captioner.run.name, "max_bytes": self.config.max_bytes}
-            return json_response(facts | {"defaults": self.captioner.decode_config.to_json()})
+            config = self.captioner.decode_config
+            return json_response(facts | {"defaults": config.to_json() | {"beam_size": config.num_beams}})
         file, content_type = FILES[request.path]
         return send_file(file, request.environ, content_type)
 

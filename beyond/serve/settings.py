@@ -89,12 +89,13 @@ def parse_decoding(pairs: Iterable[tuple[str, str]], defaults: DecodeConfig) -> 
         if name in LIMITS and isinstance(given[name], int) and given[name] > LIMITS[name]:
             raise InputError(f"{name}: expected at most {LIMITS[name]} of this server, found {text}")
     sample = given.get("sample", defaults.sample and "beam_size" not in given)
-    if (choose := given.get("choose", "probability")) not in ("probability", defaults.choose):
-        raise InputError(f"choose: expected probability of this server, which was started without --choose {choose}")
     base = defaults.to_json()
     if sample != defaults.sample:
         base |= {name: FIELDS[name].default for name in ("beam_size", "choose", *SAMPLE_ONLY)}
-    return DecodeConfig(**base | given | {"sample": sample})
+    config = DecodeConfig(**base | given | {"sample": sample})
+    if config.choose not in ("probability", defaults.choose):
+        raise InputError(f"choose: this server was started without --choose {config.choose}; expected probability")
+    return config
 
 
 def _parse_value(name: str, text: str) -> Any:

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from beyond.share.packed_run import fetch_zip, is_packed_run, read_members, unpack_run
 from beyond.share.run_packer import pack_run, run_name
-from captioning.base.cli import add_quiet_option, format_bytes, log, make_parser, print_results, run_main
+from captioning.base.cli import InputError, add_quiet_option, format_bytes, log, make_parser, print_results, run_main
 from captioning.base.files import check_output
 from captioning.runs.run_folder import latest_run
 
@@ -38,6 +38,8 @@ def main(argv: list[str] | None = None) -> None:
     """Packs or unpacks what the command line names, and prints the path of the result."""
     args = parse(argv)
     run = Path(args.run) if args.run is not None else latest_run()
+    if not run.is_dir() and args.with_consensus:
+        raise InputError("--with-consensus is for packing a run folder, and this is unpacked; omit it")
     if not run.is_dir():
         packed = fetch_zip(args.run)
         output = args.output or Path("runs") / read_members(packed)[0]

@@ -39,14 +39,13 @@ from captioning.runs.run_folder import CONFIG_FILE, VOCABULARY_FILE, read_config
 CARD_FILE = "MODEL_CARD.md"
 METRICS = re.compile(r"metrics_[\w.-]+\.json")
 BEST = "checkpoints/best"
-INDEX_FILE = "consensus.npz"  # of --choose consensus
 PREFIX = "ckpt-1"  # the name of every packed checkpoint
 STATE_FILE = f"{BEST}/checkpoint"
 STATE = f'model_checkpoint_path: "{PREFIX}"\nall_model_checkpoint_paths: "{PREFIX}"\n'.encode()
 REQUIRED_FILES = {CONFIG_FILE, VOCABULARY_FILE, STATE_FILE, f"{BEST}/{PREFIX}.index"}
 FILE_NAMES = re.compile(
     rf"{CONFIG_FILE}|{VOCABULARY_FILE}|{CARD_FILE}|history\.csv|loss\.png|{METRICS.pattern}|cnn(\.weights)?\.h5|"
-    rf"{re.escape(INDEX_FILE)}|"
+    r"consensus\.npz|"  # of --choose consensus
     rf"{STATE_FILE}|{BEST}/{PREFIX}\.(index|data-\d{{5}}-of-\d{{5}})"
 )
 MAX_BYTES = 8_000_000_000  # of a .zip, and of what it unpacks to

@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import inference
+from beyond.consensus.index import INDEX_FILE, Index, is_current
 from beyond.share.packed_run import (
     BEST,
     CARD_FILE,
-    INDEX_FILE,
     METRICS,
     PREFIX,
     RUN_NAME,
@@ -30,6 +30,7 @@ from captioning.config.settings import DecodeConfig
 from captioning.runs.run_folder import CONFIG_FILE, VOCABULARY_FILE, best_checkpoint
 
 CARD_TEMPLATE = Path(__file__).with_name("model_card.md")
+NO_INDEX = "The training images and their captions are not in the file."
 OPTIONAL_FILES = ("cnn.h5", "cnn.weights.h5", "history.csv", "loss.png")
 PACKAGES = ("tensorflow", "keras", "numpy")  # whose versions the card names
 EPOCH = (1980, 1, 1, 0, 0, 0)  # the time of every file in the .zip, the first that it can hold
@@ -47,15 +48,17 @@ def pack_run(run: Path, path: Path, with_consensus: bool = False) -> None:
     """
     model, _, config = inference.load_run(run)
     check_cnn(run, config.features.get("sha256"))
-    if with_consensus and not (run / INDEX_FILE).is_file():
-        raise InputError(f"{run / INDEX_FILE}: no such file; make it with `python -m beyond.consensus --run {run}`")
+    if with_consensus:
+        _check_index(run, config)
     optional = (*OPTIONAL_FILES, INDEX_FILE) if with_consensus else OPTIONAL_FILES
     name, values = run_name(run), without_paths(config.to_json())
     config = dataclasses.replace(config, data=type(config.data)(**values["data"]), features=values["features"])
     paths = [path for path in sorted(run.glob("metrics_*.json")) if METRICS.fullmatch(path.name)]
     metrics = {path.name: read_json(path) for path in paths}
     files = {
-        CARD_FILE: _make_card(name, config, metrics, model.count_params()).encode(errors="backslashreplace"),
+        CARD_FILE: _make_card(name, config, metrics, model.count_params(), with_consensus).encode(
+            errors="backslashreplace"
+        ),
         CONFIG_FILE: json.dumps(values, indent=2).encode(),
         VOCABULARY_FILE: (run / VOCABULARY_FILE).read_bytes(),
         STATE_FILE: STATE,
@@ -68,6 +71,15 @@ def pack_run(run: Path, path: Path, with_consensus: bool = False) -> None:
             info = zipfile.ZipInfo(f"{name}/{file}", EPOCH)
             info.create_system, info.external_attr = 3, FILE_MODE << 16  # as on Unix, also where Windows packs it
             archive.writestr(info, content)  # not compressed: weights cannot be, and zlib's bytes differ by version
+
+
+def _check_index(run: Path, config: RunConfig) -> None:
+    """Raises InputError if a run has no index of --choose consensus, or one of other data."""
+    path, hint = run / INDEX_FILE, f"make it with `python -m beyond.consensus --run {run}`"
+    if not path.is_file():
+        raise InputError(f"{path}: no such file; {hint}")
+    if not is_current(Index.load(path), config):
+        raise InputError(f"{path}: made from other images or captions, or for other weights; {hint}")
 
 
 def run_name(run: Path) -> str:
@@ -86,7 +98,7 @@ def _read_checkpoint(prefix: str) -> dict[str, bytes]:
 # The model card.
 
 
-def _make_card(name: str, config: RunConfig, metrics: dict[str, Any], num_weights: int) -> str:
+def _make_card(name: str, config: RunConfig, metrics: dict[str, Any], num_weights: int, with_consensus: bool) -> str:
     """Fills model_card.md in: what a run is, how it was trained and scored, and its limits (Mitchell et al. 2019)."""
     features, data = config.features, config.data
     scores = [_score_row(file, scored) for file, scored in metrics.items()]
@@ -101,6 +113,9 @@ def _make_card(name: str, config: RunConfig, metrics: dict[str, Any], num_weight
         source=f"the annotations `{data.annotations}`" if data.annotations else f"the dataset {data.dataset}",
         data=_list_changed(data),
         num_unreadable=len(config.unreadable_images),
+        index=f"`{INDEX_FILE}` holds the names of the training images and their captions."
+        if with_consensus
+        else NO_INDEX,
         fingerprint=config.data_fingerprint,
         cell="an LSTM" if config.model.decoder == "paper-lstm" else "a GRU",
         attention=config.model.attention,

@@ -256,7 +256,7 @@ class DecodeConfig(Settings):
     choose: str = option(
         "probability",
         "which caption of a beam is the best: the most probable one, or by consensus the one that agrees best with the "
-        f"captions of similar training images (the beam is {CONSENSUS_BEAM} wide unless --beam-size is given)",
+        f"captions of similar training images (the beam is {CONSENSUS_BEAM} wide unless --beam-size is 2 or more)",
         choices=("probability", "consensus"),
     )
 

@@ -200,10 +200,10 @@ class CsvWriter:
         )
         if not content.startswith(header):
             raise refusal
+        saved = read_json(settings_path) if settings_path.exists() else None
         # Settings that an earlier version did not have yet are those of today's defaults.
-        saved = DecodeConfig().to_json() | read_json(settings_path) if settings_path.exists() else {}
-        if saved != settings:
-            found = f"with other settings ({saved})" if saved else "by another program"
+        if not isinstance(saved, dict) or DecodeConfig().to_json() | saved != settings:
+            found = "by another program" if saved is None else f"with other settings ({saved})"
             raise InputError(f"--csv {self.path}: was made {found}, expected {settings}; choose another file")
         whole_lines = content[len(header) : content.rfind(b"\n") + 1]  # it may have stopped in the middle of a line
         try:

@@ -224,6 +224,9 @@ def test_csv_writer_continues_a_table_of_a_version_with_fewer_settings(tmp_path,
     del settings["choose"]
     path.write_text(json.dumps(settings))
     assert len(write("b.jpg")) == 1
+    path.write_text("[]")
+    with pytest.raises(InputError, match=r"with other settings \(\[\]\)"):
+        write("c.jpg")
 
 
 @pytest.mark.parametrize(

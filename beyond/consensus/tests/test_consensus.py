@@ -1,4 +1,5 @@
 import dataclasses
+import errno
 import json
 
 import numpy as np
@@ -77,6 +78,10 @@ def test_index_is_read_as_it_was_written(index, tmp_path):
         {"vectors": np.array([object()] * 3)},
         {"vectors": np.zeros((3, 3), np.int64)},
         {"projection": np.zeros((3, 4))},
+        {"vectors": np.full((3, 3), np.nan)},
+        {"codes": np.array([5, 4], np.uint64), "counts": np.array([2, 2])},
+        {"words": np.full(22, -1)},
+        {"about": np.frombuffer(b"[" * 100_000, np.uint8)},
         {"codes": np.zeros(0, np.uint64)},
         {"about": np.frombuffer(b'{"format": 2, "names": [], "source": {}}', np.uint8)},
     ],
@@ -91,10 +96,21 @@ def test_index_that_is_damaged_is_refused(index, tmp_path, damage):
         Index.load(path)
 
 
-def test_file_that_is_no_index_is_refused(tmp_path):
-    (tmp_path / "index.npz").write_text("PK")
+@pytest.mark.parametrize(
+    "content", [b"", b"PK", b"text", b"\x93NUMPY\x01\x00v\x00{'descr': '<f8', 'fortran_order': False}"]
+)
+def test_file_that_is_no_index_is_refused(tmp_path, content):
+    (tmp_path / "index.npz").write_bytes(content)
     with pytest.raises(InputError, match=r"index\.npz: damaged, or not an index"):
         Index.load(tmp_path / "index.npz")
+
+
+def test_index_with_words_that_the_vocabulary_lacks_is_refused(loaded):
+    make_chooser(loaded)
+    index = Index.load(loaded.run / INDEX_FILE)
+    dataclasses.replace(index, words=index.words + 99).save(loaded.run / INDEX_FILE)
+    with pytest.raises(InputError, match="words that the vocabulary does not have"):
+        make_chooser(loaded)
 
 
 def test_mean_features_are_those_of_float32(rng):
@@ -181,6 +197,15 @@ def test_index_of_a_run_is_made_once(loaded, dataset, capsys):
     assert "index" not in err and "only 16 training images" in err, "it is read; so few images are named"
 
 
+def test_index_that_cannot_be_written_serves_this_time(loaded, monkeypatch, capsys):
+    def save(*_):
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setattr(Index, "save", save)
+    assert len(make_chooser(loaded).index.names) == 16
+    assert "cannot be written (Permission denied): the index will be made again" in capsys.readouterr().err
+
+
 def test_index_of_other_data_is_made_again(loaded, index, capsys):
     index.save(loaded.run / INDEX_FILE)
     assert len(make_chooser(loaded).index.names) == 16
@@ -219,7 +244,7 @@ def test_run_without_its_data_says_where_the_index_is_made(loaded, monkeypatch):
         raise InputError("captions.csv: no such file")
 
     monkeypatch.setattr(data_utils, "load_dataset", load_dataset)
-    with pytest.raises(InputError, match=r"needs the training images.*no such file.*python -m beyond\.consensus"):
+    with pytest.raises(InputError, match=r"no such file\); make the index with `python -m beyond\.consensus --run "):
         Captioner.load(loaded.run, CONSENSUS)
 
 

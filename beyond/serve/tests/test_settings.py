@@ -41,7 +41,8 @@ def test_parse_decoding_chooses_by_consensus_only_where_the_server_does():
 @pytest.mark.parametrize(
     ("pairs", "message"),
     [
-        ([("choose", "consensus")], "choose: expected probability .* started without --choose consensus"),
+        ([("choose", "foo")], "choose: expected probability or consensus, found 'foo'"),
+        ([("choose", "consensus")], "choose: this server was started without --choose consensus; expected probability"),
         ([("beam", "3")], "'beam' is no parameter; expected beam_size, "),
         ([("beam_size", "3"), ("beam_size", "3")], "beam_size: expected one value, found two"),
         ([("beam_size", "0")], "beam_size: expected a whole number of at least 1, found '0'"),

@@ -17,6 +17,7 @@ from helpers.fixtures import MANIFEST
 import beyond.share.__main__ as share
 import inference
 import model
+from beyond.consensus.index import Index, describe_source
 from beyond.share import packed_run
 from beyond.share.packed_run import open_run, without_paths
 from beyond.share.run_packer import pack_run, run_name
@@ -26,7 +27,9 @@ from captioning.base.files import file_sha256, read_json, write_json
 from captioning.base.quiet_tensorflow import tf
 from captioning.config.run_config import RunConfig
 from captioning.config.settings import DataConfig, ModelConfig, TrainConfig
+from captioning.data.annotations import Example
 from captioning.runs.run_folder import best_checkpoint, read_config, write_config
+from tokenizer import Tokenizer
 
 WORDS = ["<pad>", "<unk>", "<start>", "<end>", "a", "dog"]
 SCORES = {
@@ -166,10 +169,22 @@ def test_pack_run_has_the_captions_of_the_training_only_if_asked(copied_run, tmp
     with pytest.raises(InputError, match=r"consensus\.npz: no such file; make it with `python -m beyond\.consensus"):
         pack_run(copied_run, tmp_path / "small.zip", with_consensus=True)
     (copied_run / "consensus.npz").write_text("index")
-    pack_run(copied_run, tmp_path / "without.zip")
+    with pytest.raises(InputError, match="damaged, or not an index"):
+        pack_run(copied_run, tmp_path / "with.zip", with_consensus=True)
+    config, tokenizer = read_config(copied_run), Tokenizer(WORDS)
+    examples, means = [Example("a.jpg", ("a dog",), 1, "train")], np.ones((1, 4), np.float32)
+    Index.build(examples, means, tokenizer, {"data": "other"}).save(copied_run / "consensus.npz")
+    with pytest.raises(InputError, match="made from other images or captions"):
+        pack_run(copied_run, tmp_path / "with.zip", with_consensus=True)
+    source = describe_source(config) | {"images": None}
+    Index.build(examples, means, tokenizer, source).save(copied_run / "consensus.npz")
     pack_run(copied_run, tmp_path / "with.zip", with_consensus=True)
-    assert read_zip(tmp_path / "with.zip").keys() - read_zip(tmp_path / "without.zip") == {"small/consensus.npz"}
-    assert (open_run(tmp_path / "with.zip") / "consensus.npz").read_text() == "index"
+    pack_run(copied_run, tmp_path / "without.zip")
+    files, others = read_zip(tmp_path / "with.zip"), read_zip(tmp_path / "without.zip")
+    assert files.keys() - others == {"small/consensus.npz"}
+    assert b"`consensus.npz` holds the names" in files["small/MODEL_CARD.md"]
+    assert b"their captions are not in the file" in others["small/MODEL_CARD.md"]
+    assert Index.load(open_run(tmp_path / "with.zip") / "consensus.npz").names == ["a.jpg"]
 
 
 @pytest.mark.parametrize(
