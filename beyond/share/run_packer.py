@@ -30,6 +30,7 @@ from captioning.config.settings import DecodeConfig
 from captioning.runs.run_folder import CONFIG_FILE, VOCABULARY_FILE, best_checkpoint
 
 CARD_TEMPLATE = Path(__file__).with_name("model_card.md")
+INDEX = f"`{INDEX_FILE}` holds the names of the training images and their captions."
 NO_INDEX = "The training images and their captions are not in the file."
 OPTIONAL_FILES = ("cnn.h5", "cnn.weights.h5", "history.csv", "loss.png")
 PACKAGES = ("tensorflow", "keras", "numpy")  # whose versions the card names
@@ -55,10 +56,9 @@ def pack_run(run: Path, path: Path, with_consensus: bool = False) -> None:
     config = dataclasses.replace(config, data=type(config.data)(**values["data"]), features=values["features"])
     paths = [path for path in sorted(run.glob("metrics_*.json")) if METRICS.fullmatch(path.name)]
     metrics = {path.name: read_json(path) for path in paths}
+    card = _make_card(name, config, metrics, model.count_params(), INDEX if with_consensus else NO_INDEX)
     files = {
-        CARD_FILE: _make_card(name, config, metrics, model.count_params(), with_consensus).encode(
-            errors="backslashreplace"
-        ),
+        CARD_FILE: card.encode(errors="backslashreplace"),
         CONFIG_FILE: json.dumps(values, indent=2).encode(),
         VOCABULARY_FILE: (run / VOCABULARY_FILE).read_bytes(),
         STATE_FILE: STATE,
@@ -98,7 +98,7 @@ def _read_checkpoint(prefix: str) -> dict[str, bytes]:
 # The model card.
 
 
-def _make_card(name: str, config: RunConfig, metrics: dict[str, Any], num_weights: int, with_consensus: bool) -> str:
+def _make_card(name: str, config: RunConfig, metrics: dict[str, Any], num_weights: int, index: str) -> str:
     """Fills model_card.md in: what a run is, how it was trained and scored, and its limits (Mitchell et al. 2019)."""
     features, data = config.features, config.data
     scores = [_score_row(file, scored) for file, scored in metrics.items()]
@@ -113,9 +113,7 @@ def _make_card(name: str, config: RunConfig, metrics: dict[str, Any], num_weight
         source=f"the annotations `{data.annotations}`" if data.annotations else f"the dataset {data.dataset}",
         data=_list_changed(data),
         num_unreadable=len(config.unreadable_images),
-        index=f"`{INDEX_FILE}` holds the names of the training images and their captions."
-        if with_consensus
-        else NO_INDEX,
+        index=index,
         fingerprint=config.data_fingerprint,
         cell="an LSTM" if config.model.decoder == "paper-lstm" else "a GRU",
         attention=config.model.attention,
