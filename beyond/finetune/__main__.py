@@ -19,9 +19,9 @@ import features
 import model
 import train
 from beyond.finetune.cnn_blocks import TrainedCNN, trainable_from
-from beyond.finetune.images import ImageReader, augment, explain_failure
+from beyond.finetune.images import ImageReader, augment, explain_failure, find_images_with, mirror
 from beyond.start import check_start, parse_start
-from captioning.base.cli import InputError, make_parser, run_main
+from captioning.base.cli import InputError, log, make_parser, run_main
 from captioning.base.files import file_sha256
 from captioning.base.quiet_tensorflow import tf
 from captioning.config.options import Settings, add_options, option
@@ -30,12 +30,20 @@ from captioning.config.settings import FeatureConfig, TrainConfig
 from captioning.images.cnn_loader import computing_in, find_cnn
 from captioning.images.feature_cache import CNN_FILE, check_cnn_weights, find_cnn_weights
 from captioning.images.reading import set_max_megapixels
-from captioning.runs.run_folder import CONFIG_FILE, best_checkpoint, read_config, restore_weights, write_config
+from captioning.runs.run_folder import (
+    CONFIG_FILE,
+    VOCABULARY_FILE,
+    best_checkpoint,
+    read_config,
+    restore_weights,
+    write_config,
+)
 from captioning.training.checkpoints import Checkpoints, TrainState
 from captioning.training.input_pipeline import Batch
 from captioning.training.objective import CrossEntropy
 from captioning.training.optimizer import slow_down
 from data_utils import CaptionDataset
+from tokenizer import Tokenizer
 
 # Few epochs, since every image goes through the CNN, once for all its captions; and a decoder that moves slowly, since
 # it has converged.
@@ -57,6 +65,11 @@ class FinetuneConfig(Settings):
     cnn_learning_rate: float = option(
         1e-5, "learning rate of the CNN; --learning-rate is the decoder's", bounds="(0, inf)"
     )
+    mirror_unless: str | None = option(
+        None,
+        "mirror half of the images, at random, but none with a caption that has one of these words, such as left,right",
+        metavar="WORD,...",
+    )
 
 
 class AugmentedCrossEntropy(CrossEntropy):
@@ -65,10 +78,29 @@ class AugmentedCrossEntropy(CrossEntropy):
     starts_trained = True
     can_be_compiled = False  # convolutions would take longer: XLA's flags leave out the search for their fastest form
 
+    def __init__(self, config: TrainConfig, side_words: list[int] | None = None):
+        super().__init__(config)
+        self.side_words = side_words  # of captions whose images are not mirrored; None: no image is
+
     def prepare(self, model: tf.keras.Model, batch: Batch, step: tf.Tensor) -> Batch:
         """Augments the images of a batch, whose `features` are pixels (I, size, size, 3) uint8."""
         seeds = tf.stack([tf.constant(self.config.seed, tf.int64), tf.cast(step, tf.int64)])  # (2,)
-        return batch._replace(features=augment(batch.features, seeds))
+        pixels = augment(batch.features, seeds)
+        if self.side_words is not None:
+            has_side = find_images_with(tf.constant(self.side_words, tf.int32), batch)  # (I,)
+            pixels = mirror(pixels, ~has_side, tf.random.experimental.stateless_fold_in(seeds, 1))
+        return batch._replace(features=pixels)
+
+
+def find_side_words(start: Path, words: str | None) -> list[int] | None:
+    """Returns the ids of the words of --mirror-unless, and names those that no caption has; None if it is not given."""
+    if words is None:
+        return None
+    word_index = Tokenizer.load(start / VOCABULARY_FILE).word_index
+    names = [word.strip().lower() for word in words.split(",")]
+    if unknown := [name for name in names if name not in word_index]:
+        log(f"--mirror-unless: the vocabulary has no {', '.join(map(repr, unknown))}")
+    return [word_index[name] for name in names if name in word_index]
 
 
 class CNNCheckpoints(Checkpoints):
@@ -145,7 +177,8 @@ def build(
     caption_model = model.build(config.model, config.cnn.features_shape, settings.mixed_precision)
     restore_weights(best_checkpoint(start), caption_model)
     caption_model.cnn = cnn
-    state = train.make_train_state(caption_model, AugmentedCrossEntropy(settings), settings)
+    side_words = find_side_words(start, config.objective["mirror_unless"])
+    state = train.make_train_state(caption_model, AugmentedCrossEntropy(settings, side_words), settings)
     train.choose_decoder_loop(caption_model, settings)
     factor = config.objective["cnn_learning_rate"] / settings.learning_rate
     slow_down(state.optimizer, cnn.trainable_variables, factor)

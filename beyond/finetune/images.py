@@ -11,9 +11,10 @@ import numpy as np
 from captioning.base.cli import InputError
 from captioning.base.quiet_tensorflow import tf
 from captioning.images.feature_cache import CNN_FILE, FeatureSource
+from captioning.training.input_pipeline import Batch
 from features import load_image
 
-# Augmentation: small, and never a mirror image, since captions say left and right.
+# Augmentation: small.
 MIN_CROP = 0.9  # share of a side that is kept
 MAX_BRIGHTNESS = 0.1 * 255  # added to all channels alike, or subtracted
 MAX_CONTRAST = 0.1  # of 1, more or less
@@ -58,6 +59,18 @@ def explain_failure(source: FeatureSource) -> Iterator[None]:
         if isinstance(source, ImageReader) and source.failure:
             raise source.failure from None
         raise
+
+
+def find_images_with(words: tf.Tensor, batch: Batch) -> tf.Tensor:
+    """Tells of which images of a batch a caption has one of some words, whose ids are given: (I,) bool."""
+    has_word = tf.reduce_any(batch.tokens[:, :, tf.newaxis] == words, axis=[1, 2])  # (B,)
+    return tf.math.unsorted_segment_max(tf.cast(has_word, tf.int32), batch.image_index, tf.size(batch.images)) > 0
+
+
+def mirror(pixels: tf.Tensor, is_allowed: tf.Tensor, seed: tf.Tensor) -> tf.Tensor:
+    """Mirrors half of the images (I, size, size, 3) for which it is allowed (I,), at random."""
+    chosen = tf.random.stateless_uniform(tf.shape(is_allowed), seed) < 0.5
+    return tf.where((is_allowed & chosen)[:, tf.newaxis, tf.newaxis, tf.newaxis], pixels[:, :, ::-1], pixels)
 
 
 def augment(pixels: tf.Tensor, seed: tf.Tensor) -> tf.Tensor:

@@ -12,7 +12,7 @@ from captioning.config.options import Settings, option, path_option
 
 SEEDS = "[0, 4294967296)"  # NumPy's are below 2 ** 32
 MAX_TOKENS = 10_000  # of a caption
-CONSENSUS_BEAM = 10  # of --choose consensus, which needs captions to choose from
+CONSENSUS_BEAM = 20  # of --choose consensus, which needs captions to choose from
 MAX_MEGAPIXELS = 179  # Pillow's own limit against decompression bombs
 
 

@@ -16,7 +16,7 @@ from beyond.consensus.index import INDEX_FILE, Index, Whitening, mean_features, 
 from captioning.base.cli import InputError
 from captioning.base.files import write_json
 from captioning.base.quiet_tensorflow import tf
-from captioning.config.settings import DecodeConfig
+from captioning.config.settings import CONSENSUS_BEAM, DecodeConfig
 from captioning.data.annotations import Example
 from captioning.images.image_records import ImageRecords
 from captioning.output.captions import Caption
@@ -252,7 +252,7 @@ def test_captions_of_a_run_are_chosen_from_its_beam(loaded, dataset, cache):
     examples = dataset.split("val")
     captioner = loaded.with_decoding(dataclasses.replace(CONSENSUS, captions=2))
     chosen = evaluate.caption_examples(captioner, dataset.image_dir, examples, cache)
-    wide = dataclasses.replace(captioner.decode_config, choose="probability", captions=10)
+    wide = dataclasses.replace(captioner.decode_config, choose="probability", captions=CONSENSUS_BEAM)
     beams = evaluate.caption_examples(loaded.with_decoding(wide), dataset.image_dir, examples, cache)
     for caption, beam in zip(chosen, beams, strict=True):
         texts = {each.text: each for each in (beam, *beam.alternatives)}

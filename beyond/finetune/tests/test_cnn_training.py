@@ -20,7 +20,7 @@ import train
 from beyond.cider import __main__ as cider
 from beyond.finetune import __main__ as finetune
 from beyond.finetune.cnn_blocks import TrainedCNN, find_blocks, trainable_from
-from beyond.finetune.images import augment
+from beyond.finetune.images import augment, find_images_with, mirror
 from captioning.base.cli import InputError
 from captioning.base.files import file_sha256, read_json
 from captioning.base.quiet_tensorflow import tf
@@ -30,6 +30,7 @@ from captioning.images.cnn_loader import find_cnn
 from captioning.images.feature_cache import open_run_cache
 from captioning.scores import metrics
 from captioning.training import training_log
+from captioning.training.input_pipeline import Batch
 
 layers = tf.keras.layers
 CNN = ["--cnn", "mobilenet_v3_large", "--image-size", "64", "--cnn-weights", "random"]
@@ -148,6 +149,18 @@ def test_augment_keeps_shape_range_and_sides(rng):
     assert (augment(tf.constant(pixels), tf.constant([3, 6], tf.int64)).numpy() != images).any((1, 2, 3))[16:].all()
 
 
+def test_images_are_mirrored_unless_a_caption_names_a_side(rng):
+    left, dog = 7, 8
+    tokens = tf.constant([[2, dog, 3, 0], [2, left, dog, 3], [2, dog, dog, 3]])
+    batch = Batch(None, tf.constant([2, 0, 0]), tokens, tf.constant([5, 6, 7]), None)
+    assert find_images_with(tf.constant([left, 9]), batch).numpy().tolist() == [True, False, False]
+    pixels, allowed = rng.integers(0, 256, (40, 4, 4, 3), np.uint8), np.arange(40) % 2 == 0
+    mirrored = mirror(tf.constant(pixels), tf.constant(allowed), tf.constant([3, 5], tf.int64)).numpy()
+    is_mirrored = (mirrored == pixels[:, :, ::-1]).all((1, 2, 3))
+    assert (is_mirrored | (mirrored == pixels).all((1, 2, 3))).all()
+    assert not is_mirrored[~allowed].any() and 4 < is_mirrored[allowed].sum() < 16
+
+
 @pytest.mark.slow
 def test_trained_cnn_rounds_features_as_inference_does(rng):
     extractor = features.build_feature_extractor("random", CNNS["mobilenet_v3_large"].at(64))
@@ -168,7 +181,7 @@ def test_trained_cnn_rounds_features_as_inference_does(rng):
 
 
 @pytest.mark.slow
-def test_mixed_precision_trains_the_cnn_in_float16(inside, tmp_path):
+def test_mixed_precision_trains_the_cnn_in_float16(inside, tmp_path, capsys):
     dtypes = []
 
     def on_step(state):
@@ -176,7 +189,8 @@ def test_mixed_precision_trains_the_cnn_in_float16(inside, tmp_path):
         dtypes.append((cnn.output.dtype, cnn.trainable_variables[0].dtype, state.model.cnn.extractor.output.dtype))
 
     start = copy_run("runs/shapes", tmp_path / "start")
-    train_cnn("--mixed-precision", "--epochs", "1", run=start, on_step=on_step)
+    train_cnn("--mixed-precision", "--epochs", "1", "--mirror-unless", "left,norden", run=start, on_step=on_step)
+    assert "the vocabulary has no 'norden'" in capsys.readouterr().err
     assert set(dtypes) == {("float16", "float32", "float32")}
     before, now = (inference.Captioner.load(run).extractor for run in (start, tmp_path / "start_cnn"))
     kernels = [find_cnn(extractor).get_layer("b5_conv").kernel for extractor in (before, now)]
