@@ -105,6 +105,7 @@ def test_file_that_is_no_index_is_refused(tmp_path, content):
         Index.load(tmp_path / "index.npz")
 
 
+@pytest.mark.slow
 def test_index_with_words_that_the_vocabulary_lacks_is_refused(loaded):
     make_chooser(loaded)
     index = Index.load(loaded.run / INDEX_FILE)
@@ -197,6 +198,7 @@ def test_index_of_a_run_is_made_once(loaded, dataset, capsys):
     assert "index" not in err and "only 16 training images" in err, "it is read; so few images are named"
 
 
+@pytest.mark.slow
 def test_index_that_cannot_be_written_serves_this_time(loaded, monkeypatch, capsys):
     def save(*_):
         raise PermissionError(errno.EACCES, "Permission denied")
@@ -206,12 +208,14 @@ def test_index_that_cannot_be_written_serves_this_time(loaded, monkeypatch, caps
     assert "cannot be written (Permission denied): the index will be made again" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_index_of_other_data_is_made_again(loaded, index, capsys):
     index.save(loaded.run / INDEX_FILE)
     assert len(make_chooser(loaded).index.names) == 16
     assert "it is made again" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_index_of_images_that_were_replaced_is_made_again(loaded, dataset, cache, capsys):
     make_chooser(loaded)
     name = dataset.split("train")[3].image_path
@@ -225,6 +229,7 @@ def test_index_of_images_that_were_replaced_is_made_again(loaded, dataset, cache
     assert "it is made again" not in capsys.readouterr().err, "on a machine without the features"
 
 
+@pytest.mark.slow
 def test_index_is_made_from_the_images_where_there_are_no_features(loaded, monkeypatch):
     from_cache = make_chooser(loaded).index
 
@@ -239,6 +244,7 @@ def test_index_is_made_from_the_images_where_there_are_no_features(loaded, monke
     np.testing.assert_allclose(index.whitening.center, 41**-0.5, rtol=1e-3)
 
 
+@pytest.mark.slow
 def test_run_without_its_data_says_where_the_index_is_made(loaded, monkeypatch):
     def load_dataset(*_):
         raise InputError("captions.csv: no such file")
@@ -248,6 +254,7 @@ def test_run_without_its_data_says_where_the_index_is_made(loaded, monkeypatch):
         Captioner.load(loaded.run, CONSENSUS)
 
 
+@pytest.mark.slow
 def test_captions_of_a_run_are_chosen_from_its_beam(loaded, dataset, cache):
     examples = dataset.split("val")
     captioner = loaded.with_decoding(dataclasses.replace(CONSENSUS, captions=2))
