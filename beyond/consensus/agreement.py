@@ -33,7 +33,7 @@ def find_ngrams(tokens: np.ndarray) -> NGrams:
         last = words[:, n:]  # the last words of the n-grams that begin at each place
         codes = codes[:, : last.shape[1]] * BASE + last  # which leaves the highest bits out
         caption, place = np.nonzero(last != PAD_ID)
-        parts.append(NGrams(caption, codes[caption, place], np.full(len(caption), n)))
+        parts.append(NGrams(caption, codes[caption, place], np.full(len(caption), n, np.int8)))
     return NGrams(*map(np.concatenate, zip(*parts, strict=True)))
 
 
