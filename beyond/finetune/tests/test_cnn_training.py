@@ -220,7 +220,7 @@ def test_settings_come_from_the_start(inside, trained):
     start, config = (read_json(Path(run) / "config.json") for run in ("runs/shapes", RUN))
     assert config["model"] == start["model"] and config["data"] == start["data"]
     assert config["train"]["label_smoothing"] == 0.1 and config["train"]["shuffle_by"] == finetune.RECIPE["shuffle_by"]
-    assert config["objective"] == {"block": 4, "cnn_learning_rate": 1e-3}
+    assert config["objective"] == {"block": 4, "cnn_learning_rate": 1e-3, "mirror_unless": None}
     assert config["features"]["weights"] == "cnn.weights.h5" and config["features"]["folder"] == "features"
     assert config["features"]["sha256"] == file_sha256(RUN / "cnn.weights.h5") != start["features"]["sha256"]
     assert len(read_history(RUN)) == 2
