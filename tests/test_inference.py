@@ -32,9 +32,9 @@ def extract_mean(pixels, training=False):
 build_once = functools.cache(model.build)  # of one size, so that its decoding is compiled once
 
 
-def decode_three_words(model, image_features, config, keys=None):
+def decode_three_words(*arguments, **options):
     """Decodes with the real model, and cuts its captions: an untrained model goes on to 50 words, slow to plot."""
-    return DecodedBatch(*(tensor[:, :3] for tensor in decode(model, image_features, config, keys)[:3]))
+    return DecodedBatch(*(tensor[:, :3] for tensor in decode(*arguments, **options)[:3]))
 
 
 @pytest.fixture

@@ -138,7 +138,7 @@ def test_captioner_reads_images_as_for_the_training(
     config = dataclasses.replace(run_config, features={**cache.manifest, "folder": "unused"})
     captioner = inference.Captioner(small_model, tokenizer, config, tmp_path)
     monkeypatch.setattr(inference.Captioner, "extract_features", lambda self, pixels: seen.append(pixels))
-    monkeypatch.setattr(inference, "decode", lambda *_: None)
+    monkeypatch.setattr(inference, "decode", lambda *_, **__: None)
     monkeypatch.setattr(inference, "to_captions", lambda *_: [Caption("", (), (), np.zeros((0, 64)))])
     monkeypatch.setattr(inference, "write_plot", lambda *_: True)
     captioner.caption(path)
