@@ -52,6 +52,7 @@ MAX_FEATURE_DIFFERENCE = 1e-3  # of float32, relative to the CPU's
 MAX_LOSS_DIFFERENCE = 1e-4  # of a step, relative to the CPU's
 MIN_EQUAL_CAPTIONS = 0.95  # of random weights, with which words are nearly equally probable
 NUM_STEPS_COMPARED = 5
+SEARCHES = ((1, False), (1, True), (5, False), (5, True))  # the beam, and whether XLA compiles it
 ROUNDS = 3  # of each measurement, whose median counts
 ROOT = Path(__file__).parents[1]
 ON_DISK = TrainConfig(jit="off", features_on_gpu="off")  # as on a CPU
@@ -215,7 +216,7 @@ def measure_search(report: Report, folder: Path, sizes: Sizes) -> None:
     caption_model = model.build(sizes.model)
     batch_size = sizes.batch_sizes[0]
     image_features = np.random.default_rng(0).random((batch_size, 64, 2048), np.float32)
-    for beam_size, with_xla in ((1, False), (1, True), (5, False), (5, True)):
+    for beam_size, with_xla in SEARCHES:
         config = dataclasses.replace(captioning.GREEDY, beam_size=beam_size)
         arguments = (caption_model, image_features, batch_size, config, with_xla)
         run = functools.partial(captioning.project_captions, *arguments)

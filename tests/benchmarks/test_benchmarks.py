@@ -93,7 +93,8 @@ def test_features_measures_the_cnn_and_decoding(small_cnn, monkeypatch, capsys):
     assert features.count_multiplications(cnn) == 4 * 4 * 3 * 3 * 3 * 4
 
 
-def test_gpu_compares_with_the_cpu(small_cnn, capsys):
+def test_gpu_compares_with_the_cpu(small_cnn, monkeypatch, capsys):
+    monkeypatch.setattr(gpu, "SEARCHES", ((5, False),))
     with pytest.raises(SystemExit) as end:
         gpu.main(["--small", "--only", "numbers", "search", "features", "pytorch"])
     result = read_result(capsys)
