@@ -94,6 +94,7 @@ def test_generate_captions_of_many_images_on_a_gpu_compiles_for_one_shape(
     assert len({caption.text for caption in captions}) > 5
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("small_gpu")
 def test_generate_captions_goes_on_where_xla_fails(small_model, tokenizer, cache, dataset, monkeypatch, capsys):
     def step_in_python(*arguments):
