@@ -39,7 +39,7 @@ from captioning.base.quiet_tensorflow import tf
 from captioning.config.options import add_options
 from captioning.config.settings import DATA_PATHS, DataConfig, DecodeConfig, FeatureConfig
 from captioning.data.annotations import SPLITS, Example
-from captioning.decoder.decoding import StepModel
+from captioning.decoder.decoding import StepModel, can_be_compiled
 from captioning.images.feature_cache import FeatureCache, FeatureSource, map_prefetch, open_run_cache
 from captioning.images.image_records import ImageRecords
 from captioning.runs.run_folder import open_run, read_config
@@ -119,8 +119,7 @@ def generate_captions(  # noqa: PLR0913 - all that the captions depend on
     with_xla = False
     if isinstance(cache, FeatureCache):
         batch_size = widen(batch_size)
-        is_compiled = not (config.sample or config.min_words or config.no_repeat)
-        with_xla = is_compiled and has_gpu() and len(examples) >= XLA_MIN_IMAGES
+        with_xla = can_be_compiled(config) and has_gpu() and len(examples) >= XLA_MIN_IMAGES
     paths = [os.fsencode(cache.path(example.image_path)) for example in examples]
     # The decoder follows several captions of each image: batches get smaller, so that its memory does not grow.
     num_rows = config.captions if config.sample else config.num_beams

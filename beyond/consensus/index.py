@@ -25,7 +25,7 @@ from captioning.base.quiet_tensorflow import tf
 from captioning.base.special_tokens import PAD_ID
 from captioning.config.run_config import RunConfig
 from captioning.data.annotations import Example
-from captioning.images.feature_cache import FeatureCache, map_prefetch
+from captioning.images.feature_cache import FeatureCache, location_fields, map_prefetch
 from captioning.images.image_records import ImageRecords
 from captioning.images.reading import map_threads
 from data_utils import CaptionDataset
@@ -192,7 +192,7 @@ def _check_arrays(arrays: Mapping[str, np.ndarray], num_images: int) -> None:
     if not (are_starts and have_sizes and len(images) == num_images + 1):
         raise InputError(f"expected the captions of {num_images} images, found others")
     are_finite = all(np.isfinite(arrays[name]).all() for name in ("center", "projection", "vectors"))
-    if not are_finite or (np.diff(arrays["codes"]) == 0).any() or (np.sort(arrays["codes"]) != arrays["codes"]).any():
+    if not are_finite or (arrays["codes"][1:] <= arrays["codes"][:-1]).any():
         raise InputError("expected numbers, and n-grams in order, found others")
     if arrays["words"].min(initial=0) < 0 or arrays["counts"].min(initial=1) < 1:
         raise InputError("expected ids of words and counts of images, found negative ones")
@@ -221,8 +221,8 @@ def normalize(vectors: np.ndarray) -> np.ndarray:
 
 def describe_source(config: RunConfig) -> dict[str, Any]:
     """Returns what an index depends on: how features are computed, the training's data, and the ids of the words."""
-    ignored = {"folder", "images", "weights" if "sha256" in config.features else "sha256"}
-    features = {name: value for name, value in config.features.items() if name not in ignored}
+    where = location_fields(config.features)
+    features = {name: value for name, value in config.features.items() if name not in where}
     return {"features": features, "data": config.data_fingerprint, "vocabulary": config.vocabulary_sha256}
 
 

@@ -45,6 +45,11 @@ class DecodedBatch(NamedTuple):
     attention: tf.Tensor  # (R, T, L), the attention weights of each step
 
 
+def can_be_compiled(config: DecodeConfig) -> bool:
+    """Tells whether XLA compiles a search: not with constraints, which depend on a number of words that changes."""
+    return not (config.sample or config.min_words or config.no_repeat)
+
+
 def decode(
     model: StepModel,
     features: tf.Tensor,
@@ -55,8 +60,8 @@ def decode(
     """Captions features (B, L, 2048) as the settings ask, `config.num_candidates` times each.
 
     `pixels` are the images themselves, if known. With the seed they decide the numbers by which random words are drawn.
-    With `with_xla` XLA compiles the search, anew for each shape of features, and T is the largest number of words; not
-    for random words, nor with constraints, which depend on a number of words that changes.
+    With `with_xla` XLA compiles the search if it can, anew for each shape of features, and T is the largest number of
+    words.
     """
     max_words = config.max_words or MAX_WORDS
     constraints = Constraints(config.min_words, config.no_repeat)
@@ -66,7 +71,7 @@ def decode(
         # As tensors: a graph that was made for one temperature serves all.
         temperature, top_p = tf.constant(config.temperature), tf.constant(config.top_p)
         return sample_words(model, features, numbers, temperature, top_p, constraints)
-    with_xla = with_xla and constraints == NO_CONSTRAINTS
+    with_xla = with_xla and can_be_compiled(config)
     if config.num_beams == 1:
         search = xla_greedy_search if with_xla else greedy_search
         return search(model, features, max_words, constraints)

@@ -232,6 +232,12 @@ def compare_manifests(
     return find_difference({"precision": "float32"} | ours, {"precision": "float32"} | theirs, ignored)
 
 
+def location_fields(manifest: dict[str, Any]) -> set[str]:
+    """Returns the fields of a run's manifest that say where something is, and not how features are computed."""
+    # A file of weights is identified by its content, not by its name. The images may have moved.
+    return {"folder", "images", "weights" if "sha256" in manifest else "sha256"}
+
+
 def open_run_cache(manifest: dict[str, Any]) -> FeatureCache:
     """Opens the cache of a run, by the manifest in its config.json, which also has the cache's `folder`.
 
@@ -240,9 +246,7 @@ def open_run_cache(manifest: dict[str, Any]) -> FeatureCache:
     """
     folder = Path(manifest["folder"])
     stored = read_manifest(folder)
-    # A file of weights is identified by its content, not by its name. The images may have moved.
-    ignored = {"folder", "images", "weights" if "sha256" in manifest else "sha256"}
-    if difference := compare_manifests(stored, manifest, ignored):
+    if difference := compare_manifests(stored, manifest, ignored=location_fields(manifest)):
         key, found, expected = difference
         raise InputError(
             f"{folder} does not hold the features this run was trained with: its {key} is {found}, that of the run's "
