@@ -337,9 +337,11 @@ def evaluate_results(args: argparse.Namespace) -> None:
 
 def evaluate_run(args: argparse.Namespace) -> Evaluation:
     """Captions and scores the split of the command line, prints the scores and writes all into the run folder."""
-    captioner = inference.Captioner.load(args.run, DecodeConfig.from_args(args))
+    locations = data_utils.locations_from_args(args)
+    moved = locations | ({"features_dir": args.features_dir} if args.features_dir else {})
+    captioner = inference.Captioner.load(args.run, DecodeConfig.from_args(args), locations=moved)
     check_spice_words(args, captioner.tokenizer.words)
-    dataset = data_utils.load_run_dataset(captioner.config, locations=data_utils.locations_from_args(args))
+    dataset = data_utils.load_run_dataset(captioner.config, locations=locations)
     examples = select_split(dataset, args.split)
     boxes = read_boxes(args.boxes, examples, dataset.image_dir) if args.boxes else []
 
@@ -356,6 +358,7 @@ def evaluate_run(args: argparse.Namespace) -> Evaluation:
     metrics = {
         "run": str(captioner.run),
         **captioner.decode_config.to_json(),
+        "beam_size": captioner.decode_config.num_beams,
         **scored,
         "unfinished captions": round(100 * num_unfinished / len(captions), 1),
         "split": args.split,

@@ -21,6 +21,7 @@ import itertools
 import random
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Protocol
 
 import numpy as np
@@ -108,7 +109,7 @@ class Captioner:
         decode_config: how captions are searched for.
         image_size: the sides of the square images that the CNN takes, in pixels.
         compile_cnn: whether the CNN runs as a graph, which is several times faster but takes seconds to build.
-        chooser: what chooses among the captions of a beam, if not their probability.
+        locations: where the data of the run, and its `features_dir`, are now, if they were moved.
     """
 
     def __init__(
@@ -127,24 +128,32 @@ class Captioner:
         self.decode_config = self._with_max_words(decode_config)
         self.image_size = config.cnn.image_size
         self.compile_cnn = compile_cnn
+        self.locations: Mapping[str, Any] = {}
         self._choosers: dict[str, Chooser] = {}  # of this captioner and those of other searches of the run
-        self.chooser = self._find_chooser()
 
     @classmethod
-    def load(cls, run: Path | str | None, config: DecodeConfig = GREEDY, compile_cnn: bool = True) -> "Captioner":
+    def load(
+        cls,
+        run: Path | str | None,
+        config: DecodeConfig = GREEDY,
+        compile_cnn: bool = True,
+        locations: Mapping[str, Any] = MappingProxyType({}),
+    ) -> "Captioner":
         """Loads a run: its folder, a .zip of it or the address of one; None for the latest in runs/."""
         folder = open_run(run)
-        return cls(*load_run(folder), folder, config, compile_cnn)
+        captioner = cls(*load_run(folder), folder, config, compile_cnn)
+        captioner.locations = locations
+        return captioner
 
     def with_decoding(self, config: DecodeConfig) -> "Captioner":
         """Returns a captioner of the same run with another search; they share the CNN if it is built already."""
         other = copy.copy(self)
         other.decode_config = self._with_max_words(config)
-        other.chooser = other._find_chooser()
         return other
 
-    def _find_chooser(self) -> Chooser | None:
-        """Finds what chooses among the captions of a beam; None if their probability does."""
+    @property
+    def chooser(self) -> Chooser | None:
+        """What chooses among the captions of a beam, loaded when it is first needed; None if their probability does."""
         choose = self.decode_config.choose
         if choose == "probability":
             return None
@@ -403,7 +412,8 @@ def load_captioner(args: argparse.Namespace) -> Captioner:
     set_max_megapixels(args.max_megapixels)
     # For a single image, building a graph of the CNN would take longer than running it as it is.
     compile_cnn = (len(args.inputs) or args.num_images) > 1
-    captioner = Captioner.load(args.run, DecodeConfig.from_args(args), compile_cnn)
+    locations = data_utils.locations_from_args(args)
+    captioner = Captioner.load(args.run, DecodeConfig.from_args(args), compile_cnn, locations)
     log(f"run: {captioner.run}")
     return captioner
 

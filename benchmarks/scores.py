@@ -21,7 +21,9 @@ from typing import Any, NamedTuple
 
 from captioning.base.cli import InputError, log, make_parser, run_main
 from captioning.base.files import atomic_write, write_json
+from captioning.base.quiet_tensorflow import tf
 from captioning.config.settings import DecodeConfig
+from captioning.runs.run_folder import latest_checkpoint
 from captioning.training.training_log import read_history
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -130,13 +132,13 @@ def describe(name: str, seed: int, run: Path, beam: DecodeConfig) -> dict[str, A
     """Returns a line of the table: what was trained for how long, which epoch was the best, and its scores."""
     metrics = score(run, beam)
     history = read_history(run / "history.csv")
-    ciders = [float(row["cider"] or 0) for row in history]
+    checkpoint = tf.train.load_checkpoint(latest_checkpoint(run / "checkpoints/last"))
     return {
         "row": name,
         "options": ROWS[name].options,
         "seed": seed,
         "beam": beam_name(beam),
-        "best epoch": int(history[ciders.index(max(ciders))]["epoch"]),
+        "best epoch": int(checkpoint.get_tensor("progress/best_epoch/.ATTRIBUTES/VARIABLE_VALUE")),  # 0: the start
         "epochs": len(history),
         "minutes": round(sum(float(row["train_seconds"]) for row in history) / 60, 1),
         **{column: metrics["scores"].get(column) for column in COLUMNS},

@@ -166,13 +166,17 @@ def test_check_features_refuses_those_of_another_image(dataset, cache):
 
 
 @pytest.mark.slow
-def test_main_writes_captions_and_metrics_of_a_run(captioner, dataset, monkeypatch, capsys):
-    def load(run, config):
+def test_main_writes_captions_and_metrics_of_a_run(captioner, dataset, cache, monkeypatch, capsys):
+    given = []
+
+    def load(run, config, locations):
+        given.append(locations)
         return Captioner(captioner.model, captioner.tokenizer, captioner.config, Path(run), config)
 
     monkeypatch.setattr(Captioner, "load", load)
     monkeypatch.setattr(evaluate.data_utils, "load_run_dataset", lambda config, locations: dataset)
-    evaluate.main(["--run", str(captioner.run), "--beam-size", "2", "--length-penalty", "0.5"])
+    options = ["--beam-size", "2", "--length-penalty", "0.5", "--features-dir", str(cache.folder)]
+    evaluate.main(["--run", str(captioner.run), *options])
     written = json.loads((captioner.run / "metrics_val_beam2_penalty0.5.json").read_text())
     assert (written["split"], written["images"], written["tokenizer"]) == ("val", 4, "PTB")
     assert (
@@ -190,6 +194,7 @@ def test_main_writes_captions_and_metrics_of_a_run(captioner, dataset, monkeypat
     assert printed == {name: round(value, 1) for name, value in (written["scores"] | ratios).items()}
     assert list(printed) == [*written["scores"], *ratios]
     evaluate.main(["--run", str(captioner.run), "--split", "all"])
+    assert given == [{"features_dir": str(cache.folder)}, {}]
     assert len(json.loads((captioner.run / "captions_all.json").read_text())) == 24
     assert json.loads((captioner.run / "metrics_all.json").read_text())["images"] == 24
 
@@ -206,7 +211,7 @@ def test_results_of_other_searches_have_other_names():
 
 
 def test_main_writes_a_table_of_the_images(captioner, dataset, tmp_path, monkeypatch):
-    monkeypatch.setattr(Captioner, "load", lambda run, config: captioner)
+    monkeypatch.setattr(Captioner, "load", lambda *_, **__: captioner)
     monkeypatch.setattr(evaluate.data_utils, "load_run_dataset", lambda config, locations: dataset)
     captioner.tokenizer = Tokenizer(captioner.tokenizer.index_word, "characters")
     evaluate.main(["--run", str(captioner.run), "--per-image", str(tmp_path / "scores.csv")])
@@ -219,7 +224,7 @@ def test_main_writes_a_table_of_the_images(captioner, dataset, tmp_path, monkeyp
 
 
 def test_main_measures_the_attention_in_boxes(captioner, dataset, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(Captioner, "load", lambda run, config: captioner)
+    monkeypatch.setattr(Captioner, "load", lambda *_, **__: captioner)
     monkeypatch.setattr(evaluate.data_utils, "load_run_dataset", lambda config, locations: dataset)
     names = [example.image_path for example in dataset.split("val")]
     attention = np.eye(64)[[10, 10]]  # all of it in the second row and the third column of the 8x8 locations
@@ -292,7 +297,7 @@ def test_parse_chooses_split():
 
 
 def test_main_refuses_spice_before_captions_are_generated(captioner, monkeypatch):
-    monkeypatch.setattr(Captioner, "load", lambda run, config: captioner)
+    monkeypatch.setattr(Captioner, "load", lambda *_, **__: captioner)
     with pytest.raises(InputError, match="--spice needs Java 8 to 15, found none"):
         monkeypatch.setattr(java_scores, "java_version", lambda: None)
         evaluate.main(["--run", str(captioner.run), "--spice"])

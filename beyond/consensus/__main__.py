@@ -13,6 +13,7 @@ import argparse
 import os
 
 import data_utils
+import evaluate
 from beyond.consensus.index import INDEX_FILE, build_index, save_index
 from captioning.base.cli import InputError, add_quiet_option, make_parser, print_results, run_main
 from captioning.config.options import add_options
@@ -37,9 +38,11 @@ def main(argv: list[str] | None = None) -> None:
     captioner = Captioner.load(args.run)
     if not os.access(captioner.run, os.W_OK):
         raise InputError(f"{captioner.run}: expected a folder that can be written, for {INDEX_FILE}")
-    dataset = data_utils.load_run_dataset(captioner.config, locations=data_utils.locations_from_args(args))
+    cache = evaluate.open_features(captioner, args.features_dir)
+    # Downloads what is missing of the data; images only if there are no features.
+    dataset = data_utils.load_run_dataset(captioner.config, cache is None, data_utils.locations_from_args(args))
     path = captioner.run / INDEX_FILE
-    save_index(build_index(captioner, dataset, args.features_dir), path)
+    save_index(build_index(captioner, dataset, cache), path)
     print_results(path)
 
 

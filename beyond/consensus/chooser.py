@@ -2,14 +2,17 @@
 
 import dataclasses
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
 import data_utils
+import evaluate
 from beyond.consensus.agreement import cider_d
 from beyond.consensus.index import INDEX_FILE, Index, build_index, is_current, mean_features, pad, save_index
 from captioning.base.cli import InputError, log
 from captioning.base.quiet_tensorflow import tf
+from captioning.data.datasets import find_source
 from captioning.output.captions import Caption, SimilarImage
 from inference import Captioner
 from tokenizer import Tokenizer
@@ -66,15 +69,21 @@ class ConsensusChooser:
         return SimilarImage(self.index.names[number], float(cosine), captions)
 
 
-def _build(captioner: Captioner) -> Index:
-    # Locations, though they are those of the run: without any, the error would advise to name some here.
-    locations = {"data_dir": captioner.config.data.data_dir}
+def _build(captioner: Captioner, features_dir: str | None = None, **locations: Any) -> Index:
+    """Builds the index of a run, without downloading anything."""
+    config = captioner.config
+    data = dataclasses.replace(config.data, **locations)
+    # Named in any case, since without a location an error would advise to name some here.
+    locations = {"data_dir": data.data_dir} | locations
     try:
-        return build_index(captioner, data_utils.load_run_dataset(captioner.config, locations=locations))
+        if missing := find_source(data, with_images=False).find_missing_annotations():
+            raise InputError(f"{missing[0].name} is not in {missing[0].folder}")
+        dataset = data_utils.load_run_dataset(config, with_images=False, locations=locations)
     except InputError as error:
         command = f"python -m beyond.consensus --run {captioner.run}"
         hint = f"make the index with `{command}`, which takes where they are now (--annotations, --images, ...)"
         raise InputError(f"--choose consensus needs the training images and captions ({error}); {hint}") from None
+    return build_index(captioner, dataset, evaluate.open_features(captioner, features_dir))
 
 
 def make_chooser(captioner: Captioner) -> ConsensusChooser:
@@ -85,11 +94,11 @@ def make_chooser(captioner: Captioner) -> ConsensusChooser:
     """
     path = captioner.run / INDEX_FILE
     index = Index.load(path) if path.exists() else None
-    if index and not is_current(index, captioner.config):
+    if index and not is_current(index, captioner.config, captioner.locations.get("features_dir")):
         log(f"{path}: made from other images or captions, or for other weights: it is made again")
         index = None
     if index is None:
-        index = _build(captioner)
+        index = _build(captioner, **captioner.locations)
         try:
             save_index(index, path)
         except OSError as error:

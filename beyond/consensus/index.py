@@ -7,9 +7,11 @@ the CNN's features over its locations, at length 1, whitened, and at length 1 ag
 import copy
 import dataclasses
 import hashlib
+import io
 import itertools
 import json
 import os
+import zipfile
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -154,15 +156,19 @@ class Index:
     @classmethod
     def load(cls, path: Path) -> "Index":
         """Reads what `save` wrote; raises InputError if it is something else, or damaged."""
+        content = io.BytesIO(path.read_bytes())  # before the rest: an error of the disk is not damage
         try:
-            with np.load(path, allow_pickle=False) as file:
+            with zipfile.ZipFile(content) as archive:
+                if any(member.compress_type != zipfile.ZIP_STORED for member in archive.infolist()):
+                    raise InputError("expected arrays as they are, found compressed ones")  # which may be any size
+            with np.load(content, allow_pickle=False) as file:
                 arrays = {name: file[name] for name in ARRAYS}
             about = json.loads(arrays.pop("about").tobytes())
             check_schema(about, {"format": int, "names": list, "source": dict})
             if about["format"] != FORMAT or not all(isinstance(name, str) for name in about["names"]):
                 raise InputError(f"expected format {FORMAT} and names of images, found format {about['format']}")
             _check_arrays(arrays, len(about["names"]))
-        except (*DAMAGES, InputError, KeyError, TypeError, ValueError, MemoryError, RecursionError) as error:
+        except (*DAMAGES, InputError, KeyError, TypeError, ValueError, MemoryError, RuntimeError) as error:
             raise InputError(f"{path}: damaged, or not an index ({first_line(error)}); delete it") from None
         frequencies = DocumentFrequencies(len(about["names"]), arrays["codes"], arrays["counts"])
         return cls(
@@ -226,28 +232,28 @@ def describe_source(config: RunConfig) -> dict[str, Any]:
     return {"features": features, "data": config.data_fingerprint, "vocabulary": config.vocabulary_sha256}
 
 
-def hash_images(cache: FeatureCache, names: Sequence[str]) -> str:
-    """Returns a hash of images as their features were computed from them."""
-    records = ImageRecords(cache.folder, Path())
-    return hashlib.sha256(json.dumps([records.checksum(name) for name in names]).encode()).hexdigest()
+def hash_images(folder: Path | str, names: Sequence[str]) -> str | None:
+    """Returns a hash of images as the features in a folder were computed from them; None if that is not recorded."""
+    records = ImageRecords(Path(folder), Path())
+    checksums = [records.checksum(name) for name in names]
+    return hashlib.sha256(json.dumps(checksums).encode()).hexdigest() if any(checksums) else None
 
 
-def is_current(index: Index, config: RunConfig) -> bool:
+def is_current(index: Index, config: RunConfig, features_dir: str | None = None) -> bool:
     """Tells whether an index belongs to a run as it is now; of its images only if their cached features are here."""
-    of_images = {"images": index.source.get("images")}
-    if of_images["images"] and Path(config.features["folder"]).exists():
-        of_images["images"] = hash_images(FeatureCache(config.features["folder"], config.features), index.names)
-    return index.source == describe_source(config) | of_images
+    before = index.source.get("images")
+    now = hash_images(features_dir or config.features["folder"], index.names)
+    are_same = before == now or before is None or now is None
+    return are_same and index.source == describe_source(config) | {"images": before}
 
 
-def build_index(captioner: Captioner, dataset: CaptionDataset, features_dir: str | None = None) -> Index:
+def build_index(captioner: Captioner, dataset: CaptionDataset, cache: FeatureCache | None) -> Index:
     """Builds the index of a run from the cached features of its training images, or from the images, which is slow.
 
     Raises:
-        InputError: there are neither, or they have changed.
+        InputError: features are missing, damaged or of images that have changed since; or an image cannot be read.
     """
     examples = dataset.split("train")
-    cache = evaluate.open_features(captioner, features_dir)
     if cache:
         evaluate.check_features(cache, dataset.image_dir, examples)
     batches = _read_features(cache, examples) if cache else _compute_features(captioner, dataset, examples)
@@ -256,9 +262,13 @@ def build_index(captioner: Captioner, dataset: CaptionDataset, features_dir: str
         for features in batches:
             means.append(mean_features(features))
             progress.update(len(features))
-    source = describe_source(captioner.config)
-    source["images"] = hash_images(cache, [example.image_path for example in examples]) if cache else None
-    return Index.build(examples, np.concatenate(means), captioner.tokenizer, source)
+    mean = np.concatenate(means)
+    names = [example.image_path for example in examples]
+    if len(wrong := np.flatnonzero(~np.isfinite(mean).all(axis=1))):
+        hint = "`features.py --verify` with the data options of the run finds and mends damaged ones"
+        raise InputError(f"the features of {names[wrong[0]]} are not all numbers, and of {len(wrong) - 1} more; {hint}")
+    source = describe_source(captioner.config) | {"images": hash_images(cache.folder, names) if cache else None}
+    return Index.build(examples, mean, captioner.tokenizer, source)
 
 
 def save_index(index: Index, path: Path) -> None:

@@ -93,22 +93,24 @@ class AugmentedCrossEntropy(CrossEntropy):
 
 
 def find_side_words(start: Path, words: str | None) -> list[int] | None:
-    """Returns the ids of the words of --mirror-unless, and names those that no caption has; None if it is not given."""
+    """Returns the ids of the words of --mirror-unless, and logs those that no caption has; None if it is not given.
+
+    Raises:
+        InputError: no caption has any of them: every image would be mirrored.
+    """
     if words is None:
         return None
     word_index = Tokenizer.load(start / VOCABULARY_FILE).word_index
     names = [word.strip().lower() for word in words.split(",")]
     if unknown := [name for name in names if name not in word_index]:
         log(f"--mirror-unless: the vocabulary has no {', '.join(map(repr, unknown))}")
+    if len(unknown) == len(names):
+        raise InputError(f"--mirror-unless: expected words of the captions, such as left,right; found {words!r}")
     return [word_index[name] for name in names if name in word_index]
 
 
 class CNNCheckpoints(Checkpoints):
     """Checkpoints of a run whose CNN is trained: with the best weights, the CNN is saved as captioning reads it."""
-
-    def __init__(self, run: Path, state: TrainState):
-        super().__init__(run, state)
-        self.run = run
 
     def save_best(self) -> None:
         """Saves the current weights as the best: the CNN's file, the checkpoint, and the file's SHA-256.

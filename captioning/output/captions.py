@@ -125,6 +125,6 @@ def _to_caption(ids: np.ndarray, probabilities: np.ndarray, attention: np.ndarra
         text=tokenizer.join(words),
         words=words,
         probabilities=tuple(probabilities[:length].tolist()),
-        attention=attention[:length],
+        attention=attention[:length].copy(),  # a view would keep that of the whole batch in memory
         end_probability=float(probabilities[length]) if len(ends) else None,
     )

@@ -3,6 +3,7 @@
 A model that scores no more has not learnt to use the images, however fluent its captions are.
 """
 
+import os
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -123,7 +124,7 @@ def find_neighbours(cache: FeatureCache, examples: Sequence[Example], candidates
 
 def _mean_features(cache: FeatureCache, examples: Sequence[Example]) -> np.ndarray:
     """Returns the features of images as the mean of their locations, of length 1: (images, C) float32."""
-    paths = [str(cache.path(example.image_path)) for example in examples]
+    paths = [os.fsencode(cache.path(example.image_path)) for example in examples]
     batches = map_prefetch(tf.data.Dataset.from_tensor_slices(paths).batch(BATCH_SIZE), cache.read)
     means = np.concatenate([features.numpy().mean(axis=1, dtype=np.float32) for features in batches])
     return means / np.linalg.norm(means, axis=1, keepdims=True)

@@ -11,6 +11,7 @@ from captioning.base.quiet_tensorflow import tf
 from captioning.config.settings import DecodeConfig, TrainConfig
 from captioning.decoder.losses import loss_function
 from captioning.images.feature_cache import FeatureCache
+from captioning.output.captions import Caption
 from captioning.scores import metrics
 from captioning.scores.baselines import compare_with_baselines
 from captioning.scores.metrics import MIN_CIDER_IMAGES
@@ -87,13 +88,12 @@ class Validator:
         # Without Java, so that a run chooses the same epoch on every machine.
         return metrics.ReferenceScorer(self.references, self.data.tokenizer.words)
 
-    def generate_captions(self) -> list[str]:
+    def generate_captions(self) -> list[Caption]:
         """Captions the images by greedy search, without the reference captions."""
         decoding = DecodeConfig(max_words=self.config.max_length)
-        captions = evaluate.generate_captions(
+        return evaluate.generate_captions(
             self.model, self.data.tokenizer, self.data.cache, self.examples, self.config.batch_size, decoding
         )
-        return [caption.text for caption in captions]
 
     def loss(self) -> float:
         """Computes the mean loss of the reference captions, in nats per word."""
@@ -104,14 +104,17 @@ class Validator:
 
     def evaluate(self) -> Validation:
         """Computes the scores of an epoch."""
-        texts = self.generate_captions()
+        captions = self.generate_captions()
+        texts = [caption.text for caption in captions]
         scores: dict[str, float] = {}
         if self.has_scores:
             scores = self._scorer.score(texts)
         if self.own_cider:
             encode = self.data.tokenizer.encode
             references = [list(map(encode, captions)) for captions in self.references]
-            scores |= {"CIDEr": round(self.own_cider(list(map(encode, texts)), references), 2)}
+            # A caption that was cut has no <end>, which counts as a word.
+            ids = [encode(each.text)[: None if each.finished else -1] for each in captions]
+            scores |= {"CIDEr": round(self.own_cider(ids, references), 2)}
         val_loss = round(self.loss(), 4)
         row = {
             "val_loss": val_loss,

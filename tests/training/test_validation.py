@@ -7,12 +7,21 @@ import pytest
 
 import evaluate
 from captioning.base.quiet_tensorflow import tf
+from captioning.base.special_tokens import END_ID
 from captioning.config.settings import TrainConfig
+from captioning.output.captions import Caption
 from captioning.scores import metrics
 from captioning.training import validation
 from captioning.training.input_pipeline import TrainData
 from captioning.training.validation import EpochScore, Validator
 from tokenizer import Tokenizer
+
+
+def make_caption(text):
+    """A caption of these words, which was cut if the last one is "..."."""
+    words = tuple(text.removesuffix("...").split())
+    attention = np.full((len(words), 64), 1 / 64)
+    return Caption(" ".join(words), words, (0.5,) * len(words), attention, None if text.endswith("...") else 0.5)
 
 
 @pytest.fixture
@@ -24,7 +33,7 @@ def make_validator(dataset, tokenizer, cache, small_model, monkeypatch):
         pair = (first, dataclasses.replace(second, split="val"))
         examples = tuple(pair[number % 2] for number in range(num_images))
         data = TrainData(dataclasses.replace(dataset, examples=examples), cache, tokenizer)
-        monkeypatch.setattr(Validator, "generate_captions", lambda _: texts)
+        monkeypatch.setattr(Validator, "generate_captions", lambda _: list(map(make_caption, texts)))
         return Validator(small_model, data, TrainConfig(batch_size=batch_size), own_cider)
 
     return make
@@ -78,12 +87,13 @@ def test_validator_lets_cider_decide_of_enough_images(make_validator, dataset, m
 def test_validator_takes_the_objectives_cider_for_few_images(make_validator, monkeypatch, capsys, tokenizer, installed):
     monkeypatch.setattr(metrics, "has_pycocoevalcap", lambda: installed)
     given = []
-    validator = make_validator(["a red dog", ""], own_cider=lambda *captions: given.append(captions) or 12.345)
+    validator = make_validator(["a red dog", "a red ..."], own_cider=lambda *args: given.append(args) or 12.345)
     row, score, _ = validator.evaluate()
     assert row["cider"] == score.cider == 12.35 and score.column == "cider"
     assert (row["bleu4"] is not None) == installed
     ((texts, references),) = given
-    assert [tokenizer.decode(ids) for ids in texts] == ["a red dog", ""]
+    assert [tokenizer.decode(ids) for ids in texts] == ["a red dog", "a red"]
+    assert [ids[-1] == END_ID for ids in texts] == [True, False], "a caption that was cut has no <end>"
     assert [[tokenizer.decode(ids) for ids in captions] for captions in references] == validator.references
     assert "CIDEr with the document frequencies of the training captions" in capsys.readouterr().err
 

@@ -1,3 +1,4 @@
+import contextlib
 import dataclasses
 import errno
 import json
@@ -18,6 +19,7 @@ from captioning.base.files import write_json
 from captioning.base.quiet_tensorflow import tf
 from captioning.config.settings import CONSENSUS_BEAM, DecodeConfig
 from captioning.data.annotations import Example
+from captioning.data.datasets import UserFiles, find_source
 from captioning.images.image_records import ImageRecords
 from captioning.output.captions import Caption
 from inference import Captioner
@@ -94,6 +96,25 @@ def test_index_that_is_damaged_is_refused(index, tmp_path, damage):
     np.savez(path, **arrays | damage)
     with pytest.raises(InputError, match=r"index\.npz: damaged, or not an index"):
         Index.load(path)
+
+
+def test_index_that_is_compressed_is_refused(index, tmp_path):
+    index.save(tmp_path / "index.npz")
+    with np.load(tmp_path / "index.npz") as file:
+        np.savez_compressed(tmp_path / "index.npz", **file)
+    with pytest.raises(InputError, match="found compressed ones"):
+        Index.load(tmp_path / "index.npz")
+
+
+def test_index_with_bytes_missing_or_changed_is_refused(index, tmp_path):
+    path = tmp_path / "index.npz"
+    index.save(path)
+    content = path.read_bytes()
+    for start in range(0, len(content), 61):
+        for damaged in (content[:start] + content[start + 40 :], content[:start] + b"\xff" + content[start + 1 :]):
+            path.write_bytes(damaged)
+            with contextlib.suppress(InputError):  # of which a changed byte that nothing depends on is none
+                Index.load(path)
 
 
 @pytest.mark.parametrize(
@@ -184,6 +205,8 @@ def loaded(run, saved_dataset, cache, monkeypatch):
         monkeypatch.setattr(module, "mean_features", lambda features: mean_features(features[:, :, ::50]))
     write_json(cache.folder / "features.json", cache.manifest)
     monkeypatch.setattr(evaluate, "check_features", lambda *_: None)
+    monkeypatch.setattr(chooser, "find_source", lambda *_, **__: UserFiles)
+    monkeypatch.setattr(UserFiles, "find_missing_annotations", lambda: [])
     return Captioner.load(run)
 
 
@@ -217,16 +240,16 @@ def test_index_of_other_data_is_made_again(loaded, index, capsys):
 
 @pytest.mark.slow
 def test_index_of_images_that_were_replaced_is_made_again(loaded, dataset, cache, capsys):
-    make_chooser(loaded)
     name = dataset.split("train")[3].image_path
     records = ImageRecords(cache.folder, dataset.image_dir)
-    records.note(name)
-    records.add(name, 1234)  # as features.py does after an image was replaced
-    make_chooser(loaded)
+    for checksum in (1234, 5678):  # as features.py adds them, the second after the image was replaced
+        records.note(name)
+        records.add(name, checksum)
+        make_chooser(loaded)
     assert "it is made again" in capsys.readouterr().err
-    cache.folder.rename(cache.folder.with_name("gone"))
+    records.path.unlink()
     make_chooser(loaded)
-    assert "it is made again" not in capsys.readouterr().err, "on a machine without the features"
+    assert "it is made again" not in capsys.readouterr().err, "on a machine without the features or their records"
 
 
 @pytest.mark.slow
@@ -245,13 +268,30 @@ def test_index_is_made_from_the_images_where_there_are_no_features(loaded, monke
 
 
 @pytest.mark.slow
-def test_run_without_its_data_says_where_the_index_is_made(loaded, monkeypatch):
-    def load_dataset(*_):
-        raise InputError("captions.csv: no such file")
+def test_run_without_its_data_downloads_none_and_says_where_the_index_is_made(loaded, monkeypatch, tmp_path):
+    monkeypatch.setattr(data_utils, "load_dataset", None)
+    monkeypatch.setattr(chooser, "find_source", find_source)
+    captioner = Captioner.load(loaded.run, CONSENSUS, locations={"data_dir": str(tmp_path / "moved")})
+    with pytest.raises(InputError, match=r"2014\.zip is not in .*moved/coco\); make the index with `python -m "):
+        _ = captioner.chooser
 
-    monkeypatch.setattr(data_utils, "load_dataset", load_dataset)
-    with pytest.raises(InputError, match=r"no such file\); make the index with `python -m beyond\.consensus --run "):
-        Captioner.load(loaded.run, CONSENSUS)
+
+@pytest.mark.slow
+def test_index_of_a_run_that_was_moved_is_made_where_its_data_are(loaded, dataset, cache, tmp_path, monkeypatch):
+    given = []
+    monkeypatch.setattr(data_utils, "load_run_dataset", lambda *_, **options: given.append(options) or dataset)
+    moved = cache.folder.rename(tmp_path / "moved")
+    captioner = Captioner.load(loaded.run, CONSENSUS, locations={"images": "photos", "features_dir": str(moved)})
+    assert len(captioner.chooser.index.names) == 16
+    assert given == [{"with_images": False, "locations": {"data_dir": None, "images": "photos"}}]
+
+
+@pytest.mark.slow
+def test_index_refuses_features_that_are_no_numbers(loaded, dataset, cache):
+    name = dataset.split("train")[3].image_path
+    cache.write(name, np.full(cache.shape, np.nan, cache.dtype))
+    with pytest.raises(InputError, match=rf"the features of {name} are not all numbers, and of 0 more; `features\.py"):
+        make_chooser(loaded)
 
 
 @pytest.mark.slow

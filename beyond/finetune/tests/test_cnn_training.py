@@ -28,9 +28,11 @@ from captioning.config.cnns import CNNS
 from captioning.data import shapes
 from captioning.images.cnn_loader import find_cnn
 from captioning.images.feature_cache import open_run_cache
+from captioning.runs.run_folder import VOCABULARY_FILE
 from captioning.scores import metrics
 from captioning.training import training_log
 from captioning.training.input_pipeline import Batch
+from tokenizer import Tokenizer
 
 layers = tf.keras.layers
 CNN = ["--cnn", "mobilenet_v3_large", "--image-size", "64", "--cnn-weights", "random"]
@@ -147,6 +149,13 @@ def test_augment_keeps_shape_range_and_sides(rng):
     again = augment(tf.constant(pixels), tf.constant([3, 5], tf.int64)).numpy()
     np.testing.assert_array_equal(again, images)
     assert (augment(tf.constant(pixels), tf.constant([3, 6], tf.int64)).numpy() != images).any((1, 2, 3))[16:].all()
+
+
+def test_words_of_sides_that_no_caption_has_are_refused(tmp_path):
+    Tokenizer.fit(["a dog left of a cat"]).save(tmp_path / VOCABULARY_FILE)
+    assert len(finetune.find_side_words(tmp_path, "left, right")) == 1
+    with pytest.raises(InputError, match="such as left,right; found 'left right'"):
+        finetune.find_side_words(tmp_path, "left right")
 
 
 def test_images_are_mirrored_unless_a_caption_names_a_side(rng):

@@ -164,7 +164,7 @@ def captioner(small_model, tokenizer, run_config, cache, tmp_path, monkeypatch):
     """A captioner without a CNN, which every command loads; its captions are short."""
     captioner = Captioner(small_model, tokenizer, run_config, tmp_path, DecodeConfig(max_words=3))
     captioner.extractor = lambda pixels, training: np.zeros((len(pixels), 64, 2048), np.float32)
-    monkeypatch.setattr(Captioner, "load", lambda *_: captioner)
+    monkeypatch.setattr(Captioner, "load", lambda *_, **__: captioner)
     return captioner
 
 

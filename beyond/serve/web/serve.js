@@ -166,6 +166,7 @@
     find("run").textContent = `run: ${run}`;
     maxBytes = max_bytes;
     settings.captions.value = defaults.captions;
+    settings.beam.min = defaults.choose === "consensus" ? 2 : 1; // where 1 is its default, the widest
     settings.beam.value = defaults.beam_size;
     settings.sample.checked = defaults.sample;
     settings.temperature.value = defaults.temperature;
