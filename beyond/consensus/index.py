@@ -287,6 +287,7 @@ def _compute_features(
     captioner: Captioner, dataset: CaptionDataset, examples: Sequence[Example]
 ) -> Iterator[tf.Tensor]:
     log(f"--choose consensus: computing the features of {len(examples):,} training images, once")
+    _ = captioner.extractor  # built once, for both
     captioner = copy.copy(captioner)
     captioner.compile_cnn = True  # which inference.py leaves out for a single image
     paths = [dataset.image_dir / example.image_path for example in examples]

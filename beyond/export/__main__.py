@@ -7,7 +7,7 @@ Tutorial section: none.
     python -m beyond.export --run runs/coco --beam-size 5 --captions 3 --output captioner/
     python -m beyond.export --run runs/coco --litert           # coco.tflite, for phones: pixels in, ids out
 
-The settings of the search are fixed at export. docs/export.md shows how each form is used, and how far its captions
+The settings of the search are fixed at export. README.md shows how each form is used, and how far its captions
 differ from those of inference.py.
 """
 

@@ -88,7 +88,7 @@ class ExportedModel(tf.Module):
 def read_pixels(content: tf.Tensor, size: int) -> tf.Tensor:
     """Decodes and resizes an image file to (size, size, 3) uint8, by TensorFlow.
 
-    The pixels differ slightly from those of the training's Pillow; docs/export.md has the measured differences.
+    The pixels differ slightly from those of the training's Pillow; README.md has the measured differences.
 
     Raises:
         tf.errors.InvalidArgumentError: it is no JPEG, PNG, GIF, BMP or WebP file, or is damaged.

@@ -3,7 +3,6 @@
 from captioning.base.quiet_tensorflow import tf
 """
 
-import json
 import os
 import platform
 import re
@@ -29,19 +28,11 @@ XLA_FLAGS = {
 
 
 def check_keras_backend() -> None:
-    """Ends the program with a line if Keras is set to compute with something else than TensorFlow."""
-    setting, backend = "KERAS_BACKEND", os.environ.get("KERAS_BACKEND")
-    if not backend:
-        path = Path(os.environ.get("KERAS_HOME") or Path.home() / ".keras") / "keras.json"
-        try:
-            setting, backend = str(path), json.loads(path.read_text())["backend"]
-        except (OSError, ValueError, LookupError, TypeError):  # Keras ignores it, too
-            return
+    """Ends the program with a line if KERAS_BACKEND asks for something else than TensorFlow."""
+    backend = os.environ.get("KERAS_BACKEND") or "tensorflow"
+    os.environ["KERAS_BACKEND"] = backend  # which counts more than Keras's file of settings
     if backend != "tensorflow":
-        log(
-            f"{command_name()}: {setting}: expected tensorflow, found {backend}; set KERAS_BACKEND=tensorflow",
-            error=True,
-        )
+        log(f"{command_name()}: KERAS_BACKEND: expected tensorflow, found {backend}", error=True)
         sys.exit(2)  # no InputError: this is imported before a script's `main` could report one
 
 
