@@ -20,6 +20,7 @@ from captioning.base.quiet_tensorflow import tf
 from captioning.config.settings import CONSENSUS_BEAM, DecodeConfig
 from captioning.data.annotations import Example
 from captioning.data.datasets import UserFiles, find_source
+from captioning.images.feature_cache import FeatureCache
 from captioning.images.image_records import ImageRecords
 from captioning.output.captions import Caption
 from inference import Captioner
@@ -284,14 +285,11 @@ def test_index_of_a_run_that_was_moved_is_made_where_its_data_are(loaded, datase
     captioner = Captioner.load(loaded.run, CONSENSUS, locations={"images": "photos", "features_dir": str(moved)})
     assert len(captioner.chooser.index.names) == 16
     assert given == [{"with_images": False, "locations": {"data_dir": None, "images": "photos"}}]
-
-
-@pytest.mark.slow
-def test_index_refuses_features_that_are_no_numbers(loaded, dataset, cache):
     name = dataset.split("train")[3].image_path
-    cache.write(name, np.full(cache.shape, np.nan, cache.dtype))
+    FeatureCache(moved, cache.manifest).write(name, np.full(cache.shape, np.nan))
+    (loaded.run / INDEX_FILE).unlink()
     with pytest.raises(InputError, match=rf"the features of {name} are not all numbers, and of 0 more; `features\.py"):
-        make_chooser(loaded)
+        make_chooser(captioner)
 
 
 @pytest.mark.slow
