@@ -5,16 +5,20 @@ settings of the training.
 """
 
 import argparse
+import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from captioning.base.cli import InputError, add_quiet_option
+from captioning.base.files import file_sha256
 from captioning.config.options import add_options
 from captioning.config.run_config import RunConfig
 from captioning.config.settings import DATA_PATHS, DataConfig, FeatureConfig, ModelConfig, TrainConfig
-from captioning.runs.run_folder import best_checkpoint, read_config
+from captioning.runs.run_folder import VOCABULARY_FILE, best_checkpoint, read_config
+from captioning.training.input_pipeline import TrainData
 from captioning.training.start import cnn_settings
+from tokenizer import Tokenizer
 
 FEATURE_OPTIONS = ("cnn_weights", "features_dir", "cnn_batch_size", "max_megapixels")
 DROPOUT_OPTIONS = ("dropout", "feature_dropout")
@@ -81,3 +85,16 @@ def check_start(start: Path, config: RunConfig) -> None:
         raise InputError(
             f"{start} was trained on other images or captions; expected the same to start from its weights"
         )
+
+
+def take_words(start: Path, data: TrainData, config: RunConfig) -> tuple[TrainData, RunConfig]:
+    """Returns the same with the vocabulary of a run, which may hold more than its captions (`--keep-words`).
+
+    Raises:
+        InputError: it is not the vocabulary of its weights.
+    """
+    if file_sha256(start / VOCABULARY_FILE) != read_config(start).vocabulary_sha256:
+        raise InputError(f"{start / VOCABULARY_FILE}: not the vocabulary of this run; restore its own")
+    tokenizer = Tokenizer.load(start / VOCABULARY_FILE, config.data.words)
+    model = dataclasses.replace(config.model, vocab_size=len(tokenizer))
+    return data._replace(tokenizer=tokenizer), dataclasses.replace(config, model=model)

@@ -13,7 +13,7 @@ from typing import Any
 
 import train
 from beyond.cider.self_critical import CiderConfig, SelfCritical, make_reward
-from beyond.start import check_start, parse_start
+from beyond.start import check_start, parse_start, take_words
 from captioning.base.cli import make_parser, run_main
 from captioning.config.options import add_options
 from captioning.config.run_config import RunConfig
@@ -42,6 +42,7 @@ def main(argv: list[str] | None = None, on_step: train.OnStep | None = None) -> 
     strategy = train.start_devices(TrainConfig.from_args(args))
     data, config = train.prepare(args)
     check_start(args.run, config)
+    data, config = take_words(args.run, data, config)
     config = dataclasses.replace(config, objective=cider.to_json())
     run = args.run.with_name(f"{args.run.name}_cider")
 

@@ -20,7 +20,7 @@ import model
 import train
 from beyond.finetune.cnn_blocks import TrainedCNN, trainable_from
 from beyond.finetune.images import ImageReader, augment, explain_failure, find_images_with, mirror
-from beyond.start import check_start, parse_start
+from beyond.start import check_start, parse_start, take_words
 from captioning.base.cli import InputError, log, make_parser, run_main
 from captioning.base.files import file_sha256
 from captioning.base.quiet_tensorflow import tf
@@ -197,6 +197,7 @@ def main(argv: list[str] | None = None, on_step: train.OnStep | None = None) -> 
     start, run = args.run, args.run.with_name(f"{args.run.name}_cnn")
     data, config = train.prepare(args, functools.partial(open_images, run, start))
     check_start(start, config)
+    data, config = take_words(start, data, config)
     config = dataclasses.replace(config, objective=finetune.to_json())
     cnn = build_cnn(start, feature_config, finetune.block, config.train.mixed_precision)
     with explain_failure(data.cache), train.open_run_folder(run, data, config, strategy):

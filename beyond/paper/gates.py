@@ -23,7 +23,7 @@ def compute_gates(model: CaptionModel, features: tf.Tensor, tokens: list[int]) -
     images = model.encode(features)
     state = model.initial_state(images)
     gates = []
-    for token in [START_ID, *tokens[:-1]]:  # the words before each word
+    for token in [START_ID, *tokens][: len(tokens)]:  # the words before each word
         gates.append(float(model.decoder.gate(state)[0, 0]))
         state = model.step(tf.constant([token]), images, state).state
     return gates

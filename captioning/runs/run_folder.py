@@ -14,6 +14,7 @@ import functools
 import os
 import re
 import shutil
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -279,6 +280,14 @@ def init_run_dir(run: Path, config: RunConfig, save_vocabulary: Callable[[Path],
             raise _other_settings(run, name, saved_value, value)
         if not vocabulary.exists() or file_sha256(vocabulary) != saved.vocabulary_sha256:
             log(f"{vocabulary} is missing or damaged: it is written again")
+        with tempfile.TemporaryDirectory() as folder:
+            save_vocabulary(Path(folder) / VOCABULARY_FILE)
+            if file_sha256(Path(folder) / VOCABULARY_FILE) != saved.vocabulary_sha256:
+                raise InputError(
+                    f"{run} has another vocabulary than these captions and options give, and its weights know words by "
+                    "their places in it; resume it with the --start and --keep-words of its training, or give another "
+                    "--run to start anew"
+                )
     save_vocabulary(vocabulary)
     if os.path.isfile(cnn_weights) and not find_cnn_weights(run):
         # Keras distinguishes two file formats by these endings.

@@ -94,15 +94,20 @@ class Checkpoints:
             self._restore_best(error)
             return True
         if prefix is None:
-            return False
+            if not list_checkpoints(self.run / "checkpoints/best"):
+                return False
+            self._restore_best(InputError(f"{self.run / 'checkpoints/last'} has no checkpoint"))
+            return True
         try:
             self.last.restore(str(plain_path(prefix))).assert_consumed()
         except (tf.errors.OpError, ValueError, IndexError, AssertionError) as error:
             raise InputError(
                 f"{prefix}: damaged, or of another model ({first_line(error)}); delete the run folder to start again"
             ) from None
+        best = self.run / "checkpoints/best"
         try:
-            latest_checkpoint(self.run / "checkpoints/best")
+            if latest_checkpoint(best) is None and self.state.progress.best() > EpochScore():
+                raise InputError(f"{best} has no checkpoint")
         except InputError as error:
             log(f"{error}: the weights of the last checkpoint take its place")
             self.state.progress.best_score.assign(EpochScore())

@@ -5,7 +5,7 @@ import importlib.util
 from pathlib import Path
 from typing import Any
 
-from captioning.base.cli import InputError, log
+from captioning.base.cli import InputError, first_line, log
 from captioning.base.files import atomic_write, plain_path
 from captioning.base.quiet_tensorflow import tf
 from captioning.output.plots import plot_history
@@ -39,9 +39,9 @@ def read_history(path: Path) -> list[dict[str, str]]:
 
 
 def count_epochs(run: Path) -> int:
-    """Returns how many epochs the history.csv of a run has; raises InputError if it is something else."""
+    """Returns the last epoch in the history.csv of a run, or 0; raises InputError if it is something else."""
     path = run / "history.csv"
-    return len(read_history(path)) if path.exists() else 0
+    return max((int(row["epoch"]) for row in read_history(path)), default=0) if path.exists() else 0
 
 
 class TrainingLog:
@@ -51,7 +51,7 @@ class TrainingLog:
         self.run = run
         self.rows: list[dict[str, Any]] = []
         if (run / "history.csv").exists():
-            self.rows = list(read_history(run / "history.csv")[:epochs_done])
+            self.rows = [row for row in read_history(run / "history.csv") if int(row["epoch"]) <= epochs_done]
         self.events = None
         if importlib.util.find_spec("tensorboard"):
             self.events = tf.summary.create_file_writer(str(plain_path(run / "tensorboard")))
@@ -75,8 +75,12 @@ class TrainingLog:
         plot_history(self.rows, best_epoch, best_by, self.run / "loss.png")
         if self.events is None:
             return
-        with self.events.as_default(step=int(row["epoch"])):
-            for name, value in row.items():
-                if value is not None:
-                    tf.summary.scalar(name, float(value))
-        self.events.flush()
+        try:
+            with self.events.as_default(step=int(row["epoch"])):
+                for name, value in row.items():
+                    if value is not None:
+                        tf.summary.scalar(name, float(value))
+            self.events.flush()
+        except tf.errors.OpError as error:  # a full disk
+            log(f"TensorBoard events cannot be written ({first_line(error)}): no more of them")
+            self.events = None

@@ -64,7 +64,7 @@ def save_vocabulary(path):
 def run(tmp_path):
     """A run folder with both checkpoints."""
     run = tmp_path / "runs/small"
-    write_config(run, CONFIG)
+    init_run_dir(run, CONFIG, save_vocabulary, "imagenet")
     for name, value in (("best", 2.0), ("last", 3.0)):
         save_checkpoint(run / "checkpoints" / name, value)
     return run
@@ -153,6 +153,7 @@ def test_restore_model_refuses_damaged_checkpoint(run):
 
 
 def test_read_config_returns_what_write_config_wrote(run):
+    write_config(run, CONFIG)
     assert read_config(run) == CONFIG
     assert json.loads((run / "config.json").read_text())["format"] == FORMAT
 
@@ -259,14 +260,19 @@ def test_check_run_cnn_refuses_another_cnn_or_size(run):
 
 def test_init_run_dir_restores_missing_or_damaged_vocabulary(run, capsys):
     init_run_dir(run, CONFIG, save_vocabulary, "imagenet")
-    capsys.readouterr()
-    init_run_dir(run, CONFIG, save_vocabulary, "imagenet")
     assert capsys.readouterr().err == ""
     for damage in (lambda path: path.unlink(), lambda path: path.write_text("[")):
         damage(run / "vocabulary.json")
         init_run_dir(run, CONFIG, save_vocabulary, "imagenet")
         assert "vocabulary.json is missing or damaged" in capsys.readouterr().err
         assert read_json(run / "vocabulary.json") == ["a"]
+
+
+def test_init_run_dir_refuses_another_vocabulary(run):
+    """As it would be without the --keep-words of the training: the weights know words by their places in it."""
+    with pytest.raises(InputError, match="has another vocabulary than these captions and options give"):
+        init_run_dir(run, CONFIG, lambda path: write_json(path, ["b"]), "imagenet")
+    assert read_json(run / "vocabulary.json") == ["a"]
 
 
 @pytest.mark.parametrize(

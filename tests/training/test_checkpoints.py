@@ -68,6 +68,7 @@ def list_files(folder):
 def test_checkpoints_restore_everything_that_training_changes(tmp_path, trained):
     assert not trained.checkpoints(tmp_path).restore(), "there is none yet"
     trained.checkpoints(tmp_path).save()
+    trained.checkpoints(tmp_path).save_best()
     saved = trained.values()
     trained.train_step()
     continued = trained.values()
@@ -137,6 +138,7 @@ DAMAGES = {
 @pytest.mark.parametrize("damage", DAMAGES)
 def test_checkpoints_fall_back_to_the_one_before(tmp_path, trained, damage, capsys):
     checkpoints, folder = trained.checkpoints(tmp_path), tmp_path / "checkpoints/last"
+    checkpoints.save_best()
     checkpoints.save()
     before = trained.values()
     trained.train_step()
@@ -154,13 +156,17 @@ def test_checkpoints_fall_back_to_the_one_before(tmp_path, trained, damage, caps
     assert latest_checkpoint(folder) == str(folder / "ckpt-3")
 
 
-def test_checkpoints_fall_back_to_the_best_weights(tmp_path, trained, capsys):
+@pytest.mark.parametrize("damage", ["cut", "deleted"])
+def test_checkpoints_fall_back_to_the_best_weights(tmp_path, trained, damage, capsys):
     checkpoints = trained.checkpoints(tmp_path)
     checkpoints.save_best()
     best = trained.values()[: len(trained.model.variables)]
     trained.train_step()
     checkpoints.save()
-    DAMAGES["cut"](tmp_path / "checkpoints/last", "ckpt-1")
+    if damage == "deleted":
+        shutil.rmtree(tmp_path / "checkpoints/last")
+    else:
+        DAMAGES[damage](tmp_path / "checkpoints/last", "ckpt-1")
     names = [*training_log.COLUMNS]
     (tmp_path / "history.csv").write_text("\n".join(map(",".join, [names, ["1"] * len(names), ["2"] * len(names)])))
     resumed = TrainedModel(seed=1)
@@ -168,19 +174,27 @@ def test_checkpoints_fall_back_to_the_best_weights(tmp_path, trained, capsys):
     assert_same_values([np.array(variable) for variable in resumed.variables], [best[0], best[1], best[-2], best[-1]])
     assert_same_values(resumed.ema.shadow, resumed.variables)
     assert (resumed.progress.get("epoch"), resumed.progress.best()) == (2, EpochScore())
-    assert capsys.readouterr().err.endswith("): the best weights are trained further, and Adam begins anew\n")
+    assert capsys.readouterr().err.endswith(": the best weights are trained further, and Adam begins anew\n")
     shutil.rmtree(tmp_path / "checkpoints/best")
+    if damage == "deleted":
+        assert not resumed.checkpoints(tmp_path).restore()
+        return
     with pytest.raises(InputError, match=r"ckpt-1 is damaged .*no best weights: put a copy back, or delete"):
         resumed.checkpoints(tmp_path).restore()
 
 
-def test_checkpoints_forget_the_best_score_of_damaged_weights(tmp_path, trained, capsys):
+def test_checkpoints_forget_the_best_score_of_damaged_or_deleted_weights(tmp_path, trained, capsys):
     checkpoints = trained.checkpoints(tmp_path)
     checkpoints.save()
     checkpoints.save_best()
     DAMAGES["cut"](tmp_path / "checkpoints/best", "ckpt-1")
     assert checkpoints.restore() and trained.progress.best() == EpochScore()
     assert "best/ckpt-1 is damaged" in capsys.readouterr().err
+    trained.train_step()
+    checkpoints.save()
+    shutil.rmtree(tmp_path / "checkpoints/best")
+    assert checkpoints.restore() and trained.progress.best() == EpochScore()
+    assert "best has no checkpoint: the weights of the last" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -36,12 +36,26 @@ def test_training_log_continues_after_the_epochs_that_are_done(tmp_path, monkeyp
     """An epoch whose row was written, but not its checkpoint, is trained again."""
     monkeypatch.setattr(training_log, "plot_history", lambda *_: None)
     log = TrainingLog(tmp_path, epochs_done=0)
-    for epoch in (1, 2, 3):
+    for epoch in (2, 3, 4):  # a damaged history.csv was deleted after the first one
         log.add(make_row(epoch), 1, "cider")
-    resumed = TrainingLog(tmp_path, epochs_done=2)
-    resumed.add(make_row(3, train_loss=1.0), 1, "cider")
+    assert training_log.count_epochs(tmp_path) == 4
+    resumed = TrainingLog(tmp_path, epochs_done=3)
+    resumed.add(make_row(4, train_loss=1.0), 1, "cider")
     rows = read_history(tmp_path / "history.csv")
-    assert [(row["epoch"], row["train_loss"]) for row in rows] == [("1", "2.5"), ("2", "2.5"), ("3", "1.0")]
+    assert [(row["epoch"], row["train_loss"]) for row in rows] == [("2", "2.5"), ("3", "2.5"), ("4", "1.0")]
+
+
+def test_training_log_goes_on_without_events_that_cannot_be_written(tmp_path, monkeypatch, capsys):
+    log = TrainingLog(tmp_path, epochs_done=0)
+
+    def flush():
+        raise tf.errors.OutOfRangeError(None, None, "Failed to flush: No space left on device")
+
+    monkeypatch.setattr(log.events, "flush", flush)
+    for epoch in (1, 2):
+        log.add(make_row(epoch), 1, "cider")
+    assert capsys.readouterr().err.count("events cannot be written (Failed to flush: No space left on device)") == 1
+    assert len(read_history(tmp_path / "history.csv")) == 2
 
 
 def test_training_log_without_tensorboard_leaves_out_events(tmp_path, monkeypatch, capsys):

@@ -18,10 +18,12 @@ import train
 from beyond.cider import __main__ as cider
 from beyond.cider.self_critical import CiderConfig, SelfCritical, make_reward
 from captioning.base.cli import InputError
-from captioning.runs.run_folder import best_checkpoint, read_config, restore_weights, write_config
+from captioning.base.files import file_sha256
+from captioning.runs.run_folder import VOCABULARY_FILE, best_checkpoint, read_config, restore_weights, write_config
 from captioning.training import training_log
 from captioning.training.input_pipeline import TrainData
 from data_utils import CaptionDataset
+from tokenizer import SPECIAL_TOKENS, Tokenizer
 
 SETTINGS = {"epochs": 2, "learning_rate": 3e-3, "ema_decay": 0.5, "dropout": 0.1}
 CIDER = CiderConfig(bleu_weight=0.0, cross_entropy_weight=0.0)
@@ -112,6 +114,21 @@ def test_command_takes_the_settings_of_the_start(command, run):
     assert config.objective == CiderConfig(samples=4).to_json()
     assert config.train.learning_rate == cider.RECIPE["learning_rate"]
     assert config.features == expected["features"] | {"folder": config.features["folder"]}
+
+
+def test_command_takes_the_words_of_the_start(command, run, tokenizer):
+    """Which has more of them, and in another order than its captions give, if it was trained with --keep-words."""
+    words = Tokenizer((*SPECIAL_TOKENS, "unseen", *reversed(tokenizer.index_word[4:])))
+    words.save(run / VOCABULARY_FILE)
+    config = read_config(run)
+    model = dataclasses.replace(config.model, vocab_size=len(words))
+    with pytest.raises(InputError, match="not the vocabulary of this run"):
+        command("--run", run)
+    sha256 = file_sha256(run / VOCABULARY_FILE)
+    write_config(run, dataclasses.replace(config, model=model, vocabulary_sha256=sha256))
+    _, data, config, *_ = command("--run", run)
+    assert data.tokenizer.index_word == words.index_word and config.model.vocab_size == len(words)
+    assert read_config(run.with_name("small_cider")).vocabulary_sha256 == sha256
 
 
 def test_command_refuses_other_data(command, run, dataset):

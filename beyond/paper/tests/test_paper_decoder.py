@@ -93,6 +93,7 @@ def test_decoder_matches_the_equations(decoder, features, tokens):
     assert np.ptp(expected[2]) > 0.1, "the gates hardly differ"
     words = tokens.numpy()[1, 1:].tolist()
     np.testing.assert_allclose(compute_gates(caption_model, features[1:2], words), expected[2][1], rtol=1e-4)
+    assert compute_gates(caption_model, features[1:2], []) == []
 
 
 # Search.
