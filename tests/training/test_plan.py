@@ -86,7 +86,9 @@ def test_plan_counts_images_and_features_that_are_there(dry_run, coco, monkeypat
     for image_path in coco[:4]:
         cache.write(image_path, np.zeros(cache.shape))
     Path("runs/coco").mkdir(parents=True)  # of a run with five epochs
-    Path("runs/coco/history.csv").write_text(",".join(training_log.COLUMNS) + 5 * f"\n1{',1' * 6}")
+    Path("runs/coco/history.csv").write_text(
+        ",".join(training_log.COLUMNS) + "".join(f"\n{epoch}{',1' * 6}" for epoch in range(1, 6))
+    )
     printed = dry_run()
     assert "train      10 images       50 captions\n" in printed
     assert "missing   5 of 12 images, one by one, into data/coco/ (1 MB)\n" in printed

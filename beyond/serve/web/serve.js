@@ -68,6 +68,7 @@
 
   async function openImage(blob) {
     stopCamera();
+    clearTimeout(timer); // of a slider: the image is captioned with its value below
     find("error").textContent = "";
     if (image) URL.revokeObjectURL(image.url);
     image = { blob, url: URL.createObjectURL(blob), note: "" };
