@@ -10,7 +10,7 @@ CACHES = .mypy_cache .pytest_cache .ruff_cache
 help:  ## list the commands
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' Makefile
 
-demo: .venv/ready  ## run the whole pipeline on drawn shapes; takes about 5 minutes on 2 cores
+demo: .venv/ready  ## run the whole pipeline on drawn shapes; takes 6 to 12 minutes on 2 cores
 	$(BIN)/python demo.py
 
 test: .venv/ready  ## run all tests

@@ -1,4 +1,4 @@
-"""Runs the whole pipeline in six minutes, without a download: draws a toy dataset, trains, evaluates.
+"""Runs the whole pipeline in minutes, without a download: draws a toy dataset, trains, evaluates.
 
 All sections of the tutorial, one after the other, on images of coloured shapes.
 
