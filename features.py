@@ -55,6 +55,7 @@ from captioning.images.feature_cache import (
     compare_manifests,
     find_damaged,
     find_outdated,
+    location_fields,
     make_manifest,
     read_manifest,
 )
@@ -188,6 +189,17 @@ def open_or_create_cache(  # noqa: PLR0913 - all that a manifest records
     return FeatureCache(folder, {**manifest, "weights": cnn_weights})
 
 
+def check_manifest_is_ours(cache: FeatureCache) -> None:
+    """Raises InputError if another process has created the cache, still empty, with other settings meanwhile."""
+    stored = read_manifest(cache.folder)
+    if difference := compare_manifests(stored, cache.manifest, ignored=location_fields(cache.manifest)):
+        key, found, expected = difference
+        raise InputError(
+            f"{cache.folder}: another process computes features there with {key} {found}, expected {expected}; choose "
+            "another --features-dir"
+        )
+
+
 def describe_cost(cache: FeatureCache, num_images: int) -> str:
     """Describes the disk that the features of so many images take, and the time, unless a GPU computes them."""
     cost = format_bytes(num_images * cache.num_bytes)
@@ -228,7 +240,8 @@ def cache_features(
         The images that cannot be read, each with the reason.
 
     Raises:
-        InputError: none of the images can be read, the CNN's weights are missing, or the disk is too small.
+        InputError: none of the images can be read, the CNN's weights are missing, the disk is too small, or another
+            process has created the cache with other settings.
     """
     image_paths = list(dict.fromkeys(image_paths))  # each once
     records = ImageRecords(cache.folder, image_dir)  # of the images' files, to find those that change later
@@ -267,6 +280,8 @@ def cache_features(
             written: Iterable[None] = ()
             for (paths, _), features in map_threads(extract, batches, 1 + num_threads, num_threads):
                 list(written)  # waits for the files of the batch before, and raises the error of a full disk
+                if not progress.n:
+                    check_manifest_is_ours(cache)
                 written = writers.map(save, paths, features)
                 progress.update(len(paths))
                 announce_time_left(rate.measure(progress.n), len(missing) - len(unreadable) - progress.n)

@@ -266,6 +266,15 @@ def test_cache_features_tells_the_time_left_at_the_measured_rate(tmp_path, image
     assert lines == ["features: 0.1 images/s, 2 min left"]
 
 
+def test_two_processes_cannot_fill_an_empty_cache_with_other_features(tmp_path, image_dir, image_paths):
+    cache = features.open_or_create_cache(tmp_path / "cache", image_dir, image_paths, "imagenet", "float16")
+    other = features.open_or_create_cache(tmp_path / "cache", image_dir, image_paths, "imagenet", "float32")
+    with pytest.raises(InputError, match="another process computes features there with dtype float32, expected float1"):
+        features.cache_features(cache, image_dir, image_paths)
+    features.cache_features(other, image_dir, image_paths)
+    assert other.missing(image_paths) == ["bad.png"]
+
+
 def test_cache_features_without_readable_image_is_an_error(tmp_path, image_dir):
     cache = features.open_or_create_cache(tmp_path / "cache", image_dir, [], "imagenet", "float16")
     with pytest.raises(InputError, match="none of the 2 images can be read"):
