@@ -240,8 +240,7 @@ def cache_features(
         The images that cannot be read, each with the reason.
 
     Raises:
-        InputError: none of the images can be read, the CNN's weights are missing, the disk is too small, or another
-            process has created the cache with other settings.
+        InputError: no image can be read, weights of the CNN or space are missing, or others compute other features there.
     """
     image_paths = list(dict.fromkeys(image_paths))  # each once
     records = ImageRecords(cache.folder, image_dir)  # of the images' files, to find those that change later
@@ -268,9 +267,8 @@ def cache_features(
     def save(image_path: str, features: np.ndarray) -> None:  # (64, 2048)
         records.add(image_path, cache.write(image_path, features))  # np.save, as in the tutorial
 
-    # The tutorial's loop, in which reading, computing and writing wait for each other. Here they overlap: many threads
-    # read images ahead, one runs the CNN, and others write the batch before. On a GPU two run it, so that it computes a
-    # batch while another is copied.
+    # In the tutorial's loop reading, computing and writing wait for each other. Here they overlap: many threads read
+    # images ahead, one runs the CNN (on a GPU two: one's batch is copied meanwhile), others write the batch before.
     num_threads = 2 if devices.has_gpu() else 1
     readable = skip_unreadable(map_threads(load, missing, NUM_AHEAD * batch_size), unreadable)
     bar, rate = progress_bar(total=len(missing), unit="image", desc="features"), FirstRate()
