@@ -240,7 +240,7 @@ def cache_features(
         The images that cannot be read, each with the reason.
 
     Raises:
-        InputError: no image can be read, weights of the CNN or space are missing, or others compute other features there.
+        InputError: no image can be read, the CNN's weights or space are missing, or others fill the cache otherwise.
     """
     image_paths = list(dict.fromkeys(image_paths))  # each once
     records = ImageRecords(cache.folder, image_dir)  # of the images' files, to find those that change later
