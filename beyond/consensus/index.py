@@ -242,9 +242,10 @@ def hash_images(folder: Path | str, names: Sequence[str]) -> str | None:
 def is_current(index: Index, config: RunConfig, features_dir: str | None = None) -> bool:
     """Tells whether an index belongs to a run as it is now; of its images only if their cached features are here."""
     before = index.source.get("images")
-    now = hash_images(features_dir or config.features["folder"], index.names)
-    are_same = before == now or before is None or now is None
-    return are_same and index.source == describe_source(config) | {"images": before}
+    if index.source != describe_source(config) | {"images": before}:
+        return False
+    now = before and hash_images(features_dir or config.features["folder"], index.names)
+    return now in (None, before)
 
 
 def build_index(captioner: Captioner, dataset: CaptionDataset, cache: FeatureCache | None) -> Index:
