@@ -27,6 +27,7 @@ def read_history(path: Path) -> list[dict[str, str]]:
             # Another objective has another column instead of train_loss.
             if len(row) != len(COLUMNS) or not row.keys() >= set(COLUMNS) - {"train_loss"}:
                 raise ValueError(f"its columns are {list(row)}")
+            int(row["epoch"])
             for name, value in row.items():
                 if value or name not in SCORES:
                     float(value)

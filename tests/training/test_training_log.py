@@ -74,6 +74,7 @@ def test_training_log_without_tensorboard_leaves_out_events(tmp_path, monkeypatc
         "epoch,loss\n1,2.5\n",
         f"{HEADER}\n1,2.5\n",
         f"{HEADER}\n1,2.5,2.25,many,50.0,75.0,1.5\n",
+        f"{HEADER}\n1.5,2.5,2.25,10.5,50.0,75.0,1.5\n",
         b"\xff\xfe\x00",
     ],
 )
