@@ -2,10 +2,8 @@
 
 import ast
 import csv
-import itertools
 import re
 import shlex
-import tomllib
 from pathlib import Path
 
 import pytest
@@ -82,15 +80,6 @@ def test_documented_options_exist(path):
         assert f"--{option}" in SOURCES or re.search(rf"^    {name}: .* = (path_)?option\(", SOURCES, re.MULTILINE), (
             option
         )
-
-
-def test_requirements_agree_with_the_project_table():
-    """pyproject.toml and requirements*.txt name the same versions of the same packages."""
-    settings = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
-    extras = settings["project"]["optional-dependencies"]
-    groups = [settings["project"]["dependencies"], *extras.values(), settings["dependency-groups"]["dev"]]
-    text = "".join(path.read_text(encoding="utf-8") for path in ROOT.glob("requirements*.txt"))
-    assert set(itertools.chain(*groups)) == set(re.findall(r"^([a-z][^\s#]*)", text, re.MULTILINE))
 
 
 # The example of one's own images, as printed.
