@@ -1,4 +1,4 @@
-"""The layout that CONTRIBUTING.md describes: what lies where, what may import what, and what is explained."""
+"""The layout that CONTRIBUTING.md describes: what lies where, and what may import what."""
 
 import ast
 import functools
@@ -37,15 +37,6 @@ def imports(path):
     return {".".join(name.split(".")[:2]) for name in names}
 
 
-def public_definitions(body, prefix=""):
-    """Yields the name and the node of every public function, class and method."""
-    for node in body:
-        if isinstance(node, FUNCTION | ast.ClassDef) and not node.name.startswith("_"):
-            yield prefix + node.name, node
-            if isinstance(node, ast.ClassDef):
-                yield from public_definitions(node.body, f"{prefix}{node.name}.")
-
-
 def test_scripts_are_the_only_files_at_the_top():
     assert set(ROOT.glob("*.py")) == set(SCRIPTS)
 
@@ -71,10 +62,3 @@ def test_functions_are_short(path):
         if isinstance(node, FUNCTION)
     }
     assert not {name: length for name, length in lengths.items() if length > MAX_FUNCTION_LINES}
-
-
-@pytest.mark.parametrize("path", [*SCRIPTS, *CORE, *GUESTS], ids=relative)
-def test_public_definitions_have_docstrings(path):
-    module = parse(path)
-    assert ast.get_docstring(module)
-    assert not [name for name, node in public_definitions(module.body) if not ast.get_docstring(node)]

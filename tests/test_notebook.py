@@ -1,7 +1,6 @@
 """The notebook as it is committed: complete, without outputs, and in a form whose changes can be read. CI runs it."""
 
 import json
-import re
 from pathlib import Path
 
 import nbformat
@@ -33,22 +32,3 @@ def test_notebook_has_canonical_form_and_no_outputs(text, cells):
     assert json.dumps(notebook, indent=1, ensure_ascii=False) + "\n" == text, "as Jupyter writes it"
     for cell in cells:
         assert not cell.get("outputs") and not cell.get("execution_count"), f"clear the outputs of {cell['id']}"
-
-
-def test_notebook_form_has_defaults_that_run_anywhere(code):
-    fields = dict(re.findall(r"^(\w+) = (.*?)  # @param", "\n".join(code.values()), re.MULTILINE))
-    assert fields == {
-        "repository": '""',
-        "dataset_name": '"shapes"',
-        "num_captions": '""',
-        "attention": '"soft"',
-        "epochs": "0",
-        "keep_on_drive": "False",
-        "address_or_file": '""',
-        "upload": "False",
-        "beam_size": "5",
-        "num_captions_shown": "3",
-        "copy_to_drive": "False",
-        "more_epochs": "1",
-    }, "the defaults must run anywhere from top to bottom"
-    assert next(iter(code)) == "setup" and code["setup"].startswith("repository ="), "the first field to fill in"

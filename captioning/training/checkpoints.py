@@ -81,6 +81,7 @@ class Checkpoints:
         self.best = tf.train.Checkpoint(model=state.model)
         _ = self.last.save_counter, self.best.save_counter  # which makes them: TensorFlow's checkpoints hold one
         self.run, self.state, self.is_writer = run, state, is_writer
+        self.resumed = ""  # the prefix of the checkpoint that was restored
 
     def restore(self) -> bool:
         """Restores the last checkpoint that is whole, or else the best weights; returns False if there is none.
@@ -104,6 +105,7 @@ class Checkpoints:
             raise InputError(
                 f"{prefix}: damaged, or of another model ({first_line(error)}); delete the run folder to start again"
             ) from None
+        self.resumed = prefix
         best = self.run / "checkpoints/best"
         try:
             if latest_checkpoint(best) is None and self.state.progress.best() > EpochScore():
@@ -162,7 +164,10 @@ class Checkpoints:
             return
         folder = self.run / "checkpoints" / name
         folder.mkdir(parents=True, exist_ok=True)
-        number = 1 + max((int(prefix.rpartition("-")[2]) for prefix in list_checkpoints(folder)), default=0)
+        prefixes = list_checkpoints(folder)
+        if self.resumed in prefixes:  # a later one is damaged: this one overwrites it, and keeps the whole one
+            prefixes, self.resumed = [self.resumed], ""
+        number = 1 + max((int(prefix.rpartition("-")[2]) for prefix in prefixes), default=0)
         try:
             checkpoint.write(str(plain_path(folder / f"ckpt-{number}")))
             with atomic_write(folder / "checkpoint") as file:
