@@ -15,7 +15,6 @@ challenge; captions are split into words as for published scores. METEOR and SPI
 
 import argparse
 import functools
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -40,7 +39,7 @@ from captioning.config.options import add_options
 from captioning.config.settings import DATA_PATHS, DataConfig, DecodeConfig, FeatureConfig
 from captioning.data.annotations import SPLITS, Example
 from captioning.decoder.decoding import StepModel, can_be_compiled
-from captioning.images.feature_cache import FeatureCache, FeatureSource, map_prefetch, open_run_cache
+from captioning.images.feature_cache import FeatureCache, FeatureSource, open_run_cache, read_batches
 from captioning.images.image_records import ImageRecords
 from captioning.runs.run_folder import open_run, read_config
 from captioning.scores.attention_boxes import COLUMNS, measure_captions, read_boxes
@@ -120,16 +119,16 @@ def generate_captions(  # noqa: PLR0913 - all that the captions depend on
     if isinstance(cache, FeatureCache):
         batch_size = widen(batch_size)
         with_xla = can_be_compiled(config) and has_gpu() and len(examples) >= XLA_MIN_IMAGES
-    paths = [os.fsencode(cache.path(example.image_path)) for example in examples]
+    names = [example.image_path for example in examples]
     # The decoder follows several captions of each image: batches get smaller, so that its memory does not grow.
     num_rows = config.captions if config.sample else config.num_beams
     num_images = max(1, batch_size // num_rows)
     if with_xla:  # for one shape: the last image fills the last batch
-        paths += paths[-1:] * (-len(paths) % num_images)
+        names += names[-1:] * (-len(names) % num_images)
     decode = functools.partial(inference.decode_captions, model, tokenizer, config=config, chooser=chooser)
     captions: list[inference.Caption] = []
     # Several threads read the next batches while the decoder works on this one.
-    for image_features in map_prefetch(tf.data.Dataset.from_tensor_slices(paths).batch(num_images), cache.read):
+    for image_features in read_batches(cache, names, num_images):
         try:
             captions += decode(image_features, with_xla=with_xla)  # (B, L, C)
         except tf.errors.OpError as error:
@@ -358,7 +357,7 @@ def evaluate_run(args: argparse.Namespace) -> Evaluation:
     metrics = {
         "run": str(captioner.run),
         **captioner.decode_config.to_json(),
-        "beam_size": captioner.decode_config.num_beams,
+        "beam_size": 1 if captioner.decode_config.sample else captioner.decode_config.num_beams,
         **scored,
         "unfinished captions": round(100 * num_unfinished / len(captions), 1),
         "split": args.split,

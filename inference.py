@@ -140,6 +140,8 @@ class Captioner:
         locations: Mapping[str, Any] = MappingProxyType({}),
     ) -> "Captioner":
         """Loads a run: its folder, a .zip of it or the address of one; None for the latest in runs/."""
+        if config.length_penalty != 1 and (config.sample or config.num_beams == 1):
+            log("--length-penalty changes nothing: it ranks the captions of a beam, see --beam-size")
         folder = open_run(run)
         captioner = cls(*load_run(folder), folder, config, compile_cnn)
         captioner.locations = locations

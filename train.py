@@ -46,6 +46,7 @@ from captioning.config.guests import find_model_guest
 from captioning.config.options import add_options
 from captioning.config.run_config import RunConfig
 from captioning.config.settings import RECIPES, DataConfig, FeatureConfig, ModelConfig, TrainConfig
+from captioning.images.feature_cache import explain_failure
 from captioning.runs.run_folder import (
     CONFIG_FILE,
     check_run_cnn,
@@ -344,8 +345,9 @@ def train(
             score = EpochScore(*devices.broadcast_from_chief(strategy, score))  # all machines stop at the same epoch
             with defer_interrupts():  # Ctrl-C waits until all of it is saved
                 finish_epoch(progress, score, checkpoints)
-    except KeyboardInterrupt:  # also of the other signals
-        checkpoints.save()
+    except KeyboardInterrupt:  # also of the other signals, of which a second one waits
+        with defer_interrupts():
+            checkpoints.save()
         raise
     log(f"best: epoch {progress.get('best_epoch')}, {progress.best()}; see {run / 'loss.png'}")
     if training_log:
@@ -515,6 +517,7 @@ def open_run_folder(run: Path, data: TrainData, config: RunConfig, strategy: tf.
         if devices.is_chief(strategy):
             stack.enter_context(lock_folder(run))  # two trainings in one folder would overwrite their checkpoints
             init_run_dir(run, config, data.tokenizer.save, data.cache.cnn_weights)
+        stack.enter_context(explain_failure(data.cache))
         try:
             yield
         except tf.errors.UnimplementedError as error:

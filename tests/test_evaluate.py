@@ -223,6 +223,17 @@ def test_main_writes_a_table_of_the_images(captioner, dataset, tmp_path, monkeyp
     assert json.loads((captioner.run / "metrics_val.json").read_text())["tokenizer"] == "characters"
 
 
+def test_metrics_of_samples_have_settings_that_can_be_read(captioner, dataset, monkeypatch):
+    captioner.decode_config = DecodeConfig(sample=True, captions=3, max_words=4)
+    monkeypatch.setattr(Captioner, "load", lambda *_, **__: captioner)
+    monkeypatch.setattr(evaluate.data_utils, "load_run_dataset", lambda config, locations: dataset)
+    evaluate.main(["--run", str(captioner.run)])
+    metrics = json.loads((captioner.run / "metrics_val_sample.json").read_text())
+    assert (
+        DecodeConfig(**{name: metrics[name] for name in captioner.decode_config.to_json()}) == captioner.decode_config
+    )
+
+
 def test_main_measures_the_attention_in_boxes(captioner, dataset, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(Captioner, "load", lambda *_, **__: captioner)
     monkeypatch.setattr(evaluate.data_utils, "load_run_dataset", lambda config, locations: dataset)

@@ -104,6 +104,13 @@ def test_captioner_extractor_refuses_other_weights(run, captioner):
         _ = captioner.extractor
 
 
+def test_captioner_says_that_a_length_penalty_needs_a_beam(fast_run, capsys):
+    Captioner.load(fast_run, DecodeConfig(length_penalty=0.5, beam_size=2))
+    assert "--length-penalty" not in capsys.readouterr().err
+    Captioner.load(fast_run, DecodeConfig(length_penalty=0.5))
+    assert "--length-penalty changes nothing" in capsys.readouterr().err
+
+
 def image_sources(path):
     """One image in all the forms that can be captioned."""
     content, image = path.read_bytes(), Image.open(path).convert("RGB")

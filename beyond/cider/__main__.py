@@ -30,7 +30,9 @@ RECIPE: dict[str, Any] = {
     "dropout": 0.3,
     "feature_dropout": 0.5,
 }
-WITHOUT = ("recipe", "label_smoothing", "jit")  # XLA cannot compile the rewards, which are computed on the CPU
+# XLA cannot compile the rewards, which are computed on the CPU. Gradients of several devices would be weighed by their
+# samples, and not by the words.
+WITHOUT = ("recipe", "label_smoothing", "jit", "strategy")
 
 
 def main(argv: list[str] | None = None, on_step: train.OnStep | None = None) -> None:

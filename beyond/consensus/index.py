@@ -10,7 +10,6 @@ import hashlib
 import io
 import itertools
 import json
-import os
 import zipfile
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -27,7 +26,7 @@ from captioning.base.quiet_tensorflow import tf
 from captioning.base.special_tokens import PAD_ID
 from captioning.config.run_config import RunConfig
 from captioning.data.annotations import Example
-from captioning.images.feature_cache import FeatureCache, location_fields, map_prefetch
+from captioning.images.feature_cache import FeatureCache, location_fields, read_batches
 from captioning.images.image_records import ImageRecords
 from captioning.images.reading import map_threads
 from data_utils import CaptionDataset
@@ -257,14 +256,14 @@ def build_index(captioner: Captioner, dataset: CaptionDataset, cache: FeatureCac
     examples = dataset.split("train")
     if cache:
         evaluate.check_features(cache, dataset.image_dir, examples)
-    batches = _read_features(cache, examples) if cache else _compute_features(captioner, dataset, examples)
+    names = [example.image_path for example in examples]
+    batches = read_batches(cache, names, BATCH_SIZE) if cache else _compute_features(captioner, dataset, names)
     means = []
     with progress_bar(total=len(examples), unit="image", desc="index") as progress:
         for features in batches:
             means.append(mean_features(features))
             progress.update(len(features))
     mean = np.concatenate(means)
-    names = [example.image_path for example in examples]
     if len(wrong := np.flatnonzero(~np.isfinite(mean).all(axis=1))):
         hint = "`features.py --verify` with the data options of the run finds and mends damaged ones"
         raise InputError(f"the features of {names[wrong[0]]} are not all numbers, and of {len(wrong) - 1} more; {hint}")
@@ -279,19 +278,12 @@ def save_index(index: Index, path: Path) -> None:
     log(f"{path}: {len(index.names):,} images, {num_captions:,} captions, {format_bytes(path.stat().st_size)}")
 
 
-def _read_features(cache: FeatureCache, examples: Sequence[Example]) -> Iterator[tf.Tensor]:
-    paths = [os.fsencode(cache.path(example.image_path)) for example in examples]
-    yield from map_prefetch(tf.data.Dataset.from_tensor_slices(paths).batch(BATCH_SIZE), cache.read)
-
-
-def _compute_features(
-    captioner: Captioner, dataset: CaptionDataset, examples: Sequence[Example]
-) -> Iterator[tf.Tensor]:
-    log(f"--choose consensus: computing the features of {len(examples):,} training images, once")
+def _compute_features(captioner: Captioner, dataset: CaptionDataset, names: list[str]) -> Iterator[tf.Tensor]:
+    log(f"--choose consensus: computing the features of {len(names):,} training images, once")
     _ = captioner.extractor  # built once, for both
     captioner = copy.copy(captioner)
     captioner.compile_cnn = True  # which inference.py leaves out for a single image
-    paths = [dataset.image_dir / example.image_path for example in examples]
+    paths = [dataset.image_dir / name for name in names]
     loaded = map_threads(captioner.load_image, paths, NUM_AHEAD * BATCH_SIZE)
     while batch := list(itertools.islice(loaded, BATCH_SIZE)):
         yield captioner.extract_features(np.stack([pixels for _, pixels in batch]))

@@ -19,10 +19,10 @@ import features
 import model
 import train
 from beyond.finetune.cnn_blocks import TrainedCNN, trainable_from
-from beyond.finetune.images import ImageReader, augment, explain_failure, find_images_with, mirror
+from beyond.finetune.images import ImageReader, augment, find_images_with, mirror
 from beyond.start import check_start, parse_start, take_words
 from captioning.base.cli import InputError, log, make_parser, run_main
-from captioning.base.files import file_sha256
+from captioning.base.files import file_sha256, relative_path
 from captioning.base.quiet_tensorflow import tf
 from captioning.config.options import Settings, add_options, option
 from captioning.config.run_config import RunConfig
@@ -143,7 +143,7 @@ def open_images(
     if config.features_dir != saved.features["folder"]:
         raise InputError("--features-dir: not for the training of the CNN, which reads the images")
     folder = run / "features"
-    image_dir = Path(os.path.relpath(dataset.image_dir.resolve(), folder.resolve())).as_posix()
+    image_dir = relative_path(dataset.image_dir.resolve(), folder.resolve())
     manifest = saved.features | {"folder": str(folder), "images": image_dir}
     if (run / CONFIG_FILE).exists():  # it is resumed
         manifest = read_config(run).features
@@ -200,7 +200,7 @@ def main(argv: list[str] | None = None, on_step: train.OnStep | None = None) -> 
     data, config = take_words(start, data, config)
     config = dataclasses.replace(config, objective=finetune.to_json())
     cnn = build_cnn(start, feature_config, finetune.block, config.train.mixed_precision)
-    with explain_failure(data.cache), train.open_run_folder(run, data, config, strategy):
+    with train.open_run_folder(run, data, config, strategy):
         train.train(run, data, config, strategy, functools.partial(build, start=start, cnn=cnn), on_step)
 
 

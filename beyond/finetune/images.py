@@ -1,8 +1,6 @@
 """Images instead of cached features, and their augmentation. I is the number of images of a batch."""
 
-import contextlib
 import os
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +8,7 @@ import numpy as np
 
 from captioning.base.cli import InputError
 from captioning.base.quiet_tensorflow import tf
-from captioning.images.feature_cache import CNN_FILE, FeatureSource
+from captioning.images.feature_cache import CNN_FILE
 from captioning.training.input_pipeline import Batch
 from features import load_image
 
@@ -27,7 +25,7 @@ class ImageReader:
         self.image_dir, self.manifest = image_dir, manifest
         self.folder = Path(manifest["folder"])
         self.cnn_weights = str(self.folder.with_name(CNN_FILE))  # in the run folder, after the first best epoch
-        self.failure: InputError | None = None  # an image that could not be read
+        self.failure: InputError | None = None
 
     def path(self, image_path: str) -> Path:
         """Returns the file of an image."""
@@ -36,7 +34,7 @@ class ImageReader:
     def read(self, paths: tf.Tensor) -> tf.Tensor:
         """Reads the images of files (I,) inside a tf.data pipeline: (I, size, size, 3) uint8, as inference reads them.
 
-        An image that cannot be read is an error of the pipeline; see `explain_failure`.
+        An image that cannot be read is an error of the pipeline; see `feature_cache.explain_failure`.
         """
         size = self.manifest["image_size"]
 
@@ -48,17 +46,6 @@ class ImageReader:
                 raise
 
         return tf.ensure_shape(tf.numpy_function(load, [paths], tf.uint8), (None, size, size, 3))
-
-
-@contextlib.contextmanager
-def explain_failure(source: FeatureSource) -> Iterator[None]:
-    """Turns the error of a tf.data pipeline into the `InputError` behind it, if an image could not be read."""
-    try:
-        yield
-    except tf.errors.OpError:
-        if isinstance(source, ImageReader) and source.failure:
-            raise source.failure from None
-        raise
 
 
 def find_images_with(words: tf.Tensor, batch: Batch) -> tf.Tensor:

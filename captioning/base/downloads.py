@@ -80,30 +80,32 @@ def download(
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f"{path.name}.part")
     version = path.with_name(f"{path.name}.part.version")  # what the server calls the version that it sent
+    failure = None
     with name_in_errors(part), open(part, "ab+") as file:
         if not try_lock(file):
             raise InputError(f"{path} is being downloaded by another process; wait until it has ended")
-        if path.exists():  # that process has just ended
-            part.unlink(missing_ok=True)
-            return path
-        try:
-            if file.seek(0, os.SEEK_END) != num_bytes:
-                with progress_bar(total=num_bytes, unit="B", unit_scale=True, desc=path.name, disable=quiet) as bar:
-                    _fetch(url, file, version, num_bytes or max_bytes, bar)
-            _check_content(file, num_bytes, md5)
-            os.replace(part, path)
-        except requests.RequestException as error:
-            received, source = file.seek(0, os.SEEK_END), redact_url(url)
-            if isinstance(error, _WrongFileError) or not received:
-                part.unlink()
-            kept = f"; {received:,} bytes are kept" if part.exists() else ""
-            raise InputError(
-                f"{path.name} cannot be downloaded from {source} ({_describe(error)}){kept}; run the same command "
-                f"again, or download {source} yourself and put it into {path.parent}/ as {path.name}"
-            ) from None
-        finally:
-            if not part.exists():
-                version.unlink(missing_ok=True)
+        if not path.exists():  # otherwise that process has just ended
+            try:
+                if file.seek(0, os.SEEK_END) != num_bytes:
+                    with progress_bar(total=num_bytes, unit="B", unit_scale=True, desc=path.name, disable=quiet) as bar:
+                        _fetch(url, file, version, num_bytes or max_bytes, bar)
+                _check_content(file, num_bytes, md5)
+            except requests.RequestException as error:
+                failure = error
+        received = file.seek(0, os.SEEK_END)
+    # Now that it is closed: Windows replaces and deletes no open file.
+    is_kept = bool(failure and received) and not isinstance(failure, _WrongFileError)
+    if not (failure or path.exists()):
+        os.replace(part, path)
+    if not is_kept:
+        part.unlink(missing_ok=True)
+        version.unlink(missing_ok=True)
+    if failure:
+        source, kept = redact_url(url), f"; {received:,} bytes are kept" if is_kept else ""
+        raise InputError(
+            f"{path.name} cannot be downloaded from {source} ({_describe(failure)}){kept}; run the same command "
+            f"again, or download {source} yourself and put it into {path.parent}/ as {path.name}"
+        )
     return path
 
 

@@ -139,6 +139,14 @@ def _link(folder: str) -> Path:
     return link
 
 
+def relative_path(path: Path | str, folder: Path | str) -> str:
+    """Returns an absolute path as it is from a folder, with slashes; unchanged on another drive of Windows."""
+    try:
+        return Path(os.path.relpath(path, folder)).as_posix()
+    except ValueError:
+        return Path(path).as_posix()
+
+
 def write_json(path: Path | str, value: Any) -> None:
     """Writes indented UTF-8 JSON, atomically."""
     text = json.dumps(value, indent=2, ensure_ascii=False)

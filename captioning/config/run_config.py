@@ -52,7 +52,8 @@ class RunConfig:
                     values[field.name] = getattr(section, field.name)
         values |= self.objective
         values |= {"unreadable_images": self.unreadable_images, "data_fingerprint": self.data_fingerprint}
-        return values | {name: value for name, value in self.features.items() if name != "folder"}
+        # Where features and images are may change; the images' content is compared beside their features.
+        return values | {name: value for name, value in self.features.items() if name not in ("folder", "images")}
 
 
 def find_difference(

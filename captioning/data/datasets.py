@@ -341,7 +341,11 @@ def _common_folder(folders: Iterable[Path]) -> Path:
     different = {folder.resolve(): folder for folder in folders}
     if len(different) == 1:
         return next(iter(different.values()))
-    return Path(os.path.relpath(os.path.commonpath(list(different))))
+    try:
+        return Path(os.path.relpath(os.path.commonpath(list(different))))
+    except ValueError:
+        names = ", ".join(map(str, different.values()))
+        raise InputError(f"expected all images on the drive of the current folder, found {names}") from None
 
 
 DATASETS: dict[str, Callable[[Path], DatasetSource]] = {

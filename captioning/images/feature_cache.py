@@ -4,17 +4,18 @@ features.json is the manifest: it records how the features were made, so that fe
 number formats are never mixed. features.py fills the cache. Training and evaluation read it.
 """
 
+import contextlib
 import io
 import os
 import zlib
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Iterator
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 
 from captioning.base.cli import InputError, log, progress_bar
-from captioning.base.files import atomic_write, check_schema, file_sha256, read_json
+from captioning.base.files import atomic_write, check_schema, file_sha256, read_json, relative_path
 from captioning.base.quiet_tensorflow import tf
 from captioning.config.cnns import CNN, INCEPTION_V3, cnn_of_manifest
 from captioning.config.run_config import find_difference
@@ -42,6 +43,7 @@ class FeatureSource(Protocol):
 
     folder: Path
     manifest: dict[str, Any]
+    failure: InputError | None  # what could not be read; see `explain_failure`
 
     @property
     def cnn_weights(self) -> str:
@@ -65,6 +67,7 @@ class FeatureCache:
         dtype: the stored features' type, float16 or float32.
         num_bytes: of the file of an image's features.
         precision: what the CNN computes in, one of `PRECISIONS`.
+        failure: features that could not be read.
     """
 
     def __init__(self, folder: Path | str, manifest: dict[str, Any]):
@@ -74,6 +77,7 @@ class FeatureCache:
         self.shape = self.cnn.features_shape
         self.dtype = np.dtype(manifest["dtype"])
         self.precision = manifest.get("precision", "float32")
+        self.failure: InputError | None = None
         example = io.BytesIO()
         np.save(example, np.empty(self.shape, self.dtype))
         self.num_bytes = len(example.getvalue())
@@ -114,19 +118,37 @@ class FeatureCache:
         """Reads files (B,) inside a tf.data pipeline: features (B, L, C), as stored.
 
         They are read as plain bytes: that releases Python's lock, which np.load holds, so that several threads read at
-        the same time.
+        the same time. One that cannot be read is an error of the pipeline; see `explain_failure`.
         """
 
         def load(paths: np.ndarray) -> np.ndarray:
             features = np.empty((len(paths), *self.shape), self.dtype)
             for row, path in zip(features, paths, strict=True):
-                with open(path, "rb") as file:
-                    file.seek(-row.nbytes, os.SEEK_END)  # skips the header
-                    file.readinto(row)
+                try:
+                    with open(path, "rb") as file:
+                        file.seek(-row.nbytes, os.SEEK_END)  # skips the header
+                        file.readinto(row)
+                except OSError as error:
+                    self.failure = InputError(
+                        f"{os.fsdecode(path)}: these features are gone or damaged since the start ({error.strerror}); "
+                        "features.py, or train.py run again, computes them"
+                    )
+                    raise
             return features
 
         features = tf.numpy_function(load, [paths], self.dtype)
         return tf.ensure_shape(features, (None, *self.shape))
+
+
+@contextlib.contextmanager
+def explain_failure(source: FeatureSource) -> Iterator[None]:
+    """Turns the error of a tf.data pipeline into the `InputError` behind it, if a file could not be read."""
+    try:
+        yield
+    except tf.errors.OpError:
+        if source.failure:
+            raise source.failure from None
+        raise
 
 
 def map_prefetch(dataset: tf.data.Dataset, fn: Callable) -> tf.data.Dataset:
@@ -135,6 +157,17 @@ def map_prefetch(dataset: tf.data.Dataset, fn: Callable) -> tf.data.Dataset:
     options = tf.data.Options()
     options.autotune.enabled = False
     return dataset.map(fn, num_parallel_calls=NUM_READERS).prefetch(NUM_READERS).with_options(options)
+
+
+def read_batches(source: FeatureSource, image_paths: Iterable[str], batch_size: int) -> Iterator[tf.Tensor]:
+    """Yields what a source has of images, batch by batch; several threads read the next ones.
+
+    Raises:
+        InputError: a file cannot be read.
+    """
+    paths = [os.fsencode(source.path(image_path)) for image_path in image_paths]
+    with explain_failure(source):
+        yield from map_prefetch(tf.data.Dataset.from_tensor_slices(paths).batch(batch_size), source.read)
 
 
 def find_outdated(cache: FeatureCache, records: ImageRecords, image_paths: list[str]) -> list[str]:
@@ -216,7 +249,7 @@ def make_manifest(
         "shape": list(cnn.features_shape),
         "dtype": dtype,
         # A relative path: a project that is moved as a whole keeps its cache.
-        "images": Path(os.path.relpath(image_dir.resolve(), folder.resolve())).as_posix(),
+        "images": relative_path(image_dir.resolve(), folder.resolve()),
     }
     if cnn_weights not in ("imagenet", "random"):
         manifest["sha256"] = file_sha256(cnn_weights)

@@ -20,7 +20,15 @@ from pathlib import Path
 from typing import Any
 
 from captioning.base.cli import InputError, first_line, log, log_once
-from captioning.base.files import atomic_write, check_schema, file_sha256, plain_path, read_json, write_json
+from captioning.base.files import (
+    atomic_write,
+    check_schema,
+    file_sha256,
+    plain_path,
+    read_json,
+    relative_path,
+    write_json,
+)
 from captioning.base.quiet_tensorflow import tf
 from captioning.config.cnns import CNN
 from captioning.config.guests import load_guest
@@ -82,6 +90,8 @@ def best_checkpoint(run: Path) -> str:
             problem = problem or error
             continue
         if prefix:
+            if problem and "cnn_learning_rate" in read_config(run).objective:
+                raise InputError(f"{problem}, and {run}'s CNN fits no other weights; run its training again to mend it")
             if problem:
                 log_once(f"{problem}: {prefix} is taken instead")
             return prefix
@@ -181,11 +191,7 @@ def relocate(path: str, old_folder: Path, new_folder: Path) -> str:
     """Returns a path that is relative to one folder as it is relative to another; an absolute one stays."""
     if not path or os.path.isabs(path):
         return path
-    absolute = os.path.join(os.path.realpath(old_folder), path)
-    try:
-        return Path(os.path.relpath(absolute, os.path.realpath(new_folder))).as_posix()
-    except ValueError:  # another drive of Windows
-        return Path(absolute).as_posix()
+    return relative_path(os.path.join(os.path.realpath(old_folder), path), os.path.realpath(new_folder))
 
 
 def _map_paths(values: dict[str, Any], change: Callable[[str], str]) -> dict[str, Any]:

@@ -3,16 +3,14 @@
 A model that scores no more has not learnt to use the images, however fluent its captions are.
 """
 
-import os
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from captioning.base.cli import log
-from captioning.base.quiet_tensorflow import tf
 from captioning.data.annotations import Example
-from captioning.images.feature_cache import FeatureCache, map_prefetch
+from captioning.images.feature_cache import FeatureCache, read_batches
 from captioning.scores import metrics
 from tokenizer import split_words
 
@@ -124,7 +122,6 @@ def find_neighbours(cache: FeatureCache, examples: Sequence[Example], candidates
 
 def _mean_features(cache: FeatureCache, examples: Sequence[Example]) -> np.ndarray:
     """Returns the features of images as the mean of their locations, of length 1: (images, C) float32."""
-    paths = [os.fsencode(cache.path(example.image_path)) for example in examples]
-    batches = map_prefetch(tf.data.Dataset.from_tensor_slices(paths).batch(BATCH_SIZE), cache.read)
+    batches = read_batches(cache, (example.image_path for example in examples), BATCH_SIZE)
     means = np.concatenate([features.numpy().mean(axis=1, dtype=np.float32) for features in batches])
     return means / np.linalg.norm(means, axis=1, keepdims=True)

@@ -156,7 +156,7 @@ class Checkpoints:
 
     def save_best(self) -> None:
         """Saves the current weights as the best."""
-        self._write("best", self.best, num_kept=1)
+        self._write("best", self.best, num_kept=2)  # another command may be reading the one before
 
     def _write(self, name: str, checkpoint: tf.train.Checkpoint, num_kept: int) -> None:
         """Writes a checkpoint, and deletes old ones when it is complete, as CheckpointManager does with other paths."""

@@ -43,10 +43,10 @@ class TrainSteps:
         strategy: tf.distribute.Strategy,
         make_train_step: Callable[..., Callable[[Batch], None]],
     ):
-        self.state, self.captions, self.strategy = state, captions, strategy
+        self.state, self.captions, self.source, self.strategy = state, captions, data.cache, strategy
         self.make_train_step = make_train_step
-        self.image_features = load_features(captions.feature_paths, data.cache.read, config, strategy)
-        self.read_features = data.cache.read if self.image_features is None else None
+        self.image_features = load_features(captions.feature_paths, self.source.read, config, strategy)
+        self.read_features = self.source.read if self.image_features is None else None
         self.may_fall_back = config.jit == "auto"
         self._make(choose_compiler(state, config, strategy))
 
@@ -64,7 +64,7 @@ class TrainSteps:
         try:
             train_epoch(self.step, self.batches, self.state, checkpoints, self.config, on_step)
         except tf.errors.OpError as error:  # the step has changed nothing
-            if not self.may_fall_back or self.config.jit == "off":
+            if not self.may_fall_back or self.config.jit == "off" or self.source.failure:
                 raise
             hint = f"; if it could before, delete {xla_cache()}" if xla_cache() else ""
             log(f"XLA cannot run the training step ({first_line(error)}): training goes on as with --jit off{hint}")

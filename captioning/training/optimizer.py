@@ -4,6 +4,7 @@ import contextlib
 from collections.abc import Iterator
 from typing import Any
 
+from captioning.base.cli import defer_interrupts
 from captioning.base.devices import has_gpu
 from captioning.base.quiet_tensorflow import tf
 
@@ -104,6 +105,7 @@ class WeightEMA(tf.Module):
             for shadow, variable in zip(self.shadow, self.variables_to_average, strict=True):
                 variable.assign(shadow)
             yield
-        finally:  # also at Ctrl-C, which saves the weights
-            for value, variable in zip(weights, self.variables_to_average, strict=True):
-                variable.assign(value)
+        finally:  # also at Ctrl-C, which saves the weights; a second one must not leave half of them
+            with defer_interrupts():
+                for value, variable in zip(weights, self.variables_to_average, strict=True):
+                    variable.assign(value)

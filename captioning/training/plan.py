@@ -25,7 +25,9 @@ from captioning.training.training_log import count_epochs
 from data_utils import CaptionDataset, describe_split
 
 NUM_STEPS = 10  # that are timed
-CHECKPOINT_BYTES = 40  # per weight, in float32: three states while one is written, with Adam's two means; and the best
+# Per weight, in float32. Of each there are two, and three while one is written: of the states the weights, Adam's two
+# means, and perhaps the moving average; of the best weights two, which are written at another time.
+STATE_BYTES, AVERAGE_BYTES, BEST_BYTES = 3 * 12, 3 * 4, 2 * 4
 UNKNOWN = "known once the captions are there"
 
 
@@ -182,8 +184,8 @@ def print_plan(args: argparse.Namespace, strategy: tf.distribute.Strategy) -> No
         training, num_weights = time_training(args.run or train.default_run(dataset), data, config, strategy)
     missing += source.find_missing_images([example.image_path for example in dataset.examples])
     cache, _ = open_features(dataset, feature_config)
-    checkpoints = (args.run or train.default_run(dataset), CHECKPOINT_BYTES * num_weights)
-    print_lines(dataset, missing, cache, training, checkpoints)
+    num_bytes = num_weights * (STATE_BYTES + AVERAGE_BYTES * bool(args.ema_decay) + BEST_BYTES)
+    print_lines(dataset, missing, cache, training, (args.run or train.default_run(dataset), num_bytes))
 
 
 def time_training(run: Path, data: TrainData, config: RunConfig, strategy: tf.distribute.Strategy) -> tuple[str, int]:

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import evaluate
-from captioning.base.cli import log
+from captioning.base.cli import InputError, log
 from captioning.base.quiet_tensorflow import tf
 from captioning.config.settings import DecodeConfig, TrainConfig
 from captioning.decoder.losses import loss_function
@@ -53,6 +53,9 @@ class Validator:
     """Validates a model on the images of the val split, at most `max_val_images` of them.
 
     `own_cider` is the objective's, see `CrossEntropy`; it counts where the images are too few.
+
+    Raises:
+        InputError: the objective needs pycocoevalcap for its CIDEr, which is not installed.
     """
 
     def __init__(self, model: tf.keras.Model, data: TrainData, config: TrainConfig, own_cider: OwnCider | None = None):
@@ -61,12 +64,14 @@ class Validator:
         self.references = [list(example.captions) for example in self.examples]
         self.captions = encode_captions(self.examples, data.tokenizer.encode, data.cache.path, config.max_length)
         self.has_scores = metrics.has_pycocoevalcap()
-        has_cider = self.has_scores and len(self.references) >= MIN_CIDER_IMAGES
-        self.own_cider = None if has_cider else own_cider
-        self.cider_decides = has_cider or own_cider is not None
+        has_images = len(self.references) >= MIN_CIDER_IMAGES
+        if own_cider and has_images and not self.has_scores:  # a run must not compare two kinds of CIDEr
+            raise InputError("this training chooses its best epoch by CIDEr: it needs `pip install pycocoevalcap`")
+        self.own_cider = None if has_images else own_cider
+        self.cider_decides = (has_images and self.has_scores) or self.own_cider is not None
         own = "CIDEr with the document frequencies of the training captions"
         chooser = own if self.own_cider else "the validation loss"
-        if len(self.references) < MIN_CIDER_IMAGES:
+        if not has_images:
             log(
                 f"too few validation images for CIDEr to choose the best epoch (found {len(self.references)}, expected "
                 f"at least {MIN_CIDER_IMAGES}): {chooser} chooses it"

@@ -1,6 +1,7 @@
 """Atomic writing, JSON, locks and the room on the disk."""
 
 import errno
+import os
 import shutil
 import signal
 import subprocess
@@ -12,7 +13,16 @@ import pytest
 
 from captioning.base import files
 from captioning.base.cli import InputError
-from captioning.base.files import atomic_write, check_output, check_schema, lock_folder, read_json, try_lock, write_json
+from captioning.base.files import (
+    atomic_write,
+    check_output,
+    check_schema,
+    lock_folder,
+    read_json,
+    relative_path,
+    try_lock,
+    write_json,
+)
 
 ROOT = Path(__file__).parents[2]
 
@@ -132,6 +142,12 @@ def test_check_schema_names_the_wrong_field(value, message):
 
 
 # Locks.
+
+
+def test_relative_path_is_absolute_on_another_drive(tmp_path, monkeypatch):
+    assert relative_path(tmp_path / "a/b", tmp_path / "c") == "../a/b"
+    monkeypatch.setattr(os.path, "relpath", lambda *_: int("another drive"))  # which raises ValueError, as relpath does
+    assert relative_path(tmp_path / "a/b", tmp_path / "c") == f"{tmp_path}/a/b"
 
 
 def test_try_lock_waits_or_returns_false(tmp_path):

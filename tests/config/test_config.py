@@ -187,7 +187,7 @@ def test_run_config_difference_of_features(run_config):
     def with_features(**changes):
         return dataclasses.replace(run_config, features=run_config.features | changes)
 
-    assert run_config.difference(with_features(folder="elsewhere")) is None
+    assert run_config.difference(with_features(folder="elsewhere", images="../moved")) is None
     assert run_config.difference(with_features(weights="random")) == ("weights", "imagenet", "random")
     assert run_config.difference(with_features(sha256="ab")) == ("sha256", None, "ab")
     another_cnn = with_features(cnn="VGG19", weights="random", image_size=224, sha256="ab")

@@ -13,8 +13,8 @@ from captioning.images.feature_cache import (
     find_cnn_weights,
     find_outdated,
     make_manifest,
-    map_prefetch,
     open_run_cache,
+    read_batches,
     read_manifest,
 )
 from captioning.images.image_records import ImageRecords
@@ -56,13 +56,15 @@ def test_cache_cnn_weights_names_file_of_random_weights(cache):
     assert random_cache.cnn_weights == str(cache.folder / CNN_FILE)
 
 
-def test_map_prefetch_maps_in_order(cache, rng):
+def test_read_batches_reads_in_order_and_names_what_it_cannot_read(cache, rng):
     values = rng.normal(size=(20, 64, 2048)).astype(np.float16)
     for number, features in enumerate(values):
         cache.write(f"{number}.jpg", features)
-    paths = tf.constant([str(cache.path(f"{number}.jpg")) for number in range(20)])
-    batches = list(map_prefetch(tf.data.Dataset.from_tensor_slices(paths).batch(2), cache.read))
-    np.testing.assert_array_equal(np.concatenate(batches), values)
+    names = [f"{number}.jpg" for number in range(20)]
+    np.testing.assert_array_equal(np.concatenate(list(read_batches(cache, names, 2))), values)
+    cache.path("7.jpg").unlink()
+    with pytest.raises(InputError, match=r"7\.jpg\.npy: these features are gone .*No such file"):
+        list(read_batches(cache, names, 2))
 
 
 def test_find_outdated_finds_missing_damaged_and_changed_features(cache, tmp_path, capsys):

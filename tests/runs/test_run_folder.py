@@ -103,6 +103,9 @@ def test_best_checkpoint_falls_back_from_a_damaged_one_in_one_line(run, capsys):
         assert best_checkpoint(run) == str(last)
     (line,) = capsys.readouterr().err.splitlines()
     assert re.fullmatch(rf"{best} is damaged \(.+\): {last} is taken instead", line)
+    write_config(run, dataclasses.replace(read_config(run), objective={"cnn_learning_rate": 1e-4}))
+    with pytest.raises(InputError, match=rf"^{best} is damaged .* CNN fits no other weights; run its training again"):
+        best_checkpoint(run)
     damage_checkpoint(last.parent)
     with pytest.raises(
         InputError, match=rf"^{best} is damaged \(.+\), and there is no other; put a copy back, or train"

@@ -1,3 +1,6 @@
+import os
+import signal
+
 import numpy as np
 import pytest
 
@@ -51,6 +54,19 @@ def test_ema_is_swapped_in_only_temporarily(small_model):
     with pytest.raises(KeyboardInterrupt), ema.applied():
         raise KeyboardInterrupt
     np.testing.assert_array_equal(weight, original + 1)
+
+
+def test_ema_is_swapped_out_whole_at_a_second_interrupt(small_model, monkeypatch):
+    variables = small_model.trainable_variables
+    ema = WeightEMA(variables, 0.9)
+    for variable in variables:
+        variable.assign(variable + 1)
+    expected = [variable.numpy() for variable in variables]
+    with pytest.raises(KeyboardInterrupt), ema.applied():
+        assign = variables[0].assign
+        monkeypatch.setattr(variables[0], "assign", lambda value: (assign(value), os.kill(os.getpid(), signal.SIGINT)))
+    for variable, value in zip(variables, expected, strict=True):
+        np.testing.assert_array_equal(variable, value)
 
 
 def test_ema_follows_quickly_at_first():

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 import evaluate
+from captioning.base.cli import InputError
 from captioning.base.quiet_tensorflow import tf
 from captioning.base.special_tokens import END_ID
 from captioning.config.settings import TrainConfig
@@ -101,6 +102,9 @@ def test_validator_takes_the_objectives_cider_for_few_images(make_validator, mon
 def test_validator_keeps_cider_of_enough_images(make_validator, monkeypatch):
     monkeypatch.setattr(validation, "MIN_CIDER_IMAGES", 2)
     assert make_validator(["a", "b"], own_cider=lambda *_: 99.0).evaluate().row["cider"] < 99
+    monkeypatch.setattr(metrics, "has_pycocoevalcap", lambda: False)
+    with pytest.raises(InputError, match="needs `pip install pycocoevalcap`"):  # a resumed run had the other CIDEr
+        make_validator(["a", "b"], own_cider=lambda *_: 99.0)
 
 
 def test_validator_splits_words_as_published_scores_do(make_validator, monkeypatch):
