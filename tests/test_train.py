@@ -21,6 +21,7 @@ from captioning.base import devices
 from captioning.base.cli import InputError, defer_interrupts, end_signals
 from captioning.base.quiet_tensorflow import tf
 from captioning.config.settings import RECIPES, ModelConfig, TrainConfig
+from captioning.images.feature_cache import FeatureCache
 from captioning.scores import metrics
 from captioning.training import objective, training_log, validation
 from captioning.training.input_pipeline import TrainData
@@ -218,6 +219,14 @@ def test_resumed_run_is_identical(trained_run, data, tmp_path, capsys, error, ba
     assert_same_checkpoint(read_checkpoint(resumed), read_checkpoint(trained_run))
     assert_same_checkpoint(read_checkpoint(resumed, "best"), read_checkpoint(trained_run, "best"))
     assert read_history(resumed) == read_history(trained_run)
+
+
+@pytest.mark.slow
+def test_features_that_are_gone_end_training_in_one_line(run, data, tmp_path):
+    dataset, cache, tokenizer = data
+    gone = FeatureCache(tmp_path / "gone", cache.manifest)
+    with pytest.raises(InputError, match=r"gone/.*\.npy: these features are gone or damaged"):
+        run_training(run, (dataset, gone, tokenizer), **RUN_SETTINGS | {"epochs": 3})
 
 
 @pytest.mark.slow
