@@ -5,7 +5,7 @@ Tutorial section: none. The tutorial compares single captions by eye.
     python evaluate.py                                    # the latest run on its val split
     python evaluate.py --run runs/coco --split test --beam-size 5
     python evaluate.py --per-image scores.csv             # a table of all images, the worst captions first
-    python evaluate.py --boxes instances_val2014.json     # also where the attention lies, see docs/attention.md
+    python evaluate.py --boxes instances_train2014.json   # also where the attention lies, see docs/attention.md
     python evaluate.py --results captions.json --annotations captions_val2014.json
 
 The captions are generated without the reference captions. They are written into the run folder as COCO results,

@@ -31,7 +31,6 @@ import data_utils
 import features
 import model
 from captioning.base.cli import InputError, add_quiet_option, int_at_least, log, make_parser, progress_bar, run_main
-from captioning.base.downloads import redact_url
 from captioning.base.files import check_output, file_sha256
 from captioning.base.quiet_tensorflow import tf
 from captioning.config.guests import load_guest
@@ -40,7 +39,7 @@ from captioning.config.run_config import RunConfig
 from captioning.config.settings import DecodeConfig, FeatureConfig
 from captioning.decoder.decoding import StepModel, decode
 from captioning.images.feature_cache import check_cnn_weights, find_cnn_weights
-from captioning.images.image_args import find_images, image_key, is_url, open_image, plot_paths
+from captioning.images.image_args import find_images, image_key, open_image, plot_paths, shown_name
 from captioning.images.reading import ImageSource, map_threads, read_image, set_max_megapixels
 from captioning.output.captions import Caption, to_captions
 from captioning.output.plots import FORMATS, MAX_GRID_IMAGES, is_plot, thumbnail
@@ -285,8 +284,7 @@ def caption_stream(
             if isinstance(result, InputError):
                 yield result
             else:
-                shown_name = redact_url(name) if is_url(name) else name  # an address may hold a secret key
-                yield CaptionedImage(shown_name, result[1], next(captions))
+                yield CaptionedImage(shown_name(name), result[1], next(captions))
 
 
 def caption_images(
@@ -433,7 +431,7 @@ def caption_from_args(args: argparse.Namespace, captioner: Captioner, writers: I
             table = CsvWriter(args.csv, captioner.run, captioner.decode_config, args.inputs)
             stack.enter_context(contextlib.closing(table))
             outputs.append(table)
-            images = [image for image in args.inputs if image_key(image) not in table.done]
+            images = [image for image in args.inputs if image_key(shown_name(image)) not in table.done]
             if num_done := len(args.inputs) - len(images):
                 log(f"{args.csv}: {num_done:,} of {len(args.inputs):,} images are in it already; all outputs skip them")
         if args.json:

@@ -106,16 +106,20 @@ def tutorial_loop(extractor: tf.keras.Model, image_dir: Path, names: list[str], 
 
 
 def project_rate(cache: FeatureCache, image_dir: Path, names: list[str]) -> float:
-    """Measures `features.cache_features`, in images per second.
+    """Measures `features.cache_features`, in images per second, while it reads, computes and writes at the same time.
 
-    The time is that from the files of the first batch to the last file, so that building the CNN is not counted.
+    Some batches are read ahead: the time begins after the files of those that were read while the CNN was built, and
+    ends with those of the batch that is computed when the last image is read.
     """
     for path in cache.folder.glob("*.npy"):
         path.unlink()
-    batch_size = min(features.choose_batch_size(), len(names) // 2)
+    num_batches = features.NUM_AHEAD + 2  # that are read ahead, computed and written at a time
+    batch_size = max(1, min(features.choose_batch_size(), len(names) // (2 * num_batches + 2)))
     features.cache_features(cache, image_dir, names, batch_size)
     written = sorted(path.stat().st_mtime_ns for path in cache.folder.glob("*.npy"))
-    return (len(names) - batch_size) / (written[-1] - written[batch_size - 1]) * 1e9
+    first = min(num_batches * batch_size, len(names) // 2) - 1
+    last = max(len(names) - 1 - num_batches * batch_size, first + 1)
+    return (last - first) / (written[last] - written[first]) * 1e9
 
 
 def around_rate(cache: FeatureCache, image_dir: Path, names: list[str]) -> float:
@@ -167,7 +171,7 @@ def measure_cnn(root: Path, num_images: int, batch_sizes: list[int], rounds: int
     image_dir, tutorial_dir = root / "images", root / "tutorial"
     image_dir.mkdir()
     tutorial_dir.mkdir()
-    num_images = max(2, num_images)  # `project_rate` needs two batches
+    num_images = max(2, num_images)  # `project_rate` needs two
     names = draw_photos(image_dir, num_images)
     megabytes = sum((image_dir / name).stat().st_size for name in names) / num_images / 1e6
     cache = features.open_or_create_cache(root / "cache", image_dir, names, "random", "float16")
@@ -232,7 +236,7 @@ def measure_cnns(num_images: int, rounds: int) -> dict[str, dict[str, float]]:
 def main(argv: list[str] | None = None) -> None:
     """Measures all, or one part, and prints the rates and ratios."""
     parser = make_parser(__doc__)
-    add_counts(parser, {"images": (192, "measure with so many images"), "rounds": (3, "measure each variant so often")})
+    add_counts(parser, {"images": (640, "measure with so many images"), "rounds": (3, "measure each variant so often")})
     parser.add_argument(
         "--batch-sizes",
         type=int_at_least(1),

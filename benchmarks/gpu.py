@@ -66,7 +66,7 @@ class Sizes(NamedTuple):
     model: ModelConfig = ModelConfig(vocab_size=5000)
     batch_sizes: tuple[int, ...] = (64, 256, 1024)
     num_steps: int = 30  # of the smallest batch size, in a round
-    num_pictures: int = 256  # that the CNN turns into features
+    num_pictures: int = 1024  # that the CNN turns into features, some batches read ahead
     cnn: CNN = INCEPTION_V3
     num_drawings: int = 8000  # of the whole run
     whole_options: tuple[str, ...] = ("--recipe", "best", "--epochs", "8")
@@ -115,7 +115,7 @@ def compute_features(folder: Path, sizes: Sizes) -> np.ndarray:
     """Computes the features (images, L, C) of drawings; the first call draws the CNN's weights, the next reads them."""
     image_dir = folder / "drawings"
     if not image_dir.exists():
-        shapes.draw_dataset(image_dir, num_images=max(4, sizes.num_pictures // 8))
+        shapes.draw_dataset(image_dir, num_images=max(4, sizes.num_pictures // 32))
     names = sorted(str(path.relative_to(image_dir)) for path in image_dir.rglob("*.png"))
     weights = folder / "cnn" / CNN_FILE
     if not weights.exists():

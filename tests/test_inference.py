@@ -3,6 +3,7 @@ import dataclasses
 import functools
 import io
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -240,8 +241,9 @@ def test_caption_images_hides_secrets_of_urls(captioner, photo, monkeypatch, cap
     monkeypatch.setattr(inference, "open_image", lambda url, min_jpeg_side: Image.open(photo))
     urls = ["https://example.com/photo.jpg?key=secret1", "https://example.com/photo.jpg?key=secret2"]
     inference.caption_images(captioner, urls, [TextWriter()])
-    out = capsys.readouterr().out
-    assert out.count("https://example.com/photo.jpg\t") == 2 and "secret" not in out
+    names = [line.split("\t")[0] for line in capsys.readouterr().out.splitlines()]
+    assert all(re.fullmatch(r"https://example\.com/photo\.jpg#[0-9a-f]{16}", name) for name in names)
+    assert len(set(names)) == 2, "a table that is resumed tells them apart"
 
 
 # The test images of the run.
@@ -312,6 +314,11 @@ def test_main_continues_a_table(fast_run, photos, tmp_path, capsys, monkeypatch)
     with open(table, newline="") as file:
         names = [Path(row["image"]).name for row in csv.DictReader(file)]
     assert names == ["1.png", "0.png", "2.png", "3.png", "5.png", "6.png", "7.png"]
+    with monkeypatch.context() as patch:
+        patch.setattr(inference, "open_image", lambda *_: Image.new("RGB", (8, 8)))
+        for _ in range(2):  # an address whose end is not shown is found again
+            inference.main(["https://a.com/b.jpg?key=1", *arguments[:2], "--csv", str(tmp_path / "addresses.csv")])
+        assert "addresses.csv: 1 of 1 images are in it already" in capsys.readouterr().err
     (photos / "4.png").unlink()
     monkeypatch.setattr(inference, "caption_stream", lambda captioner, images, *_: iter(images))
     inference.main([str(photos), *arguments])  # there is nothing to do

@@ -20,19 +20,28 @@ from captioning.base.cli import InputError, add_quiet_option, format_bytes, log,
 from captioning.base.files import atomic_write, check_output
 from captioning.config.settings import DecodeConfig
 from inference import Captioner, add_model_options
+from tokenizer import is_vocabulary
+
+
+def check_litert_output(path: Path) -> Path:
+    """Returns the file of the vocabulary beside a LiteRT file; raises InputError if one of them is something else."""
+    check_output("--output", path, is_litert)
+    vocabulary = path.with_name(f"{path.stem}_vocabulary.json")
+    check_output("--output", vocabulary, is_vocabulary)
+    return vocabulary
 
 
 def export_litert(captioner: Captioner, path: Path, weights: str) -> None:
     """Writes a LiteRT file, and its vocabulary as JSON beside it.
 
     Raises:
-        InputError: the converter cannot take these settings.
+        InputError: the converter cannot take these settings, or one of the files is something else.
         OSError: a file cannot be written.
     """
+    vocabulary = check_litert_output(path)
     content = convert(captioner, weights)
     with atomic_write(path, "wb") as file:
         file.write(content)
-    vocabulary = path.with_name(f"{path.stem}_vocabulary.json")
     captioner.tokenizer.save(vocabulary)
     log(f"vocabulary: {vocabulary}")
 
@@ -56,7 +65,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     if args.weights and not args.litert:
         raise InputError("--weights is only for --litert; a SavedModel keeps the weights as they are")
     if args.litert and args.output:
-        check_output("--output", args.output, is_litert)
+        check_litert_output(args.output)
     if args.sample:
         raise InputError("--sample cannot be exported; expected greedy search or a beam search")
     if args.choose != "probability":

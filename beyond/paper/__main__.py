@@ -5,8 +5,8 @@
     python -m beyond.paper --decoder tutorial --doubly-stochastic 1
     python -m beyond.paper --attention hard --reinforce-weight 0.5 --entropy-weight 0.01
 
-All options of train.py work here, too. `python train.py --decoder paper --attention hard` trains the same with the
-default weights. A run is resumed by the same command.
+The options of train.py work here, too, but not --start, --keep-words and --dry-run. `python train.py --decoder paper
+--attention hard` trains the same with the default weights. A run is resumed by the same command.
 """
 
 import dataclasses

@@ -31,7 +31,7 @@ from captioning.runs.run_folder import CONFIG_FILE, VOCABULARY_FILE, best_checkp
 
 CARD_TEMPLATE = Path(__file__).with_name("model_card.md")
 INDEX = f"`{INDEX_FILE}` holds the names of the training images and their captions."
-NO_INDEX = "The training images and their captions are not in the file."
+NO_INDEX = "The training images and their captions are not in the file; config.json names unreadable images and copies."
 OPTIONAL_FILES = ("cnn.h5", "cnn.weights.h5", "history.csv", "loss.png")
 PACKAGES = ("tensorflow", "keras", "numpy")  # whose versions the card names
 EPOCH = (1980, 1, 1, 0, 0, 0)  # the time of every file in the .zip, the first that it can hold
@@ -56,6 +56,9 @@ def pack_run(run: Path, path: Path, with_consensus: bool = False) -> None:
     config = dataclasses.replace(config, data=type(config.data)(**values["data"]), features=values["features"])
     paths = [path for path in sorted(run.glob("metrics_*.json")) if METRICS.fullmatch(path.name)]
     metrics = {path.name: read_json(path) for path in paths}
+    for scored in metrics.values():  # beside the scores is the training caption that is the best one for all images
+        if isinstance(scored, dict) and isinstance(scored.get("baselines"), dict) and not with_consensus:
+            scored["baselines"].pop("constant", None)
     card = _make_card(name, config, metrics, model.count_params(), INDEX if with_consensus else NO_INDEX)
     files = {
         CARD_FILE: card.encode(errors="backslashreplace"),

@@ -145,6 +145,8 @@ def _request(url: str, offset: int, version: Path) -> requests.Response:
         if version.exists() and (known := version.read_text()):
             headers["If-Range"] = known
     response = _session().get(url, headers=headers, stream=True, timeout=TIMEOUT_S)
+    if parts.scheme == "https" and not all(hop.url.startswith("https:") for hop in (*response.history, response)):
+        raise requests.exceptions.InvalidURL("it leads from https to an address without it")
     if not (response.ok or (offset and response.status_code == 416)):
         raise requests.HTTPError(f"the server answered {response.status_code} {response.reason}")
     return response

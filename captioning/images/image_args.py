@@ -1,5 +1,6 @@
 """The images of a command line: files, folders, http(s) addresses, and lists of them."""
 
+import hashlib
 import os
 import re
 import sys
@@ -13,7 +14,7 @@ from urllib.request import url2pathname
 from PIL import Image
 
 from captioning.base.cli import InputError, log
-from captioning.base.downloads import download
+from captioning.base.downloads import download, redact_url
 from captioning.base.text import is_utf16
 from captioning.images.image_names import parse_names, walk_files
 from captioning.images.reading import is_image_file, read_image
@@ -25,6 +26,13 @@ PLOT_ENDING = "_attention"  # of the names of attention plots, which are no imag
 def is_url(image: str) -> bool:
     """Tells whether an image is given by its address instead of its path."""
     return "://" in image
+
+
+def shown_name(image: str) -> str:
+    """Returns the name of an image in outputs: of an address, a hash takes the place of what may hold a secret key."""
+    if not is_url(image) or (shown := redact_url(image)) == image:
+        return image
+    return f"{shown}#{hashlib.sha256(image.encode(errors='surrogateescape')).hexdigest()[:16]}"
 
 
 def download_image(url: str, folder: Path) -> Path:

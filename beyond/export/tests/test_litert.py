@@ -1,6 +1,7 @@
 """The LiteRT file captions as inference.py does; what the command refuses."""
 
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -87,10 +88,13 @@ def test_expand_beams_finds_the_beams_of_a_large_vocabulary(token):
         (["--litert", "--no-repeat"], "--no-repeat needs"),
         (["--litert", "--output", "."], "expected a file, found a folder"),
         (["--litert", "--output", __file__], "an earlier one of its kind, found something else"),
+        (["--litert", "--output", "notes"], "notes_vocabulary.json: expected a new file, or an earlier one"),
         (["--run", "none"], "not a run folder"),
     ],
 )
-def test_export_refuses_in_one_line(run, options, message, monkeypatch, capsys):
+def test_export_refuses_in_one_line(run, options, message, monkeypatch, capsys, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    Path("notes_vocabulary.json").write_text("{}")
     monkeypatch.setattr(sys, "argv", ["beyond.export", "--run", str(run), *options])
     with pytest.raises(SystemExit) as end:
         run_main(export.main)

@@ -9,7 +9,8 @@
   const page = document.documentElement;
   let maxBytes = Infinity; // of a request; the server says it
   let image = null; // what is captioned: {blob, url, canShow, note}
-  let seed = 0; // of random words; "Draw again" takes the next
+  let firstSeed = 0; // of random words: the server's default
+  let seed = 0; // "Draw again" takes the next
   let request = null; // the AbortController of the request in work
   let timer = 0;
   let stream = null; // of the camera
@@ -81,7 +82,7 @@
       opened.blob = await drawScaled(element, element.naturalWidth, element.naturalHeight, SCALED_SIDE);
       opened.note = ` The image was scaled down to ${SCALED_SIDE} pixels before it was sent.`;
     }
-    seed = 0;
+    seed = firstSeed;
     await requestCaption();
   }
 
@@ -122,12 +123,21 @@
         headers: { "Content-Type": current.blob.type || "application/octet-stream" },
         signal: controller.signal,
       });
-      const result = await response.json();
+      const text = await response.text();
       if (controller.signal.aborted) return;
-      if (response.ok) showResult(current, result);
-      else showFailure(result.error);
+      const result = parseAnswer(text, response.status);
+      if (result.error) showFailure(result.error);
+      else showResult(current, result);
     } catch (error) {
       if (error.name !== "AbortError") showFailure("The server does not answer. Is it still running?");
+    }
+  }
+
+  function parseAnswer(text, status) {
+    try {
+      return JSON.parse(text);
+    } catch {
+      return { error: `The server, or a proxy before it, answered ${status} and no caption.` };
     }
   }
 
@@ -162,15 +172,24 @@
     timer = setTimeout(requestCaption, DEBOUNCE_MS);
   }
 
+  // A slider takes only values within its ends and on its steps: the server's may lie outside.
+  function setSlider(input, value) {
+    input.max = Math.max(input.max, value);
+    input.min = Math.min(input.min, value);
+    if (Math.abs(value / input.step - Math.round(value / input.step)) > 1e-9) input.step = "any";
+    input.value = value;
+  }
+
   async function readServer() {
     const { run, max_bytes, defaults } = await (await fetch("health")).json();
     find("run").textContent = `run: ${run}`;
     maxBytes = max_bytes;
-    settings.captions.value = defaults.captions;
     settings.beam.min = defaults.choose === "consensus" ? 2 : 1; // where 1 is its default, the widest
-    settings.beam.value = defaults.beam_size;
+    setSlider(settings.captions, defaults.captions);
+    setSlider(settings.beam, defaults.beam_size);
+    setSlider(settings.temperature, defaults.temperature);
     settings.sample.checked = defaults.sample;
-    settings.temperature.value = defaults.temperature;
+    firstSeed = seed = defaults.decode_seed;
   }
 
   // The camera.
@@ -183,7 +202,9 @@
       return;
     }
     try {
-      stream = await navigator.mediaDevices.getUserMedia({ video: { facingMode: "environment" } });
+      const opened = await navigator.mediaDevices.getUserMedia({ video: { facingMode: "environment" } });
+      stopCamera(); // of an earlier click
+      stream = opened;
     } catch (error) {
       const reasons = {
         NotAllowedError: "The camera may not be used: the browser was told to refuse it.",

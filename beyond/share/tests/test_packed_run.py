@@ -178,12 +178,17 @@ def test_pack_run_has_the_captions_of_the_training_only_if_asked(copied_run, tmp
         pack_run(copied_run, tmp_path / "with.zip", with_consensus=True)
     source = describe_source(config) | {"images": None}
     Index.build(examples, means, tokenizer, source).save(copied_run / "consensus.npz")
+    metrics = read_json(copied_run / "metrics_test_beam5.json")
+    metrics["baselines"] = {"constant": "a private caption", "constant_cider": 9.8}
+    write_json(copied_run / "metrics_test_beam5.json", metrics)
     pack_run(copied_run, tmp_path / "with.zip", with_consensus=True)
     pack_run(copied_run, tmp_path / "without.zip")
     files, others = read_zip(tmp_path / "with.zip"), read_zip(tmp_path / "without.zip")
     assert files.keys() - others == {"small/consensus.npz"}
     assert b"`consensus.npz` holds the names" in files["small/MODEL_CARD.md"]
     assert b"their captions are not in the file" in others["small/MODEL_CARD.md"]
+    packed = [zipped["small/metrics_test_beam5.json"] for zipped in (files, others)]
+    assert [b"a private caption" in content for content in packed] == [True, False] and b"9.8" in packed[1]
     assert Index.load(open_run(tmp_path / "with.zip") / "consensus.npz").names == ["a.jpg"]
 
 
