@@ -102,7 +102,7 @@ def load_dataset(config: DataConfig, with_images: bool = True) -> CaptionDataset
     split_files = find_split_files(config, source.parts[0].path)
     drawn_splits: tuple[str, ...] = ()
     if config.official_val:
-        examples = split_official(examples, config, num_captions)
+        examples, drawn_splits = split_official(examples, config, num_captions), ("val", "test")
     else:
         drawn_splits = find_drawn_splits(examples, config, split_files)
         examples = subsample(assign_splits(examples, config, split_files), num_captions, config.split_seed)
@@ -163,6 +163,10 @@ def assign_splits(examples: Sequence[Example], config: DataConfig, split_files: 
         log("split: annotations contain no validation images; taking some of the training images")
         test = [example for example in examples if example.split == "test"]
         rest = [example for example in examples if example.split != "test"]
+        if decided := [example for example in rest if example.split]:
+            if num_undecided := len(rest) - len(decided):
+                log(f"split: {num_undecided:,} images without a split, left out")
+            rest = decided
         return _split_at_random(rest, dataclasses.replace(config, test_fraction=0.0)) + test
     log("split: from the annotations")
     decided = [example for example in examples if example.split]
@@ -273,7 +277,8 @@ def _split_by_lists(examples: Sequence[Example], split_files: dict[str, Path]) -
     index = NameIndex(example.image_path for example in examples)
     split_of: dict[str, str] = {}
     for split, path in split_files.items():
-        names = [clean_name(name) for name in parse_names(str(path), read_text(path))]
+        lines = parse_names(str(path), read_text(path), lambda line: index.find(clean_name(line)) is not None)
+        names = list(map(clean_name, lines))
         # A list may name images that have no captions here, such as those of a subset: they are logged, not refused.
         unknown = [name for name in names if index.find(name) is None]
         if unknown:

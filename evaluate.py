@@ -252,6 +252,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     args.other_data = other_data_from_args(args)
     args.split = args.split or ("all" if args.other_data else "val")
     # What is missing is found out now, not after hours of captioning.
+    if args.results and args.results.is_dir():
+        raise InputError(f"--results {args.results}: expected a file, found a folder")
     if args.results and DecodeConfig.from_args(args) != DecodeConfig():
         raise InputError("--results holds captions already; --beam-size and the like are for a run")
     if args.choose == "consensus" and args.split in ("train", "all"):

@@ -385,6 +385,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         raise InputError(f"--grid {args.grid}: expected a file that ends in .{', .'.join(FORMATS)}")
     if args.csv and not (args.image or args.image_list):
         raise InputError("--csv is for the images of the command line; evaluate.py captions those of a split")
+    if args.output_dir and not (args.image or args.image_list):
+        raise InputError("--output-dir is for the images of the command line; plots of test images are in the run")
     args.inputs = find_images(args.image, args.image_list)
     if args.grid:
         check_output("--grid", args.grid, is_plot, args.inputs)
@@ -398,8 +400,8 @@ def add_output_options(group: argparse._ArgumentGroup) -> None:
     add("--json", action="store_true", help="print a JSON object for each image, one a line")
     plots_help = "plot the attention of each image (default: of one image, and of test images)"
     add("--plots", action=argparse.BooleanOptionalAction, help=plots_help)
-    dir_help = "write <image>_attention.png there (default: the current folder; for test images, the run folder)"
-    add("--output-dir", type=Path, metavar="DIR", default=Path(), help=dir_help)
+    dir_help = "write <image>_attention.png there (default: the current folder); those of test images are in the run"
+    add("--output-dir", type=Path, metavar="DIR", help=dir_help)
     add("--format", choices=FORMATS, default="png", help="format of the plots (default: png)")
     grid_help = f"write one plot of the images with their captions, {MAX_GRID_IMAGES} at most: .png, .svg or .pdf"
     add("--grid", type=Path, metavar="FILE", help=grid_help)
@@ -446,7 +448,7 @@ def caption_from_args(args: argparse.Namespace, captioner: Captioner, writers: I
             return caption_test_images(captioner, dataset, args.num_images, args.seed, outputs, image_format)
         with_plots = len(args.inputs) == 1 if args.plots is None else args.plots  # None: neither option was given
         # The names come from all images, so that a command which is resumed gives each plot the same name again.
-        plots = plot_paths(args.inputs, args.output_dir, args.format) if with_plots else None
+        plots = plot_paths(args.inputs, args.output_dir or Path(), args.format) if with_plots else None
         return caption_images(captioner, images, outputs, plots, args.cnn_batch_size or BATCH_SIZE)
 
 

@@ -73,6 +73,16 @@ def test_assign_splits_by_lists_finds_names_as_people_write_them(split_lists, ca
     logged = capsys.readouterr().err
     assert "val: 2 images without captions are left out, the first: 'd.jpg'" in logged
     assert "split: 2 images in none of the lists, left out" in logged
+    examples = [Example(name, ("a",), 0) for name in ("beach.jpg", "beach #2.jpg")]
+    lists = split_lists(train="beach #2.jpg\n", val="beach.jpg # first\n")
+    assert splits_of(assign_splits(examples, DataConfig(), lists)) == [("beach.jpg", "val"), ("beach #2.jpg", "train")]
+
+
+def test_assign_splits_leaves_out_what_has_no_split_where_others_have_one(capsys):
+    examples = [Example(f"{i}.jpg", ("a",), i, split) for i, split in enumerate(["train"] * 8 + ["test", "", ""])]
+    split = [split for _, split in splits_of(assign_splits(examples, DataConfig(), {}))]
+    assert sorted(set(split)) == ["test", "train", "val"] and len(split) == 9
+    assert "split: 2 images without a split, left out" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("fractions", [{"val_fraction": 0.6, "test_fraction": 0.5}, {"val_fraction": -0.1}])

@@ -289,6 +289,7 @@ def test_main_scores_results_against_other_data(tmp_path, monkeypatch):
     [
         (["--dataset", "coco"], "only where they are can be named"),
         (["--results", "r.json", "--beam-size", "3"], "--results holds captions already"),
+        (["--results", "."], "--results .: expected a file, found a folder"),
         (["--results", "r.json", "--val-fraction", "0.5"], "expected --dataset or --annotations"),
         (["--results", "r.json", "--dataset", "coco", "--run", "run"], "only where they are can be named"),
     ],

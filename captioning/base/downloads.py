@@ -50,7 +50,10 @@ class _WrongFileError(requests.RequestException):
 
 def redact_url(url: str) -> str:
     """Returns an address without its name, password, query and fragment, which can hold secrets."""
-    parts = urllib.parse.urlsplit(url)
+    try:
+        parts = urllib.parse.urlsplit(url)
+    except ValueError:  # it is none
+        return f"{url.partition('://')[0]}://..."
     return parts._replace(netloc=parts.netloc.rpartition("@")[2], query="", fragment="").geturl()
 
 
@@ -90,7 +93,7 @@ def download(
                     with progress_bar(total=num_bytes, unit="B", unit_scale=True, desc=path.name, disable=quiet) as bar:
                         _fetch(url, file, version, num_bytes or max_bytes, bar)
                 _check_content(file, num_bytes, md5)
-            except requests.RequestException as error:
+            except (requests.RequestException, ValueError) as error:  # the latter of what is no address
                 failure = error
         received = file.seek(0, os.SEEK_END)
     # Now that it is closed: Windows replaces and deletes no open file.

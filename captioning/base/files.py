@@ -67,7 +67,7 @@ def check_output(
     Raises:
         InputError: it is a folder or a device, an input, or something else that is there.
     """
-    if not path.exists():
+    if not os.path.exists(path):  # nor is there one with a name that is too long, which Path.exists would raise
         return
     if not path.is_file():
         raise InputError(f"{option} {path}: expected a file, found a folder or a device")

@@ -7,6 +7,7 @@ captions as they are there, or None if the content has another format. The first
 import csv
 import json
 import re
+from collections import defaultdict
 from collections.abc import Callable, Collection
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -132,19 +133,23 @@ def read_caption_files(content: Any, options: ReadOptions) -> Parsed | None:
     if not isinstance(content, Path):
         return None
     paths = [Path(path) for path in walk_files(content)]
-    texts = {path.with_suffix(""): path for path in paths if path.suffix.lower() in CAPTION_SUFFIXES}
+    texts: defaultdict[Path, list[Path]] = defaultdict(list)
+    for path in paths:
+        if path.suffix.lower() in CAPTION_SUFFIXES:
+            texts[path.with_suffix("")].append(path)
     images = [path for path in paths if is_image_file(path)]
-    if not any(image.with_suffix("") in texts for image in images):
+    stems = {image.with_suffix("") for image in images}
+    if not stems & texts.keys():
         return None
-    rows = []
+    alone = [path for stem, files in texts.items() if stem not in stems for path in files]
+    rows = [CaptionRow(path.as_posix(), "", problem="a text file without an image beside it") for path in alone]
     splits = _splits_of({image.parts[0] for image in images if len(image.parts) > 1})
     for image in images:
-        text = texts.get(image.with_suffix(""))
-        if text is None:
+        if not (files := texts.get(image.with_suffix(""))):
             rows.append(CaptionRow(image.as_posix(), "", problem="an image without a .txt file beside it"))
             continue
         split = splits.get(image.parts[0], "")
-        captions = read_text(content / text, options.encoding).strip()
+        captions = "\n".join(read_text(content / file, options.encoding).strip() for file in files)
         rows += [CaptionRow(image.as_posix(), line, split=split) for line in re.split(r"\n\s*", captions)]
     return Parsed(rows, "a .txt file beside each image")
 

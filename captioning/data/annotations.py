@@ -4,7 +4,7 @@ import dataclasses
 import re
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 from captioning.base.cli import InputError, log
 from captioning.base.text import CONTROLS, normalize_text, strip_marks
@@ -135,9 +135,15 @@ def _group_by_image(rows: Iterable[CaptionRow]) -> list[Example]:
     if contradicted:
         first = contradicted[0]
         log(f"{len(contradicted):,} images have rows of two splits, and are in the first one, such as {first!r}")
+    # Without ids in the file, results mean images by the numbers that are their names, if they are.
+    numbers = [
+        int(stem) for stem in (PurePosixPath(name).stem for name in rows_of) if re.fullmatch("[0-9]{1,18}", stem)
+    ]
+    are_ids = len(set(numbers)) == len(rows_of) and all(group[0].image_id is None for group in rows_of.values())
     examples = []
     for index, (name, group) in enumerate(rows_of.items()):
-        image_id = index if group[0].image_id is None else group[0].image_id
+        invented = numbers[index] if are_ids else index
+        image_id = invented if group[0].image_id is None else group[0].image_id
         captions = tuple(row.caption for row in group)
         examples.append(Example(name, captions, image_id, parse_split(group[0].split)))
     return examples

@@ -5,6 +5,7 @@ import contextlib
 import csv
 import io
 import re
+import tokenize
 from typing import Any
 
 from captioning.base.cli import InputError
@@ -181,23 +182,30 @@ def _split_lines(content: str, separator: str, image: int = 0) -> tuple[list[lis
     # A quote that is left open swallows the rows after it, up to the next quote or to the end.
     with contextlib.suppress(csv.Error):
         lines = split(csv.QUOTE_MINIMAL)
-        if not any(_holds_row(cell, separator[0], image) for fields in lines for cell in fields if "\n" in cell):
+        if not any(_holds_row(fields, separator[0], image) for fields in lines):
             return lines, ""
     return split(csv.QUOTE_NONE), "; quotes are part of the captions, since they do not come in pairs"
 
 
-def _holds_row(cell: str, separator: str, image: int) -> bool:
+def _holds_row(row: list[str], separator: str, image: int) -> bool:
     """Tells whether a further line of a cell has the name of an image in its column."""
-    for line in cell.split("\n")[1:]:
+    has_ending = len(row) > image and is_image_file(row[image])  # as then all names have
+    for line in (line for cell in row for line in cell.split("\n")[1:]):
         fields = [field.strip(' "') for field in line.split(separator)]
-        if len(fields) > max(image, 1) and (is_image_file(fields[image]) or BARE_NAME.fullmatch(fields[image])):
+        if len(fields) <= max(image, 1):
+            continue
+        if is_image_file(fields[image]) or (not has_ending and BARE_NAME.fullmatch(fields[image])):
             return True
     return False
 
 
 def _parse_cell(cell: str) -> list[Any]:
-    """Returns the captions of a cell: one, or those of a list that pandas or datasets wrote as text."""
+    """Returns the captions of a cell: one, or those of a list that pandas, NumPy or datasets wrote as text."""
     if cell.startswith(("['", '["')) and cell.endswith("]"):
-        with contextlib.suppress(ValueError, SyntaxError, MemoryError, RecursionError):
-            return list(ast.literal_eval(cell))  # reads constants only, nothing is run
+        with contextlib.suppress(ValueError, SyntaxError, MemoryError, RecursionError, tokenize.TokenError):
+            # NumPy writes no commas: all of it, as Python, would be one string. Nothing is run.
+            tokens = [token for token in tokenize.generate_tokens(io.StringIO(cell).readline) if token.string.strip()]
+            if all(token.type == tokenize.STRING or token.string in "[,]" for token in tokens):
+                return [ast.literal_eval(token.string) for token in tokens if token.type == tokenize.STRING]
+            return list(ast.literal_eval(cell))
     return [cell]

@@ -20,6 +20,7 @@ from captioning.images.image_names import parse_names, walk_files
 from captioning.images.reading import is_image_file, read_image
 
 MAX_IMAGE_BYTES = 50_000_000  # of a downloaded image
+MAX_NAME_LENGTH = 80  # of a downloaded file; what servers call images can be longer than a file's name may be
 PLOT_ENDING = "_attention"  # of the names of attention plots, which are no images to caption
 
 
@@ -35,9 +36,17 @@ def shown_name(image: str) -> str:
     return f"{shown}#{hashlib.sha256(image.encode(errors='surrogateescape')).hexdigest()[:16]}"
 
 
+def _name_in(url: str) -> str:
+    """Returns the last part of an address, as the name of a file; empty if there is none."""
+    try:
+        return PurePosixPath(urllib.parse.urlsplit(url).path).name
+    except ValueError:  # it is no address
+        return ""
+
+
 def download_image(url: str, folder: Path) -> Path:
     """Downloads an image into a folder; raises InputError, see `captioning.base.downloads.download`."""
-    name = PurePosixPath(urllib.parse.urlsplit(url).path).name
+    name = _name_in(url)[-MAX_NAME_LENGTH:]
     path = folder / (name if name.strip(".") else "image")
     return download(url, path, quiet=True, max_bytes=MAX_IMAGE_BYTES)
 
@@ -100,12 +109,12 @@ def expand_image_args(args: Sequence[str], missing_ok: bool = False) -> list[str
     for arg in args:
         if uri := re.fullmatch(r"file:(?://(?:localhost)?)?(/.*)", arg, re.IGNORECASE):
             arg = url2pathname(uri[1])
-        if not is_url(arg) and Path(arg).is_dir():
+        if not is_url(arg) and os.path.isdir(arg):  # which a name that is too long is not; Path.is_dir would raise
             images_in_folder = _walk_images(arg)
             if not images_in_folder:
                 raise InputError(f"{arg}: expected a folder with images, found none in it")
             images += images_in_folder
-        elif missing_ok or is_url(arg) or Path(arg).is_file():
+        elif missing_ok or is_url(arg) or os.path.isfile(arg):
             images.append(arg)
         else:
             raise InputError(f"{arg}: no such image")
@@ -114,12 +123,12 @@ def expand_image_args(args: Sequence[str], missing_ok: bool = False) -> list[str
 
 def _walk_images(folder: str) -> list[str]:
     """Returns the images in a folder and below, in the order of their names, without plots and hidden folders."""
-    paths = (path for path in walk_files(Path(folder)) if is_image_file(path))
-    return [
-        os.path.join(folder, path)
-        for path in paths
-        if not PurePosixPath(path).stem.endswith(PLOT_ENDING) and not any(part[0] == "." for part in path.split("/"))
-    ]
+    paths = [path for path in walk_files(Path(folder)) if is_image_file(path)]
+    paths = [path for path in paths if not any(part[0] == "." for part in path.split("/"))]
+    images = [path for path in paths if not path.endswith(f"{PLOT_ENDING}.png")]
+    if num_plots := len(paths) - len(images):
+        log(f"{folder}: {num_plots:,} files named ..{PLOT_ENDING}.png are taken for plots, and left out")
+    return [os.path.join(folder, path) for path in images]
 
 
 def plot_paths(images: Iterable[str], folder: Path, image_format: str) -> dict[str, Path]:
@@ -131,7 +140,7 @@ def plot_paths(images: Iterable[str], folder: Path, image_format: str) -> dict[s
     counts: Counter[str] = Counter()
     taken: set[str] = set()
     for image in images:
-        stem = PurePosixPath(urllib.parse.urlsplit(image).path).stem if is_url(image) else Path(image).stem
+        stem = Path(_name_in(image) if is_url(image) else image).stem
         stem = name = stem if stem.strip(".") else "image"
         while (key := name.lower()) in taken:  # some file systems do not tell capitals apart
             counts[stem] += 1

@@ -5,7 +5,7 @@ import os
 import re
 import unicodedata
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path, PurePosixPath
 
 from captioning.base.cli import log
@@ -21,17 +21,17 @@ def clean_name(name: str) -> str:
     return "/".join(part for part in parts if part not in ("", ".", ".."))
 
 
-def parse_names(source: str, text: str) -> list[str]:
+def parse_names(source: str, text: str, is_name: Callable[[str], bool] = os.path.exists) -> list[str]:
     """Returns the names in a list, one a line: without quotes around them, comments after them, and lines of comments.
 
-    What is the name of a file as it is stays so. `source` is where the list comes from, for the log.
+    A line that is a name as it is stays so. `source` is where the list comes from, for the log.
     """
     lines = [line.strip() for line in re.split("[\r\n]+", text) if line.strip()]
     names = []
     for line in lines:
         match = re.fullmatch(r"""(["']?)([^#].*?)\1(\s+#.*)?""", line)
-        if match or os.path.exists(line):
-            names.append(match[2] if match and not os.path.exists(line) else line)
+        if match or is_name(line):
+            names.append(match[2] if match and not is_name(line) else line)
     if num_comments := len(lines) - len(names):
         log(f"{source}: {num_comments:,} lines that begin with # are left out")
     return names
@@ -51,11 +51,14 @@ def folders_agree(name: str, other: str) -> bool:
 def walk_files(folder: Path) -> list[str]:
     """Returns the paths of all files inside a folder, sorted; linked folders are followed, each only once."""
     paths: list[str] = []
-    seen: set[str] = set()
+    seen = {os.path.realpath(folder)}
     for root, folders, names in os.walk(folder, followlinks=True):
-        is_new = [(name, os.path.realpath(os.path.join(root, name))) for name in folders]
-        folders[:] = [name for name, real in is_new if real not in seen]
-        seen.update(real for _, real in is_new)
+        folder_paths = {name: os.path.join(root, name) for name in sorted(folders)}
+        folders.clear()
+        for name in sorted(folder_paths, key=lambda name: os.path.islink(folder_paths[name])):  # links last
+            if (real := os.path.realpath(folder_paths[name])) not in seen:
+                seen.add(real)
+                folders.append(name)
         inside = Path(os.path.relpath(root, folder)).as_posix()
         paths += [name if inside == "." else f"{inside}/{name}" for name in names]
     return sorted(paths)

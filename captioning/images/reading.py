@@ -1,6 +1,7 @@
 """Reads the images that Pillow can open as plain RGB, and many of them with several threads."""
 
 import contextlib
+import errno
 import functools
 import importlib.util
 import io
@@ -38,6 +39,15 @@ TRANSPOSITIONS = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
+# Not of an image: too many open files, no memory, a server that is gone.
+MACHINE_ERRORS = (
+    errno.EMFILE,
+    errno.ENFILE,
+    errno.ENOMEM,
+    errno.ENOTCONN,
+    errno.ETIMEDOUT,
+    getattr(errno, "ESTALE", 0),
+)
 ON_SIDE = (5, 6, 7, 8)  # of them, those that exchange width and height
 # The formats of Pillow that are opened, by the content of a file whatever its name, in the order in which they are
 # tried. The others stay closed: EPS is a program that Ghostscript runs, and IPTC can hold one; BUFR, GRIB, HDF5, MPEG
@@ -76,6 +86,7 @@ def read_image(source: ImageSource, min_jpeg_side: int | None = None) -> Image.I
 
     Raises:
         InputError: the file does not exist, or is not an image that can be read.
+        OSError: the machine's fault (`MACHINE_ERRORS`), which must not count as the image's.
     """
     name = str(source) if isinstance(source, Path | str) else "the image"
     with _mistakes_in(name):
@@ -119,6 +130,8 @@ def _mistakes_in(name: str) -> Iterator[None]:
             + advise(f"; if you trust it, use --max-megapixels {megapixels}")
         ) from None
     except Exception as error:  # Pillow raises many types for a damaged file, struct.error and TypeError among them
+        if isinstance(error, OSError) and error.errno in MACHINE_ERRORS:
+            raise
         reason = str(error) if isinstance(error, ValueError) else repr(error)
         if isinstance(error, Image.UnidentifiedImageError):
             reason = "not of a format that is read, such as JPEG, PNG or WebP"

@@ -233,5 +233,8 @@ class CsvWriter:
 
 def _csv_bytes(rows: Iterable[Iterable[Any]]) -> bytes:
     text = io.StringIO()
-    csv.writer(text, lineterminator="\n").writerows(rows)
+    for row in map(list, rows):  # a reader takes a bare \r for the end of a row, which the writer does not quote
+        needs_quotes = any("\r" in str(cell) for cell in row)
+        options: dict[str, Any] = {"quoting": csv.QUOTE_ALL} if needs_quotes else {}
+        csv.writer(text, lineterminator="\n", **options).writerow(row)
     return text.getvalue().encode(errors=ERRORS)

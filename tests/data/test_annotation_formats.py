@@ -245,6 +245,10 @@ def test_quotes_are_undone(read):
 def test_cells_may_be_lists_or_have_several_lines(read):
     table = """image,caption\na.jpg,"['a dog', \"\"the dog's\"\"]"\nb.jpg,"[red] a cat"\n"""
     assert pairs(read(table)) == [("a.jpg", "a dog"), ("a.jpg", "the dog's"), ("b.jpg", "[red] a cat")]
+    numpy = "['a dog runs'\n \"the dog's\"]".replace('"', '""')  # without commas
+    assert pairs(read(f'image,caption\na.jpg,"{numpy}"\n')) == [("a.jpg", "a dog runs"), ("a.jpg", "the dog's")]
+    text = "Two dogs.\n3, perhaps 4"
+    assert pairs(read(f'image,caption\na.jpg,"{text}"\n')) == [("a.jpg", text)], "3 is no image"
     text = "a dog\n\n\nruns at 3.pm, fast"
     assert pairs(read(f'image,caption\na.jpg,"{text}"\n')) == [("a.jpg", text)]
 
@@ -342,14 +346,16 @@ def test_folder_of_text_files_names_images_without_one(tmp_path):
         (tmp_path / name).touch()
     (tmp_path / "a.txt").write_text("a dog\n\nthe dog\n")
     (tmp_path / "val/c.caption").write_text("a cat")
+    (tmp_path / "val/c.txt").write_text("the cat")
     (tmp_path / "notes.txt").write_text("not of an image")
     parsed = parse_annotations(tmp_path, ReadOptions())[1]
     assert [(row.image_path, row.caption, row.split) for row in parsed.rows if not row.problem] == [
         ("a.jpg", "a dog", ""),
         ("a.jpg", "the dog", ""),
         ("val/c.png", "a cat", "val"),
+        ("val/c.png", "the cat", "val"),
     ]
-    assert problems(parsed) == ["an image without a .txt file beside it"]
+    assert problems(parsed) == ["a text file without an image beside it", "an image without a .txt file beside it"]
 
 
 def test_image_folder_has_splits_by_folder(tmp_path):

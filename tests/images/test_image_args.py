@@ -15,6 +15,7 @@ from captioning.images.image_args import (
     open_image,
     plot_paths,
     read_list,
+    shown_name,
 )
 
 
@@ -22,7 +23,7 @@ from captioning.images.image_args import (
 def photos(tmp_path):
     """A folder with images, and what lies beside images."""
     folder = tmp_path / "photos"
-    others = ("a_attention.png", "notes.txt", "._b.JPG", "Thumbs.db", ".thumbs/a.jpg")
+    others = ("a_attention.png", "call_attention.jpg", "notes.txt", "._b.JPG", "Thumbs.db", ".thumbs/a.jpg")
     for name in ("b.JPG", "a.png", "c/d/e.jpg", *others):
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).touch()
@@ -33,7 +34,9 @@ def photos(tmp_path):
 
 
 def test_expand_image_args_lists_images_of_folders_but_not_their_plots(photos):
-    assert expand_image_args([str(photos)]) == [str(photos / name) for name in ("a.png", "b.JPG", "c/d/e.jpg")]
+    assert expand_image_args([str(photos)]) == [
+        str(photos / name) for name in ("a.png", "b.JPG", "c/d/e.jpg", "call_attention.jpg")
+    ]
     url, file = "https://example.com/photos/", str(photos / "notes.txt")
     assert expand_image_args([url]) == [url]
     assert expand_image_args([file, str(photos)])[:2] == [file, str(photos / "a.png")]
@@ -117,6 +120,14 @@ def test_find_images_knows_a_file_by_its_path(photos, monkeypatch, capsys):
 
 
 # Addresses.
+
+
+@pytest.mark.parametrize("image", ["http://[::1/a.jpg", "http://ex\u2100mple.com/a.jpg", f"http://{'a' * 64}.b/c.jpg"])
+def test_what_is_no_address_is_an_image_that_cannot_be_read(image, tmp_path, capsys):
+    with pytest.raises(InputError, match="cannot be downloaded"):
+        open_image(image)
+    assert shown_name(image).startswith("http://") and plot_paths([image], tmp_path, "png")
+    assert expand_image_args([image, "a" * 300], missing_ok=True) == [image, "a" * 300]
 
 
 @pytest.mark.parametrize(

@@ -1,10 +1,11 @@
 """Names of images as people write them, and the files they mean."""
 
+import sys
 import unicodedata
 
 import pytest
 
-from captioning.images.image_names import clean_name, find_clash, find_images
+from captioning.images.image_names import clean_name, find_clash, find_images, walk_files
 
 
 @pytest.mark.parametrize(
@@ -100,3 +101,13 @@ def test_find_clash(names, is_clash):
     clash = find_clash(dict.fromkeys(names, "a.jpg"))
     assert clash == ((names[0], names[-1]) if is_clash else None)
     assert find_clash({name: name for name in names}) is None
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="links need a privilege")
+def test_walk_files_follows_links_once(tmp_path):
+    for name in ("z/x.jpg", "elsewhere/w.jpg", "photos/a/y.jpg"):
+        (tmp_path / name).parent.mkdir(parents=True)
+        (tmp_path / name).touch()
+    for link, target in (("photos/0", "photos/a"), ("photos/a/up", "photos"), ("photos/w", "elsewhere")):
+        (tmp_path / link).symlink_to(tmp_path / target)
+    assert walk_files(tmp_path / "photos") == ["a/y.jpg", "w/w.jpg"]

@@ -1,5 +1,6 @@
 """Images as they come: odd metadata, many bits, cut off, huge, HEIC; and the threads that read them."""
 
+import errno
 import importlib.util
 import io
 import struct
@@ -375,6 +376,15 @@ def test_read_image_refuses_other_files_in_one_line(tmp_path):
         with pytest.raises(InputError, match=message):
             read_size(tmp_path / name)
         assert str(error.value).startswith(f"{tmp_path / name}: ") and "\n" not in str(error.value)
+
+
+def test_a_fault_of_the_machine_is_not_one_of_the_image(tmp_path, monkeypatch):
+    def fail(*_, **__):
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    monkeypatch.setattr(Image, "open", fail)
+    with pytest.raises(OSError, match="Too many open files"):
+        read_image(io.BytesIO(b"photo"))
 
 
 # What is not a file.

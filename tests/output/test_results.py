@@ -147,7 +147,7 @@ def test_csv_writer_has_a_row_for_every_caption(tmp_path, write):
 
 
 def test_csv_writer_continues(tmp_path, write):
-    names = ["a.jpg", 'quote".jpg', "new\nline.jpg", os.fsdecode(b"caf\xe9.png"), "ünï.jpg"]
+    names = ["a.jpg", 'quote".jpg', "new\nline.jpg", "return\r.jpg", os.fsdecode(b"caf\xe9.png"), "ünï.jpg"]
     assert write(*names[:2]) == set()
     assert write(*names[2:]) == set(map(os.path.abspath, names[:2]))
     assert write() == set(map(os.path.abspath, names))

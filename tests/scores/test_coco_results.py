@@ -3,7 +3,7 @@ import json
 import pytest
 
 from captioning.base.cli import InputError
-from captioning.data.annotations import Example
+from captioning.data.annotations import Example, read_annotations
 from captioning.scores.coco_results import ImageIndex, read_results, result_ids
 
 EXAMPLES = [Example(f"{i}.jpg", ("a dog",), 100 + i, "val") for i in range(3)]
@@ -72,6 +72,15 @@ def test_read_results_finds_the_caption_of_each_image(tmp_path, capsys):
     assert f"{path}: 1 captions of images of other splits are left out" in log
     no_image = "1 of its 5 captions belong to no image of the data, the first with image_id '8.jpg'; left out"
     assert f"{path}: {no_image}" in log
+
+
+def test_numbers_are_names_where_the_annotations_have_no_ids(tmp_path):
+    names = sorted(f"{number}.jpg" for number in range(12))  # 0, 1, 10, 11, 2
+    (tmp_path / "captions.csv").write_text("image,caption\n" + "".join(f"{name},a dog\n" for name in names))
+    (tmp_path / "r.json").write_text(json.dumps([{"image_id": i, "caption": f"caption {i}"} for i in range(12)]))
+    examples = read_annotations(tmp_path / "captions.csv")
+    texts = read_results(tmp_path / "r.json", examples)
+    assert texts == [f"caption {example.image_path.removesuffix('.jpg')}" for example in examples]
 
 
 @pytest.mark.parametrize(
