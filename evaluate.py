@@ -41,6 +41,7 @@ from captioning.data.annotations import SPLITS, Example
 from captioning.decoder.decoding import StepModel, can_be_compiled
 from captioning.images.feature_cache import FeatureCache, FeatureSource, open_run_cache, read_batches
 from captioning.images.image_records import ImageRecords
+from captioning.images.reading import set_max_megapixels
 from captioning.runs.run_folder import open_run, read_config
 from captioning.scores.attention_boxes import COLUMNS, measure_captions, read_boxes
 from captioning.scores.baselines import compare_with_baselines
@@ -243,12 +244,13 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add("--boxes", type=Path, metavar="FILE", help=boxes_help + ", ".join(COLUMNS))
     spice_help = "compute SPICE too: needs Java 8 to 15; the first time downloads Stanford CoreNLP"
     add("--spice", action="store_true", help=spice_help)
-    group = parser.add_argument_group("features of the run, if they were moved")
-    add_options(group, FeatureConfig, only=("features_dir",))
+    group = parser.add_argument_group("features of the run, if they were moved, or its images without them")
+    add_options(group, FeatureConfig, only=("features_dir", "max_megapixels"))
     title = "data of --results (default: the run's); or where the data of the run are, if they were moved"
     data_utils.add_data_options(parser, title, dataset=None)
     add_quiet_option(parser)
     args = parser.parse_args(argv)
+    set_max_megapixels(args.max_megapixels)
     args.other_data = other_data_from_args(args)
     args.split = args.split or ("all" if args.other_data else "val")
     # What is missing is found out now, not after hours of captioning.

@@ -106,16 +106,17 @@ def read_image_folder(content: Any, options: ReadOptions) -> Parsed | None:
     files = _find_metadata(content)
     if not files and content.is_dir():
         files = [file for folder in sorted(content.iterdir()) for file in _find_metadata(folder)]
-    rows = []
+    rows, notes = [], dict[str, None]()
     splits = _splits_of([file.parent.name for file in files])
     for file in files:
         folder = PurePosixPath(file.parent.relative_to(content).as_posix())
         split = splits.get(folder.name, "")
         _, parsed = parse_annotations(file, options)
+        notes[parsed.details] = None
         for row in parsed.rows:
             rows.append(row._replace(image_path=f"{folder}/{row.image_path}", split=split or row.split))
     names = ", ".join(file.relative_to(content).as_posix() for file in files)
-    return Parsed(rows, names) if files else None
+    return Parsed(rows, "; ".join(filter(None, (names, *notes)))) if files else None
 
 
 def _splits_of(folders: Collection[str]) -> dict[str, str]:

@@ -374,6 +374,12 @@ def test_image_folder_has_splits_by_folder(tmp_path):
         read_annotations(path)
 
 
+def test_image_folder_keeps_the_notes_about_its_tables(tmp_path):
+    (tmp_path / "metadata.csv").write_text('file_name,text\na.jpg,"a dog\nb.jpg,a cat\nc.jpg,"a cow"\n')
+    assert "metadata.csv; " in (details := parse_annotations(tmp_path, ReadOptions())[1].details)
+    assert "quotes are part of the captions" in details
+
+
 # What is no format.
 
 
