@@ -41,8 +41,8 @@ class ImageReader:
         def load(paths: np.ndarray) -> np.ndarray:
             try:
                 return np.stack([load_image(os.fsdecode(path), size) for path in paths])
-            except InputError as error:
-                self.failure = error
+            except (InputError, OSError) as error:
+                self.failure = InputError(str(error))
                 raise
 
         return tf.ensure_shape(tf.numpy_function(load, [paths], tf.uint8), (None, size, size, 3))
