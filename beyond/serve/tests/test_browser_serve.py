@@ -128,7 +128,7 @@ def test_random_words_have_a_temperature_and_can_be_drawn_again(page, captioner)
 
 
 def test_settings_begin_with_the_defaults_of_the_server(browser):
-    defaults = DecodeConfig(sample=True, temperature=0.7, captions=2)
+    defaults = DecodeConfig(sample=True, temperature=0.75, captions=12, decode_seed=7)  # beyond the sliders' ends
     captioner = FakeCaptioner(defaults)
     with run_server(captioner) as server, open_page(browser, server.url) as page:
         page.set_input_files("#file", RED)
@@ -167,6 +167,10 @@ def test_file_that_is_no_image_and_a_server_that_has_ended_are_named(page):
         page, "the image: not an image that can be read (not of a format that is read, such as JPEG, PNG or WebP)"
     )
     assert page.locator(".caption-viewer").count() == 0
+    page.route("**/caption?*", lambda route: route.fulfill(status=413, body="<html>too large</html>"))
+    page.set_input_files("#file", RED)
+    wait_for_error(page, "The server, or a proxy before it, answered 413 and no caption.")
+    page.unroute("**/caption?*")
     page.route("**/caption?*", lambda route: route.abort("connectionrefused"))
     page.set_input_files("#file", RED)
     wait_for_error(page, "The server does not answer. Is it still running?")
@@ -211,6 +215,11 @@ def test_picture_of_the_camera_is_captioned(browser, server, captioner):
         page.wait_for_function("() => document.getElementById('video').videoWidth > 0")
         assert page.locator("#shoot").evaluate("button => button === document.activeElement")
         page.evaluate("window.track = document.getElementById('video').srcObject.getTracks()[0]")
+        page.get_by_role("button", name="Use the camera").click()
+        page.wait_for_function("() => document.getElementById('video').srcObject?.getTracks()[0] !== track")
+        assert page.evaluate("track.readyState") == "ended", "the first stream"
+        page.evaluate("window.track = document.getElementById('video').srcObject.getTracks()[0]")
+        page.wait_for_function("() => document.getElementById('video').videoWidth > 0")
         page.get_by_role("button", name="Take the picture").click()
         wait_for_caption(page, "a green image")  # the picture of Chromium's camera
         assert page.evaluate("track.readyState") == "ended"  # its light is off
