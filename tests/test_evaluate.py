@@ -39,15 +39,6 @@ def captioner(tmp_path, cache, tokenizer, small_model, run_config):
 # Captions of a split.
 
 
-@pytest.mark.slow
-def test_generate_captions_equals_captions_of_single_images(small_model, tokenizer, cache, dataset):
-    examples = dataset.split("train")
-    captions = evaluate.generate_captions(small_model, tokenizer, cache, examples, batch_size=5)
-    features = cache.read(tf.constant([str(cache.path(example.image_path)) for example in examples]))
-    expected = [inference.decode_captions(small_model, tokenizer, features[i : i + 1])[0] for i in range(len(examples))]
-    assert [caption.text for caption in captions] == [caption.text for caption in expected]
-
-
 def test_generate_captions_divides_the_batch_by_the_beam(small_model, tokenizer, cache, dataset, monkeypatch):
     monkeypatch.setattr(inference, "decode_captions", lambda model, tokenizer, features, *_, **__: [len(features)])
     for config in (DecodeConfig(4, 0.5), DecodeConfig(captions=4), DecodeConfig(captions=4, sample=True)):

@@ -5,8 +5,6 @@ import functools
 import re
 from pathlib import Path
 
-import pytest
-
 ROOT = Path(__file__).parents[1]
 SCRIPTS = [
     ROOT / f"{name}.py"
@@ -41,23 +39,23 @@ def test_scripts_are_the_only_files_at_the_top():
     assert set(ROOT.glob("*.py")) == set(SCRIPTS)
 
 
-@pytest.mark.parametrize("path", [path for path in CORE if path.parent.name in FOLDERS], ids=relative)
-def test_folders_import_in_one_direction(path):
-    later = FOLDERS[FOLDERS.index(path.parent.name) + 1 :]
-    assert not imports(path) & {f"captioning.{folder}" for folder in later}
+def test_folders_import_in_one_direction():
+    for path in (path for path in CORE if path.parent.name in FOLDERS):
+        later = FOLDERS[FOLDERS.index(path.parent.name) + 1 :]
+        assert not imports(path) & {f"captioning.{folder}" for folder in later}, relative(path)
 
 
-@pytest.mark.parametrize("path", [*SCRIPTS, *CORE], ids=relative)
-def test_core_names_no_guest(path):
+def test_core_names_no_guest():
     """But for one table, which names modules that an option asks for."""
-    if path.name != "guests.py":
-        assert not re.search(r"\bbeyond[./]|from beyond", path.read_text(encoding="utf-8"))
+    for path in (*SCRIPTS, *CORE):
+        if path.name != "guests.py":
+            assert not re.search(r"\bbeyond[./]|from beyond", path.read_text(encoding="utf-8")), relative(path)
 
 
-@pytest.mark.parametrize("path", [*SCRIPTS, *CORE, *GUESTS], ids=relative)
-def test_functions_are_short(path):
+def test_functions_are_short():
     lengths = {
         f"{relative(path)}:{node.lineno} {node.name}": node.end_lineno - node.lineno + 1
+        for path in (*SCRIPTS, *CORE, *GUESTS)
         for node in ast.walk(parse(path))
         if isinstance(node, FUNCTION)
     }

@@ -18,17 +18,19 @@ import train
 from captioning.data import shapes
 from captioning.scores import metrics
 
-NAMES = [r"a [1] b\c {d}", "%e *?  '&' #", "über größe", "\udcff"]  # the last one is no Unicode
+NAMES = [r"a [1] b\c {d}", "%e *?  '&' # über größe", "\udcff"]  # the last one is no Unicode
 
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(sys.platform == "win32", reason="Windows has no such names")]
 
 
-@pytest.fixture(autouse=True)
-def _quick(monkeypatch):
-    monkeypatch.setattr(features, "build_feature_extractor", build_small_cnn)
-    monkeypatch.setattr(model, "build", functools.cache(model.build))  # so that decoding is traced once
-    monkeypatch.setattr(model, "fused_decoder_matches", functools.cache(model.fused_decoder_matches))
-    monkeypatch.setattr(metrics, "has_java", lambda: False)
+@pytest.fixture(scope="module", autouse=True)
+def _quick():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(features, "build_feature_extractor", build_small_cnn)
+        patch.setattr(model, "build", functools.cache(model.build))  # so that decoding is traced once
+        patch.setattr(model, "fused_decoder_matches", functools.cache(model.fused_decoder_matches))
+        patch.setattr(metrics, "has_java", lambda: False)
+        yield
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -49,7 +51,6 @@ def test_paths_of_any_name_work_from_training_to_caption(tmp_path, monkeypatch, 
     for epochs in (1, 2):
         train.main([*data, f"--features-dir=f {name}", *sizes, f"--epochs={epochs}", f"--run={run}"])
     assert "after 1 epochs and 0 batches" in capsys.readouterr().err, "the second time it resumes"
-    assert len(list((run / "checkpoints/best").glob("*.index"))) == 1
     image = f"{name}/{name}.png"
     os.rename(f"{name}/images/shapes_00000.png", image)
     outputs = [f"--csv={name}.csv", f"--grid=grid {name}.png", f"--output-dir=plots {name}", "--plots"]

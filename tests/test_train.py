@@ -73,6 +73,11 @@ def fake_scores(monkeypatch, ciders, on_evaluate=lambda: None):
 # A run.
 
 
+def test_gradients_are_clipped_as_the_settings_say(small_model):
+    state = train.make_train_state(small_model, objective.CrossEntropy(TrainConfig()), TrainConfig(clip_norm=3.0))
+    assert state.optimizer.global_clipnorm == 3.0 and TrainConfig().clip_norm == 5.0
+
+
 @pytest.mark.slow
 def test_train_leaves_a_complete_run(trained_run, recorder, data):
     rows = read_history(trained_run)

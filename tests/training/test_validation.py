@@ -40,6 +40,12 @@ def make_validator(dataset, tokenizer, cache, small_model, monkeypatch):
     return make
 
 
+def test_validator_takes_at_most_the_images_it_may(dataset, tokenizer, cache, small_model):
+    validator = Validator(small_model, TrainData(dataset, cache, tokenizer), TrainConfig(max_val_images=1))
+    assert len(validator.references) == len(validator.captions.feature_paths) == 1
+    assert TrainConfig().max_val_images == 1000, "as README says"
+
+
 @pytest.mark.slow
 def test_validator_loss_is_the_mean_over_words(make_validator, dataset, tokenizer, cache, small_model):
     """Word by word with the decoder's step."""

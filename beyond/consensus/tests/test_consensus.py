@@ -307,6 +307,9 @@ def test_captions_of_a_run_are_chosen_from_its_beam(loaded, dataset, cache):
         values = json.loads(json.dumps(caption.to_json()))
         assert len(values["similar_images"]) == 5 and values["consensus"] == round(caption.consensus, 1)
         assert "similar_images" not in values["alternatives"][0]
+    captioner.extract_features = lambda _: cache.read(tf.constant([str(cache.path(examples[0].image_path))]))
+    (caption,) = captioner.caption_pixels(np.zeros((1, 8, 8, 3), np.uint8))
+    assert caption.text == chosen[0].text and len(caption.alternatives) == 1, "as inference.py and the server do"
 
 
 def test_evaluate_refuses_to_choose_by_the_reference_captions():

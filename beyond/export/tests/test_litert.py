@@ -89,13 +89,13 @@ def test_expand_beams_finds_the_beams_of_a_large_vocabulary(token):
         (["--litert", "--output", "."], "expected a file, found a folder"),
         (["--litert", "--output", __file__], "an earlier one of its kind, found something else"),
         (["--litert", "--output", "notes"], "notes_vocabulary.json: expected a new file, or an earlier one"),
-        (["--run", "none"], "not a run folder"),
+        ([], "not a run folder"),
     ],
 )
-def test_export_refuses_in_one_line(run, options, message, monkeypatch, capsys, tmp_path):
+def test_export_refuses_in_one_line(options, message, monkeypatch, capsys, tmp_path):
     monkeypatch.chdir(tmp_path)
     Path("notes_vocabulary.json").write_text("{}")
-    monkeypatch.setattr(sys, "argv", ["beyond.export", "--run", str(run), *options])
+    monkeypatch.setattr(sys, "argv", ["beyond.export", "--run", "none", *options])
     with pytest.raises(SystemExit) as end:
         run_main(export.main)
     lines = capsys.readouterr().err.splitlines()

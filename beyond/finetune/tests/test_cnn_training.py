@@ -1,6 +1,6 @@
 """Training of the CNN: its blocks, images with their augmentation, and runs from the command to a caption.
 
-Keras's MobileNetV3 is replaced by a small CNN; all else is real. tests/test_cnns.py divides Keras's own into blocks.
+Keras's MobileNetV3 is replaced by a small CNN; all else is real.
 """
 
 import functools
@@ -112,6 +112,13 @@ def test_blocks_begin_with_strides():
     expected = [f"b{n}_conv/{name}" for n in (4, 5) for name in ("kernel", "bias")]
     assert [variable.path for variable in cnn.trainable_variables] == expected
     assert len(find_blocks(cnn)) == 5, "also of a CNN that is not all trained"
+
+
+@pytest.mark.slow
+def test_blocks_of_inception_v3():
+    blocks = find_blocks(tf.keras.applications.InceptionV3(weights=None, include_top=False))
+    number = {layer.name: number for number, block in enumerate(blocks, 1) for layer in block}
+    assert [number[f"mixed{i}"] for i in range(11)] == [3] * 3 + [4] * 5 + [5] * 3 and len(blocks) == 5
 
 
 def test_blocks_of_branches_and_of_layers_in_layers():
