@@ -163,12 +163,15 @@ def assign_splits(examples: Sequence[Example], config: DataConfig, split_files: 
         log("split: annotations contain no validation images; taking some of the training images")
         test = [example for example in examples if example.split == "test"]
         rest = [example for example in examples if example.split != "test"]
-        if decided := [example for example in rest if example.split]:
-            if num_undecided := len(rest) - len(decided):
-                log(f"split: {num_undecided:,} images without a split, left out")
-            rest = decided
+        if any(example.split for example in rest):
+            rest = _leave_out_undecided(rest)
         return _split_at_random(rest, dataclasses.replace(config, test_fraction=0.0)) + test
     log("split: from the annotations")
+    return _leave_out_undecided(examples)
+
+
+def _leave_out_undecided(examples: Sequence[Example]) -> list[Example]:
+    """Returns the images that have a split, and logs how many have none."""
     decided = [example for example in examples if example.split]
     if num_undecided := len(examples) - len(decided):
         log(f"split: {num_undecided:,} images without a split, left out")

@@ -29,9 +29,10 @@ def parse_names(source: str, text: str, is_name: Callable[[str], bool] = os.path
     lines = [line.strip() for line in re.split("[\r\n]+", text) if line.strip()]
     names = []
     for line in lines:
-        match = re.fullmatch(r"""(["']?)([^#].*?)\1(\s+#.*)?""", line)
-        if match or is_name(line):
-            names.append(match[2] if match and not is_name(line) else line)
+        if is_name(line):
+            names.append(line)
+        elif match := re.fullmatch(r"""(["']?)([^#].*?)\1(\s+#.*)?""", line):
+            names.append(match[2])
     if num_comments := len(lines) - len(names):
         log(f"{source}: {num_comments:,} lines that begin with # are left out")
     return names
