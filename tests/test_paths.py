@@ -1,22 +1,18 @@
 """Every path that a user may name, with characters that shells, patterns and formats treat specially."""
 
-import functools
 import os
 import sys
 from pathlib import Path
 
 import pytest
-from helpers.train_and_kill import build_small_cnn
+from helpers.quick_commands import quick_commands
 
 import beyond.export.__main__ as export
 import beyond.share.__main__ as share
 import evaluate
-import features
 import inference
-import model
 import train
 from captioning.data import shapes
-from captioning.scores import metrics
 
 NAMES = [r"a [1] b\c {d}", "%e *?  '&' # über größe", "\udcff"]  # the last one is no Unicode
 
@@ -25,11 +21,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.skipif(sys.platform == "win32", reas
 
 @pytest.fixture(scope="module", autouse=True)
 def _quick():
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(features, "build_feature_extractor", build_small_cnn)
-        patch.setattr(model, "build", functools.cache(model.build))  # so that decoding is traced once
-        patch.setattr(model, "fused_decoder_matches", functools.cache(model.fused_decoder_matches))
-        patch.setattr(metrics, "has_java", lambda: False)
+    with quick_commands():
         yield
 
 

@@ -3,7 +3,6 @@
 tests/config/test_cnns.py has a run with a CNN of Keras.
 """
 
-import functools
 import json
 import re
 import subprocess
@@ -12,8 +11,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from helpers.quick_commands import quick_commands
 from helpers.runs import read_history
-from helpers.train_and_kill import build_small_cnn
 from PIL import Image
 
 import evaluate
@@ -25,7 +24,6 @@ from captioning.base.cli import InputError
 from captioning.base.files import lock_folder
 from captioning.config.settings import RECIPES, DataConfig
 from captioning.data import shapes
-from captioning.scores import metrics
 from data_utils import load_dataset
 
 ROOT = Path(__file__).parents[1]
@@ -39,12 +37,7 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture(scope="module", autouse=True)
 def _quick():
-    """Replaces InceptionV3 by an image's mean colours, and saves time."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(features, "build_feature_extractor", build_small_cnn)
-        patch.setattr(model, "build", functools.cache(model.build))  # so that decoding is traced once
-        patch.setattr(model, "fused_decoder_matches", functools.cache(model.fused_decoder_matches))
-        patch.setattr(metrics, "has_java", lambda: False)  # METEOR's Java program takes seconds to start
+    with quick_commands():
         yield
 
 
