@@ -6,7 +6,6 @@ hang or a changed good file. InceptionV3 and Java are left out.
 
 import contextlib
 import faulthandler
-import functools
 import json
 import os
 import re
@@ -17,13 +16,13 @@ from pathlib import Path
 import pytest
 from helpers.annotation_files import WRITERS
 from helpers.damages import cut_and_flip, damage_features, damage_images, damage_text, edit_json
+from helpers.quick_commands import quick_commands
 from PIL import Image
 
 import data_utils
 import evaluate
 import features
 import inference
-import model
 import train
 from captioning.base.cli import Command, run_main
 from captioning.base.files import file_sha256
@@ -31,7 +30,6 @@ from captioning.base.quiet_tensorflow import tf
 from captioning.data import shapes
 from captioning.output import plots, results
 from captioning.runs.run_folder import latest_checkpoint
-from captioning.scores import metrics
 
 pytestmark = pytest.mark.slow
 
@@ -68,13 +66,10 @@ def write_empty_plot(*args, **_):
 @pytest.fixture(scope="module", autouse=True)
 def run_dir(tmp_path_factory):
     """The folder of a run, in a folder with 12 images and their captions, on which it is trained for one epoch."""
-    with pytest.MonkeyPatch.context() as patch:
+    with quick_commands(), pytest.MonkeyPatch.context() as patch:
         patch.chdir(tmp_path_factory.mktemp("damaged"))
         patch.setattr(features, "build_feature_extractor", mean_brightness_extractor)
-        patch.setattr(model, "build", functools.cache(model.build))  # so that decoding is traced once
-        patch.setattr(model, "fused_decoder_matches", functools.cache(model.fused_decoder_matches))
         patch.setattr(results, "plot_attention", write_empty_plot)
-        patch.setattr(metrics, "has_java", lambda: False)
         shapes.draw_dataset("shapes", num_images=len(IMAGES))
         Path("weights.h5").write_text("stands for weights")
         train.main(USUAL_ARGUMENTS[train])
