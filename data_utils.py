@@ -152,8 +152,9 @@ def assign_splits(examples: Sequence[Example], config: DataConfig, split_files: 
         InputError: an image is in two lists, the fractions are not valid, or the images are too few.
     """
     if split_files:
-        return _split_by_lists(examples, split_files)
+        return _split_by_lists(examples, split_files, config.encoding)
     drawn_splits = find_drawn_splits(examples, config, split_files)
+    examples = _decide_undecided(examples)
     if drawn_splits == SPLITS:
         if splits := {example.split for example in examples if example.split}:
             log(f"split: annotations contain only the {splits.pop()} split; splitting at random")
@@ -163,25 +164,31 @@ def assign_splits(examples: Sequence[Example], config: DataConfig, split_files: 
         log("split: annotations contain no validation images; taking some of the training images")
         test = [example for example in examples if example.split == "test"]
         rest = [example for example in examples if example.split != "test"]
-        if any(example.split for example in rest):
-            rest = _leave_out_undecided(rest)
         return _split_at_random(rest, dataclasses.replace(config, test_fraction=0.0)) + test
     log("split: from the annotations")
-    return _leave_out_undecided(examples)
+    return examples
 
 
-def _leave_out_undecided(examples: Sequence[Example]) -> list[Example]:
-    """Returns the images that have a split, and logs how many have none."""
+def _decide_undecided(examples: Sequence[Example]) -> list[Example]:
+    """Returns the images with those that have no split in train, or without them if others are said to be for training.
+
+    If no image has a split, all stay as they are. How many are concerned is logged.
+    """
     decided = [example for example in examples if example.split]
-    if num_undecided := len(examples) - len(decided):
-        log(f"split: {num_undecided:,} images without a split, left out")
-    return decided
+    if not decided or len(decided) == len(examples):
+        return list(examples)
+    count = f"split: {len(examples) - len(decided):,} images without a split"
+    if any(example.split == "train" for example in decided):
+        log(f"{count}, left out")
+        return decided
+    log(f"{count} are for training, since no image is said to be")
+    return [example if example.split else dataclasses.replace(example, split="train") for example in examples]
 
 
 def find_drawn_splits(examples: Sequence[Example], config: DataConfig, split_files: dict[str, Path]) -> tuple[str, ...]:
     """Returns the splits that are drawn at random, since neither lists nor annotations have them."""
     # From the most to the least explicit: lists of names, the annotations' own split, chance.
-    splits = {example.split for example in examples if example.split}
+    splits = {example.split or "train" for example in examples}
     if split_files:
         return ()
     # Karpathy's JSON and tables with a column "split" decide it. One split alone does not split the data: the file is
@@ -274,13 +281,15 @@ def find_split_files(config: DataConfig, annotations: Path) -> dict[str, Path]:
     return found
 
 
-def _split_by_lists(examples: Sequence[Example], split_files: dict[str, Path]) -> list[Example]:
+def _split_by_lists(examples: Sequence[Example], split_files: dict[str, Path], encoding: str | None) -> list[Example]:
     """Splits by lists of image names, one a line, which need not be exact, see `NameIndex.find`."""
     # Lists are often written for other folders: "a.jpg" or "images/A.jpg" mean the same image if there is only one.
     index = NameIndex(example.image_path for example in examples)
     split_of: dict[str, str] = {}
     for split, path in split_files.items():
-        lines = parse_names(str(path), read_text(path), lambda line: index.find(clean_name(line)) is not None)
+        lines = parse_names(
+            str(path), _read_list(path, encoding), lambda line: index.find(clean_name(line)) is not None
+        )
         names = list(map(clean_name, lines))
         # A list may name images that have no captions here, such as those of a subset: they are logged, not refused.
         unknown = [name for name in names if index.find(name) is None]
@@ -295,6 +304,16 @@ def _split_by_lists(examples: Sequence[Example], split_files: dict[str, Path]) -
     if num_unlisted := len(examples) - len(result):
         log(f"split: {num_unlisted:,} images in none of the lists, left out")
     return result
+
+
+def _read_list(path: Path, encoding: str | None) -> str:
+    """Reads a list in UTF-8, or, if it is not, in the encoding of the annotations."""
+    try:
+        return read_text(path)
+    except InputError:
+        if not encoding:
+            raise
+        return read_text(path, encoding)
 
 
 # Copies of images.

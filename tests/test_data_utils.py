@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import re
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -64,6 +65,13 @@ def test_assign_splits_refuses_bad_lists(split_lists):
         assign_splits(EXAMPLES, DataConfig(), split_lists(train="0.jpg", val=b"\xff"))
 
 
+def test_split_lists_may_have_the_encoding_of_the_annotations(split_lists):
+    examples = [Example("ärmel.jpg", ("a",), 0), Example("ä2.jpg", ("a",), 1)]
+    lists = split_lists(train="ärmel.jpg".encode("cp1252"), val="ä2.jpg".encode())
+    split = assign_splits(examples, DataConfig(encoding="cp1252"), lists)
+    assert splits_of(split) == [("ärmel.jpg", "train"), ("ä2.jpg", "val")]
+
+
 def test_assign_splits_by_lists_finds_names_as_people_write_them(split_lists, capsys):
     names = ("a.jpg", "sub/B.jpg", "c.jpg", "x/d.jpg", "y/d.jpg")
     examples = [Example(name, ("a",), i) for i, name in enumerate(names)]
@@ -83,6 +91,16 @@ def test_assign_splits_leaves_out_what_has_no_split_where_others_have_one(capsys
     split = [split for _, split in splits_of(assign_splits(examples, DataConfig(), {}))]
     assert sorted(set(split)) == ["test", "train", "val"] and len(split) == 9
     assert "split: 2 images without a split, left out" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("held_out", "splits"), [("test", {"train": 8, "val": 1, "test": 3}), ("val", {"train": 9, "val": 3})]
+)
+def test_assign_splits_trains_with_what_has_no_split_where_no_image_is_said_to_be_for_it(held_out, splits, capsys):
+    examples = [Example(f"{i}.jpg", ("a",), i, held_out if i % 4 == 0 else "") for i in range(12)]
+    found = dict(splits_of(assign_splits(examples, DataConfig(), {})))
+    assert Counter(found.values()) == splits and {found[f"{i}.jpg"] for i in (0, 4, 8)} == {held_out}
+    assert "split: 9 images without a split are for training, since no image is said to be" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("fractions", [{"val_fraction": 0.6, "test_fraction": 0.5}, {"val_fraction": -0.1}])

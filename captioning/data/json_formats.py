@@ -108,7 +108,7 @@ def read_mapping(content: Any, options: ReadOptions) -> Parsed | None:
     """Reads `{"x.jpg": ["a caption", ...], ...}`, also with one text in place of a list."""
     if not isinstance(content, dict):
         return None
-    name, captions = next(iter(content.items()), ("", None))
+    name, captions = next((item for item in content.items() if item[1]), ("", None))
     is_text = isinstance(captions, str) and is_image_file(name)
     is_list = isinstance(captions, list) and bool(captions) and isinstance(captions[0], str)
     if not (is_text or is_list):

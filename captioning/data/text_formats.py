@@ -107,10 +107,12 @@ def _describe_long(rows: list[CaptionRow]) -> str:
 
 def read_headerless(content: Any, options: ReadOptions) -> Parsed | None:
     """Reads lines of a name and a caption: `a.jpg,a dog`, or `a1<TAB>a dog` as ROCO has it."""
-    if not isinstance(content, str) or any(options[:3]):
+    if not isinstance(content, str) or options.image_column or options.caption_column:
         return None
     line = _first_line(content)
     separator = "\t" if "\t" in line else next((char for char in line if char in SEPARATORS), "\t")
+    if options.separator:
+        separator = parse_separator(options.separator)
     name, found, _ = line.partition(separator)
     name = name.strip().strip('"')
     # A name without an ending has a number, which tells it from the header of a column.
@@ -130,7 +132,8 @@ def read_headerless(content: Any, options: ReadOptions) -> Parsed | None:
         num_joined += len(parts) > 1 and not problem
     joined = _describe_joined(num_joined)
     return Parsed(
-        rows, f"name and caption, separated by {SEPARATORS[separator]}{repairs}{joined}{_describe_long(rows)}"
+        rows,
+        f"name and caption, separated by {SEPARATORS.get(separator, separator)}{repairs}{joined}{_describe_long(rows)}",
     )
 
 

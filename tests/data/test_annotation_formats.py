@@ -328,6 +328,15 @@ def test_tables_without_a_header_begin_with_the_name_of_an_image(read, line, exp
     assert pairs(read(f"{line}\n")) == [expected]
 
 
+def test_separator_of_a_table_without_a_header_may_be_named(read):
+    for separator, line in ((",", "a.jpg,a dog"), (":", "a.jpg:a dog, running: fast")):
+        assert pairs(read(f"{line}\n", ReadOptions(separator=separator))) == [tuple(line.split(separator, 1))]
+
+
+def test_mapping_may_begin_with_an_image_without_captions(read):
+    assert pairs(read({"a.jpg": [], "b.jpg": ["a dog"]})) == [("a.jpg", ""), ("b.jpg", "a dog")]
+
+
 def test_lines_of_a_name_and_a_space_begin_with_what_is_no_word(read, tmp_path):
     expected = [("1000268201_693b08cb0e", "a child"), ("b.jpg", "a dog, running")]
     assert pairs(read("1000268201_693b08cb0e a child\n\nb.jpg a dog, running\n")) == expected
