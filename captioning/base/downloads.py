@@ -48,6 +48,20 @@ class _WrongFileError(requests.RequestException):
     """The server's file is not the expected one: what was received of it is of no use."""
 
 
+def bytes_to_download(archive: Archive, folder: Path) -> int | None:
+    """Returns how many bytes of an archive are not in a folder yet; None if that is not known."""
+    path = folder / archive.name
+    if path.exists():
+        return 0
+    part = _part_of(path)
+    return archive.num_bytes and max(0, archive.num_bytes - (part.stat().st_size if part.exists() else 0))
+
+
+def _part_of(path: Path) -> Path:
+    """Returns the file of what has been received of another one."""
+    return path.with_name(f"{path.name}.part")
+
+
 def redact_url(url: str) -> str:
     """Returns an address without its name, password, query and fragment, which can hold secrets."""
     try:
@@ -64,6 +78,7 @@ def download(
     md5: str | None = None,
     quiet: bool = False,
     max_bytes: int | None = None,
+    is_temporary: bool = False,
 ) -> Path:
     """Downloads a file to `path`, unless it exists; it appears there only when it is complete.
 
@@ -74,6 +89,7 @@ def download(
         md5: its MD5, in hexadecimal, if known.
         quiet: whether to hide the progress bar.
         max_bytes: a longer file is refused.
+        is_temporary: whether it is deleted after use, so that the user cannot put it there.
 
     Raises:
         InputError: the download failed, the file is not the expected one, or another process downloads it.
@@ -81,7 +97,7 @@ def download(
     if path.exists():
         return path
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f"{path.name}.part")
+    part = _part_of(path)
     version = path.with_name(f"{path.name}.part.version")  # what the server calls the version that it sent
     failure = None
     with name_in_errors(part), open(part, "ab+") as file:
@@ -105,9 +121,12 @@ def download(
         version.unlink(missing_ok=True)
     if failure:
         source, kept = redact_url(url), f"; {received:,} bytes are kept" if is_kept else ""
+        advice = (
+            f"{kept}; run the same command again, or download {source} yourself and put it into {path.parent}/ as "
+            f"{path.name}"
+        )
         raise InputError(
-            f"{path.name} cannot be downloaded from {source} ({_describe(failure)}){kept}; run the same command "
-            f"again, or download {source} yourself and put it into {path.parent}/ as {path.name}"
+            f"{path.name} cannot be downloaded from {source} ({_describe(failure)}){'' if is_temporary else advice}"
         )
     return path
 
@@ -117,6 +136,8 @@ def _fetch(url: str, file: BufferedRandom, version: Path, max_bytes: int | None,
     for _ in range(MAX_CONTINUATIONS):
         with _request(url, file.seek(0, os.SEEK_END), version) as response:
             if response.status_code != 206:  # all of the file, or after 416 nothing: the server's file is shorter
+                if file.tell() and response.headers.get("Content-Type", "").startswith("text/html"):
+                    raise requests.RequestException("received a web page, of a login perhaps")  # what is there stays
                 file.truncate(0)
                 version.write_text(response.headers.get("ETag") or response.headers.get("Last-Modified", ""))
             if response.status_code == 416:
@@ -172,9 +193,9 @@ def _session() -> requests.Session:
 
 
 def _describe(error: Exception) -> str:
-    """Returns why a download failed, without the address, which can hold secrets."""
+    """Returns why a download failed; of an address without its query, which can hold secrets."""
     cause = error.args[0] if error.args else error
-    return str(getattr(cause, "reason", cause))
+    return re.sub(r"(://[^\s?#]*)[?#]\S*", r"\1", str(getattr(cause, "reason", cause)))
 
 
 def _check_content(file: BufferedRandom, num_bytes: int | None, md5: str | None) -> None:
@@ -234,10 +255,13 @@ def fetch_archive(archive: Archive, folder: Path, suffixes: tuple[str, ...]) -> 
     An archive that the user has put into the folder is used instead, and kept.
     """
     path = folder / archive.name
-    is_user_provided = path.exists()
-    if not is_user_provided:
+    is_ours = folder / f"{archive.name}.downloaded"  # an empty file, for when unpacking is stopped
+    if not path.exists():
         size = f", {format_bytes(archive.num_bytes)}," if archive.num_bytes else ""
         log(f"downloading {archive.name}{size} into {folder}/; it is deleted once it is unpacked")
-    unpack(download(archive.url, path, archive.num_bytes, archive.md5), folder, suffixes)
-    if not is_user_provided:
-        path.unlink()
+        download(archive.url, path, archive.num_bytes, archive.md5)
+        is_ours.touch()
+    unpack(path, folder, suffixes)
+    if is_ours.exists():
+        path.unlink(missing_ok=True)
+        is_ours.unlink()

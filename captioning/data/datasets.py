@@ -9,7 +9,7 @@ from pathlib import Path, PurePosixPath
 from typing import ClassVar, NamedTuple
 
 from captioning.base.cli import InputError, advise, format_bytes, log, progress_bar
-from captioning.base.downloads import Archive, download, fetch_archive
+from captioning.base.downloads import Archive, bytes_to_download, download, fetch_archive
 from captioning.base.files import check_disk_space
 from captioning.config.settings import DataConfig
 from captioning.data import shapes
@@ -134,7 +134,7 @@ class DatasetSource:
 
 def _missing_archive(archive: Archive, folder: Path, suffixes: tuple[str, ...]) -> Missing:
     """Describes an archive that is to be downloaded and unpacked into a folder."""
-    num_bytes = 0 if (folder / archive.name).exists() else archive.num_bytes
+    num_bytes = bytes_to_download(archive, folder)
     fetch = functools.partial(fetch_archive, archive, folder, suffixes)
     return Missing(archive.name, folder, num_bytes, archive.num_bytes or 0, fetch, num_bytes or 0)
 
@@ -169,8 +169,11 @@ class Coco(DatasetSource):
             wanted = [image_path for image_path in image_paths if image_path.startswith(f"{part.folder}/")]
             missing = self.find_missing(wanted)
             num_bytes = len(missing) * COCO_IMAGE_BYTES
-            if missing and num_bytes >= ARCHIVE_SHARE * (archive.num_bytes or 0):
+            is_here = (self.image_dir / archive.name).exists()
+            if missing and (is_here or num_bytes >= ARCHIVE_SHARE * (archive.num_bytes or 0)):
                 found = _missing_archive(archive, self.image_dir, (".jpg",))
+                num_here = len(wanted) - len(missing)
+                num_bytes = (COCO_IMAGES[part.folder] - num_here) * COCO_IMAGE_BYTES  # all are unpacked
                 fetch = functools.partial(self._fetch_archive, found, num_bytes, missing)
                 result.append(found._replace(disk_bytes=num_bytes, fetch=fetch))
             elif missing:

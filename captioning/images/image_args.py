@@ -48,7 +48,7 @@ def download_image(url: str, folder: Path) -> Path:
     """Downloads an image into a folder; raises InputError, see `captioning.base.downloads.download`."""
     name = _name_in(url)[-MAX_NAME_LENGTH:]
     path = folder / (name if name.strip(".") else "image")
-    return download(url, path, quiet=True, max_bytes=MAX_IMAGE_BYTES)
+    return download(url, path, quiet=True, max_bytes=MAX_IMAGE_BYTES, is_temporary=True)
 
 
 def open_image(image: str, min_jpeg_side: int | None = None) -> Image.Image:
@@ -56,7 +56,7 @@ def open_image(image: str, min_jpeg_side: int | None = None) -> Image.Image:
     if not is_url(image):
         return read_image(image, min_jpeg_side)
     with tempfile.TemporaryDirectory() as folder:
-        return read_image(download_image(image, Path(folder)), min_jpeg_side)
+        return read_image(download_image(image, Path(folder)), min_jpeg_side, shown_name(image))
 
 
 def read_list(path: str) -> list[str]:
@@ -103,7 +103,7 @@ def expand_image_args(args: Sequence[str], missing_ok: bool = False) -> list[str
     """Replaces the folders among files and addresses by the images in them and below, except the plots of this project.
 
     Raises:
-        InputError: a file or folder does not exist, unless `missing_ok`; or a folder has no images.
+        InputError: a file or folder does not exist, or a folder has no images, unless `missing_ok`.
     """
     images: list[str] = []
     for arg in args:
@@ -112,7 +112,10 @@ def expand_image_args(args: Sequence[str], missing_ok: bool = False) -> list[str
         if not is_url(arg) and os.path.isdir(arg):  # which a name that is too long is not; Path.is_dir would raise
             images_in_folder = _walk_images(arg)
             if not images_in_folder:
-                raise InputError(f"{arg}: expected a folder with images, found none in it")
+                problem = f"{arg}: expected a folder with images, found none in it"
+                if not missing_ok:
+                    raise InputError(problem)
+                log(problem)
             images += images_in_folder
         elif missing_ok or is_url(arg) or os.path.isfile(arg):
             images.append(arg)

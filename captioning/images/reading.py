@@ -39,8 +39,9 @@ TRANSPOSITIONS = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-# Not of an image: too many open files, no memory, a server that is gone.
+# Not of an image: too many open files, no memory, a disk or a server that fails.
 MACHINE_ERRORS = (
+    errno.EIO,
     errno.EMFILE,
     errno.ENFILE,
     errno.ENOMEM,
@@ -71,7 +72,7 @@ OTHER_SUFFIXES = (".heic", ".heif", ".mpo", ".dib")  # HEIC, a phone's JPEG with
 # Reading.
 
 
-def read_image(source: ImageSource, min_jpeg_side: int | None = None) -> Image.Image:
+def read_image(source: ImageSource, min_jpeg_side: int | None = None, name: str | None = None) -> Image.Image:
     """Reads an image of one of `FORMATS`, or HEIC, as upright RGB, see `to_rgb`.
 
     A JPEG that is cut off is used without the rows that it lacks, if they are less than half. Of an animation, or of a
@@ -83,12 +84,13 @@ def read_image(source: ImageSource, min_jpeg_side: int | None = None) -> Image.I
         min_jpeg_side: decodes a large JPEG file at 1/2, 1/4 or 1/8 of its size, the smallest that leaves its shorter
             side so many pixels: 12 megapixels take a third of the time. None for all pixels. A file that is cut off
             has all of them in any case.
+        name: of the image in messages; None for that of the path.
 
     Raises:
         InputError: the file does not exist, or is not an image that can be read.
         OSError: the machine's fault (`MACHINE_ERRORS`), which must not count as the image's.
     """
-    name = str(source) if isinstance(source, Path | str) else "the image"
+    name = name or (str(source) if isinstance(source, Path | str) else "the image")
     with _mistakes_in(name):
         file = _open_source(source)
         if isinstance(file, Image.Image):

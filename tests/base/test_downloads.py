@@ -30,7 +30,7 @@ class FlakyServer:
 
 @pytest.fixture
 def flaky_server(monkeypatch):
-    """Keys of an answer: code, to (where it redirects), cut, and whether it `resumes` and has a `length`."""
+    """Keys of an answer: code, to (where it redirects), type, cut, and whether it `resumes` and has a `length`."""
     monkeypatch.setattr(downloads, "INITIAL_BACKOFF_S", 0.0)
     downloads._session.cache_clear()
     server = FlakyServer()
@@ -52,6 +52,8 @@ def flaky_server(monkeypatch):
             self.send_header("ETag", etag)
             if "to" in answer:
                 self.send_header("Location", answer["to"])
+            if "type" in answer:
+                self.send_header("Content-Type", answer["type"])
             if answer.get("length", True):
                 self.send_header("Content-Length", str(len(rest)))
             self.end_headers()
@@ -67,6 +69,10 @@ def flaky_server(monkeypatch):
 
 def names_in(folder):
     return [path.name for path in folder.iterdir()]
+
+
+def raise_interrupt(*_):
+    raise KeyboardInterrupt
 
 
 def test_download_skips_what_exists(flaky_server, tmp_path, capsys):
@@ -98,6 +104,14 @@ def test_download_refuses_a_web_page_in_place_of_a_file(flaky_server, tmp_path):
     with pytest.raises(InputError, match=r"a\.zip cannot be downloaded .*received a web page"):
         download(flaky_server.url, tmp_path / "a.zip")
     assert names_in(tmp_path) == []
+
+
+def test_download_keeps_what_it_has_where_a_web_page_is_sent_for_the_rest(flaky_server, tmp_path):
+    """As by the login of a wireless network."""
+    flaky_server.answers[:] = [CUT, {"type": "text/html; charset=utf-8", "resumes": False}]
+    with pytest.raises(InputError, match=r"received a web page, of a login perhaps\); 32,768 bytes are kept"):
+        download(flaky_server.url, tmp_path / "a.zip", len(CONTENT), MD5)
+    assert (tmp_path / "a.zip.part").read_bytes() == CONTENT[:32768]
 
 
 def test_download_failure_names_address_and_folder(flaky_server, tmp_path):
@@ -238,4 +252,14 @@ def test_unpack_refuses_damaged_archives(tmp_path):
 def test_fetch_archive_keeps_an_archive_of_the_user(tmp_path):
     write_zip(tmp_path / "a.zip", {"a.jpg": b"abc"})
     fetch_archive(Archive("a.zip", "http://127.0.0.1:1/a.zip"), tmp_path, (".jpg",))
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.jpg", "a.zip"]
+    assert sorted(names_in(tmp_path)) == ["a.jpg", "a.zip"]
+
+
+def test_fetch_archive_deletes_what_it_downloaded_when_unpacking_was_stopped(flaky_server, tmp_path, monkeypatch):
+    flaky_server.content = write_zip(tmp_path / "served.zip", {"a.jpg": b"abc"}).read_bytes()
+    archive = Archive("a.zip", flaky_server.url)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(downloads, "unpack", raise_interrupt)
+        fetch_archive(archive, tmp_path / "out", (".jpg",))
+    fetch_archive(archive, tmp_path / "out", (".jpg",))
+    assert names_in(tmp_path / "out") == ["a.jpg"] and len(flaky_server.ranges) == 1

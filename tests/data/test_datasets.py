@@ -126,6 +126,22 @@ def test_load_dataset_of_all_of_coco_downloads_the_archive(coco, monkeypatch):
     assert coco.requests == ["/annotations.zip", "/train2014.zip"]
 
 
+def test_archive_of_coco_that_is_here_is_used_for_a_subset(coco, monkeypatch):
+    files = {f"train2014/{path.name}": path.read_bytes() for path in (coco.folder / "train2014").iterdir()}
+    num_bytes, md5 = coco.serve_zip("train2014.zip", files)
+    replace_archive(monkeypatch, "train2014", f"{coco.url}/train2014.zip", 10**9, md5)
+    folder = Path(coco.config.data_dir, "coco")
+    folder.mkdir(parents=True)
+    part = folder / "train2014.zip.part"
+    part.write_bytes(bytes(num_bytes))
+    source = datasets.Coco(folder)
+    (missing,) = source.find_missing_images(list(files) * 1000)
+    assert missing.num_bytes == missing.archive_bytes == 10**9 - num_bytes, "what has been received takes no more disk"
+    assert missing.disk_bytes == 82_783 * datasets.COCO_IMAGE_BYTES, "all images are unpacked"
+    shutil.copy(coco.folder / "train2014.zip", folder)
+    assert len(load_dataset(coco.config).examples) == 5 and coco.requests == ["/annotations.zip"]
+
+
 def test_load_dataset_of_flickr8k(http_server, tmp_path, monkeypatch):
     rows = "".join(f"{name}.jpg#{n}\ta dog\n" for name in "abc" for n in range(5)) + "d.jpg.1#0\ta ghost\n"
     lists = {

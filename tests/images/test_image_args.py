@@ -1,5 +1,6 @@
 import io
 import os
+import re
 from pathlib import Path
 
 import pytest
@@ -33,7 +34,7 @@ def photos(tmp_path):
 # Folders and lists.
 
 
-def test_expand_image_args_lists_images_of_folders_but_not_their_plots(photos):
+def test_expand_image_args_lists_images_of_folders_but_not_their_plots(photos, capsys):
     assert expand_image_args([str(photos)]) == [
         str(photos / name) for name in ("a.png", "b.JPG", "c/d/e.jpg", "call_attention.jpg")
     ]
@@ -44,6 +45,8 @@ def test_expand_image_args_lists_images_of_folders_but_not_their_plots(photos):
     (photos / "empty").mkdir()
     with pytest.raises(InputError, match="empty: expected a folder with images, found none in it"):
         expand_image_args([str(photos / "empty")])
+    assert expand_image_args([str(photos / "empty"), file], missing_ok=True) == [file]
+    assert "empty: expected a folder with images, found none in it" in capsys.readouterr().err
 
 
 def test_expand_image_args_refuses_missing_files_unless_told(tmp_path):
@@ -122,9 +125,27 @@ def test_find_images_knows_a_file_by_its_path(photos, monkeypatch, capsys):
 # Addresses.
 
 
+def test_image_of_an_address_that_cannot_be_read_has_its_address_in_the_message(tmp_path, monkeypatch):
+    def download(url, path, **_):
+        path.write_text("no image")
+        return path
+
+    monkeypatch.setattr(image_args, "download", download)
+    url = "https://example.com/7/image.jpg?key=secret"
+    with pytest.raises(InputError, match=re.escape(f"{shown_name(url)}: not an image")):
+        open_image(url)
+
+
+@pytest.mark.parametrize("url", ["https://example.com:99999/a.jpg?key=secret", "https:///a.jpg?key=secret"])
+def test_query_of_what_is_no_address_stays_secret(url):
+    with pytest.raises(InputError, match=r"a\.jpg cannot be downloaded from https:") as error:
+        open_image(url)
+    assert "secret" not in str(error.value)
+
+
 @pytest.mark.parametrize("image", ["http://[::1/a.jpg", "http://ex\u2100mple.com/a.jpg", f"http://{'a' * 64}.b/c.jpg"])
 def test_what_is_no_address_is_an_image_that_cannot_be_read(image, tmp_path, capsys):
-    with pytest.raises(InputError, match="cannot be downloaded"):
+    with pytest.raises(InputError, match=r"cannot be downloaded .*\)$"):
         open_image(image)
     assert shown_name(image).startswith("http://") and plot_paths([image], tmp_path, "png")
     assert expand_image_args([image, "a" * 300], missing_ok=True) == [image, "a" * 300]
@@ -143,7 +164,7 @@ def test_download_image_is_limited_and_named_after_the_url(monkeypatch, tmp_path
 
     monkeypatch.setattr(image_args, "download", download)
     assert is_url(url) and download_image(url, tmp_path) == tmp_path / name
-    assert calls == [(url, tmp_path / name, {"quiet": True, "max_bytes": 50_000_000})]
+    assert calls == [(url, tmp_path / name, {"quiet": True, "max_bytes": 50_000_000, "is_temporary": True})]
 
 
 def test_open_image_reads_paths_and_addresses(monkeypatch, tmp_path):
