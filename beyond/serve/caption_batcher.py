@@ -43,7 +43,10 @@ class Batcher:
             TimeoutError: it has no caption in time. Work that has begun goes on.
         """
         job = _Job(pixels, config)
-        search = dataclasses.replace(config, decode_seed=0)  # a seed compiles nothing
+        # What is a tensor in the graph compiles nothing.
+        search = dataclasses.replace(config, decode_seed=0, temperature=1.0, top_p=1.0, length_penalty=1.0)
+        if not config.sample:
+            search = dataclasses.replace(search, beam_size=config.num_beams)
         with self._lock:
             if search not in self._searches and len(self._searches) >= MAX_SEARCHES:
                 raise InputError(

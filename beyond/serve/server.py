@@ -174,7 +174,7 @@ class CaptionApp:
         if request.path == "/caption":
             return self._caption(request)
         if request.path == "/health":
-            facts = {"status": "ok", "run": self.captioner.run.name, "max_bytes": self.config.max_bytes}
+            facts = {"status": "ok", "run": self.captioner.run.resolve().name, "max_bytes": self.config.max_bytes}
             config = self.captioner.decode_config
             return json_response(facts | {"defaults": config.to_json() | {"beam_size": config.num_beams}})
         file, content_type = FILES[request.path]

@@ -86,8 +86,11 @@ def parse_decoding(pairs: Iterable[tuple[str, str]], defaults: DecodeConfig) -> 
         if name in given:
             raise InputError(f"{name}: expected one value, found two")
         given[name] = _parse_value(name, text.strip())
-        if name in LIMITS and isinstance(given[name], int) and given[name] > LIMITS[name]:
-            raise InputError(f"{name}: expected at most {LIMITS[name]} of this server, found {text}")
+        if name in LIMITS and isinstance(given[name], int):
+            of_server = defaults.num_beams if name == "beam_size" else getattr(defaults, name)
+            limit = max(LIMITS[name], of_server or 0)  # what the page sends unless its sliders are moved
+            if given[name] > limit:
+                raise InputError(f"{name}: expected at most {limit} of this server, found {text}")
     sample = given.get("sample", defaults.sample and "beam_size" not in given)
     base = defaults.to_json()
     if sample != defaults.sample:

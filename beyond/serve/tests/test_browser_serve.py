@@ -198,6 +198,24 @@ def test_image_that_is_too_large_is_scaled_down(browser, captioner, monkeypatch)
     assert sizes == [(2048, 186)]
 
 
+def test_error_and_caption_do_not_stand_beside_each_other(browser, captioner):
+    with run_server(captioner, max_mb=1) as server, open_page(browser, server.url) as page:
+        page.set_input_files("#file", RED)
+        wait_for_caption(page, "a red image")
+        page.set_input_files("#file", {**TEXT, "buffer": bytes(3_000_000)})
+        wait_for_error(page, "Expected a file of at most 1 MB")
+        assert page.locator(".caption-viewer").count() == 0, "it is of another image"
+        captioner.begun.clear()
+        captioner.may_end.clear()
+        page.set_input_files("#file", GREEN)
+        assert captioner.begun.wait(10)
+        page.evaluate(SEND_FILE, ["paste", "", ""])
+        page.wait_for_function("() => document.getElementById('error').textContent.startsWith('Expected an image')")
+        assert page.locator("#status").inner_text() == "Captioning …"
+        captioner.may_end.set()
+        wait_for_caption(page, "a green image")
+
+
 def test_image_that_the_browser_cannot_show_is_captioned(page):
     file = io.BytesIO()
     Image.new("RGB", (30, 20), "blue").save(file, "TIFF")

@@ -53,11 +53,17 @@ def test_batcher_raises_the_error_of_a_batch_and_works_after_it(captioner):
 def test_batcher_limits_the_searches_that_are_compiled(captioner, monkeypatch):
     monkeypatch.setattr(caption_batcher, "MAX_SEARCHES", 2)
     batcher = Batcher(captioner)
-    drawn = [DecodeConfig(sample=True, decode_seed=seed) for seed in range(5)]
-    for config in [GREEDY, *drawn, GREEDY]:  # a seed compiles nothing
+    drawn = [DecodeConfig(sample=True, decode_seed=n, temperature=1 + n / 9, top_p=1 - n / 9) for n in range(5)]
+    for config in [GREEDY, *drawn, GREEDY]:  # which compile nothing
         batcher.caption(RED, config)
     with pytest.raises(InputError, match="expected settings that were used before: 2 others are compiled"):
         batcher.caption(RED, BEAM)
+    monkeypatch.setattr(caption_batcher, "MAX_SEARCHES", 3)
+    batcher.caption(RED, DecodeConfig(captions=5))
+    for config in (DecodeConfig(captions=5, beam_size=5), DecodeConfig(captions=5, length_penalty=0.5)):
+        batcher.caption(RED, config)
+    with pytest.raises(InputError, match="3 others are compiled"):
+        batcher.caption(RED, DecodeConfig(captions=4, beam_size=5))
     assert batcher.caption(RED, GREEDY).text == "a red image"
 
 

@@ -64,3 +64,12 @@ def test_parse_decoding_has_limits():
         assert getattr(parse_decoding([(name, str(limit)), *others], DecodeConfig()), name) == limit
         with pytest.raises(InputError, match=f"{name}: expected at most {limit} of this server, found {limit + 1}"):
             parse_decoding([(name, str(limit + 1)), *others], DecodeConfig())
+
+
+def test_parse_decoding_takes_what_the_server_was_started_with():
+    """The page sends it, unless its sliders are moved."""
+    for defaults in (DecodeConfig(beam_size=30), DecodeConfig(captions=25)):
+        pairs = [("beam_size", str(defaults.num_beams)), ("captions", str(defaults.captions)), ("sample", "false")]
+        assert parse_decoding(pairs, defaults).num_beams == defaults.num_beams
+        with pytest.raises(InputError, match=f"beam_size: expected at most {defaults.num_beams} of this server"):
+            parse_decoding([("beam_size", str(defaults.num_beams + 1))], defaults)

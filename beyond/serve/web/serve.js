@@ -19,7 +19,7 @@
 
   function showError(text) {
     find("error").textContent = text;
-    setStatus("");
+    if (!request) setStatus("");
   }
 
   function setStatus(text, isBusy = false) {
@@ -69,6 +69,7 @@
 
   async function openImage(blob) {
     stopCamera();
+    stopRequest(); // its answer would show the image whose address is given up below
     clearTimeout(timer); // of a slider: the image is captioned with its value below
     find("error").textContent = "";
     if (image) URL.revokeObjectURL(image.url);
@@ -104,17 +105,22 @@
     return query;
   }
 
+  function stopRequest() {
+    if (request) request.abort();
+    request = null;
+  }
+
   async function requestCaption() {
     clearTimeout(timer);
     if (!image) return;
-    if (request) request.abort();
-    const controller = (request = new AbortController());
+    stopRequest();
     const current = image;
     find("error").textContent = "";
     if (current.blob.size > maxBytes) {
-      showError(`Expected a file of at most ${maxBytes / 1e6} MB, found ${(current.blob.size / 1e6).toFixed(1)} MB.`);
+      showFailure(`Expected a file of at most ${maxBytes / 1e6} MB, found ${(current.blob.size / 1e6).toFixed(1)} MB.`);
       return;
     }
+    const controller = (request = new AbortController());
     setStatus("Captioning …", true);
     try {
       const response = await fetch(`caption?${parameters()}`, {
@@ -125,11 +131,14 @@
       });
       const text = await response.text();
       if (controller.signal.aborted) return;
+      request = null;
       const result = parseAnswer(text, response.status);
       if (result.error) showFailure(result.error);
       else showResult(current, result);
     } catch (error) {
-      if (error.name !== "AbortError") showFailure("The server does not answer. Is it still running?");
+      if (controller.signal.aborted) return;
+      request = null;
+      showFailure("The server does not answer. Is it still running?");
     }
   }
 
@@ -149,6 +158,7 @@
   function showResult(shown, result) {
     const url = shown.canShow ? shown.url : drawPlaceholder();
     find("result").replaceChildren(window.captionViewer.create(url, result.caption, result));
+    find("error").textContent = ""; // of something else that was tried meanwhile
     setStatus(`Captioned in ${result.seconds.toFixed(2)} s.${shown.note}`);
   }
 
