@@ -27,9 +27,8 @@ def caption_images(page: Path, argv: list[str]) -> None:
     """Captions images as inference.py does with these arguments, and shows them on a page."""
     args = inference.parse(argv)
     captioner = inference.load_captioner(args)
-    with open_report(page, f"run {captioner.run.name}; {captioner.decode_config.describe()}") as report:
+    with open_report(page, f"run {captioner.run.resolve().name}; {captioner.decode_config.describe()}") as report:
         num_failed = inference.caption_from_args(args, captioner, [report])
-    log(f"page: {page}")
     inference.check_all_captioned(num_failed, args)
 
 
@@ -46,7 +45,7 @@ def write_evaluation(page: Path, evaluation: evaluate.Evaluation) -> None:
     metrics = evaluation.metrics
     search = DecodeConfig(**{name: metrics[name] for name in DecodeConfig().to_json()}).describe()
     scores = ", ".join(f"{name} {metrics['scores'][name]:.1f}" for name in ("BLEU-4", "CIDEr"))
-    subtitle = f"run {Path(metrics['run']).name}, {metrics['split']} images, {search}: {scores}"
+    subtitle = f"run {Path(metrics['run']).resolve().name}, {metrics['split']} images, {search}: {scores}"
     ciders = evaluation.by_image["CIDEr"]
 
     def load(index: int) -> Image.Image | InputError:
@@ -64,7 +63,6 @@ def write_evaluation(page: Path, evaluation: evaluate.Evaluation) -> None:
             example = evaluation.examples[index]
             result = CaptionedImage(example.image_path, image, evaluation.captions[index], example.captions)
             report.write(result, score=ciders[index])
-    log(f"page: {page}")
 
 
 def main(argv: list[str] | None = None) -> None:

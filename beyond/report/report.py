@@ -17,6 +17,7 @@ from typing import IO, Any
 
 from PIL import Image
 
+from captioning.base.cli import log
 from captioning.base.files import atomic_write
 from captioning.images.reading import to_rgb
 from captioning.output.results import CaptionedImage
@@ -67,20 +68,30 @@ def is_report(path: Path) -> bool:
 
 @contextlib.contextmanager
 def open_report(path: Path, subtitle: str) -> Iterator["ReportWriter"]:
-    """Opens a page, and writes it as captions come: the memory does not grow with their number.
+    """Opens a page, and writes it as captions come: the memory does not grow with their number. Logs where it is.
 
         with open_report(Path("report.html"), "run coco, beam size 5") as report:
             report.write(CaptionedImage("photo.jpg", image, caption))
 
-    The file appears at the end of the block, and not at all if the block fails.
+    The file appears at the end of the block, and not at all if the block fails, or has written no image.
     """
     head, foot = read_web("report.html").split("$entries")
     styles, scripts = read_web("viewer.css", "report.css"), read_web("viewer.js", "report.js")
-    with atomic_write(path, "wb") as file:
-        report = ReportWriter(file)
-        report.write_html(string.Template(head).substitute(subtitle=html.escape(subtitle), styles=styles))
-        yield report
-        report.write_html(string.Template(foot).substitute(scripts=scripts))
+    try:
+        with atomic_write(path, "wb") as file:
+            report = ReportWriter(file)
+            report.write_html(string.Template(head).substitute(subtitle=html.escape(subtitle), styles=styles))
+            yield report
+            if not report.num_images:  # as when a table that is resumed has them all
+                raise _EmptyReportError
+            report.write_html(string.Template(foot).substitute(scripts=scripts))
+        log(f"page: {path}")
+    except _EmptyReportError:
+        log(f"page: {path} is not written, since no image was captioned")
+
+
+class _EmptyReportError(Exception):
+    """A page has no image."""
 
 
 class ReportWriter:
@@ -90,6 +101,7 @@ class ReportWriter:
 
     def __init__(self, file: IO[bytes]):
         self.file = file
+        self.num_images = 0
 
     def write(self, result: CaptionedImage, plot: Path | None = None, score: float | None = None) -> None:
         """Writes an image with its caption and, if it has one, its CIDEr; `plot` is not used."""
@@ -113,6 +125,7 @@ class ReportWriter:
         if references:
             items = "".join(f'<li dir="auto">{html.escape(text)}</li>\n' for text in references)
             people = f'<section class="people"><h3>people\'s captions</h3>\n<ul>\n{items}</ul></section>\n'
+        self.num_images += 1
         # No white space between the articles: with it Chromium takes seconds to sort thousands.
         self.write_html(
             f'<article {attributes}>\n<div class="about"><h2 dir="auto">{html.escape(name)}</h2>{shown_score}</div>\n'

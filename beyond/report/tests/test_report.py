@@ -18,6 +18,7 @@ from beyond.report.notebook import caption_html
 from beyond.report.report import open_report
 from captioning.base.cli import InputError
 from captioning.config.settings import DecodeConfig
+from captioning.output import results
 from captioning.scores import metrics
 from inference import Captioner
 
@@ -180,6 +181,17 @@ def test_main_writes_a_page_of_images(captioner, tmp_path, capsys):
     assert [name.rpartition("/")[2] for name in parse_page(page).texts("h2")] == ["0.png", "2.png"]
     assert f"run {tmp_path.name}; greedy search" in parse_page(page).texts("p")
     assert len(capsys.readouterr().out.splitlines()) == 2, "and JSON"
+
+
+def test_page_stays_where_no_image_is_new(captioner, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(results, "file_sha256", lambda _: "1234")
+    monkeypatch.setattr(results, "best_checkpoint", lambda _: "none")
+    Image.new("L", (9, 9)).save(tmp_path / "0.png")
+    page, table = tmp_path / "report.html", tmp_path / "table.csv"
+    for said in (f"page: {page}\n", f"page: {page} is not written, since no image was captioned\n"):
+        command.main([str(tmp_path / "0.png"), "--html", str(page), "--csv", str(table)])
+        assert said in capsys.readouterr().err
+        assert len(parse_page(page).texts("h2")) == 1
 
 
 def test_main_writes_a_page_of_a_split_with_the_worst_caption_first(
