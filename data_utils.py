@@ -154,7 +154,7 @@ def assign_splits(examples: Sequence[Example], config: DataConfig, split_files: 
     if split_files:
         return _split_by_lists(examples, split_files, config.encoding)
     drawn_splits = find_drawn_splits(examples, config, split_files)
-    examples = _decide_undecided(examples)
+    examples = _decide_undecided(examples, with_log=not config.test_annotations)
     if drawn_splits == SPLITS:
         if splits := {example.split for example in examples if example.split}:
             log(f"split: annotations contain only the {splits.pop()} split; splitting at random")
@@ -169,10 +169,11 @@ def assign_splits(examples: Sequence[Example], config: DataConfig, split_files: 
     return examples
 
 
-def _decide_undecided(examples: Sequence[Example]) -> list[Example]:
-    """Returns the images with those that have no split in train, or without them if others are said to be for training.
+def _decide_undecided(examples: Sequence[Example], with_log: bool) -> list[Example]:
+    """Returns the images with those that have no split in train, or without them if others are marked for training.
 
-    If no image has a split, all stay as they are. How many are concerned is logged.
+    If no image has a split, all stay as they are. How many are concerned is logged, unless files of their own have the
+    others.
     """
     decided = [example for example in examples if example.split]
     if not decided or len(decided) == len(examples):
@@ -181,7 +182,8 @@ def _decide_undecided(examples: Sequence[Example]) -> list[Example]:
     if any(example.split == "train" for example in decided):
         log(f"{count}, left out")
         return decided
-    log(f"{count} are for training, since no image is said to be")
+    if with_log:
+        log(f"{count} are for training, since none is marked for it")
     return [example if example.split else dataclasses.replace(example, split="train") for example in examples]
 
 

@@ -100,7 +100,7 @@ def test_assign_splits_trains_with_what_has_no_split_where_no_image_is_said_to_b
     examples = [Example(f"{i}.jpg", ("a",), i, held_out if i % 4 == 0 else "") for i in range(12)]
     found = dict(splits_of(assign_splits(examples, DataConfig(), {})))
     assert Counter(found.values()) == splits and {found[f"{i}.jpg"] for i in (0, 4, 8)} == {held_out}
-    assert "split: 9 images without a split are for training, since no image is said to be" in capsys.readouterr().err
+    assert "split: 9 images without a split are for training, since none is marked for it" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("fractions", [{"val_fraction": 0.6, "test_fraction": 0.5}, {"val_fraction": -0.1}])

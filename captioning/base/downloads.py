@@ -12,6 +12,7 @@ import shutil
 import urllib.parse
 import zipfile
 import zlib
+from collections.abc import Container
 from io import BufferedRandom
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
@@ -136,7 +137,8 @@ def _fetch(url: str, file: BufferedRandom, version: Path, max_bytes: int | None,
     for _ in range(MAX_CONTINUATIONS):
         with _request(url, file.seek(0, os.SEEK_END), version) as response:
             if response.status_code != 206:  # all of the file, or after 416 nothing: the server's file is shorter
-                if file.tell() and response.headers.get("Content-Type", "").startswith("text/html"):
+                is_page = response.ok and response.headers.get("Content-Type", "").startswith("text/html")
+                if is_page and file.tell():
                     raise requests.RequestException("received a web page, of a login perhaps")  # what is there stays
                 file.truncate(0)
                 version.write_text(response.headers.get("ETag") or response.headers.get("Last-Modified", ""))
@@ -218,8 +220,10 @@ def is_web_page(file: BinaryIO) -> bool:
     return bool(re.match(rb"\s*<(!doctype html|html|head)\b", file.read(200), re.IGNORECASE))
 
 
-def unpack(archive: Path, folder: Path, suffixes: tuple[str, ...]) -> None:
+def unpack(archive: Path, folder: Path, suffixes: tuple[str, ...], names: Container[str] | None = None) -> None:
     """Unpacks the files of a zip archive that end in `suffixes` into a folder; those that are there are skipped.
+
+    `names` are those that are wanted; None for all.
 
     Raises:
         InputError: it is damaged, unpacks to too much, or would write outside the folder.
@@ -234,6 +238,7 @@ def unpack(archive: Path, folder: Path, suffixes: tuple[str, ...]) -> None:
                     f"{MAX_COMPRESSION_RATIO} times as many; not unpacked"
                 )
             members = [member for member in content.infolist() if member.filename.endswith(suffixes)]
+            members = [member for member in members if names is None or member.filename in names]
             for member in progress_bar(members, desc=f"unpacking {archive.name}", unit="file"):
                 target = folder / member.filename
                 if not target.resolve().is_relative_to(folder.resolve()):
@@ -249,19 +254,29 @@ def unpack(archive: Path, folder: Path, suffixes: tuple[str, ...]) -> None:
         raise InputError(f"{archive}: {damage}; delete it and run the same command again") from None
 
 
-def fetch_archive(archive: Archive, folder: Path, suffixes: tuple[str, ...]) -> None:
-    """Downloads an archive into a folder, unpacks its files that end in `suffixes` there, and deletes it.
+def fetch_archive(
+    archive: Archive, folder: Path, suffixes: tuple[str, ...], names: Container[str] | None = None
+) -> None:
+    """Downloads an archive into a folder, unpacks it there, see `unpack`, and deletes it.
 
     An archive that the user has put into the folder is used instead, and kept.
     """
     path = folder / archive.name
-    is_ours = folder / f"{archive.name}.downloaded"  # an empty file, for when unpacking is stopped
+    # For when unpacking is stopped: says which file was downloaded, and is to be deleted after all.
+    mark = folder / f"{archive.name}.downloaded"
     if not path.exists():
         size = f", {format_bytes(archive.num_bytes)}," if archive.num_bytes else ""
         log(f"downloading {archive.name}{size} into {folder}/; it is deleted once it is unpacked")
         download(archive.url, path, archive.num_bytes, archive.md5)
-        is_ours.touch()
-    unpack(path, folder, suffixes)
-    if is_ours.exists():
-        path.unlink(missing_ok=True)
-        is_ours.unlink()
+        mark.write_text(_identify(path))
+    unpack(path, folder, suffixes, names)
+    if mark.exists():
+        if mark.read_text() == _identify(path):
+            path.unlink()
+        mark.unlink()
+
+
+def _identify(path: Path) -> str:
+    """Returns what tells a file from another one that took its place."""
+    stat = path.stat()
+    return f"{stat.st_size} {stat.st_mtime_ns}"

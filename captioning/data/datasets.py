@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Container, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path, PurePosixPath
 from typing import ClassVar, NamedTuple
@@ -132,10 +132,12 @@ class DatasetSource:
         return [image_path for image_path in image_paths if not (self.image_dir / image_path).exists()]
 
 
-def _missing_archive(archive: Archive, folder: Path, suffixes: tuple[str, ...]) -> Missing:
-    """Describes an archive that is to be downloaded and unpacked into a folder."""
+def _missing_archive(
+    archive: Archive, folder: Path, suffixes: tuple[str, ...], names: Container[str] | None = None
+) -> Missing:
+    """Describes an archive that is to be downloaded and unpacked into a folder, see `fetch_archive`."""
     num_bytes = bytes_to_download(archive, folder)
-    fetch = functools.partial(fetch_archive, archive, folder, suffixes)
+    fetch = functools.partial(fetch_archive, archive, folder, suffixes, names)
     return Missing(archive.name, folder, num_bytes, archive.num_bytes or 0, fetch, num_bytes or 0)
 
 
@@ -171,9 +173,10 @@ class Coco(DatasetSource):
             num_bytes = len(missing) * COCO_IMAGE_BYTES
             is_here = (self.image_dir / archive.name).exists()
             if missing and (is_here or num_bytes >= ARCHIVE_SHARE * (archive.num_bytes or 0)):
-                found = _missing_archive(archive, self.image_dir, (".jpg",))
-                num_here = len(wanted) - len(missing)
-                num_bytes = (COCO_IMAGES[part.folder] - num_here) * COCO_IMAGE_BYTES  # all are unpacked
+                found = _missing_archive(archive, self.image_dir, (".jpg",), set(missing) if is_here else None)
+                if not is_here:  # all images are unpacked, since it is deleted then
+                    num_here = len(list((self.image_dir / part.folder).glob("*.jpg")))
+                    num_bytes = (COCO_IMAGES[part.folder] - num_here) * COCO_IMAGE_BYTES
                 fetch = functools.partial(self._fetch_archive, found, num_bytes, missing)
                 result.append(found._replace(disk_bytes=num_bytes, fetch=fetch))
             elif missing:
@@ -186,7 +189,7 @@ class Coco(DatasetSource):
         """Downloads the archive of images, about so many bytes, and as single files those that it lacks."""
         num_bytes += archive.archive_bytes
         advice = "free some" + advise(f"{SMALLER}; 30,000 captions take about 1 GB")
-        check_disk_space(self.image_dir, num_bytes, f"all of COCO's {archive.name}", advice)
+        check_disk_space(self.image_dir, num_bytes, f"unpacking {archive.name}", advice)
         archive.fetch()
         if missing := self.find_missing(image_paths):
             self._fetch_single_images(missing)

@@ -86,6 +86,8 @@ def find_images(args: Sequence[str], image_list: str | None) -> list[str]:
     images = expand_image_args(args)
     if image_list:  # one that is missing does not keep the others from their captions
         images += expand_image_args(read_list(image_list), missing_ok=True)
+        if not images:
+            raise InputError(f"--from {image_list}: there are no images in its folders")
     first_of: dict[str, str] = {}
     for image in images:
         first_of.setdefault(image_key(image), image)
@@ -115,7 +117,7 @@ def expand_image_args(args: Sequence[str], missing_ok: bool = False) -> list[str
                 problem = f"{arg}: expected a folder with images, found none in it"
                 if not missing_ok:
                     raise InputError(problem)
-                log(problem)
+                log(problem, error=True)
             images += images_in_folder
         elif missing_ok or is_url(arg) or os.path.isfile(arg):
             images.append(arg)

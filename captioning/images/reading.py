@@ -133,6 +133,7 @@ def _mistakes_in(name: str) -> Iterator[None]:
         ) from None
     except Exception as error:  # Pillow raises many types for a damaged file, struct.error and TypeError among them
         if isinstance(error, OSError) and error.errno in MACHINE_ERRORS:
+            error.filename = error.filename or name  # which reading an open file does not tell
             raise
         reason = str(error) if isinstance(error, ValueError) else repr(error)
         if isinstance(error, Image.UnidentifiedImageError):

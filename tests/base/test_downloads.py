@@ -263,3 +263,9 @@ def test_fetch_archive_deletes_what_it_downloaded_when_unpacking_was_stopped(fla
         fetch_archive(archive, tmp_path / "out", (".jpg",))
     fetch_archive(archive, tmp_path / "out", (".jpg",))
     assert names_in(tmp_path / "out") == ["a.jpg"] and len(flaky_server.ranges) == 1
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(downloads, "unpack", raise_interrupt)
+        fetch_archive(archive, tmp_path / "out", (".jpg",))
+    write_zip(tmp_path / "out/a.zip", {"a.jpg": b"abc", "b.jpg": b"the user's"})
+    fetch_archive(archive, tmp_path / "out", (".jpg",))
+    assert sorted(names_in(tmp_path / "out")) == ["a.jpg", "a.zip", "b.jpg"], "another file in its place is kept"

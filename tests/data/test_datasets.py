@@ -140,6 +140,7 @@ def test_archive_of_coco_that_is_here_is_used_for_a_subset(coco, monkeypatch):
     assert missing.disk_bytes == 82_783 * datasets.COCO_IMAGE_BYTES, "all images are unpacked"
     shutil.copy(coco.folder / "train2014.zip", folder)
     assert len(load_dataset(coco.config).examples) == 5 and coco.requests == ["/annotations.zip"]
+    assert len(list((folder / "train2014").iterdir())) == 5, "and no others are unpacked"
 
 
 def test_load_dataset_of_flickr8k(http_server, tmp_path, monkeypatch):

@@ -108,7 +108,12 @@ def test_find_images_takes_each_image_once(photos, tmp_path, capsys):
     (tmp_path / "list.txt").write_text(f"{photos}/a.png\nnone.jpg\n{photos}/c\n{photos}/a.png\n")
     found = find_images([str(photos / "b.JPG"), str(photos / "a.png")], str(tmp_path / "list.txt"))
     assert found == [str(photos / "b.JPG"), str(photos / "a.png"), "none.jpg", str(photos / "c/d/e.jpg")]
-    assert capsys.readouterr().err == "2 images are given more than once, and captioned once\n"
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "folders.txt").write_text(str(tmp_path / "empty"))
+    with pytest.raises(InputError, match=r"--from \S+folders\.txt: there are no images in its folders"):
+        find_images([], str(tmp_path / "folders.txt"))
+    assert "empty: expected a folder with images" in (logged := capsys.readouterr().err)
+    assert logged.startswith("2 images are given more than once, and captioned once\n")
     assert find_images([], None) == [] and capsys.readouterr().err == ""
 
 

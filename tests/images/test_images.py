@@ -383,8 +383,9 @@ def test_a_fault_of_the_machine_is_not_one_of_the_image(tmp_path, monkeypatch):
         raise OSError(errno.EMFILE, "Too many open files")
 
     monkeypatch.setattr(Image, "open", fail)
-    with pytest.raises(OSError, match="Too many open files"):
-        read_image(io.BytesIO(b"photo"))
+    with pytest.raises(OSError, match="Too many open files") as error:
+        read_image(io.BytesIO(b"photo"), name="a.jpg")
+    assert error.value.filename == "a.jpg"
 
 
 # What is not a file.

@@ -102,7 +102,7 @@ def test_plan_counts_images_and_features_that_are_there(dry_run, coco, monkeypat
     ("arguments", "texts"),
     [
         ("", ("about 6,000 images;", "6,000 of 6,000 images, one by one, into data/coco/ (1.0 GB)", "  2.8 GB needed")),
-        ("--num-captions 150000", ("about 30,000 ", " train2014.zip, into data/coco/ (13.5 GB)", "  32.1 GB needed")),
+        ("--num-captions 150000", ("about 30,000 ", " train2014.zip, into data/coco/ (13.5 GB)", "  27.7 GB needed")),
         ("--dataset coco2017 --official-val --num-captions 100", ("about 20 ", " 1 of 1 images", "  0.5 GB needed")),
         ("--dataset shapes", ("2,200 images of shapes, which are drawn, into data/shapes/ (14 MB)", "  0.6 GB needed")),
         ("--dataset flickr8k", ("Flickr8k_Dataset.zip, into data/flickr8k/\n", " 8,000 of 8,000", "at least 2.1 GB")),
