@@ -15,6 +15,7 @@ challenge; captions are split into words as for published scores. METEOR and SPI
 
 import argparse
 import functools
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -145,12 +146,20 @@ def open_features(captioner: inference.Captioner, features_dir: str | None = Non
     """Opens the cached features of a run's dataset: those in `features_dir`, by default those of its training.
 
     Returns None if there are none: of a run that came from another machine, or whose CNN was trained with the decoder.
+
+    Raises:
+        InputError: `features_dir` does not hold them.
     """
     manifest = captioner.config.features
     folder = Path(features_dir or manifest["folder"])
-    if features_dir or folder.exists():
-        return open_run_cache(manifest | {"folder": str(folder)})
-    log(f"no cached features in {folder}: computing them from the images")
+    if features_dir:
+        return open_run_cache(manifest | {"folder": features_dir})
+    if folder.exists():
+        try:
+            return open_run_cache(manifest)
+        except InputError as error:  # those of weights that a CNN had in its training, say
+            log(str(error))
+    log(f"no cached features of this run in {folder}: computing them from the images")
     return None
 
 
@@ -263,6 +272,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
             f"--choose consensus: training images would be scored with the captions that chose theirs, found --split "
             f"{args.split}; expected val or test"
         )
+    if args.results and args.features_dir:
+        raise InputError("--features-dir is for the captions of a run, and --results has them; omit one of them")
     if args.results and args.boxes:
         raise InputError("--boxes measures the attention of a run, and --results has captions only; omit one of them")
     if args.results:
@@ -343,6 +354,8 @@ def evaluate_run(args: argparse.Namespace) -> Evaluation:
     locations = data_utils.locations_from_args(args)
     moved = locations | ({"features_dir": args.features_dir} if args.features_dir else {})
     captioner = inference.Captioner.load(args.run, DecodeConfig.from_args(args), locations=moved)
+    if not os.access(captioner.run, os.W_OK):
+        raise InputError(f"{captioner.run}: expected a folder that can be written, for the captions and their scores")
     check_spice_words(args, captioner.tokenizer.words)
     dataset = data_utils.load_run_dataset(captioner.config, locations=locations)
     examples = select_split(dataset, args.split)
@@ -353,6 +366,11 @@ def evaluate_run(args: argparse.Namespace) -> Evaluation:
     cache = open_features(captioner, args.features_dir)
     captions = caption_examples(captioner, dataset.image_dir, examples, cache)
     texts = [caption.text for caption in captions]
+    # COCO's format for results, which other programs can score. The names of the files say how captions were searched
+    # for, so that greedy search and a beam search of the same run can be compared.
+    results = [{"image_id": i, "caption": text} for i, text in zip(result_ids(examples), texts, strict=True)]
+    name = f"{args.split}{DecodeConfig.from_args(args).suffix}.json"
+    write_json(captioner.run / f"captions_{name}", results)
     num_unfinished = sum(not caption.finished for caption in captions)  # without <end>
     scored, scores = score_texts(examples, texts, captioner.tokenizer.words, args.spice)
     chosen = set(examples)
@@ -376,12 +394,6 @@ def evaluate_run(args: argparse.Namespace) -> Evaluation:
     metrics["baselines"] = compare_with_baselines(
         examples, train_examples, cache, captioner.tokenizer.words, scored["scores"]["CIDEr"], len(set(texts))
     )
-
-    # COCO's format for results, which other programs can score. The names of the files say how captions were searched
-    # for, so that greedy search and a beam search of the same run can be compared.
-    results = [{"image_id": i, "caption": text} for i, text in zip(result_ids(examples), texts, strict=True)]
-    name = f"{args.split}{captioner.decode_config.suffix}.json"
-    write_json(captioner.run / f"captions_{name}", results)
     write_json(captioner.run / f"metrics_{name}", metrics)
     if args.per_image:
         write_score_table(args.per_image, examples, texts, scores.by_image)

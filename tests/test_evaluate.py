@@ -129,7 +129,14 @@ def test_caption_examples_without_a_cache_reads_the_images(captioner, saved_data
     captions = evaluate.caption_examples(captioner, saved_dataset.image_dir, examples, None)
     expected = inference.decode_captions(captioner.model, captioner.tokenizer, tf.ones((1, 64, 2048)))[0]
     assert [caption.text for caption in captions] == [expected.text] * 4
-    assert f"no cached features in {folder}: computing them from the images" in capsys.readouterr().err.splitlines()
+    said = f"no cached features of this run in {folder}: computing them from the images"
+    assert said in capsys.readouterr().err.splitlines()
+    write_json(folder / "features.json", captioner.config.features | {"dtype": "float32"})
+    assert evaluate.open_features(captioner) is None, "of a run whose CNN was trained further"
+    assert "its dtype is float32, that of the run's config.json float16" in capsys.readouterr().err
+    with pytest.raises(InputError, match="its dtype is float32"):
+        evaluate.open_features(captioner, str(folder))
+    (folder / "features.json").unlink()
     with pytest.raises(InputError, match=r"features\.json"):  # the user expects it there
         evaluate.open_features(captioner, str(folder))
     (saved_dataset.image_dir / examples[2].image_path).write_text("not an image")
@@ -195,7 +202,10 @@ def test_results_of_other_searches_have_other_names():
         "": DecodeConfig(length_penalty=0.5),
         "_beam3": DecodeConfig(captions=3),
         "_beam5_penalty0.5": DecodeConfig(beam_size=5, length_penalty=0.5),
-        "_sample": DecodeConfig(sample=True, captions=3, temperature=2.0),
+        "_beam20_consensus": DecodeConfig(choose="consensus", length_penalty=0.5),
+        "_sample": DecodeConfig(sample=True, captions=3),
+        "_sample_t2_p0.9_seed7": DecodeConfig(sample=True, temperature=2.0, top_p=0.9, decode_seed=7),
+        "_max5": DecodeConfig(max_words=5),
         "_beam2_min4_norepeat": DecodeConfig(beam_size=2, min_words=4, no_repeat=True),
     }
     assert [config.suffix for config in configs.values()] == list(configs)
@@ -218,8 +228,8 @@ def test_metrics_of_samples_have_settings_that_can_be_read(captioner, dataset, m
     captioner.decode_config = DecodeConfig(sample=True, captions=3, max_words=4)
     monkeypatch.setattr(Captioner, "load", lambda *_, **__: captioner)
     monkeypatch.setattr(evaluate.data_utils, "load_run_dataset", lambda config, locations: dataset)
-    evaluate.main(["--run", str(captioner.run)])
-    metrics = json.loads((captioner.run / "metrics_val_sample.json").read_text())
+    evaluate.main(["--run", str(captioner.run), "--sample", "--captions", "3", "--max-words", "4"])
+    metrics = json.loads((captioner.run / "metrics_val_sample_max4.json").read_text())
     assert (
         DecodeConfig(**{name: metrics[name] for name in captioner.decode_config.to_json()}) == captioner.decode_config
     )

@@ -56,7 +56,7 @@ class DataConfig(Settings):
         None, "separator of the columns: a character, or `tab` (default: detected: comma, tab, semicolon or bar)"
     )
     encoding: str | None = option(
-        None, "encoding of the annotation file (default: UTF-8, or UTF-16 with a byte order mark)", metavar="NAME"
+        None, "encoding of annotations and lists (default: UTF-8, or UTF-16 with a byte order mark)", metavar="NAME"
     )
     words: str = option(
         "spaces",
@@ -277,9 +277,13 @@ class DecodeConfig(Settings):
         is_beam = self.num_beams > 1 and not self.sample
         parts = {
             f"_beam{self.num_beams}": is_beam,
-            f"_penalty{self.length_penalty:g}": is_beam and self.length_penalty != 1,
+            f"_penalty{self.length_penalty:g}": is_beam and self.length_penalty != 1 and self.choose == "probability",
             f"_{self.choose}": self.choose != "probability",
             "_sample": self.sample,
+            f"_t{self.temperature:g}": self.temperature != 1,
+            f"_p{self.top_p:g}": self.top_p != 1,
+            f"_seed{self.decode_seed}": self.decode_seed != 0,
+            f"_max{self.max_words}": self.max_words is not None,
             f"_min{self.min_words}": self.min_words > 0,
             "_norepeat": self.no_repeat,
         }
