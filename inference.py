@@ -19,7 +19,7 @@ import dataclasses
 import functools
 import itertools
 import random
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Protocol
@@ -50,6 +50,7 @@ from tokenizer import Tokenizer
 GREEDY = DecodeConfig()  # the default: the most probable word at every step
 BATCH_SIZE = 32  # images
 NUM_AHEAD = 2  # batches of images that are read ahead
+NUM_IMAGES = 3  # of the test images, unless it is said
 
 
 # The captioner.
@@ -139,8 +140,8 @@ class Captioner:
         locations: Mapping[str, Any] = MappingProxyType({}),
     ) -> "Captioner":
         """Loads a run: its folder, a .zip of it or the address of one; None for the latest in runs/."""
-        if config.length_penalty != 1 and (config.sample or config.num_beams == 1):
-            log("--length-penalty changes nothing: it ranks the captions of a beam, see --beam-size")
+        if config.length_penalty != 1 and (config.sample or config.num_beams == 1 or config.choose != "probability"):
+            log("--length-penalty changes nothing: it ranks the captions of a beam by probability, see --beam-size")
         folder = open_run(run)
         captioner = cls(*load_run(folder), folder, config, compile_cnn)
         captioner.locations = locations
@@ -252,7 +253,11 @@ def caption_and_plot(captioner: Captioner, path: Path, folder: Path) -> tuple[Ca
 
 
 def caption_stream(
-    captioner: Captioner, images: Iterable[str], batch_size: int = BATCH_SIZE, with_copies: bool = True
+    captioner: Captioner,
+    images: Iterable[str],
+    batch_size: int = BATCH_SIZE,
+    with_copies: bool = True,
+    before_reading: Callable[[str], None] = lambda _: None,
 ) -> Iterator[CaptionedImage | InputError]:
     """Captions files and addresses in batches; the next ones are read, or downloaded, while the CNN computes.
 
@@ -261,6 +266,7 @@ def caption_stream(
         images: paths and addresses; any number of them, since the memory does not grow with it.
         batch_size: images that are captioned at the same time.
         with_copies: whether to give a small copy of each image, for plots and other outputs that show it.
+        before_reading: is called with each image before it is read, in any thread.
 
     Yields:
         Each image with its caption, in the given order, or the reason why it cannot be read.
@@ -268,6 +274,7 @@ def caption_stream(
 
     def load(image: str) -> tuple[np.ndarray, Image.Image | None] | InputError:
         # A bad image must not stop the others: its error is passed on as a value.
+        before_reading(image)
         try:
             whole = open_image(image, 2 * captioner.image_size)
         except InputError as error:
@@ -313,7 +320,9 @@ def caption_images(
     num_failed = 0
     # Copies cost time and memory: only if something shows the images.
     with_copies = plots is not None or any(writer.shows_images for writer in writers)
-    results = caption_stream(captioner, images, batch_size, with_copies)
+    tables = [writer for writer in writers if isinstance(writer, CsvWriter)]
+    before_reading = tables[0].note if tables else lambda _: None
+    results = caption_stream(captioner, images, batch_size, with_copies, before_reading)
     with progress_bar(total=len(images), unit="image", desc="captions", disable=len(images) <= 1) as progress:
         for image, result in zip(images, results, strict=True):
             progress.update()
@@ -376,7 +385,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add("--from", dest="image_list", metavar="FILE", help=list_help)
     add_model_options(parser)
     add = parser.add_argument_group("test images, if no images are given").add_argument
-    add("--num-images", type=int_at_least(1), metavar="N", default=3, help="caption this many (default: 3)")
+    add("--num-images", type=int_at_least(1), metavar="N", help=f"caption this many (default: {NUM_IMAGES})")
     add("--seed", type=int, metavar="N", help="seed of the choice (default: other images each time)")
     data_utils.add_location_options(parser)
     add_output_options(parser.add_argument_group("output"))
@@ -387,6 +396,9 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         raise InputError("--csv is for the images of the command line; evaluate.py captions those of a split")
     if args.output_dir and not (args.image or args.image_list):
         raise InputError("--output-dir is for the images of the command line; plots of test images are in the run")
+    if (args.image or args.image_list) and (args.num_images, args.seed) != (None, None):
+        raise InputError("--num-images and --seed choose test images; omit them, or the images")
+    args.num_images = args.num_images or NUM_IMAGES
     args.inputs = find_images(args.image, args.image_list)
     if args.grid:
         check_output("--grid", args.grid, is_plot, args.inputs)
@@ -449,6 +461,8 @@ def caption_from_args(args: argparse.Namespace, captioner: Captioner, writers: I
         with_plots = len(args.inputs) == 1 if args.plots is None else args.plots  # None: neither option was given
         # The names come from all images, so that a command which is resumed gives each plot the same name again.
         plots = plot_paths(args.inputs, args.output_dir or Path(), args.format) if with_plots else None
+        if args.output_dir and not plots:
+            log("--output-dir is for plots, and there are none; of several images, --plots asks for them")
         return caption_images(captioner, images, outputs, plots, args.cnn_batch_size or BATCH_SIZE)
 
 

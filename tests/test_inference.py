@@ -108,8 +108,9 @@ def test_captioner_extractor_refuses_other_weights(run, captioner):
 def test_captioner_says_that_a_length_penalty_needs_a_beam(fast_run, capsys):
     Captioner.load(fast_run, DecodeConfig(length_penalty=0.5, beam_size=2))
     assert "--length-penalty" not in capsys.readouterr().err
-    Captioner.load(fast_run, DecodeConfig(length_penalty=0.5))
-    assert "--length-penalty changes nothing" in capsys.readouterr().err
+    for config in (DecodeConfig(length_penalty=0.5), DecodeConfig(length_penalty=0.5, choose="consensus")):
+        Captioner.load(fast_run, config)
+        assert "--length-penalty changes nothing" in capsys.readouterr().err
 
 
 def image_sources(path):
@@ -292,7 +293,9 @@ def test_main_captions_a_folder_with_plots_only_if_they_are_wanted(fast_run, pho
     (photos / "4.png").unlink()
     arguments = ["--run", str(fast_run), "--output-dir", str(tmp_path / "plots")]
     inference.main([str(photos), *arguments])
-    assert len(capsys.readouterr().out.splitlines()) == 7 and not (tmp_path / "plots").exists()
+    printed = capsys.readouterr()
+    assert len(printed.out.splitlines()) == 7 and not (tmp_path / "plots").exists()
+    assert "--output-dir is for plots, and there are none; of several images, --plots asks for them" in printed.err
     inference.main([str(photos), *arguments, "--plots"])
     assert len(list((tmp_path / "plots").iterdir())) == 7
     inference.main([str(photos / "0.png"), "--run", str(fast_run), "--output-dir", str(tmp_path / "no"), "--no-plots"])
@@ -342,6 +345,7 @@ def test_main_refuses_decoding_options_that_contradict(photo, arguments, message
     ("arguments", "message"),
     [
         (["--csv", "captions.csv"], "--csv is for the images of the command line"),
+        (["photo.jpg", "--seed", "1"], "--num-images and --seed choose test images; omit them, or the images"),
         (["--grid", "all.gif"], r"--grid all\.gif: expected a file that ends in \.png, \.svg, \.pdf"),
         (["--grid", "photo.png"], r"--grid photo\.png: expected a new file, or an earlier one of its kind"),
         (["--grid", "plot.png", "plot.png"], r"--grid plot\.png: is read by this command"),

@@ -302,7 +302,7 @@ def check_cnn_weights(cnn_weights: str, sha256: str | None = None) -> None:
             f"{cnn_weights}: no such weights file; expected imagenet, random, or a file of the CNN's weights"
         )
     # Random weights are read from the file that was saved with them, never drawn again.
-    if sha256 and (cnn_weights == "random" or file_sha256(cnn_weights) != sha256):
+    if sha256 and (cnn_weights in ("imagenet", "random") or file_sha256(cnn_weights) != sha256):
         raise InputError(
             f"{cnn_weights}: not the weights of the CNN that computed the features, whose SHA-256 is {sha256}"
         )

@@ -101,9 +101,13 @@ class ImageRecords:
         return record is not None
 
     def add(self, image_path: str, features_crc32: int | None = None) -> None:
-        """Records the file of an image that was noted, after its features have been written."""
-        record = self._noted.pop(image_path)._replace(features_crc32=features_crc32)
-        if record != self._records.get(image_path):
+        """Records the file of an image that was noted, after its features have been written.
+
+        One that could not be read when it was to be noted has no record, as if it had changed.
+        """
+        noted = self._noted.pop(image_path, None)
+        record = noted and noted._replace(features_crc32=features_crc32)
+        if record and record != self._records.get(image_path):
             self._append({image_path: record})
 
     def checksum(self, image_path: str) -> int | None:

@@ -156,6 +156,11 @@ class CsvWriter:
             self._file.close()
             raise
 
+    def note(self, image: str) -> None:
+        """Notes the file of an image before it is read: if it is replaced meanwhile, its caption is the old one's."""
+        if not is_url(image):
+            self._records.note(image)
+
     def write(self, result: CaptionedImage, plot: Path | None = None) -> None:
         """Adds the captions of an image, all at once."""
         rows = []
@@ -163,8 +168,7 @@ class CsvWriter:
             confidence, log_prob = f"{caption.confidence:.4f}", f"{caption.log_prob:.3f}"
             rows.append((result.name, rank, caption.text, confidence, log_prob, str(caption.finished).lower()))
         with name_in_errors(self.path):
-            if not is_url(result.name) and self._records.note(result.name):
-                self._records.add(result.name)
+            self._records.add(result.name)
             self._file.write(_csv_bytes(rows))
             self._file.flush()
 

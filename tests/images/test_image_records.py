@@ -75,6 +75,15 @@ def test_add_writes_a_line_per_image(folders):
     assert read_lines(folders)[1] == ["b.jpg", stat.st_size, stat.st_mtime_ns, sha256, None]
 
 
+def test_an_image_that_could_not_be_noted_has_changed(folders, monkeypatch):
+    records = open_records(folders)
+    with monkeypatch.context() as patch:
+        patch.setattr(image_records, "file_sha256", lambda _: os.stat("/none"))
+        assert not records.note("a.jpg")
+    records.add("a.jpg")
+    assert "a.jpg" in find_changed(folders)
+
+
 def test_checksum_of_the_features_outlives_a_new_time_of_the_image(folders):
     records = open_records(folders)
     records.note("a.jpg")

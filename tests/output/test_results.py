@@ -123,9 +123,12 @@ def write_checkpoint(run, value):
 def write(tmp_path, run):
     """Writes images with their captions into captions.csv, and returns what was there before."""
 
-    def write(*images, captions=("a dog",), given=(), **settings):
+    def write(*images, captions=("a dog",), given=(), replaced=b"", **settings):
         table = CsvWriter(tmp_path / "captions.csv", run, DecodeConfig(captions=len(captions), **settings), given)
         for image in images:
+            table.note(image)
+            if replaced:
+                Path(image).write_bytes(replaced)
             table.write(make_result(make_caption(*captions), name=image))
         table.close()
         return table.done
@@ -175,6 +178,13 @@ def test_csv_writer_captions_an_image_that_was_replaced_again(tmp_path, write, c
         (names[1], "a cat"),
     ]
     assert write(given=names) == {*names, url}
+
+
+def test_csv_writer_captions_an_image_that_was_replaced_meanwhile_again(tmp_path, write):
+    name = str(tmp_path / "a.jpg")
+    Path(name).write_bytes(b"first")
+    write(name, replaced=b"second")
+    assert write(given=[name]) == set()
 
 
 @pytest.mark.parametrize("captions", [("a dog",), ("a dog", "a cat", "a bird")])
