@@ -82,12 +82,14 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument(
         "--data-dir", metavar="DIR", default="data", help="folder to draw the dataset into (default: %(default)s)"
     )
+    text = "folder of the images' features (default: %(default)s)"
+    parser.add_argument("--features-dir", metavar="DIR", default="features/demo", help=text)
     args = parser.parse_args(argv)
     start = time.monotonic()
     log("The CNN of this demo has random weights: ImageNet's are a download, and shapes do not need them.")
     # Data, features and training are one command; what is there from the last time is used again.
     data_args = ["--dataset", "shapes", "--data-dir", args.data_dir]
-    feature_args = ["--cnn-weights", "random", "--features-dir", "features/demo"]
+    feature_args = ["--cnn-weights", "random", "--features-dir", args.features_dir]
     train.main([*data_args, *feature_args, "--run", str(args.run), *TRAIN_ARGS])
     results = evaluate_demo(args.run)
 

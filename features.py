@@ -424,7 +424,7 @@ def main(argv: list[str] | None = None) -> None:
     add_quiet_option(parser)
     args = parser.parse_args(argv)
     config = FeatureConfig.from_args(args)
-    dataset = data_utils.load_dataset(DataConfig.from_args(args))
+    dataset = data_utils.load_dataset(DataConfig.from_args(args), with_images=not args.verify)
     if args.verify:
         print(verify_features(dataset, cache_folder(dataset, config), args.shard))
         return

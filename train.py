@@ -46,9 +46,11 @@ from captioning.config.guests import find_model_guest
 from captioning.config.options import add_options
 from captioning.config.run_config import RunConfig
 from captioning.config.settings import RECIPES, DataConfig, FeatureConfig, ModelConfig, TrainConfig
+from captioning.data.datasets import find_source
 from captioning.images.feature_cache import explain_failure
 from captioning.runs.run_folder import (
     CONFIG_FILE,
+    check_resumed,
     check_run_cnn,
     fill_locations,
     init_run_dir,
@@ -427,6 +429,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     args.start = start
     if args.keep_words and not args.start:
         raise InputError("--keep-words is for --start, which names the run with these words")
+    args.run = args.run or default_run(args)
     return args
 
 
@@ -448,6 +451,11 @@ def start_devices(config: TrainConfig) -> tf.distribute.Strategy:
     return strategy
 
 
+def check_settings(args: argparse.Namespace) -> None:
+    """Raises InputError if the run folder holds a run with other settings than those of the command line."""
+    check_resumed(args.run, ModelConfig.from_args(args), TrainConfig.from_args(args), DataConfig.from_args(args))
+
+
 def prepare(
     args: argparse.Namespace,
     open_features: Callable[..., Any] = features.extract_features,
@@ -463,21 +471,24 @@ def prepare(
     Raises:
         InputError: something of it is missing or wrong.
     """
-    if args.run and args.run.is_file():
-        raise InputError(f"--run {args.run}: expected a run folder, or a new one, found a file")
+    run: Path = args.run
+    if run.is_file():
+        raise InputError(f"--run {run}: expected a run folder, or a new one, found a file")
+    saved = read_config(run) if (run / CONFIG_FILE).exists() else None
     train_config, model_config = TrainConfig.from_args(args), ModelConfig.from_args(args)
     # 1. The images and captions, downloaded if necessary, and split into train, val and test.
-    data_config, feature_config = fill_locations(args.run, DataConfig.from_args(args), FeatureConfig.from_args(args))
+    data_config, feature_config = fill_locations(run, DataConfig.from_args(args), FeatureConfig.from_args(args))
+    check_run_cnn(run, feature_config.sized_cnn)
     dataset = data_utils.load_dataset(data_config, with_images)
-    run = args.run or default_run(dataset)
-    # Copies of an image belong into one split. A run that is resumed keeps the splits it has.
-    is_resumed = (run / CONFIG_FILE).exists()
-    moved_copies = read_config(run).moved_copies if is_resumed else data_utils.find_moved_copies(dataset)
+    # Copies of an image belong into one split. A run that is resumed keeps the splits it has, and its images.
+    moved_copies = saved.moved_copies if saved else data_utils.find_moved_copies(dataset)
     dataset = dataset.move(moved_copies)
     all_images = {example.image_path for example in dataset.examples}
+    if saved and saved.unreadable_images:
+        log(f"{run}: {len(saved.unreadable_images):,} images that could not be read at its beginning stay left out")
+        dataset = dataset.exclude(set(saved.unreadable_images))
     for split in ("train", "val"):
         dataset.split(split)  # an empty split is an error before hours of features, not after
-    check_run_cnn(run, feature_config.sized_cnn)
     # 2. The CNN's features of every image, computed if they are not cached.
     cache, dataset = open_features(dataset, feature_config)
     # 3. The vocabulary. Words that only validation captions have stay unknown, as in use.
@@ -498,9 +509,9 @@ def prepare(
     return TrainData(dataset, cache, tokenizer), config
 
 
-def default_run(dataset: data_utils.CaptionDataset) -> Path:
-    """Returns the run folder of a dataset."""
-    return Path("runs") / dataset.name
+def default_run(args: argparse.Namespace) -> Path:
+    """Returns the run folder of the dataset that a command line names."""
+    return Path("runs") / find_source(DataConfig.from_args(args), with_images=True).name
 
 
 @contextlib.contextmanager
@@ -532,18 +543,18 @@ def main(argv: list[str] | None = None, on_step: OnStep | None = None) -> None:
     strategy = start_devices(TrainConfig.from_args(args))
     if args.start:
         check_start(args.start, FeatureConfig.from_args(args), ModelConfig.from_args(args))
+    check_settings(args)
     if args.dry_run:
         plan.print_plan(args, strategy)
         return
     data, config = prepare(args)
-    run = args.run or default_run(data.dataset)
     build: Callable[..., tuple[TrainState, Checkpoints]] = build_train_state
     if args.start:
         if args.keep_words:
             data, config = keep_words(args.start, data, config)
         build = functools.partial(build, start=functools.partial(copy_weights, args.start, data.tokenizer))
-    with open_run_folder(run, data, config, strategy):
-        train(run, data, config, strategy, build, on_step)
+    with open_run_folder(args.run, data, config, strategy):
+        train(args.run, data, config, strategy, build, on_step)
 
 
 if __name__ == "__main__":

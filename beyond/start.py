@@ -10,14 +10,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from captioning.base.cli import InputError, add_quiet_option
+from captioning.base.cli import InputError, add_quiet_option, log
 from captioning.base.files import file_sha256
 from captioning.config.options import add_options
 from captioning.config.run_config import RunConfig
 from captioning.config.settings import DATA_PATHS, DataConfig, FeatureConfig, ModelConfig, TrainConfig
 from captioning.runs.run_folder import VOCABULARY_FILE, best_checkpoint, read_config
 from captioning.training.input_pipeline import TrainData
-from captioning.training.start import cnn_settings
+from captioning.training.start import check_start_cnn, cnn_settings
 from tokenizer import Tokenizer
 
 FEATURE_OPTIONS = ("cnn_weights", "features_dir", "cnn_batch_size", "max_megapixels")
@@ -38,10 +38,10 @@ def parse_start(
         argv: the command line.
         recipe: settings that this kind of training has instead of the defaults, by name.
         kept: names of settings of `TrainConfig` that are taken over from the run.
-        without: names of settings of `TrainConfig` that this kind of training does not have.
+        without: names of settings of `TrainConfig` and `FeatureConfig` that this kind of training does not have.
 
     Raises:
-        InputError: the folder is not a run, or has no weights.
+        InputError: the folder is not a run, has no weights, or they are not for the CNN that is there.
     """
     run_parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     run_parser.add_argument("--run", type=Path)  # not required, for --help
@@ -51,7 +51,7 @@ def parse_start(
     parser.add_argument("--run", type=Path, metavar="DIR", required=True, help=text)
     data = parser.add_argument_group("the data of the run, if they were moved")
     add_options(data, DataConfig, defaults, only=DATA_PATHS)
-    add_options(parser.add_argument_group("features"), FeatureConfig, defaults, only=FEATURE_OPTIONS)
+    add_options(parser.add_argument_group("features"), FeatureConfig, defaults, only=FEATURE_OPTIONS, skip=without)
     add_options(parser.add_argument_group("model"), ModelConfig, defaults, only=DROPOUT_OPTIONS)
     add_options(parser.add_argument_group("training"), TrainConfig, defaults, skip=without)
     add_quiet_option(parser)
@@ -60,6 +60,10 @@ def parse_start(
         parser.set_defaults(**{name: defaults.get(name, value) for name, value in settings.to_json().items()})
     args = parser.parse_args(argv)
     args.run = args.run if args.run.name else args.run.resolve()  # "." has no name, of which the new run's is made
+    if "sha256" not in read_config(args.run).features and Path(args.cnn_weights).is_file():
+        log(f"{args.run} was trained with Keras's weights of ImageNet: {args.cnn_weights} must hold the same")
+    else:
+        check_start_cnn(args.run, args.cnn_weights)
     return args
 
 
@@ -78,10 +82,13 @@ def _read_settings(run: Path, kept: tuple[str, ...]) -> dict[str, Any]:
 
 
 def check_start(start: Path, config: RunConfig) -> None:
-    """Raises InputError if a run has hard attention, or was trained on other images or captions than `config`'s."""
+    """Checks that a run has soft attention, and the images and captions of `config`; logs what is not taken over."""
+    saved = read_config(start)
     if config.model.attention != "soft":
         raise InputError(f"{start}: expected a run with soft attention, found {config.model.attention} attention")
-    if read_config(start).data_fingerprint != config.data_fingerprint:
+    if penalty := saved.objective.get("doubly_stochastic"):
+        log(f"{start} was trained with --doubly-stochastic {penalty:g}, which this training does not have")
+    if saved.data_fingerprint != config.data_fingerprint:
         raise InputError(
             f"{start} was trained on other images or captions; expected the same to start from its weights"
         )

@@ -5,6 +5,7 @@ tests/config/test_cnns.py has a run with a CNN of Keras.
 
 import json
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -103,6 +104,22 @@ def test_pipeline_leaves_features_and_a_complete_run(trained_run, capsys):
 
     features.main([*DATA, "--cnn-weights", "cnn.h5"])
     assert "15 images have their features" in capsys.readouterr().out
+
+
+def test_a_run_is_resumed_without_an_image_that_can_be_read_now(trained_run, tmp_path, monkeypatch, capsys):
+    shutil.copytree(trained_run, tmp_path / "copy")
+    monkeypatch.chdir(tmp_path / "copy")
+    shutil.copy("shapes/images/shapes_00000.png", "shapes/images/shapes_00015.png")
+    train.main([*DATA, *TRAIN, "--epochs", "2"])
+    assert len(read_history(Path("runs/shapes"))) == 2
+    assert "shapes: 1 images that could not be read at its beginning stay left out" in capsys.readouterr().err
+
+
+def test_other_settings_are_refused_before_the_data_are_read(trained_run, monkeypatch):
+    monkeypatch.setattr(train.data_utils, "load_dataset", None)
+    for options in ([], ["--dry-run"]):
+        with pytest.raises(InputError, match=r"runs/shapes was trained with units = 16, expected 9; give its settings"):
+            train.main([*DATA, *TRAIN, "--units", "9", *options])
 
 
 def test_beam_search_captions_plots_and_is_scored(trained_run, capsys):

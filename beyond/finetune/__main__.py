@@ -21,14 +21,14 @@ import train
 from beyond.finetune.cnn_blocks import TrainedCNN, trainable_from
 from beyond.finetune.images import ImageReader, augment, find_images_with, mirror
 from beyond.start import check_start, parse_start, take_words
-from captioning.base.cli import InputError, log, make_parser, run_main
+from captioning.base.cli import InputError, defer_interrupts, log, make_parser, run_main
 from captioning.base.files import file_sha256, relative_path
 from captioning.base.quiet_tensorflow import tf
 from captioning.config.options import Settings, add_options, option
 from captioning.config.run_config import RunConfig
 from captioning.config.settings import FeatureConfig, TrainConfig
 from captioning.images.cnn_loader import computing_in, find_cnn
-from captioning.images.feature_cache import CNN_FILE, check_cnn_weights, find_cnn_weights
+from captioning.images.feature_cache import CNN_FILE
 from captioning.images.reading import set_max_megapixels
 from captioning.runs.run_folder import (
     CONFIG_FILE,
@@ -49,7 +49,8 @@ from tokenizer import Tokenizer
 # it has converged.
 RECIPE: dict[str, Any] = {"epochs": 5, "learning_rate": 1e-4, "shuffle_by": "image"}
 KEPT = ("batch_size", "clip_norm", "ema_decay", "label_smoothing")
-WITHOUT = ("recipe", "jit", "strategy")  # images are read in Python, on one machine
+# Images are read in Python, on one machine; a batch has those of its captions.
+WITHOUT = ("recipe", "jit", "strategy", "cnn_batch_size")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -119,12 +120,16 @@ class CNNCheckpoints(Checkpoints):
         training is resumed, which then does the same again.
         """
         partial = self.run / f".{CNN_FILE}"  # not atomic_write: Keras demands the ending .weights.h5
-        find_cnn(self.state.model.cnn.extractor).save_weights(partial)
-        os.replace(partial, self.run / CNN_FILE)
-        super().save_best()
-        config = read_config(self.run)
-        weights = {"weights": str(self.run / CNN_FILE), "sha256": file_sha256(self.run / CNN_FILE)}
-        write_config(self.run, dataclasses.replace(config, features=config.features | weights))
+        try:
+            find_cnn(self.state.model.cnn.extractor).save_weights(partial)
+            with defer_interrupts():
+                os.replace(partial, self.run / CNN_FILE)
+                super().save_best()
+                config = read_config(self.run)
+                weights = {"weights": str(self.run / CNN_FILE), "sha256": file_sha256(self.run / CNN_FILE)}
+                write_config(self.run, dataclasses.replace(config, features=config.features | weights))
+        finally:
+            partial.unlink(missing_ok=True)
 
 
 def open_images(
@@ -133,7 +138,7 @@ def open_images(
     """Opens the images of a dataset in place of a cache of their features.
 
     Returns:
-        The images, and the dataset without those that the run at the start could not read.
+        The images, and the dataset.
 
     Raises:
         InputError: a folder of features is given.
@@ -148,30 +153,31 @@ def open_images(
     if (run / CONFIG_FILE).exists():  # it is resumed
         manifest = read_config(run).features
     reader = ImageReader(dataset.image_dir, manifest | {"dtype": config.dtype})
-    return reader, dataset.exclude(set(saved.unreadable_images))
+    return reader, dataset
 
 
-def build_cnn(start: Path, config: FeatureConfig, block: int, mixed_precision: bool) -> TrainedCNN:
-    """Builds the CNN of a run, whose blocks from `block` on are trained.
+def build_cnn(config: FeatureConfig, block: int, mixed_precision: bool) -> TrainedCNN:
+    """Builds the CNN of the run at the start, whose blocks from `block` on are trained.
 
     In mixed precision it computes in float16, here only: captioning computes its features in float32.
 
     Raises:
-        InputError: the CNN has no such block; or its weights are missing, or others.
+        InputError: the CNN has no such block.
     """
     # The weights of a run whose CNN is being trained here are restored with its checkpoint.
-    weights = config.cnn_weights
-    if weights == "random":
-        weights = find_cnn_weights(start) or weights
-    check_cnn_weights(weights, read_config(start).features.get("sha256"))
     with computing_in("float16" if mixed_precision else "float32"):
-        extractor = features.build_feature_extractor(weights, config.sized_cnn)
+        extractor = features.build_feature_extractor(config.cnn_weights, config.sized_cnn)
     trainable_from(find_cnn(extractor), block)
     return TrainedCNN(extractor, config.dtype)
 
 
 def build(
-    run: Path, config: RunConfig, strategy: tf.distribute.Strategy, start: Path, cnn: TrainedCNN
+    run: Path,
+    config: RunConfig,
+    strategy: tf.distribute.Strategy,
+    start: Path,
+    cnn: TrainedCNN,
+    side_words: list[int] | None,
 ) -> tuple[TrainState, Checkpoints]:
     """Builds what is trained, as `train.build_train_state` does, with the CNN in front, at its own learning rate."""
     settings = config.train
@@ -179,7 +185,6 @@ def build(
     caption_model = model.build(config.model, config.cnn.features_shape, settings.mixed_precision)
     restore_weights(best_checkpoint(start), caption_model)
     caption_model.cnn = cnn
-    side_words = find_side_words(start, config.objective["mirror_unless"])
     state = train.make_train_state(caption_model, AugmentedCrossEntropy(settings, side_words), settings)
     train.choose_decoder_loop(caption_model, settings)
     factor = config.objective["cnn_learning_rate"] / settings.learning_rate
@@ -199,9 +204,11 @@ def main(argv: list[str] | None = None, on_step: train.OnStep | None = None) -> 
     check_start(start, config)
     data, config = take_words(start, data, config)
     config = dataclasses.replace(config, objective=finetune.to_json())
-    cnn = build_cnn(start, feature_config, finetune.block, config.train.mixed_precision)
+    side_words = find_side_words(start, finetune.mirror_unless)
+    cnn = build_cnn(feature_config, finetune.block, config.train.mixed_precision)
     with train.open_run_folder(run, data, config, strategy):
-        train.train(run, data, config, strategy, functools.partial(build, start=start, cnn=cnn), on_step)
+        prepared = functools.partial(build, start=start, cnn=cnn, side_words=side_words)
+        train.train(run, data, config, strategy, prepared, on_step)
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import train
 from beyond.paper.objective import PaperConfig, PaperObjective
-from captioning.base.cli import make_parser, run_main
+from captioning.base.cli import log, make_parser, run_main
 from captioning.config.options import add_options
 from captioning.config.settings import TrainConfig
 
@@ -27,15 +27,20 @@ def main(argv: list[str] | None = None, on_step: train.OnStep | None = None) -> 
     add_options(parser.add_argument_group("the paper's objective"), PaperConfig)
     train.add_train_options(parser, train.find_defaults(argv)[0] | {"decoder": "paper"})
     args = parser.parse_args(argv)
+    args.run = args.run or train.default_run(args)
+    paper, defaults = PaperConfig.from_args(args), PaperConfig()
+    for name in ("reinforce_weight", "entropy_weight"):
+        if args.attention != "hard" and getattr(paper, name) != getattr(defaults, name):
+            log(f"--{name.replace('_', '-')} changes nothing without --attention hard")
     strategy = train.start_devices(TrainConfig.from_args(args))
+    train.check_settings(args)
     data, config = train.prepare(args)
-    defaults = PaperConfig().to_json()  # they are left out, as train.py knows nothing of them
-    settings = {name: value for name, value in PaperConfig.from_args(args).to_json().items() if value != defaults[name]}
+    # Defaults are left out, as train.py knows nothing of them.
+    settings = {name: value for name, value in paper.to_json().items() if value != getattr(defaults, name)}
     config = dataclasses.replace(config, objective=settings)
-    run = args.run or train.default_run(data.dataset)
     build = functools.partial(train.build_train_state, objective=PaperObjective)
-    with train.open_run_folder(run, data, config, strategy):
-        train.train(run, data, config, strategy, build, on_step)
+    with train.open_run_folder(args.run, data, config, strategy):
+        train.train(args.run, data, config, strategy, build, on_step)
 
 
 if __name__ == "__main__":

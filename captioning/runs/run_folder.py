@@ -239,14 +239,30 @@ def read_config(run: Path) -> RunConfig:
         raise InputError(f"{path}: not the config.json of a run ({error})") from None
 
 
-def fill_locations(run: Path | None, data: DataConfig, features: FeatureConfig) -> tuple[DataConfig, FeatureConfig]:
+def fill_locations(run: Path, data: DataConfig, features: FeatureConfig) -> tuple[DataConfig, FeatureConfig]:
     """Fills in where downloads and features are, if it is not said: as in the run that is resumed, else the default."""
-    saved = read_config(run) if run and (run / CONFIG_FILE).exists() else None
+    saved = read_config(run) if (run / CONFIG_FILE).exists() else None
     if data.data_dir is None:
         data = dataclasses.replace(data, data_dir=(saved and saved.data.data_dir) or "data")
     if features.features_dir is None and saved:
         features = dataclasses.replace(features, features_dir=saved.features["folder"])
     return data, features
+
+
+def check_resumed(run: Path, model: ModelConfig, train: TrainConfig, data: DataConfig) -> None:
+    """Checks that a run, if there is one in the folder, has these settings: before downloads, and not after.
+
+    `init_run_dir` compares what is known only once the data are there.
+    """
+    if not (run / CONFIG_FILE).exists():
+        return
+    saved = read_config(run)
+    model = dataclasses.replace(model, vocab_size=saved.model.vocab_size)  # few captions have fewer words
+    if difference := dataclasses.replace(saved, model=model, train=train, data=data).difference(saved):
+        name, value, saved_value = difference
+        raise _other_settings(run, name, saved_value, value)
+    if bool(saved.data.annotations) != bool(data.annotations):  # where they are may change, but not from here to COCO
+        raise _other_settings(run, "annotations", saved.data.annotations, data.annotations)
 
 
 def check_run_cnn(run: Path, cnn: CNN) -> None:
@@ -259,9 +275,18 @@ def check_run_cnn(run: Path, cnn: CNN) -> None:
 
 
 def _other_settings(run: Path, name: str, saved_value: Any, value: Any) -> InputError:
+    advice = "restore them to resume it; to start anew, rename this folder or give another --run"
+    if name == "unreadable_images":
+        first = min(set(value) ^ set(saved_value))
+        return InputError(
+            f"{run} was trained without {len(saved_value):,} images that could not be read, found {len(value):,} such "
+            f"images now, {first} is the first that is another; {advice}"
+        )
+    if name == "data_fingerprint":
+        return InputError(f"{run} was trained on other images, splits or captions than there are now; {advice}")
     return InputError(
-        f"{run} was trained with {name} = {saved_value}, expected {value}; give its settings to resume it, or "
-        "another --run to start anew"
+        f"{run} was trained with {name} = {saved_value}, expected {value}; give its settings to resume it; to "
+        "start anew, rename this folder or give another --run"
     )
 
 

@@ -173,7 +173,8 @@ def print_plan(args: argparse.Namespace, strategy: tf.distribute.Strategy) -> No
     """
     import train  # which imports this module
 
-    data_config, feature_config = fill_locations(args.run, DataConfig.from_args(args), FeatureConfig.from_args(args))
+    run = args.run
+    data_config, feature_config = fill_locations(run, DataConfig.from_args(args), FeatureConfig.from_args(args))
     source = find_source(data_config, with_images=True)
     if missing := source.find_missing_annotations():
         dataset, training, num_weights = guess_dataset(source, data_config), UNKNOWN, 0
@@ -181,11 +182,11 @@ def print_plan(args: argparse.Namespace, strategy: tf.distribute.Strategy) -> No
         # Images of a known dataset would be downloaded; the user's own must be there.
         data, config = train.prepare(args, open_features, with_images=bool(data_config.annotations))
         dataset = data.dataset
-        training, num_weights = time_training(args.run or train.default_run(dataset), data, config, strategy)
+        training, num_weights = time_training(run, data, config, strategy)
     missing += source.find_missing_images([example.image_path for example in dataset.examples])
     cache, _ = open_features(dataset, feature_config)
     num_bytes = num_weights * (STATE_BYTES + AVERAGE_BYTES * bool(args.ema_decay) + BEST_BYTES)
-    print_lines(dataset, missing, cache, training, (args.run or train.default_run(dataset), num_bytes))
+    print_lines(dataset, missing, cache, training, (run, num_bytes))
 
 
 def time_training(run: Path, data: TrainData, config: RunConfig, strategy: tf.distribute.Strategy) -> tuple[str, int]:

@@ -54,14 +54,20 @@ def check_start(run: Path, features: FeatureConfig, model: ModelConfig) -> None:
             raise _other_setting(run, name, getattr(saved.model, name), getattr(model, name))
     if features.sized_cnn != saved.cnn:
         raise _other_setting(run, "CNN", f"{saved.cnn.option}, {saved.cnn.image_size}", features.cnn)
-    if "sha256" in saved.features:
-        check_cnn_weights(features.cnn_weights, saved.features["sha256"])
-    elif features.cnn_weights != "imagenet":
-        raise _other_setting(run, "weights of the CNN", "imagenet", features.cnn_weights)
+    check_start_cnn(run, features.cnn_weights)
+
+
+def check_start_cnn(run: Path, cnn_weights: str) -> None:
+    """Raises InputError if weights of the CNN are not those that a run was trained with."""
+    saved = read_config(run).features
+    if "sha256" in saved:
+        check_cnn_weights(cnn_weights, saved["sha256"])
+    elif cnn_weights != "imagenet":
+        raise _other_setting(run, "weights of the CNN", "imagenet", cnn_weights)
 
 
 def _other_setting(run: Path, name: str, expected: Any, found: Any) -> InputError:
-    return InputError(f"--start {run}: expected its {name}, {expected}, found {found}; leave the option out")
+    return InputError(f"{run}: expected its {name}, {expected}, found {found}; leave the option out")
 
 
 def keep_words(run: Path, data: TrainData, config: RunConfig) -> tuple[TrainData, RunConfig]:

@@ -15,6 +15,7 @@ from captioning.config.run_config import FORMAT, RunConfig
 from captioning.config.settings import DataConfig, FeatureConfig, ModelConfig, TrainConfig
 from captioning.runs.run_folder import (
     best_checkpoint,
+    check_resumed,
     check_run_cnn,
     fill_locations,
     init_run_dir,
@@ -184,8 +185,8 @@ def test_paths_are_found_from_any_folder_and_move_with_the_project(tmp_path, mon
 
 
 def test_fill_locations_takes_those_of_the_run_that_is_resumed(run, tmp_path):
-    assert fill_locations(None, DataConfig(), FeatureConfig()) == (DataConfig(data_dir="data"), FeatureConfig())
-    assert fill_locations(tmp_path / "new", DataConfig(), FeatureConfig())[1] == FeatureConfig()
+    new = fill_locations(tmp_path / "new", DataConfig(), FeatureConfig())
+    assert new == (DataConfig(data_dir="data"), FeatureConfig())
     write_config(run, dataclasses.replace(CONFIG, data=DataConfig(data_dir="/mnt/data")))
     data, features = fill_locations(run, DataConfig(), FeatureConfig())
     assert (data.data_dir, features.features_dir) == ("/mnt/data", "features/coco")
@@ -243,6 +244,32 @@ def test_init_run_dir_refuses_other_settings(run):
     assert (run / "config.json").read_bytes() == before
     init_run_dir(run, dataclasses.replace(CONFIG, train=TrainConfig(epochs=99)), save_vocabulary, "imagenet")
     assert read_config(run).train.epochs == 99, "more epochs may be asked for"
+
+
+def test_init_run_dir_says_that_the_data_have_changed(run):
+    for changes, message in (
+        ({"data_fingerprint": "other"}, "was trained on other images, splits or captions than there are now; restore"),
+        (
+            {"unreadable_images": ("bad.jpg", "b.jpg")},
+            r"trained without 1 images .*, found 2 such images now, b\.jpg is",
+        ),
+    ):
+        model = dataclasses.replace(CONFIG.model, vocab_size=7)  # another, since the captions are others
+        with pytest.raises(InputError, match=message):
+            init_run_dir(run, dataclasses.replace(CONFIG, model=model, **changes), save_vocabulary, "imagenet")
+
+
+def test_check_resumed_compares_all_that_is_known_without_the_data(run):
+    few_words = dataclasses.replace(CONFIG, model=dataclasses.replace(CONFIG.model, vocab_size=830))
+    write_config(run, few_words)
+    check_resumed(run / "none", ModelConfig(units=7), CONFIG.train, CONFIG.data)
+    check_resumed(run, CONFIG.model, CONFIG.train, CONFIG.data)
+    other_data = dataclasses.replace(CONFIG.data, num_captions=0)
+    with pytest.raises(InputError, match="was trained with num_captions = None, expected 0; give its settings"):
+        check_resumed(run, CONFIG.model, CONFIG.train, other_data)
+    own_data = dataclasses.replace(CONFIG.data, annotations="a.csv")
+    with pytest.raises(InputError, match=r"was trained with annotations = None, expected a\.csv"):
+        check_resumed(run, CONFIG.model, CONFIG.train, own_data)
 
 
 def test_check_run_cnn_refuses_another_cnn_or_size(run):

@@ -64,7 +64,7 @@ def test_start_settings_are_those_of_the_run(run):
         ((FeatureConfig(cnn="vgg19"), sizes), "expected its CNN, inception_v3, 299, found vgg19"),
         ((FeatureConfig(cnn_weights="random"), sizes), "expected its weights of the CNN, imagenet, found random"),
     ):
-        with pytest.raises(InputError, match=f"--start {run}: {message}"):
+        with pytest.raises(InputError, match=f"{run}: {message}"):
             start.check_start(run, *wrong)
 
 

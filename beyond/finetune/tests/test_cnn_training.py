@@ -326,6 +326,7 @@ def copy_run(source, target):
     [
         (["--features-dir", "other"], "--features-dir: not for the training of the CNN"),
         (["--cnn-weights", "shapes/dataset_shapes.json"], "not the weights of the CNN that computed the features"),
+        (["--mirror-unless", "norden"], "--mirror-unless: expected words of the captions"),
     ],
 )
 def test_what_does_not_fit_the_start_is_refused(inside, argv, message):

@@ -134,11 +134,13 @@ def command(dataset, cache, monkeypatch, tmp_path):
     return run_command
 
 
-def test_command_keeps_what_differs_from_train(command):
+def test_command_keeps_what_differs_from_train(command, capsys):
     run, _, config, *_ = command("--doubly-stochastic", "1")
-    assert (run.name, config.model.decoder, config.objective) == ("small", "paper", {"doubly_stochastic": 1.0})
+    assert (run.name, config.model.decoder, config.objective) == ("coco", "paper", {"doubly_stochastic": 1.0})
     _, _, config, *_ = command("--decoder", "paper-lstm", "--attention", "hard", "--run", "runs/other")
     assert (config.model.decoder, config.model.attention, config.objective) == ("paper-lstm", "hard", {})
+    command("--reinforce-weight", "0.5")
+    assert "--reinforce-weight changes nothing without --attention hard" in capsys.readouterr().err
 
 
 @pytest.mark.slow
