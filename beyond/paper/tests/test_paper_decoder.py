@@ -139,7 +139,7 @@ def test_command_keeps_what_differs_from_train(command, capsys):
     assert (run.name, config.model.decoder, config.objective) == ("coco", "paper", {"doubly_stochastic": 1.0})
     _, _, config, *_ = command("--decoder", "paper-lstm", "--attention", "hard", "--run", "runs/other")
     assert (config.model.decoder, config.model.attention, config.objective) == ("paper-lstm", "hard", {})
-    command("--reinforce-weight", "0.5")
+    command("--reinforce-weight", "0.5", "--run", "runs/third")
     assert "--reinforce-weight changes nothing without --attention hard" in capsys.readouterr().err
 
 
