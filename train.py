@@ -191,7 +191,8 @@ def train_epoch(
         desc=f"epoch {epoch + 1}/{config.epochs}",
         disable=not checkpoints.is_writer,
     )
-    rate = FirstRate()
+    # XLA compiles a step of each length, and the batches are shuffled: soon all have come.
+    rate = FirstRate(10 * len(batches.shapes.lengths) if batches.shapes else 1)
     saved = shown = time.monotonic()
     with bar:
         for batch, rows in zip(batches.load(order[done:]), order[done:], strict=True):

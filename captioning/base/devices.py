@@ -156,7 +156,10 @@ def broadcast_from_chief(strategy: tf.distribute.Strategy, values: Sequence[floa
 
     @tf.function
     def total() -> tf.Tensor:
-        return strategy.run(lambda: tf.distribute.get_replica_context().all_reduce(tf.distribute.ReduceOp.SUM, share))
+        # Each replica needs a tensor of its own: one that all have is summed over the machines only.
+        return strategy.run(
+            lambda: tf.distribute.get_replica_context().all_reduce(tf.distribute.ReduceOp.SUM, tf.identity(share))
+        )
 
     return strategy.experimental_local_results(total())[0].numpy().tolist()
 

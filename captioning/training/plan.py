@@ -1,6 +1,7 @@
 """What a training will download, compute and take: `python train.py --dry-run`, and a line after its first steps."""
 
 import argparse
+import dataclasses
 import functools
 import shutil
 import time
@@ -13,13 +14,14 @@ from captioning.base.cli import format_bytes, format_seconds, log, print_results
 from captioning.base.quiet_tensorflow import tf
 from captioning.config.cnns import WEIGHTS_MEGABYTES
 from captioning.config.run_config import RunConfig
-from captioning.config.settings import DataConfig, FeatureConfig
+from captioning.config.settings import DataConfig, FeatureConfig, TrainConfig
 from captioning.data.annotations import SPLITS, Example
 from captioning.data.datasets import DatasetSource, Missing, find_source
 from captioning.images.cnn_loader import imagenet_file
 from captioning.images.feature_cache import FeatureCache, check_cnn_weights, make_manifest
 from captioning.runs.run_folder import fill_locations
 from captioning.training.checkpoints import TrainProgress, TrainState
+from captioning.training.compiling import choose_compiler
 from captioning.training.input_pipeline import Batch, TrainBatches, TrainData, encode_captions
 from captioning.training.training_log import count_epochs
 from data_utils import CaptionDataset, describe_split
@@ -196,7 +198,17 @@ def time_training(run: Path, data: TrainData, config: RunConfig, strategy: tf.di
     state, _ = train.build_train_state(run, config, strategy)
     settings, examples = config.train, data.dataset.split("train")
     captions = encode_captions(examples, data.tokenizer.encode, data.cache.path, settings.max_length)
-    batches = TrainBatches(captions, data.cache.read, settings, strategy)
-    rate = measure_rate(train.make_train_step(state, settings, strategy, batches.spec), batches, state)
+
+    def measure(settings: TrainConfig) -> tuple[float, int]:
+        batches = TrainBatches(captions, data.cache.read, settings, strategy)
+        rate = measure_rate(train.make_train_step(state, settings, strategy, batches.spec), batches, state)
+        return rate, len(batches.order(0))
+
+    try:
+        rate, num_steps = measure(choose_compiler(state, settings, strategy))
+    except tf.errors.OpError:  # as in training, XLA is left out where it cannot run a step
+        if settings.jit != "auto":
+            raise
+        rate, num_steps = measure(dataclasses.replace(settings, jit="off"))
     duration = describe_duration(rate, len(captions.lengths), max(settings.epochs - count_epochs(run), 0))
-    return f"{len(batches.order(0)):,} steps an epoch, {duration}", state.model.count_params()
+    return f"{num_steps:,} steps an epoch, {duration}", state.model.count_params()

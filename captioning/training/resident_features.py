@@ -41,10 +41,8 @@ def load_features(
     if config.features_on_gpu == "off" or (config.features_on_gpu == "auto" and not (devices.has_gpu() and is_single)):
         return None
     paths = tf.constant([os.fsencode(path) for path in feature_paths])  # which may be no Unicode
-    chunks = map_prefetch(
-        tf.data.Dataset.range(len(paths)).batch(CHUNK), lambda i: (i, read_features(tf.gather(paths, i)))
-    )
-    _, spec = chunks.element_spec
+    chunks = map_prefetch(tf.data.Dataset.from_tensor_slices(paths).batch(CHUNK), read_features)
+    spec = chunks.element_spec
     shape = (len(paths), *spec.shape[1:])
     num_bytes = np.prod(shape, dtype=np.int64) * spec.dtype.size
     if config.features_on_gpu == "auto" and num_bytes > MAX_SHARE * (free := devices.free_gpu_memory()):
@@ -54,11 +52,14 @@ def load_features(
         )
         return None
     with tf.device("GPU:0" if devices.has_gpu() else "CPU:0"):
-        # A variable is written in parts: a tensor made of parts would take twice its memory. Indices are int64, since
-        # COCO's features have more than 2 ** 31 numbers.
+        # A variable is written in parts: a tensor made of parts would take twice its memory. Not by scatter_update,
+        # which copies all of it to the host and back for integers, such as pixels, and where it must be deterministic.
         features = tf.Variable(tf.zeros(shape, spec.dtype), trainable=False)
         with progress_bar(total=len(paths), desc="loading features", unit="image") as bar:
-            for index, part in chunks:
-                features.scatter_update(tf.IndexedSlices(part, index))
-                bar.update(len(index))
+            for part in chunks:
+                begin, end = np.array([[bar.n], [bar.n + len(part)]], np.int64)
+                tf.raw_ops.ResourceStridedSliceAssign(
+                    ref=features.handle, begin=begin, end=end, strides=np.ones(1, np.int64), value=part
+                )
+                bar.update(len(part))
     return features

@@ -102,7 +102,9 @@ class Validator:
 
     def loss(self) -> float:
         """Computes the mean loss of the reference captions, in nats per word."""
-        batch_size = evaluate.widen(self.config.batch_size)
+        batch_size = self.config.batch_size
+        if isinstance(self.data.cache, FeatureCache):  # a CNN in front would need more memory than in training
+            batch_size = evaluate.widen(batch_size)
         batches = make_epoch_batches(self.captions, batch_size, seed=0, epoch=0)
         sums = [self._val_step(batch) for batch in make_dataset(self.captions, batches, self.data.cache.read)]
         return float(sum(loss for loss, _ in sums) / sum(num_tokens for _, num_tokens in sums))

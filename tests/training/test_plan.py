@@ -1,5 +1,6 @@
 """`train.py --dry-run`, and the log line that tells how long a training takes."""
 
+import dataclasses
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
@@ -79,7 +80,9 @@ def coco():
 
 @pytest.mark.slow
 def test_plan_counts_images_and_features_that_are_there(dry_run, coco, monkeypatch):
-    monkeypatch.setattr(plan, "measure_rate", lambda *_: 2.0)
+    timed = []
+    monkeypatch.setattr(plan, "measure_rate", lambda step, batches, state: timed.append(batches.shapes) or 2.0)
+    monkeypatch.setattr(plan, "choose_compiler", lambda state, config, _: dataclasses.replace(config, jit="on"))
     dataset = CaptionDataset("coco", Path("data/coco"), ())
     cache, _ = plan.open_features(dataset, FeatureConfig())
     write_json(cache.folder / "features.json", cache.manifest)
@@ -93,6 +96,7 @@ def test_plan_counts_images_and_features_that_are_there(dry_run, coco, monkeypat
     assert "train      10 images       50 captions\n" in printed
     assert "missing   5 of 12 images, one by one, into data/coco/ (1 MB)\n" in printed
     assert "features  8 of 12 images to compute, into features/coco/ (3 MB, " in printed
+    assert timed[0].lengths, "the step is timed that would be trained with"
     assert "training  7 steps an epoch, 2 captions/s: 25 s an epoch, 7 min for 15 epochs at most, besides" in printed
     with pytest.raises(InputError, match=r"features/coco holds features made with dtype float16, expected float32"):
         dry_run("--dtype", "float32")
@@ -139,7 +143,7 @@ def test_duration_is_logged_once_and_only_of_long_epochs(capsys):
 @pytest.mark.slow
 def test_training_tells_its_duration(data, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(training_log, "plot_history", lambda *_: None)
-    monkeypatch.setattr(train, "FirstRate", lambda: SimpleNamespace(measure=lambda done: done / 64))
+    monkeypatch.setattr(train, "FirstRate", lambda _: SimpleNamespace(measure=lambda done: done / 64))
     run_training(tmp_path / "run", data, epochs=1)
     printed = capsys.readouterr().err
     assert printed.count("captions/s: ") == 1 and "for 1 epochs at most, besides validation" in printed
