@@ -51,7 +51,6 @@ from captioning.images.feature_cache import explain_failure
 from captioning.runs.run_folder import (
     CONFIG_FILE,
     check_resumed,
-    check_run_cnn,
     fill_locations,
     init_run_dir,
     open_run,
@@ -454,7 +453,8 @@ def start_devices(config: TrainConfig) -> tf.distribute.Strategy:
 
 def check_settings(args: argparse.Namespace) -> None:
     """Raises InputError if the run folder holds a run with other settings than those of the command line."""
-    check_resumed(args.run, ModelConfig.from_args(args), TrainConfig.from_args(args), DataConfig.from_args(args))
+    settings = ModelConfig.from_args(args), TrainConfig.from_args(args), DataConfig.from_args(args)
+    check_resumed(args.run, *settings, FeatureConfig.from_args(args).sized_cnn)
 
 
 def prepare(
@@ -479,7 +479,6 @@ def prepare(
     train_config, model_config = TrainConfig.from_args(args), ModelConfig.from_args(args)
     # 1. The images and captions, downloaded if necessary, and split into train, val and test.
     data_config, feature_config = fill_locations(run, DataConfig.from_args(args), FeatureConfig.from_args(args))
-    check_run_cnn(run, feature_config.sized_cnn)
     dataset = data_utils.load_dataset(data_config, with_images)
     # Copies of an image belong into one split. A run that is resumed keeps the splits it has, and its images.
     moved_copies = saved.moved_copies if saved else data_utils.find_moved_copies(dataset)

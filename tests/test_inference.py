@@ -113,21 +113,10 @@ def test_captioner_says_that_a_length_penalty_needs_a_beam(fast_run, capsys):
         assert "--length-penalty changes nothing" in capsys.readouterr().err
 
 
-def image_sources(path):
-    """One image in all the forms that can be captioned."""
-    content, image = path.read_bytes(), Image.open(path).convert("RGB")
-    pixels = np.asarray(image)
-    contents = [content, bytearray(content), memoryview(content), io.BytesIO(content)]
-    return [path, str(path), *contents, image, pixels, pixels / 255]
-
-
-def test_captioner_caption_takes_an_image_in_any_form(captioner, photo):
-    expected = captioner.caption(photo)
-    for source in image_sources(photo):
-        caption = captioner.caption(source)
-        assert (caption.words, caption.probabilities) == (expected.words, expected.probabilities), type(source)
-        image = read_image(caption.image)  # for notebooks
-        assert image.size == (50, 30)
+def test_captioner_caption_takes_an_open_file_and_shows_it_in_notebooks(captioner, photo):
+    caption = captioner.caption(io.BytesIO(photo.read_bytes()))
+    assert caption.words == captioner.caption(photo).words
+    assert read_image(caption.image).size == (50, 30)
 
 
 @pytest.mark.slow
@@ -320,7 +309,8 @@ def test_main_continues_a_table(fast_run, photos, tmp_path, capsys, monkeypatch)
     with monkeypatch.context() as patch:
         patch.setattr(inference, "open_image", lambda *_: Image.new("RGB", (8, 8)))
         for _ in range(2):  # an address whose end is not shown is found again
-            inference.main(["https://a.com/b.jpg?key=1", *arguments[:2], "--csv", str(tmp_path / "addresses.csv")])
+            options = [*arguments[:2], "--csv", str(tmp_path / "addresses.csv"), "--no-plots"]
+            inference.main(["https://a.com/b.jpg?key=1", *options])
         assert "addresses.csv: 1 of 1 images are in it already" in capsys.readouterr().err
     (photos / "4.png").unlink()
     monkeypatch.setattr(inference, "caption_stream", lambda captioner, images, *_: iter(images))

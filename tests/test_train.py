@@ -259,14 +259,6 @@ def test_complete_run_is_left_as_it_is(run, data):
     assert len(read_history(run)) == 3, "more epochs may be asked for"
 
 
-@pytest.mark.slow
-def test_resuming_with_other_settings_is_refused(run, data):
-    with pytest.raises(InputError, match="was trained with batch_size = 5, expected 6"):
-        run_training(run, data, **RUN_SETTINGS, batch_size=6)
-    with pytest.raises(InputError, match=r"was trained with dropout = 0\.3, expected 0\.0"):
-        run_training(run, data, **RUN_SETTINGS | {"dropout": 0.0})
-
-
 # The command line.
 
 

@@ -10,6 +10,7 @@ import re
 import shutil
 import sys
 import tempfile
+import time
 import uuid
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
@@ -35,17 +36,23 @@ def check_disk_space(folder: Path, num_bytes: float, purpose: str, hint: str) ->
         )
 
 
-def try_lock(file: IO[Any], wait: bool = False) -> bool:
+def try_lock(file: IO[Any]) -> bool:
     """Locks an open file against other processes until it is closed, even by kill -9; False if another has it."""
     try:
         if sys.platform == "win32":
             import msvcrt
 
-            msvcrt.locking(file.fileno(), msvcrt.LK_LOCK if wait else msvcrt.LK_NBLCK, 1)
+            # Windows locks bytes, from the position on, and nobody else may read them: one far behind the end.
+            position = os.lseek(file.fileno(), 0, os.SEEK_CUR)
+            os.lseek(file.fileno(), 0x7FFFFFFE, os.SEEK_SET)
+            try:
+                msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
+            finally:
+                os.lseek(file.fileno(), position, os.SEEK_SET)
         else:
             import fcntl
 
-            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except (BlockingIOError, PermissionError):
         return False
     except OSError as error:  # some network drives cannot lock
@@ -102,13 +109,23 @@ def atomic_write(path: Path | str, mode: str = "w") -> Iterator[IO[Any]]:
     try:
         with name_in_errors(path), open(partial, mode, encoding=encoding, newline=newline) as file:
             yield file
-        os.replace(partial, path)
+        _replace(partial, path)
     except OSError as error:
         if error.filename == str(partial):
             error.filename = str(path)  # the name the user knows
         raise
     finally:
         partial.unlink(missing_ok=True)
+
+
+def _replace(source: Path, target: Path) -> None:
+    """Gives a file the name of another one. On Windows a scanner may have either open, for a moment."""
+    for pause in (0.1, 0.3, 1.0) if sys.platform == "win32" else ():
+        with contextlib.suppress(PermissionError):
+            os.replace(source, target)
+            return
+        time.sleep(pause)
+    os.replace(source, target)
 
 
 def plain_path(path: Path | str) -> Path:

@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import sys
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -49,6 +50,8 @@ def load_cnn(cnn: CNN, cnn_weights: str) -> tf.keras.Model:
                 model.load_weights(cnn_weights)  # a layer that the file lacks is only a warning of Keras
     except Exception as error:  # Keras raises a bare Exception if a download fails; h5py and Keras raise many types
         reason = first_line(error)
+        if sys.platform == "darwin" and "CERTIFICATE" in reason:
+            reason += "; Python's folder in Applications has `Install Certificates.command`, which mends this"
         if cnn_weights == "imagenet":
             raise InputError(
                 f"{cnn.name}'s ImageNet weights cannot be downloaded ({reason}); put the file {cnn.weights_file} into "

@@ -3,6 +3,7 @@
 import functools
 import os
 import re
+import sys
 import unicodedata
 from collections import defaultdict
 from collections.abc import Callable, Iterable
@@ -10,6 +11,9 @@ from pathlib import Path, PurePosixPath
 
 from captioning.base.cli import log
 from captioning.images.reading import is_image_file
+
+# File systems that open a.jpg as A.JPG, too: a name is taken as the folder has it, so that other systems find it.
+IGNORES_CASE = sys.platform in ("win32", "darwin")
 
 
 def clean_name(name: str) -> str:
@@ -130,9 +134,14 @@ def find_images(folder: Path, names: Iterable[str]) -> tuple[dict[str, str], lis
     def index() -> NameIndex:
         return NameIndex(filter(is_image_file, walk_files(folder)))
 
+    @functools.cache
+    def names_in(folder: Path) -> frozenset[str]:
+        return frozenset(os.listdir(folder))
+
     def is_file(name: str) -> bool:
         try:
-            return (folder / name).is_file()
+            path = folder / name
+            return path.is_file() and (not IGNORES_CASE or path.name in names_in(path.parent))
         except (OSError, ValueError):  # the name is too long, or contains a NUL
             return False
 

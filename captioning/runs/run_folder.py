@@ -249,7 +249,7 @@ def fill_locations(run: Path, data: DataConfig, features: FeatureConfig) -> tupl
     return data, features
 
 
-def check_resumed(run: Path, model: ModelConfig, train: TrainConfig, data: DataConfig) -> None:
+def check_resumed(run: Path, model: ModelConfig, train: TrainConfig, data: DataConfig, cnn: CNN) -> None:
     """Checks that a run, if there is one in the folder, has these settings: before downloads, and not after.
 
     `init_run_dir` compares what is known only once the data are there.
@@ -263,15 +263,10 @@ def check_resumed(run: Path, model: ModelConfig, train: TrainConfig, data: DataC
         raise _other_settings(run, name, saved_value, value)
     if bool(saved.data.annotations) != bool(data.annotations):  # where they are may change, but not from here to COCO
         raise _other_settings(run, "annotations", saved.data.annotations, data.annotations)
-
-
-def check_run_cnn(run: Path, cnn: CNN) -> None:
-    """Checks that a run, if there is one in the folder, has this CNN: before hours of features, and not after."""
-    if not (run / CONFIG_FILE).exists() or (saved := read_config(run).cnn) == cnn:
-        return
-    if saved.name != cnn.name:
-        raise _other_settings(run, "cnn", saved.name, cnn.name)
-    raise _other_settings(run, "image_size", saved.image_size, cnn.image_size)
+    if saved.cnn.name != cnn.name:
+        raise _other_settings(run, "cnn", saved.cnn.name, cnn.name)
+    if saved.cnn != cnn:
+        raise _other_settings(run, "image_size", saved.cnn.image_size, cnn.image_size)
 
 
 def _other_settings(run: Path, name: str, saved_value: Any, value: Any) -> InputError:

@@ -60,10 +60,8 @@ def compare_with_baselines(
         num_distinct: the number of them that are different.
 
     Returns:
-        The baselines, for JSON; None if CIDEr cannot tell, or the images are those of the training.
+        The baselines, for JSON; None if CIDEr cannot tell, or there are no training images.
     """
-    chosen = set(examples)
-    train_examples = [example for example in train_examples if example not in chosen]
     if len(examples) < metrics.MIN_CIDER_IMAGES or not train_examples or not metrics.has_pycocoevalcap():
         return None
     baselines = find_baselines(examples, train_examples, cache, words)

@@ -1,6 +1,8 @@
 """What a stopped run needs to resume, saved so that neither a full disk nor `kill -9` loses the checkpoint before."""
 
+import contextlib
 import math
+import os
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,6 +15,8 @@ from captioning.training.optimizer import WeightEMA
 from captioning.training.training_log import count_epochs
 from captioning.training.validation import EpochScore
 
+GOOGLE_DRIVE = Path("/content/drive")  # where Colab has it
+NUM_KEPT = 2  # checkpoints of each kind
 MIN_LOSS_SCALE = 1.0  # in mixed precision it begins at 32768, and is halved when gradients overflow
 
 
@@ -152,13 +156,13 @@ class Checkpoints:
         for variable in self.state.model.trainable_variables:  # of the next step the loss would not be finite either
             if not tf.reduce_all(tf.math.is_finite(variable)):
                 raise self._divergence(f"{variable.path} is not finite")
-        self._write("last", self.last, num_kept=2)  # if the later one is damaged, minutes are lost and not the run
+        self._write("last", self.last)  # if the later one is damaged, minutes are lost and not the run
 
     def save_best(self) -> None:
         """Saves the current weights as the best."""
-        self._write("best", self.best, num_kept=2)  # another command may be reading the one before
+        self._write("best", self.best)  # another command may be reading the one before
 
-    def _write(self, name: str, checkpoint: tf.train.Checkpoint, num_kept: int) -> None:
+    def _write(self, name: str, checkpoint: tf.train.Checkpoint) -> None:
         """Writes a checkpoint, and deletes old ones when it is complete, as CheckpointManager does with other paths."""
         if not self.is_writer:
             return
@@ -174,10 +178,13 @@ class Checkpoints:
                 file.write(f'model_checkpoint_path: "ckpt-{number}"\nall_model_checkpoint_paths: "ckpt-{number}"\n')
         except (tf.errors.OpError, OSError) as error:  # TensorFlow does not report a full disk as an OSError
             raise InputError(
-                f"cannot save a checkpoint into {folder} ({first_line(error)}); the previous one is kept: "
-                "free some space and run the same command again"
+                f"cannot save a checkpoint into {folder} ({first_line(error)}); the previous one is kept: if the disk "
+                "is full, free some space; then run the same command again"
             ) from None
         for path in folder.glob("ckpt-*.*"):
             old = path.name[5:].partition(".")[0]
-            if old.isdecimal() and int(old) <= number - num_kept:
-                path.unlink()
+            if old.isdecimal() and int(old) <= number - NUM_KEPT:
+                if GOOGLE_DRIVE in path.resolve().parents:  # where deleted files take space for 30 days
+                    os.truncate(path, 0)
+                with contextlib.suppress(PermissionError):  # Windows deletes no open file, but will the next time
+                    path.unlink()

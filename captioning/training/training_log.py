@@ -69,11 +69,14 @@ class TrainingLog:
         `best_epoch` is the best so far, this one included, by the column `best_by`, `cider` or `val_loss`.
         """
         self.rows.append(row)
-        with atomic_write(self.run / "history.csv") as file:
-            writer = csv.DictWriter(file, list(row))
-            writer.writeheader()
-            writer.writerows(self.rows)
-        plot_history(self.rows, best_epoch, best_by, self.run / "loss.png")
+        try:
+            with atomic_write(self.run / "history.csv") as file:
+                writer = csv.DictWriter(file, list(row))
+                writer.writeheader()
+                writer.writerows(self.rows)
+            plot_history(self.rows, best_epoch, best_by, self.run / "loss.png")
+        except PermissionError as error:  # as under Windows while Excel shows it; the next epoch writes all rows
+            log(f"{error.filename} is not written ({error.strerror}): is it open in another program?", error=True)
         if self.events is None:
             return
         try:

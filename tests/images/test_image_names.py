@@ -2,9 +2,11 @@
 
 import sys
 import unicodedata
+from pathlib import Path
 
 import pytest
 
+from captioning.images import image_names
 from captioning.images.image_names import clean_name, find_clash, find_images, walk_files
 
 
@@ -81,6 +83,16 @@ def folder(tmp_path):
 def test_find_images(folder, name, expected):
     paths, missing = find_images(folder, [name])
     assert paths == {name: expected or name} and missing == ([] if expected else [name])
+
+
+def test_find_images_takes_names_as_the_folder_has_them(folder, monkeypatch):
+    def is_file(path):  # as macOS and Windows see it
+        return path.name.casefold() in {each.name.casefold() for each in path.parent.glob("*")}
+
+    monkeypatch.setattr(image_names, "IGNORES_CASE", True)
+    monkeypatch.setattr(Path, "is_file", is_file)
+    found = {"A.JPG": "a.jpg", "a.jpg": "a.jpg", "sub/B.png": "sub/b.png", "märchen.jpg": "Märchen.JPG"}
+    assert find_images(folder, list(found)) == (found, [])
 
 
 def test_find_images_walks_only_if_a_name_is_not_exact(folder, monkeypatch):

@@ -16,7 +16,6 @@ from captioning.config.settings import DataConfig, FeatureConfig, ModelConfig, T
 from captioning.runs.run_folder import (
     best_checkpoint,
     check_resumed,
-    check_run_cnn,
     fill_locations,
     init_run_dir,
     latest_checkpoint,
@@ -262,23 +261,20 @@ def test_init_run_dir_says_that_the_data_have_changed(run):
 def test_check_resumed_compares_all_that_is_known_without_the_data(run):
     few_words = dataclasses.replace(CONFIG, model=dataclasses.replace(CONFIG.model, vocab_size=830))
     write_config(run, few_words)
-    check_resumed(run / "none", ModelConfig(units=7), CONFIG.train, CONFIG.data)
-    check_resumed(run, CONFIG.model, CONFIG.train, CONFIG.data)
+    check_resumed(run / "none", ModelConfig(units=7), CONFIG.train, CONFIG.data, CNNS["vgg19"])
+    check_resumed(run, CONFIG.model, CONFIG.train, CONFIG.data, INCEPTION_V3)
     other_data = dataclasses.replace(CONFIG.data, num_captions=0)
     with pytest.raises(InputError, match="was trained with num_captions = None, expected 0; give its settings"):
-        check_resumed(run, CONFIG.model, CONFIG.train, other_data)
+        check_resumed(run, CONFIG.model, CONFIG.train, other_data, INCEPTION_V3)
     own_data = dataclasses.replace(CONFIG.data, annotations="a.csv")
     with pytest.raises(InputError, match=r"was trained with annotations = None, expected a\.csv"):
-        check_resumed(run, CONFIG.model, CONFIG.train, own_data)
-
-
-def test_check_run_cnn_refuses_another_cnn_or_size(run):
-    check_run_cnn(run / "none", CNNS["vgg19"])
-    check_run_cnn(run, INCEPTION_V3)
-    with pytest.raises(InputError, match="was trained with cnn = InceptionV3, expected VGG19; give its settings to"):
-        check_run_cnn(run, CNNS["vgg19"])
-    with pytest.raises(InputError, match="was trained with image_size = 299, expected 400; give its settings to"):
-        check_run_cnn(run, INCEPTION_V3.at(400))
+        check_resumed(run, CONFIG.model, CONFIG.train, own_data, INCEPTION_V3)
+    for cnn, message in (
+        (CNNS["vgg19"], "cnn = InceptionV3, expected VGG19"),
+        (INCEPTION_V3.at(400), "299, expected 400"),
+    ):
+        with pytest.raises(InputError, match=f"{message}; give its settings to"):
+            check_resumed(run, CONFIG.model, CONFIG.train, CONFIG.data, cnn)
 
 
 def test_init_run_dir_restores_missing_or_damaged_vocabulary(run, capsys):

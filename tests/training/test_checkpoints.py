@@ -221,7 +221,7 @@ def test_full_disk_keeps_previous_checkpoint(tmp_path, trained):
     try:
         for save in (checkpoints.save, checkpoints.save_best):
             with pytest.raises(
-                InputError, match=r"cannot save a checkpoint .* free some space and run the same command"
+                InputError, match=r"cannot save a checkpoint .* free some space; then run the same command"
             ):
                 save()
     finally:
