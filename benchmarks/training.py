@@ -38,10 +38,8 @@ from captioning.config.options import add_options
 from captioning.config.settings import ModelConfig, TrainConfig
 from captioning.data.annotations import Example, read_annotations
 from captioning.images.feature_cache import FeatureCache, make_manifest
-from captioning.training.checkpoints import TrainProgress
 from captioning.training.input_pipeline import Batch, EncodedCaptions, TrainBatches, encode_captions
 from captioning.training.objective import CrossEntropy
-from captioning.training.optimizer import WeightEMA, make_optimizer
 from captioning.training.resident_features import load_features
 from tokenizer import START_ID, Tokenizer
 
@@ -228,10 +226,7 @@ def make_project_step(
         image_features: (images, L, C), the features of all images, if the batches bring none.
     """
     caption_model.decoder.fused = settings.fused
-    optimizer = make_optimizer(settings.learning_rate, settings.clip_norm, settings.mixed_precision)
-    optimizer.build(caption_model.trainable_variables)
-    ema = WeightEMA(caption_model.trainable_variables, settings.ema_decay)
-    state = train.TrainState(caption_model, optimizer, ema, TrainProgress(), CrossEntropy(settings))
+    state = train.make_train_state(caption_model, CrossEntropy(settings), settings)
     train_step = train.make_train_step(state, settings, tf.distribute.get_strategy(), batch_spec, image_features)
 
     def step(batch: Batch) -> tf.Tensor:
