@@ -190,11 +190,12 @@ def train_epoch(
         desc=f"epoch {epoch + 1}/{config.epochs}",
         disable=not checkpoints.is_writer,
     )
-    # XLA compiles a step of each length, and the batches are shuffled: soon all have come.
-    rate = FirstRate(10 * len(batches.shapes.lengths) if batches.shapes else 1)
+    rate = FirstRate()
+    # XLA compiles a step of each length, and the batches are shuffled: by then all have come.
+    first_timed = done + (10 * len(batches.shapes.lengths) if batches.shapes else 0)
     saved = shown = time.monotonic()
     with bar:
-        for batch, rows in zip(batches.load(order[done:]), order[done:], strict=True):
+        for number, (batch, rows) in enumerate(zip(batches.load(order[done:]), order[done:], strict=True), done):
             train_step(batch)
             bar.update(len(rows))
             now = time.monotonic()
@@ -204,7 +205,8 @@ def train_epoch(
                 name = state.objective.column.removeprefix("train_")
                 bar.set_postfix_str(f"{name} {state.objective.result(progress.mean_loss()):.3f}", refresh=False)
                 checkpoints.check_loss()
-                plan.announce_duration(progress, rate.measure(bar.n), bar.total, config.epochs)
+                if number >= first_timed:
+                    plan.announce_duration(progress, rate.measure(bar.n), bar.total, config.epochs)
             # Epochs of COCO take hours: a run that is killed within one loses a few minutes.
             if now - saved >= 60 * config.checkpoint_minutes:
                 checkpoints.save()

@@ -238,19 +238,15 @@ def progress_bar(*args: Any, disable: bool = False, **kwargs: Any) -> tqdm:
 
 
 class FirstRate:
-    """Measures, once, how fast a loop is in its first seconds, without its first steps, which build graphs."""
+    """Measures, once, how fast a loop is in its first seconds, without its first step, which builds a graph."""
 
     seconds = 10.0
 
-    def __init__(self, num_first: int = 1) -> None:
-        self._num_first = num_first
-        self._start: tuple[float, float] | None = None  # when the first steps had ended, and what was done then
+    def __init__(self) -> None:
+        self._start: tuple[float, float] | None = None  # when the first step had ended, and what was done then
 
     def measure(self, done: float) -> float:
         """Returns what is done per second, when enough seconds have passed; 0 before, and ever after."""
-        self._num_first -= 1
-        if self._num_first > 0:
-            return 0.0
         now = time.monotonic()
         start, done_then = self._start = self._start or (now, done)
         if now - start < self.seconds:

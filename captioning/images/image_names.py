@@ -140,8 +140,10 @@ def find_images(folder: Path, names: Iterable[str]) -> tuple[dict[str, str], lis
 
     def is_file(name: str) -> bool:
         try:
-            path = folder / name
-            return path.is_file() and (not IGNORES_CASE or path.name in names_in(path.parent))
+            if not (folder / name).is_file():
+                return False
+            parts = name.split("/") if IGNORES_CASE else []
+            return all(part in names_in(folder.joinpath(*parts[:i])) for i, part in enumerate(parts))
         except (OSError, ValueError):  # the name is too long, or contains a NUL
             return False
 

@@ -168,7 +168,9 @@ def print_lines(
 
 
 def print_plan(args: argparse.Namespace, strategy: tf.distribute.Strategy) -> None:
-    """Prints what a training would download and compute, and what that takes; does and writes nothing (`--dry-run`).
+    """Prints what a training would download and compute, and what that takes (`--dry-run`).
+
+    Nothing is done or written, but what XLA compiles is kept.
 
     Raises:
         InputError: the training would fail, as far as that can be told.
@@ -204,10 +206,11 @@ def time_training(run: Path, data: TrainData, config: RunConfig, strategy: tf.di
         rate = measure_rate(train.make_train_step(state, settings, strategy, batches.spec), batches, state)
         return rate, len(batches.order(0))
 
+    chosen = choose_compiler(state, settings, strategy)
     try:
-        rate, num_steps = measure(choose_compiler(state, settings, strategy))
+        rate, num_steps = measure(chosen)
     except tf.errors.OpError:  # as in training, XLA is left out where it cannot run a step
-        if settings.jit != "auto":
+        if settings.jit != "auto" or chosen.jit == "off":
             raise
         rate, num_steps = measure(dataclasses.replace(settings, jit="off"))
     duration = describe_duration(rate, len(captions.lengths), max(settings.epochs - count_epochs(run), 0))

@@ -56,10 +56,12 @@ def load_features(
         # which copies all of it to the host and back for integers, such as pixels, and where it must be deterministic.
         features = tf.Variable(tf.zeros(shape, spec.dtype), trainable=False)
         with progress_bar(total=len(paths), desc="loading features", unit="image") as bar:
+            done = np.zeros(1, np.int64)  # not the bar's count, which stays 0 if it is hidden
             for part in chunks:
-                begin, end = np.array([[bar.n], [bar.n + len(part)]], np.int64)
+                end = done + len(part)
                 tf.raw_ops.ResourceStridedSliceAssign(
-                    ref=features.handle, begin=begin, end=end, strides=np.ones(1, np.int64), value=part
+                    ref=features.handle, begin=done, end=end, strides=np.ones(1, np.int64), value=part
                 )
+                done = end
                 bar.update(len(part))
     return features

@@ -74,9 +74,13 @@ class TrainingLog:
                 writer = csv.DictWriter(file, list(row))
                 writer.writeheader()
                 writer.writerows(self.rows)
+        except PermissionError as error:  # as under Windows while Excel shows it
+            until = f"until the next epoch, epoch {row['epoch']} is missing in it"
+            log(f"{error.filename} cannot be written ({error.strerror}): close it; {until}", error=True)
+        try:
             plot_history(self.rows, best_epoch, best_by, self.run / "loss.png")
-        except PermissionError as error:  # as under Windows while Excel shows it; the next epoch writes all rows
-            log(f"{error.filename} is not written ({error.strerror}): is it open in another program?", error=True)
+        except PermissionError as error:
+            log(f"{error.filename} cannot be written ({error.strerror}): close it", error=True)
         if self.events is None:
             return
         try:

@@ -208,8 +208,8 @@ def test_format_seconds_has_the_unit_that_people_would_choose(seconds, expected)
     assert cli.format_seconds(seconds) == expected
 
 
-def test_first_rate_is_told_once_and_without_the_first_steps(monkeypatch):
+def test_first_rate_is_told_once_and_without_the_first_step(monkeypatch):
     times = iter((100.0, 109.0, 112.0, 130.0))
     monkeypatch.setattr(cli.time, "monotonic", lambda: next(times))
-    rate = cli.FirstRate(2)
-    assert [rate.measure(done) for done in (900, 1000, 1008, 1024, 1099)] == [0, 0, 0, 2, 0]
+    rate = cli.FirstRate()
+    assert [rate.measure(done) for done in (1000, 1008, 1024, 1099)] == [0, 0, 2, 0]

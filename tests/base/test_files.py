@@ -150,6 +150,27 @@ def test_relative_path_is_absolute_on_another_drive(tmp_path, monkeypatch):
     assert relative_path(tmp_path / "a/b", tmp_path / "c") == f"{tmp_path}/a/b"
 
 
+def test_atomic_write_waits_for_a_scanner_of_windows(tmp_path, monkeypatch):
+    tries = []
+
+    def replace_third(source, target, replace=os.replace):
+        tries.append(source)
+        if len(tries) < 3:
+            raise PermissionError(errno.EACCES, "Access is denied")
+        replace(source, target)
+
+    monkeypatch.setattr(files.os, "replace", replace_third)
+    monkeypatch.setattr(files.time, "sleep", lambda _: None)
+    with monkeypatch.context() as patch, atomic_write(tmp_path / "a") as file:
+        file.write("text")
+        patch.setattr(sys, "platform", "win32")
+    assert (tmp_path / "a").read_text() == "text" and len(tries) == 3
+    tries[:] = []
+    with pytest.raises(PermissionError), atomic_write(tmp_path / "a"):
+        pass
+    assert len(tries) == 1, "elsewhere there is nothing to wait for"
+
+
 def test_try_lock_tells_whether_another_process_has_it(tmp_path):
     with open(tmp_path / "a", "w") as first, open(tmp_path / "a", "w") as second:
         assert try_lock(first)

@@ -1,5 +1,6 @@
 """Names of images as people write them, and the files they mean."""
 
+import os
 import sys
 import unicodedata
 from pathlib import Path
@@ -87,11 +88,19 @@ def test_find_images(folder, name, expected):
 
 def test_find_images_takes_names_as_the_folder_has_them(folder, monkeypatch):
     def is_file(path):  # as macOS and Windows see it
-        return path.name.casefold() in {each.name.casefold() for each in path.parent.glob("*")}
+        return str(path).casefold() in {str(each).casefold() for each in folder.rglob("*")}
 
+    listdir = os.listdir
+    monkeypatch.setattr(os, "listdir", lambda path: listdir(str(path).replace("Sub", "sub")))
     monkeypatch.setattr(image_names, "IGNORES_CASE", True)
     monkeypatch.setattr(Path, "is_file", is_file)
-    found = {"A.JPG": "a.jpg", "a.jpg": "a.jpg", "sub/B.png": "sub/b.png", "märchen.jpg": "Märchen.JPG"}
+    found = {
+        "A.JPG": "a.jpg",
+        "a.jpg": "a.jpg",
+        "sub/B.png": "sub/b.png",
+        "Sub/b.png": "sub/b.png",
+        "märchen.jpg": "Märchen.JPG",
+    }
     assert find_images(folder, list(found)) == (found, [])
 
 

@@ -10,6 +10,7 @@ from captioning.base.cli import InputError
 from captioning.base.quiet_tensorflow import tf
 from captioning.config.settings import TrainConfig
 from captioning.runs.run_folder import latest_checkpoint
+from captioning.training import checkpoints as checkpoints_module
 from captioning.training import training_log
 from captioning.training.checkpoints import Checkpoints, TrainProgress, TrainState
 from captioning.training.objective import CrossEntropy
@@ -204,6 +205,18 @@ def test_checkpoints_refuse_another_model(tmp_path, difference):
     TrainedModel(seed=0, **difference).checkpoints(tmp_path).save()
     with pytest.raises(InputError, match=r"damaged, or of another model .* delete the run folder to start again"):
         TrainedModel(seed=0).checkpoints(tmp_path).restore()
+
+
+def test_old_checkpoints_are_emptied_before_they_go_into_the_trash_of_google_drive(tmp_path, trained, monkeypatch):
+    emptied = []
+    monkeypatch.setattr(checkpoints_module.os, "truncate", lambda path, size: emptied.append((path.name, size)))
+    for drive, expected in ((tmp_path / "other", 0), (tmp_path, 2)):
+        monkeypatch.setattr(checkpoints_module, "GOOGLE_DRIVE", drive)
+        checkpoints = trained.checkpoints(tmp_path / f"run{expected}")
+        for _ in range(3):
+            checkpoints.save()
+        assert len(emptied) == expected
+    assert sorted(emptied) == [("ckpt-1.data-00000-of-00001", 0), ("ckpt-1.index", 0)]
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="needs a limit on the size of files")

@@ -143,7 +143,7 @@ def test_duration_is_logged_once_and_only_of_long_epochs(capsys):
 @pytest.mark.slow
 def test_training_tells_its_duration(data, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(training_log, "plot_history", lambda *_: None)
-    monkeypatch.setattr(train, "FirstRate", lambda _: SimpleNamespace(measure=lambda done: done / 64))
+    monkeypatch.setattr(train, "FirstRate", lambda: SimpleNamespace(measure=lambda done: done / 64))
     run_training(tmp_path / "run", data, epochs=1)
     printed = capsys.readouterr().err
     assert printed.count("captions/s: ") == 1 and "for 1 epochs at most, besides validation" in printed

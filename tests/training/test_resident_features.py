@@ -5,7 +5,7 @@ import pytest
 from helpers.runs import LossRecorder, assert_same_checkpoint, read_checkpoint, run_training
 
 from captioning.base import devices
-from captioning.base.cli import InputError
+from captioning.base.cli import InputError, Verbosity
 from captioning.base.quiet_tensorflow import tf
 from captioning.config.settings import TrainConfig
 from captioning.training import resident_features
@@ -25,7 +25,9 @@ def load(dataset, cache, monkeypatch):
     return load
 
 
-def test_load_features_has_those_of_the_cache(load, dataset, cache):
+@pytest.mark.parametrize("quiet", [False, True])
+def test_load_features_has_those_of_the_cache(load, dataset, cache, monkeypatch, quiet):
+    monkeypatch.setattr(Verbosity, "quiet", quiet)  # which hides the progress bar
     loaded = load("on")
     assert loaded.dtype == tf.float16 and loaded.shape == (len(dataset.examples), 64, 2048)
     for features, example in zip(loaded.numpy(), dataset.examples, strict=True):

@@ -1,4 +1,6 @@
+import errno
 import importlib.util
+import os
 
 import pytest
 
@@ -43,6 +45,21 @@ def test_training_log_continues_after_the_epochs_that_are_done(tmp_path, monkeyp
     resumed.add(make_row(4, train_loss=1.0), 1, "cider")
     rows = read_history(tmp_path / "history.csv")
     assert [(row["epoch"], row["train_loss"]) for row in rows] == [("2", "2.5"), ("3", "2.5"), ("4", "1.0")]
+
+
+def test_training_log_goes_on_while_its_files_are_open_elsewhere(tmp_path, monkeypatch, capsys):
+    def replace(source, target):
+        raise PermissionError(errno.EACCES, "Access is denied", str(target))
+
+    log = TrainingLog(tmp_path, epochs_done=0)
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", replace)  # as Windows does while Excel shows them
+        log.add(make_row(1), 1, "cider")
+    logged = capsys.readouterr().err
+    assert "history.csv cannot be written (Access is denied): close it; until the next epoch, epoch 1 is mis" in logged
+    assert "loss.png cannot be written" in logged
+    log.add(make_row(2), 1, "cider")
+    assert [row["epoch"] for row in read_history(tmp_path / "history.csv")] == ["1", "2"]
 
 
 def test_training_log_goes_on_without_events_that_cannot_be_written(tmp_path, monkeypatch, capsys):
