@@ -49,12 +49,11 @@ from captioning.config.settings import RECIPES, DataConfig, FeatureConfig, Model
 from captioning.data.datasets import find_source
 from captioning.images.feature_cache import explain_failure
 from captioning.runs.run_folder import (
-    CONFIG_FILE,
     check_resumed,
     fill_locations,
+    find_config,
     init_run_dir,
     open_run,
-    read_config,
 )
 from captioning.training import plan
 from captioning.training.checkpoints import Checkpoints, TrainProgress, TrainState
@@ -477,7 +476,7 @@ def prepare(
     run: Path = args.run
     if run.is_file():
         raise InputError(f"--run {run}: expected a run folder, or a new one, found a file")
-    saved = read_config(run) if (run / CONFIG_FILE).exists() else None
+    saved = find_config(run)
     train_config, model_config = TrainConfig.from_args(args), ModelConfig.from_args(args)
     # 1. The images and captions, downloaded if necessary, and split into train, val and test.
     data_config, feature_config = fill_locations(run, DataConfig.from_args(args), FeatureConfig.from_args(args))

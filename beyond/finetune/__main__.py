@@ -11,7 +11,6 @@ A run is resumed by the same command.
 
 import dataclasses
 import functools
-import os
 from pathlib import Path
 from typing import Any
 
@@ -22,18 +21,18 @@ from beyond.finetune.cnn_blocks import TrainedCNN, trainable_from
 from beyond.finetune.images import ImageReader, augment, find_images_with, mirror
 from beyond.start import check_start, parse_start, take_words
 from captioning.base.cli import InputError, defer_interrupts, log, make_parser, run_main
-from captioning.base.files import file_sha256, relative_path
+from captioning.base.files import relative_path
 from captioning.base.quiet_tensorflow import tf
 from captioning.config.options import Settings, add_options, option
 from captioning.config.run_config import RunConfig
 from captioning.config.settings import FeatureConfig, TrainConfig
-from captioning.images.cnn_loader import computing_in, find_cnn
+from captioning.images.cnn_loader import computing_in, find_cnn, save_cnn
 from captioning.images.feature_cache import CNN_FILE
 from captioning.images.reading import set_max_megapixels
 from captioning.runs.run_folder import (
-    CONFIG_FILE,
     VOCABULARY_FILE,
     best_checkpoint,
+    find_config,
     read_config,
     restore_weights,
     write_config,
@@ -119,17 +118,12 @@ class CNNCheckpoints(Checkpoints):
         In this order: if it is stopped in between, captioning reports that they do not belong together, until the
         training is resumed, which then does the same again.
         """
-        partial = self.run / f".{CNN_FILE}"  # not atomic_write: Keras demands the ending .weights.h5
-        try:
-            find_cnn(self.state.model.cnn.extractor).save_weights(partial)
-            with defer_interrupts():
-                os.replace(partial, self.run / CNN_FILE)
-                super().save_best()
-                config = read_config(self.run)
-                weights = {"weights": str(self.run / CNN_FILE), "sha256": file_sha256(self.run / CNN_FILE)}
-                write_config(self.run, dataclasses.replace(config, features=config.features | weights))
-        finally:
-            partial.unlink(missing_ok=True)
+        with defer_interrupts():
+            sha256 = save_cnn(self.state.model.cnn.extractor, self.run / CNN_FILE)
+            super().save_best()
+            config = read_config(self.run)
+            weights = {"weights": str(self.run / CNN_FILE), "sha256": sha256}
+            write_config(self.run, dataclasses.replace(config, features=config.features | weights))
 
 
 def open_images(
@@ -150,8 +144,8 @@ def open_images(
     folder = run / "features"
     image_dir = relative_path(dataset.image_dir.resolve(), folder.resolve())
     manifest = saved.features | {"folder": str(folder), "images": image_dir}
-    if (run / CONFIG_FILE).exists():  # it is resumed
-        manifest = read_config(run).features
+    if resumed := find_config(run):
+        manifest = resumed.features
     reader = ImageReader(dataset.image_dir, manifest | {"dtype": config.dtype})
     return reader, dataset
 

@@ -23,7 +23,7 @@ from tqdm import tqdm
 from urllib3.util import Retry
 
 from captioning.base.cli import InputError, format_bytes, log, name_in_errors, progress_bar
-from captioning.base.files import atomic_write, try_lock
+from captioning.base.files import atomic_write, replace, try_lock
 
 MAX_RETRIES = 5  # requests in a row that fail
 INITIAL_BACKOFF_S = 1.0  # pause between them; doubled after each one
@@ -116,7 +116,7 @@ def download(
     # Now that it is closed: Windows replaces and deletes no open file.
     is_kept = bool(failure and received) and not isinstance(failure, _WrongFileError)
     if not (failure or path.exists()):
-        os.replace(part, path)
+        replace(part, path)
     if not is_kept:
         part.unlink(missing_ok=True)
         version.unlink(missing_ok=True)

@@ -109,7 +109,7 @@ def atomic_write(path: Path | str, mode: str = "w") -> Iterator[IO[Any]]:
     try:
         with name_in_errors(path), open(partial, mode, encoding=encoding, newline=newline) as file:
             yield file
-        _replace(partial, path)
+        replace(partial, path)
     except OSError as error:
         if error.filename == str(partial):
             error.filename = str(path)  # the name the user knows
@@ -118,7 +118,7 @@ def atomic_write(path: Path | str, mode: str = "w") -> Iterator[IO[Any]]:
         partial.unlink(missing_ok=True)
 
 
-def _replace(source: Path, target: Path) -> None:
+def replace(source: Path, target: Path) -> None:
     """Gives a file the name of another one. On Windows a scanner may have either open, for a moment."""
     for pause in (0.1, 0.3, 1.0) if sys.platform == "win32" else ():
         with contextlib.suppress(PermissionError):

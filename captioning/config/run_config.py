@@ -51,9 +51,9 @@ class RunConfig:
                 if not field.metadata["may_change"]:
                     values[field.name] = getattr(section, field.name)
         values |= self.objective
-        vocab_size = values.pop("vocab_size")  # follows from the data: it is not the first difference
-        values |= {"unreadable_images": self.unreadable_images, "data_fingerprint": self.data_fingerprint}
-        values |= {"vocab_size": vocab_size}
+        # The size of the vocabulary follows from the data: it is not the first difference.
+        of_data = {"unreadable_images": self.unreadable_images, "data_fingerprint": self.data_fingerprint}
+        values |= of_data | {"vocab_size": values.pop("vocab_size")}
         # Where features and images are may change; the images' content is compared beside their features.
         return values | {name: value for name, value in self.features.items() if name not in ("folder", "images")}
 

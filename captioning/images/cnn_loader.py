@@ -9,6 +9,7 @@ from pathlib import Path
 
 from captioning.base import devices
 from captioning.base.cli import InputError, advise, first_line
+from captioning.base.files import file_sha256, replace
 from captioning.base.quiet_tensorflow import tf
 from captioning.config.cnns import CNN
 
@@ -83,3 +84,14 @@ def computing_in(precision: str) -> Iterator[None]:
 def find_cnn(extractor: tf.keras.Model) -> tf.keras.Model:
     """Returns the CNN in a model of `features.build_feature_extractor`."""
     return next(layer for layer in extractor.layers if isinstance(layer, tf.keras.Model))
+
+
+def save_cnn(extractor: tf.keras.Model, path: Path) -> str:
+    """Saves the weights of the CNN in an extractor into a whole file; returns its SHA-256."""
+    partial = path.with_name(f".{path.name}")  # not atomic_write: Keras demands the ending .weights.h5
+    try:
+        find_cnn(extractor).save_weights(partial)
+        replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+    return file_sha256(path)

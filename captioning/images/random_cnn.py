@@ -1,17 +1,15 @@
 """Makes the features of a CNN with random weights useful: local, and of a size that does not vanish or explode."""
 
 import contextlib
-import os
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import numpy as np
 
 from captioning.base.cli import InputError
-from captioning.base.files import file_sha256
 from captioning.base.quiet_tensorflow import tf
 from captioning.config.cnns import CNN
-from captioning.images.cnn_loader import find_cnn, preprocess
+from captioning.images.cnn_loader import find_cnn, preprocess, save_cnn
 
 NUM_IMAGES = 64  # on which a CNN is calibrated
 MAX_CHAIN_IMAGES = 16  # VGG19's first layers have 13 MB for each image of 224x224
@@ -39,10 +37,7 @@ def save_random_cnn(
         raise InputError("--cnn-weights random needs an image that can be read, found none")
     calibrate(extractor, np.stack(images), cnn)
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}")  # not atomic_write: Keras demands the ending .weights.h5
-    find_cnn(extractor).save_weights(partial)
-    os.replace(partial, path)
-    return file_sha256(path)
+    return save_cnn(extractor, path)
 
 
 def make_local(cnn: tf.keras.Model, sigma: float = 0.7) -> None:

@@ -239,9 +239,14 @@ def read_config(run: Path) -> RunConfig:
         raise InputError(f"{path}: not the config.json of a run ({error})") from None
 
 
+def find_config(run: Path) -> RunConfig | None:
+    """Reads a folder's config.json, see `read_config`; None if it holds no run yet."""
+    return read_config(run) if (run / CONFIG_FILE).exists() else None
+
+
 def fill_locations(run: Path, data: DataConfig, features: FeatureConfig) -> tuple[DataConfig, FeatureConfig]:
     """Fills in where downloads and features are, if it is not said: as in the run that is resumed, else the default."""
-    saved = read_config(run) if (run / CONFIG_FILE).exists() else None
+    saved = find_config(run)
     if data.data_dir is None:
         data = dataclasses.replace(data, data_dir=(saved and saved.data.data_dir) or "data")
     if features.features_dir is None and saved:
@@ -254,9 +259,8 @@ def check_resumed(run: Path, model: ModelConfig, train: TrainConfig, data: DataC
 
     `init_run_dir` compares what is known only once the data are there.
     """
-    if not (run / CONFIG_FILE).exists():
+    if not (saved := find_config(run)):
         return
-    saved = read_config(run)
     model = dataclasses.replace(model, vocab_size=saved.model.vocab_size)  # few captions have fewer words
     if difference := dataclasses.replace(saved, model=model, train=train, data=data).difference(saved):
         name, value, saved_value = difference
@@ -299,8 +303,7 @@ def init_run_dir(run: Path, config: RunConfig, save_vocabulary: Callable[[Path],
         InputError: the folder holds a run with other settings; the setting and both values are named.
     """
     vocabulary = run / VOCABULARY_FILE
-    if (run / CONFIG_FILE).exists():
-        saved = read_config(run)
+    if saved := find_config(run):
         if difference := config.difference(saved):
             name, value, saved_value = difference
             raise _other_settings(run, name, saved_value, value)
